@@ -1,0 +1,111 @@
+"""The device mesh: axes ``data``, ``fsdp`` and ``tensor``, always present.
+
+One table says which mesh axis a dimension letter of a parameter is split over. ``data`` and
+``fsdp`` together split the batch.
+"""
+
+from __future__ import annotations
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from conlens_jax.config import ConfigError, MeshConfig
+from conlens_jax.models.param_table import ParamRow, Params, build_tree
+from conlens_jax.models.transformer_config import TransformerConfig
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+AXIS_OF_DIM = {"D": "fsdp", "V": "tensor", "H": "tensor", "K": "tensor", "F": "tensor"}
+
+
+def make_mesh(config: MeshConfig | None = None) -> Mesh:
+    """A mesh over all devices of the run.
+
+    Raises:
+      ConfigError: the axes do not multiply to the number of devices.
+    """
+    config = config or MeshConfig()
+    devices = jax.device_count()
+    others = config.fsdp * config.tensor
+    data = config.data or max(devices // others, 1)
+    if data * others != devices:
+        raise ConfigError(
+            [
+                f"mesh.data × mesh.fsdp × mesh.tensor = {data} × {config.fsdp} × {config.tensor} "
+                f"must be the number of devices, {devices}; mesh.data=0 takes what the others leave"
+            ]
+        )
+    return jax.make_mesh(
+        (data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+    )
+
+
+def single_device_mesh() -> Mesh:
+    """A mesh of the first device, for exploration."""
+    return jax.make_mesh(
+        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:1]
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """First dimension over ``data`` and ``fsdp``, the rest whole."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
+    """Raises ConfigError where a batch does not divide over the mesh."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % parts:
+        raise ConfigError(
+            [f"{name}={batch_size} must be a multiple of mesh.data × mesh.fsdp = {parts}"]
+        )
+
+
+def param_spec(dims: str) -> P:
+    """The partition of a parameter from its dimension letters."""
+    return P(*(AXIS_OF_DIM.get(dim) for dim in dims))
+
+
+def param_shardings(table: list[ParamRow], config: TransformerConfig, mesh: Mesh) -> Params:
+    """The sharding of every parameter of a model.
+
+    Raises:
+      ConfigError: a dimension that its mesh axis does not divide, all of them listed.
+    """
+    problems = []
+    for row in table:
+        for dim, size in zip(row.dims, row.shape(config), strict=True):
+            axis = AXIS_OF_DIM.get(dim)
+            if axis and size % mesh.shape[axis]:
+                problems.append(
+                    f"mesh.{axis}={mesh.shape[axis]} does not divide dimension {dim}={size} of "
+                    f"{'.'.join(row.path)}"
+                )
+    if problems:
+        raise ConfigError(problems)
+    return build_tree((row.path, NamedSharding(mesh, param_spec(row.dims))) for row in table)
+
+
+def shardings_like(tree, model_shardings: Params, mesh: Mesh):
+    """Shardings for a tree that holds parameters by the names of the model's (clones of it,
+    and their optimizer moments): those are split like the model's, everything else is replicated.
+    """
+    by_path = {
+        tuple(key.key for key in path): sharding
+        for path, sharding in jax.tree_util.tree_leaves_with_path(model_shardings)
+    }
+
+    def choose(path, leaf):
+        names = tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
+        for start in range(len(names)):
+            sharding = by_path.get(names[start:])
+            if sharding is not None and len(sharding.spec) == leaf.ndim:
+                return sharding
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(choose, tree)

@@ -1,0 +1,345 @@
+"""Hugging Face folders: read, written back bit for bit, and refused with every problem named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_models import (
+    TINY,
+    hf_forward,
+    hf_model,
+    random_params,
+    random_tokens,
+    tiny_config,
+    write_tiny_folder,
+)
+
+from conlens_jax.models.families import config_from_hf
+from conlens_jax.models.hf_io import (
+    load_params,
+    read_config,
+    resolve_folder,
+    save_model,
+    weights_fingerprint,
+)
+from conlens_jax.models.llama import config_to_hf
+from conlens_jax.models.transformer_config import RopeConfig
+
+SMALL = {"num_hidden_layers": 2, "attention_bias": True, "mlp_bias": True}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A folder without torch; tests that break it work on a copy."""
+    folder = tmp_path_factory.mktemp("original")
+    write_tiny_folder(folder, **SMALL)
+    return folder
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "model")
+
+
+def edit_tensors(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def load(folder, **changes):
+    return load_params(folder, dataclasses.replace(read_config(folder), **changes))
+
+
+def assert_same_bits(folder, other):
+    ours, theirs = (load_file(path / "model.safetensors") for path in (folder, other))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype, name
+        assert ours[name].tobytes() == theirs[name].tobytes(), name
+
+
+# --- round trips ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [SMALL, {"tie_word_embeddings": True, "head_dim": 6, "num_key_value_heads": 1}],
+    ids=["biases", "tied"],
+)
+def test_from_transformers_and_back_is_bit_equal(tmp_path, changes):
+    pytest.importorskip("torch")
+    from transformers import LlamaForCausalLM
+
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    oracle = hf_model(**changes)
+    oracle.save_pretrained(theirs)
+    config = read_config(theirs)
+    save_model(ours, config, load_params(theirs, config))
+    assert_same_bits(ours, theirs)
+    assert read_config(ours) == config
+    reloaded, report = LlamaForCausalLM.from_pretrained(ours, output_loading_info=True)
+    assert not any(report.values()), report
+    tokens = random_tokens(2, 9)
+    np.testing.assert_array_equal(hf_forward(reloaded, tokens)[0], hf_forward(oracle, tokens)[0])
+
+
+def test_params_survive_a_save_and_a_load(folder):
+    config = read_config(folder)
+    loaded = load_params(folder, config)
+    jax.tree.map(np.testing.assert_array_equal, loaded, random_params(config))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_files(folder, tmp_path, dtype):
+    exact = load(folder)
+
+    def round_all(tensors):
+        tensors.update({name: tensor.astype(dtype) for name, tensor in tensors.items()})
+
+    edit_tensors(folder, round_all)
+    expected = jax.tree.map(lambda leaf: leaf.astype(dtype).astype("float32"), exact)
+    jax.tree.map(np.testing.assert_array_equal, load(folder), expected)
+    config = dataclasses.replace(read_config(folder), dtype=dtype)
+    save_model(tmp_path / "again", config, load_params(folder, config))
+    assert_same_bits(tmp_path / "again", folder)
+    assert json.loads((tmp_path / "again/config.json").read_text())["dtype"] == dtype
+
+
+def test_sharded_files(folder):
+    expected = load(folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[::2]}
+    parts["model-00002-of-00002.safetensors"] = names[1::2]
+    for file, held in parts.items():
+        save_file({name: tensors[name] for name in held}, folder / file)
+    weight_map = {name: file for file, held in parts.items() for name in held}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    jax.tree.map(np.testing.assert_array_equal, load(folder), expected)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"not there: model-00002-of-00002\.safetensors"):
+        load(folder)
+
+
+def test_other_safetensors_files_beside_the_model_are_left_alone(folder):
+    """Hub repositories carry adapters or the original layout beside model.safetensors."""
+    expected = load(folder)
+    save_file({"tok_embeddings": np.zeros(3)}, folder / "consolidated.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, load(folder), expected)
+
+
+def test_a_tied_model_may_carry_its_head_twice(tmp_path):
+    write_tiny_folder(tmp_path, tie_word_embeddings=True)
+    expected = load(tmp_path)
+
+    def add_head_and_buffer(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+
+    edit_tensors(tmp_path, add_head_and_buffer)
+    loaded = load(tmp_path)
+    assert "output_head" not in loaded
+    jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+
+
+# --- config.json ----------------------------------------------------------------------------------
+
+V4_ROPE = {"type": "linear", "factor": 2.0}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.5,
+    "high_freq_factor": 5.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("v4", "v5"),
+    [
+        (
+            {"rope_theta": 5e5, "torch_dtype": "bfloat16"},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "dtype": "bfloat16"},
+        ),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}},
+        ),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
+        ),
+        (
+            {"rope_theta": 5e5, "rope_scaling": None, "pretraining_tp": 1, "head_dim": None},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "head_dim": 8},
+        ),
+    ],
+    ids=["default", "linear", "llama3", "null"],
+)
+def test_both_spellings_of_config_json(v4, v5):
+    assert tiny_config(**v4) == tiny_config(**v5)
+    assert tiny_config(**v4).rope.theta == 5e5
+
+
+def test_absent_keys_take_the_defaults_of_transformers():
+    pytest.importorskip("torch")
+    from transformers import LlamaConfig
+
+    written = config_from_hf(LlamaConfig().to_dict())
+    absent = config_from_hf({"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2})
+    assert absent == written
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        RopeConfig("default", 5e5, original_max_positions=64),
+        RopeConfig("linear", factor=2.0, original_max_positions=64),
+        RopeConfig("dynamic", factor=2.0, original_max_positions=64),
+        RopeConfig("llama3", 5e5, 8.0, 32, 1.5, 5.0),
+        RopeConfig(
+            "yarn",
+            factor=4.0,
+            original_max_positions=16,
+            beta_fast=9.0,
+            beta_slow=2.0,
+            attention_factor=0.7,
+            truncate=False,
+        ),
+    ],
+    ids=lambda rope: rope.kind,
+)
+def test_config_survives_writing_and_reading(rope):
+    config = dataclasses.replace(
+        tiny_config(hidden_act="gelu_new", tie_word_embeddings=True, head_dim=6, **SMALL), rope=rope
+    )
+    assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
+
+
+def test_unknown_keys_are_listed_together():
+    changes = {
+        "clip_qkv": 8.0,
+        "sliding_window": 128,
+        "partial_rotary_factor": 0.5,
+        "hidden_act": "mish",
+        "rope_scaling": {"type": "longrope", "factor": 2.0},
+        "some_default": None,
+    }
+    with pytest.raises(ValueError) as error:
+        tiny_config(**changes)
+    for part in ("clip_qkv=8.0", "sliding_window=128", "partial_rotary_factor=0.5", "'mish'"):
+        assert part in str(error.value)
+    assert "'longrope'" in str(error.value)
+    assert "some_default" not in str(error.value)
+
+
+def test_unknown_rope_option_is_an_error():
+    with pytest.raises(ValueError, match="'yarn' does not know mscale"):
+        tiny_config(rope_scaling={"type": "yarn", "factor": 2.0, "mscale": 0.7})
+    with pytest.raises(ValueError, match="'linear' needs factor"):
+        tiny_config(rope_scaling={"type": "linear"})
+
+
+def test_unknown_model_type_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"model_type='mamba'.*llama"):
+        config_from_hf(TINY | {"model_type": "mamba"})
+
+
+# --- files that cannot be read --------------------------------------------------------------------
+
+
+def test_missing_extra_and_misshaped_tensors_in_one_message(folder):
+    def damage(tensors):
+        tensors.pop("model.norm.weight")
+        tensors.pop("model.layers.1.mlp.down_proj.bias")
+        tensors["model.layers.0.self_attn.q_norm.weight"] = np.zeros(8, np.float32)
+        tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((32, 40), np.float32)
+
+    edit_tensors(folder, damage)
+    with pytest.raises(ValueError) as error:
+        load(folder)
+    message = str(error.value)
+    assert str(folder) in message
+    assert "missing: model.norm.weight (32,)" in message
+    assert "missing: model.layers.1.mlp.down_proj.bias (32,)" in message
+    assert "unexpected: model.layers.0.self_attn.q_norm.weight (8,)" in message
+    assert "model.layers.0.mlp.up_proj.weight is (32, 40), config.json says (40, 32)" in message
+    assert message.count("\n") == 4
+
+
+def test_config_json_with_more_layers_than_the_weights(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"missing: model\.layers\.2\."):
+        load(folder)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.9], ids=["empty", "header cut", "data cut"])
+def test_truncated_safetensors(folder, kept):
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or cut short"):
+        load(folder)
+
+
+def test_integer_tensors_are_refused(folder):
+    edit_tensors(folder, lambda tensors: tensors.update(scale=np.zeros(2, np.int8)))
+    with pytest.raises(ValueError, match="tensor scale is stored as I8"):
+        load(folder)
+
+
+def test_only_pickled_weights(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no \.safetensors file$"):
+        load(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is pickled and is not read"):
+        load(folder)
+
+
+def test_missing_or_broken_config_json(folder):
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        read_config(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"model\.path=.*there is no config\.json"):
+        read_config(folder)
+
+
+def test_folder_that_is_not_there(tmp_path):
+    assert resolve_folder(str(tmp_path)) == tmp_path
+    with pytest.raises(ValueError, match=r"model\.path=.*no such folder"):
+        resolve_folder(str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match=r"model\.path='nobody/no-model' is not a folder"):
+        resolve_folder("nobody/no-model")
+
+
+# --- fingerprint ----------------------------------------------------------------------------------
+
+
+def test_fingerprint_changes_with_any_one_weight(folder, tmp_path):
+    before = weights_fingerprint(folder)
+    assert weights_fingerprint(shutil.copytree(folder, tmp_path / "copy")) == before
+    seen = {before}
+    for name, position in (
+        ("model.embed_tokens.weight", 0),
+        ("model.layers.1.self_attn.q_proj.bias", 5),
+        ("lm_head.weight", -1),
+    ):
+
+        def nudge(tensors, name=name, position=position):
+            flat = tensors[name].reshape(-1)
+            flat[position] = np.nextafter(flat[position], np.float32(np.inf))
+
+        edit_tensors(folder, nudge)
+        seen.add(weights_fingerprint(folder))
+    assert len(seen) == 4
