@@ -1,0 +1,130 @@
+"""Which rows a training step reads, and reading them ahead.
+
+The order is a pure function of (seed, step): a resumed run reads the rows that the uninterrupted
+one would have read, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+
+Item = TypeVar("Item")
+
+# Keeps this stream of random numbers apart from others that are keyed by the same seed.
+_PURPOSE = 0x0DE2
+
+
+def steps_per_epoch(n_rows: int, batch_size: int) -> int:
+    """Whole batches in one pass over the rows.
+
+    Raises:
+      ValueError: there is not one whole batch.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if batch_size > n_rows:
+        raise ValueError(
+            f"batch_size={batch_size} is larger than the {n_rows} rows of the cache; lower "
+            "warm.batch_size or joint.batch_size, or raise dump.n_samples"
+        )
+    return n_rows // batch_size
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
+    # Sorting raw Philox output, not Generator.permutation: NumPy guarantees that the raw stream
+    # stays the same over versions, and not the permutation.
+    raw = np.random.Philox(np.random.SeedSequence([seed, epoch, _PURPOSE])).random_raw(n_rows)
+    order = np.argsort(raw, kind="stable")
+    order.flags.writeable = False  # it is shared through the cache
+    return order
+
+
+def batch_indices(n_rows: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """The rows of step ``step`` (0-based), int64 of shape ``[batch_size]``.
+
+    Every epoch is a new permutation of all rows, keyed by (seed, epoch); the incomplete batch at
+    its end is dropped.
+
+    Raises:
+      ValueError: ``batch_size`` above ``n_rows``, or a negative seed or step.
+    """
+    per_epoch = steps_per_epoch(n_rows, batch_size)
+    if step < 0 or seed < 0:
+        raise ValueError(f"step and seed must not be negative, not {step} and {seed}")
+    epoch, number = divmod(step, per_epoch)
+    order = _epoch_order(n_rows, seed, epoch)
+    return order[number * batch_size : (number + 1) * batch_size].astype(np.int64)
+
+
+def shard_of_batch(indices: np.ndarray, process_index: int, process_count: int) -> np.ndarray:
+    """The part of a global batch that one process reads: consecutive, of equal size.
+
+    Raises:
+      ValueError: the batch cannot be divided evenly, or there is no such process.
+    """
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index} must be 0 … {process_count - 1}")
+    if len(indices) % process_count:
+        raise ValueError(
+            f"batch_size={len(indices)} must be a multiple of the {process_count} processes"
+        )
+    size = len(indices) // process_count
+    return indices[process_index * size : (process_index + 1) * size]
+
+
+def pad_tokens(
+    token_lists: Sequence[Sequence[int]], seq_len: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Contexts of unequal length as one array: longer ones are cut, shorter ones padded right.
+
+    Returns:
+      ``tokens_NS`` int32 and ``lengths_N`` int32 (tokens that are not padding).
+    """
+    tokens_NS = np.full((len(token_lists), seq_len), pad_id, dtype=np.int32)
+    lengths_N = np.zeros(len(token_lists), dtype=np.int32)
+    for row, tokens in enumerate(token_lists):
+        kept = tokens[:seq_len]
+        tokens_NS[row, : len(kept)] = kept
+        lengths_N[row] = len(kept)
+    return tokens_NS, lengths_N
+
+
+def prefetch(
+    read: Callable[[int], Item], steps: Iterable[int], depth: int = 2
+) -> Iterator[tuple[int, Item]]:
+    """Yields ``(step, read(step))`` in order, reading up to ``depth`` steps ahead in one thread.
+
+    An exception of ``read`` is raised at its own step, after the steps before it. Closing the
+    generator (or leaving it by an exception) waits for the read that runs and ends the thread.
+
+    Raises:
+      ValueError: ``depth`` below 1.
+    """
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, not {depth}")
+    return _prefetch(read, steps, depth)
+
+
+def _prefetch(
+    read: Callable[[int], Item], steps: Iterable[int], depth: int
+) -> Iterator[tuple[int, Item]]:
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+    ahead: deque[tuple[int, Future[Item]]] = deque()
+    try:
+        for step in steps:
+            ahead.append((step, executor.submit(read, step)))
+            if len(ahead) > depth:
+                done, future = ahead.popleft()
+                yield done, future.result()
+        while ahead:
+            done, future = ahead.popleft()
+            yield done, future.result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)

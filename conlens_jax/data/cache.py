@@ -1,0 +1,149 @@
+"""The activation cache: raw activations with their contexts, on disk.
+
+A finished cache is a folder with ``metadata.json`` and equal-sized shards
+``shard-00000.safetensors``, … (the last may be shorter). While it is written it is called
+``<folder>.partial``; the name changes only when everything is there, so a folder without that
+ending is always whole. A shard is written to a temporary name, synced and renamed, and
+``progress.json`` follows it: an interrupted dump goes on behind its last whole shard.
+
+Activations are stored as float32 or bfloat16, never float16: the residual stream of large models
+exceeds float16's range (65504).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from conlens_jax.data.cache_metadata import (
+    METADATA_FILE,
+    CacheError,
+    CacheMetadata,
+    Shard,
+    cache_is_complete,
+    check_metadata,
+)
+from conlens_jax.data.cache_writer import CacheWriter
+from conlens_jax.data.rows import Rows, checked_indices
+from conlens_jax.data.shard_files import map_shard, shard_problem
+
+__all__ = [
+    "ActivationCache",
+    "CacheError",
+    "CacheMetadata",
+    "CacheWriter",
+    "Rows",
+    "Shard",
+    "cache_is_complete",
+]
+
+
+class ActivationCache:
+    """A finished cache; rows are read from memory-mapped shards. Make it with :meth:`open`."""
+
+    def __init__(self, folder: Path, metadata: CacheMetadata):
+        self.folder = folder
+        self.metadata = metadata
+        self._ends = np.cumsum([shard.rows for shard in metadata.shards])
+        self._maps: dict[int, Rows] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path, verify: bool | Literal["sizes"] = True) -> ActivationCache:
+        """Opens a finished cache.
+
+        Args:
+          folder: the folder with ``metadata.json``.
+          verify: True also reads every shard and compares its sha256; ``"sizes"`` or False only
+            looks whether all shards are there with their right sizes.
+
+        Raises:
+          CacheError: no finished cache, an unknown schema version, or shards that are missing,
+            truncated or altered: all of them in one message.
+        """
+        folder = Path(folder)
+        path = folder / METADATA_FILE
+        if not path.is_file():
+            partial = folder.with_name(folder.name + ".partial")
+            hint = (
+                "its dump was interrupted: run the same dump command again, it goes on from there"
+                if partial.is_dir()
+                else "run conlens_jax.dump first or change dump.cache_dir"
+            )
+            raise CacheError(f"no activation cache at {folder} (no {METADATA_FILE}); {hint}")
+        metadata = CacheMetadata.from_json(path.read_text(), str(path))
+        problems = [
+            problem
+            for shard in metadata.shards
+            if (problem := shard_problem(folder, shard, with_hash=verify is True))
+        ]
+        n_rows = sum(shard.rows for shard in metadata.shards)
+        if n_rows != metadata.n_rows or not n_rows:
+            problems.append(f"{METADATA_FILE}: n_rows={metadata.n_rows}, its shards hold {n_rows}")
+        if problems:
+            raise CacheError(
+                f"{folder} is damaged; restore these files, or delete the folder and dump again:\n"
+                + "\n".join(f"  - {problem}" for problem in problems)
+            )
+        return cls(folder, metadata)
+
+    def __len__(self) -> int:
+        return self.metadata.n_rows
+
+    def rows(self, indices: np.ndarray | Sequence[int]) -> Rows:
+        """The rows at ``indices``, in that order; activations as float32.
+
+        Raises:
+          ValueError: an index outside ``0 … len − 1``.
+        """
+        indices = checked_indices(indices, len(self))
+        # Ascending reads touch every page once, whatever order the batch wants.
+        order = np.argsort(indices, kind="stable")
+        ordered = indices[order]
+        shard_of = np.searchsorted(self._ends, ordered, side="right")
+        parts = []
+        for number in np.unique(shard_of):
+            first_row = self._ends[number] - self.metadata.shards[number].rows
+            part = self._shard(int(number)).take(ordered[shard_of == number] - first_row)
+            parts.append(part)
+        rows = Rows.concatenate(parts) if parts else self._shard(0).take(indices)
+        rows = rows.take(np.argsort(order))
+        return dataclasses.replace(rows, activations_ND=rows.activations_ND.astype(np.float32))
+
+    def _shard(self, number: int) -> Rows:
+        if number not in self._maps:
+            shard = self.metadata.shards[number]
+            rows = map_shard(self.folder / shard.file)
+            found = (len(rows), rows.activations_ND.shape[1], rows.tokens_NS.shape[1])
+            stated = (shard.rows, self.metadata.d_model, self.metadata.seq_len)
+            if found != stated:
+                raise CacheError(
+                    f"{self.folder / shard.file} has (rows, d_model, seq_len) = {found}, "
+                    f"{METADATA_FILE} says {stated}; dump again"
+                )
+            self._maps[number] = rows
+        return self._maps[number]
+
+    def check(
+        self,
+        *,
+        model_id: str | None = None,
+        weights_hash: str | None = None,
+        tokenizer_hash: str | None = None,
+        layer: int | None = None,
+        d_model: int | None = None,
+    ) -> None:
+        """Raises :class:`CacheError` where the cache is not of this model, tokenizer and layer;
+        see :func:`check_metadata`."""
+        check_metadata(
+            self.metadata,
+            str(self.folder),
+            model_id=model_id,
+            weights_hash=weights_hash,
+            tokenizer_hash=tokenizer_hash,
+            layer=layer,
+            d_model=d_model,
+        )

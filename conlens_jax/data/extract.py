@@ -1,0 +1,215 @@
+"""Corpus → activation cache: read documents, run M up to block L, keep rows.
+
+A row is one position of one document. Which positions are drawn depends on the seed and the
+document alone, and batches are made of the same documents after an interruption, so a dump that
+was interrupted ends with the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from conlens_jax.config import DumpConfig, ExperimentConfig
+from conlens_jax.data.batches import pad_tokens
+from conlens_jax.data.cache_metadata import CacheMetadata, cache_is_complete
+from conlens_jax.data.cache_writer import CacheWriter
+from conlens_jax.data.corpus import Corpus, CorpusError, Document, open_corpus
+from conlens_jax.data.rows import Rows
+from conlens_jax.lens.original import capture
+from conlens_jax.lens.spec import LensSpec
+from conlens_jax.models.model import LanguageModel
+from conlens_jax.parallel.mesh import batch_sharding, check_batch
+from conlens_jax.training.console import Console
+
+SPLITS = ("train", "validation")
+
+
+def dump_activations(
+    config: ExperimentConfig, model: LanguageModel, spec: LensSpec, mesh: Mesh, console: Console
+) -> Path:
+    """Writes ``train`` and ``validation`` below ``dump.cache_dir``; goes on where it stopped.
+
+    Raises:
+      ValueError: settings that do not fit, a corpus without a usable document, or a cache that is
+        there already with other settings.
+      OSError: the disk is full; what is written is safe.
+    """
+    check_batch("dump.batch_size", config.dump.batch_size, mesh)
+    corpus = open_corpus(config.corpus)
+    root = Path(config.dump.cache_dir)
+    wanted = {"train": config.dump.n_samples, "validation": config.dump.n_validation_samples}
+    for split in SPLITS:
+        metadata = _metadata(config, model, corpus, split)
+        if cache_is_complete(root / split, metadata):
+            console.line("dump", split=split, found=root / split)
+            continue
+        writer = CacheWriter(root / split, metadata, config.dump.rows_per_shard)
+        extractor = _Extractor(config.dump, model, spec, mesh, corpus, split)
+        _dump_split(extractor, writer, wanted[split], console)
+    return root
+
+
+def _metadata(
+    config: ExperimentConfig, model: LanguageModel, corpus: Corpus, split: str
+) -> CacheMetadata:
+    settings = dataclasses.asdict(config.dump)
+    for name in ("cache_dir", "seq_len", "dtype", "seed", "rows_per_shard"):
+        settings.pop(name)  # recorded apart, or without influence on the rows
+    return CacheMetadata(
+        model_id=model.model_id,
+        weights_hash=model.weights_hash,
+        tokenizer_hash=model.tokenizer.fingerprint,
+        layer=config.model.layer,
+        d_model=model.config.d_model,
+        seq_len=config.dump.seq_len,
+        dtype=config.dump.dtype,
+        corpus=corpus.description(),
+        split=split,
+        dump=settings,
+        seed=config.dump.seed,
+    )
+
+
+def _dump_split(extractor: _Extractor, writer: CacheWriter, wanted: int, console: Console) -> None:
+    started, before = time.time(), writer.rows_written
+    split = extractor.split
+    if before:
+        console.line("dump", split=split, resumed_after=before)
+    with console.progress(wanted, f"dump {split}", initial=before) as progress:
+        for rows, cursors in extractor.batches(writer.cursor):
+            room = wanted - writer.rows_appended
+            writer.append(rows.take(slice(room)), cursors[:room])
+            rate = (writer.rows_appended - before) / (time.time() - started)
+            progress.update(min(len(rows), room), samples_per_s=rate)
+            if writer.rows_appended >= wanted:
+                break
+    if writer.rows_appended == 0:
+        raise CorpusError(extractor.nothing_message())
+    if writer.rows_appended < wanted:
+        console.line(
+            "dump",
+            split=split,
+            note=f"the corpus gave only {writer.rows_appended} of {wanted} rows",
+        )
+    metadata = writer.finish()
+    console.line(
+        "dump",
+        split=split,
+        rows=metadata.n_rows,
+        too_short=extractor.too_short,
+        samples_per_s=(metadata.n_rows - before) / max(time.time() - started, 1e-9),
+        folder=writer.folder,
+    )
+
+
+class _Extractor:
+    """Turns the documents of a split into batches of rows."""
+
+    def __init__(
+        self,
+        config: DumpConfig,
+        model: LanguageModel,
+        spec: LensSpec,
+        mesh: Mesh,
+        corpus: Corpus,
+        split: str,
+    ):
+        self.config, self.model, self.split, self.corpus = config, model, split, corpus
+        self.sharding = batch_sharding(mesh)
+        self.too_short = self.read = 0
+        self._capture = functools.partial(_capture_at, spec=spec)
+
+    def batches(self, cursor: Any) -> Iterator[tuple[Rows, list[Any]]]:
+        """Rows from behind ``cursor`` on, which is [first document of the batch, row in it]."""
+        start, skip = (cursor[0], cursor[1] + 1) if cursor else (0, 0)
+        documents = self._usable(start)
+        while batch := list(itertools.islice(documents, self.config.batch_size)):
+            rows = self._rows(batch)
+            cursors = [[batch[0][0].index, number] for number in range(len(rows))]
+            yield rows.take(slice(skip, None)), cursors[skip:]
+            skip = 0
+
+    def nothing_message(self) -> str:
+        return (
+            f"corpus.path={self.corpus.name!r}: none of the {self.read} documents of the "
+            f"{self.split} split is long enough: a row needs dump.min_position="
+            f"{self.config.min_position} + 1 + dump.after={self.config.after} tokens; lower "
+            "dump.min_position or choose longer documents"
+        )
+
+    def _usable(self, start: int) -> Iterator[tuple[Document, list[int]]]:
+        """Documents with room for at least one position, and their tokens."""
+        documents = self.corpus.documents(self.split, start)
+        while chunk := list(itertools.islice(documents, 256)):
+            encoded = self.model.tokenizer.encode_batch(
+                [document.text for document in chunk], add_bos=self.config.add_bos
+            )
+            for document, tokens in zip(chunk, encoded, strict=True):
+                self.read += 1
+                if len(tokens) > self.config.min_position + self.config.after:
+                    yield document, tokens[: self.config.seq_len]
+                else:
+                    self.too_short += 1
+
+    def _rows(self, batch: list[tuple[Document, list[int]]]) -> Rows:
+        config = self.config
+        tokens_BS, lengths_B = pad_tokens(
+            [tokens for _, tokens in batch], config.seq_len, self.model.tokenizer.pad_id
+        )
+        chosen = [
+            self._positions(document.index, length)
+            for (document, _), length in zip(batch, lengths_B, strict=True)
+        ]
+        row_of = np.repeat(np.arange(len(batch)), [len(positions) for positions in chosen])
+        positions_N = np.concatenate(chosen).astype(np.int32)
+        filled = np.zeros((config.batch_size, config.positions_per_sequence), np.int32)
+        valid = np.zeros(filled.shape, bool)
+        for row, positions in enumerate(chosen):
+            filled[row, : len(positions)], valid[row, : len(positions)] = positions, True
+        padding = config.batch_size - len(batch)
+        activations_BkD = self._capture(
+            self.model.params,
+            *(
+                jax.device_put(array, self.sharding)
+                for array in (
+                    np.pad(tokens_BS, ((0, padding), (0, 0))),
+                    np.pad(lengths_B, (0, padding)),
+                    filled,
+                )
+            ),
+        )
+        return Rows(
+            activations_ND=np.asarray(activations_BkD)[valid],
+            tokens_NS=tokens_BS[row_of],
+            positions_N=positions_N,
+            lengths_N=lengths_B[row_of],
+            documents_N=np.asarray([document.index for document, _ in batch], np.int64)[row_of],
+        )
+
+    def _positions(self, document: int, length: int) -> np.ndarray:
+        """Distinct random positions in the valid range, in rising order."""
+        config = self.config
+        last = length - 1 - config.after
+        if config.max_position:
+            last = min(last, config.max_position)
+        possible = np.arange(config.min_position, last + 1)
+        rng = np.random.default_rng([config.seed, document])
+        count = min(config.positions_per_sequence, len(possible))
+        return np.sort(rng.choice(possible, count, replace=False))
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _capture_at(original, tokens_BS, lengths_B, positions_Bk, *, spec):
+    mask_BS = np.arange(tokens_BS.shape[1]) < lengths_B[:, None]
+    x_BSD = capture(original, tokens_BS, mask_BS, spec=spec)
+    return x_BSD[np.arange(tokens_BS.shape[0])[:, None], positions_Bk].astype(np.float32)

@@ -1,0 +1,237 @@
+"""Caches of earlier public systems, read through the same interface as ours.
+
+Three layouts are known:
+
+* a folder with one ``.pt`` file a sample: a dict with ``A``, ``input_ids_A``, ``token_pos_A`` and,
+  in most, the same with ``_prime``;
+* ``.pt`` shards that hold lists of such dicts, with or without a ``metadata.json`` that names
+  them (several processes wrote ``rank_0/``, ``rank_1/``, …);
+* the parquet files of natural-language autoencoders: ``activation_vector``, and optionally
+  ``token_ids_prefix`` (the context up to and including P) with a ``<file>.nla_meta.yaml`` sidecar.
+
+``A`` and ``A_prime`` are both activations with a context, so they become two rows. Reading is not
+fast; :func:`convert_legacy` turns such a folder into an :class:`ActivationCache` once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from conlens_jax.data.cache import ActivationCache
+from conlens_jax.data.cache_metadata import (
+    CacheError,
+    CacheMetadata,
+    cache_is_complete,
+    check_metadata,
+)
+from conlens_jax.data.cache_writer import CacheWriter
+from conlens_jax.data.legacy_files import (
+    TOKEN_COLUMNS,
+    Block,
+    LegacyRow,
+    parquet_blocks,
+    parquet_files,
+    pt_files,
+    raise_problems,
+    read_block,
+    recorded_by_shards,
+    recorded_by_sidecar,
+)
+from conlens_jax.data.rows import Rows, checked_indices
+
+
+def open_cache(
+    folder: str | Path, verify: bool | Literal["sizes"] = True, pad_id: int | None = None
+) -> ActivationCache | LegacyCache:
+    """Opens a cache of any known layout (``pad_id`` is for the earlier ones only).
+
+    Raises:
+      CacheError: nothing there, an unknown layout, or a damaged cache.
+    """
+    folder = Path(folder)
+    if pt_files(folder) or parquet_files(folder):
+        return LegacyCache.open(folder, pad_id)
+    return ActivationCache.open(folder, verify)
+
+
+@dataclasses.dataclass
+class _Facts:
+    """What all the files have to agree about, gathered while they are read."""
+
+    blocks: list[tuple[Block, int]] = dataclasses.field(default_factory=list)
+    widths: dict[int, str] = dataclasses.field(default_factory=dict)  # and where it is met first
+    with_tokens: set[bool] = dataclasses.field(default_factory=set)
+    layers: set[int] = dataclasses.field(default_factory=set)
+    seq_len: int = 0
+
+    def add(self, block: Block, rows: Sequence[LegacyRow]) -> None:
+        if rows:
+            self.blocks.append((block, len(rows)))
+        for row in rows:
+            self.widths.setdefault(len(row.activation_D), block.path.name)
+            self.with_tokens.add(len(row.tokens) > 0)
+            self.layers.add(row.layer)
+            self.seq_len = max(self.seq_len, len(row.tokens))
+
+    def problems(self) -> list[str]:
+        found = []
+        if len(self.widths) > 1:
+            places = ", ".join(f"{width} in {name}" for width, name in self.widths.items())
+            found.append(f"activations of different widths: {places}")
+        if len(self.layers) > 1:
+            found.append(f"activations of different layers: {sorted(self.layers)}")
+        return found
+
+
+class LegacyCache:
+    """An earlier public cache behind ``rows(indices)``, ``len`` and ``metadata``.
+
+    ``metadata`` has what the files record: hashes are empty, an unknown layer is -1. The ``.pt``
+    systems captured the *input* of block ``layer_idx`` (``hidden_states[layer_idx]``), which is
+    the output of block ``layer_idx − 1``: ``metadata.layer`` says the latter. Parquet sidecars
+    already count outputs of blocks.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        blocks: Sequence[tuple[Block, int]],
+        metadata: CacheMetadata,
+        pad_id: int | None,
+        has_contexts: bool,
+    ):
+        self.folder = folder
+        self.metadata = metadata
+        self.has_contexts = has_contexts
+        self._blocks = [block for block, _ in blocks]
+        self._ends = np.cumsum([n_rows for _, n_rows in blocks])
+        self._pad_id = pad_id
+        self._read = functools.lru_cache(maxsize=2)(functools.partial(read_block, pad_id=pad_id))
+
+    @classmethod
+    def open(cls, folder: str | Path, pad_id: int | None = None) -> LegacyCache:
+        """Reads every file once, to know its rows and that they are whole.
+
+        Args:
+          folder: the folder, or one parquet file.
+          pad_id: the padding token of the dump: trailing ones behind P are then not counted in
+            ``lengths_N``. Without it every stored token counts as text.
+
+        Raises:
+          CacheError: no file of a known layout; or a list of files with missing keys, activations
+            that are not finite (float16 overflows in large models), or unequal widths.
+        """
+        folder = Path(folder)
+        paths = pt_files(folder)
+        if paths:
+            recorded = recorded_by_shards(folder, paths)
+            candidates = [Block(path) for path in paths]
+        else:
+            paths = parquet_files(folder)
+            recorded = recorded_by_sidecar(paths[0]) if paths else {}
+            candidates = list(parquet_blocks(paths))
+        facts, problems = _Facts(), []
+        if recorded.get("d_model"):
+            facts.widths[int(recorded["d_model"])] = "the sidecar"
+        for block in candidates:
+            try:
+                facts.add(block, read_block(block, pad_id))
+            except CacheError as error:
+                problems.append(str(error))
+        problems += facts.problems()
+        if not facts.blocks and not problems:
+            problems.append("no .pt or .parquet file with rows")
+        raise_problems(folder, problems)
+        layer = recorded.get("layer")
+        if layer is None:
+            layer = facts.layers.pop() if len(facts.layers) == 1 else -1
+        metadata = CacheMetadata(
+            model_id=str(recorded.get("model") or ""),
+            weights_hash="",
+            tokenizer_hash="",
+            layer=int(layer),
+            d_model=next(iter(facts.widths)),
+            seq_len=max(facts.seq_len, 1),
+            dtype="float32",
+            corpus={"name": str(recorded.get("corpus") or "")},
+            split=str(recorded.get("split") or ""),
+            dump={"source": folder.name},
+            seed=int(recorded.get("seed") or 0),
+            n_rows=sum(n_rows for _, n_rows in facts.blocks),
+        )
+        has_contexts = facts.with_tokens == {True}
+        return cls(folder, facts.blocks, metadata, pad_id, has_contexts)
+
+    def __len__(self) -> int:
+        return self.metadata.n_rows
+
+    def rows(self, indices: np.ndarray | Sequence[int]) -> Rows:
+        """The rows at ``indices``, in that order; contexts padded to ``metadata.seq_len``.
+
+        Rows of files without tokens have ``lengths_N = 0``.
+
+        Raises:
+          ValueError: an index outside ``0 … len − 1``.
+        """
+        indices = checked_indices(indices, len(self))
+        found: dict[int, LegacyRow] = {}
+        for index in np.unique(indices):
+            number = int(np.searchsorted(self._ends, index, side="right"))
+            block = self._read(self._blocks[number])
+            # Counted from the end of the block: the start of the first one is not in _ends.
+            found[int(index)] = block[int(index - self._ends[number])]
+        rows = [found[int(index)] for index in indices]
+        tokens_NS = np.full((len(rows), self.metadata.seq_len), self._pad_id or 0, np.int32)
+        activations_ND = np.zeros((len(rows), self.metadata.d_model), np.float32)
+        for number, row in enumerate(rows):
+            activations_ND[number] = row.activation_D
+            tokens_NS[number, : len(row.tokens)] = row.tokens
+        return Rows(
+            activations_ND,
+            tokens_NS,
+            np.array([row.position for row in rows], np.int32),
+            np.array([len(row.tokens) for row in rows], np.int32),
+            np.array([row.document for row in rows], np.int64),
+        )
+
+    def check(self, **expected: Any) -> None:
+        """As :meth:`ActivationCache.check`; what the old files do not record is not compared."""
+        check_metadata(self.metadata, str(self.folder), **expected)
+
+
+def convert_legacy(
+    source: LegacyCache,
+    folder: str | Path,
+    metadata: CacheMetadata,
+    rows_per_shard: int = 4096,
+    rows_per_read: int = 512,
+) -> ActivationCache:
+    """Writes an earlier cache in today's format; an interrupted conversion goes on.
+
+    Args:
+      source: the earlier cache.
+      folder: the new cache; returned opened where it is already complete.
+      metadata: usually ``dataclasses.replace(source.metadata, model_id=…, weights_hash=…,
+        tokenizer_hash=…, layer=…)``: what the old files do not record.
+
+    Raises:
+      CacheError: the source has no contexts, or ``folder`` holds something else.
+    """
+    if not source.has_contexts:
+        raise CacheError(
+            f"{source.folder} has no token columns ({', '.join(TOKEN_COLUMNS)}): a lens needs the "
+            "context of every activation; dump again from the texts"
+        )
+    if not cache_is_complete(folder, metadata):
+        writer = CacheWriter(folder, metadata, rows_per_shard)
+        for start in range(writer.rows_written, len(source), rows_per_read):
+            indices = range(start, min(start + rows_per_read, len(source)))
+            writer.append(source.rows(indices), indices)
+        writer.finish()
+    return ActivationCache.open(folder, verify="sizes")

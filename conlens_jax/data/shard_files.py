@@ -1,0 +1,107 @@
+"""Shard files of the activation cache: safetensors, written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from conlens_jax.data.cache_metadata import Shard
+from conlens_jax.data.rows import ACTIVATION_DTYPES, Rows
+
+_SAFETENSORS_DTYPES = {
+    "F32": ACTIVATION_DTYPES["float32"],
+    "BF16": ACTIVATION_DTYPES["bfloat16"],
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+}
+
+
+def shard_chunks(rows: Rows) -> list[bytes | memoryview]:
+    """The safetensors file of ``rows``, in pieces: header, then every array's bytes.
+
+    The header is made here and not by the library, so that the same rows always give the same
+    bytes. Activations come last, which keeps the integers aligned whatever ``N·D`` is.
+    """
+    codes = {dtype: code for code, dtype in _SAFETENSORS_DTYPES.items()}
+    names = [field.name for field in dataclasses.fields(Rows)]
+    arrays = {
+        name: np.ascontiguousarray(getattr(rows, name)) for name in reversed(names)
+    }  # documents (int64) first
+    header, offset = {}, 0
+    for name, array in arrays.items():
+        header[name] = {
+            "dtype": codes[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + array.nbytes],
+        }
+        offset += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    payload = [array.reshape(-1).view(np.uint8).data for array in arrays.values()]
+    return [len(text).to_bytes(8, "little") + text, *payload]
+
+
+def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Writes, syncs and renames; returns the size and the sha256 of what was written."""
+    temporary = path.with_name(path.name + ".tmp")
+    digest, size = hashlib.sha256(), 0
+    try:
+        with open(temporary, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+    return size, digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename inside ``folder`` survive a power cut."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def shard_problem(folder: Path, shard: Shard, with_hash: bool) -> str | None:
+    path = folder / shard.file
+    if Path(shard.file).name != shard.file:
+        return f"{shard.file}: a shard must lie in the cache's own folder"
+    if not path.is_file():
+        return f"{shard.file}: missing"
+    size = path.stat().st_size
+    if size != shard.n_bytes:
+        return f"{shard.file}: {size} bytes instead of {shard.n_bytes}"
+    if with_hash:
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                return f"{shard.file}: altered (sha256 does not match)"
+    return None
+
+
+def map_shard(path: Path) -> Rows:
+    """The arrays of a shard as views of the memory-mapped file; nothing is read yet."""
+    data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:start].tobytes())
+    arrays = []
+    for field in dataclasses.fields(Rows):
+        entry = header[field.name]
+        begin, end = entry["data_offsets"]
+        flat = data[start + begin : start + end].view(_SAFETENSORS_DTYPES[entry["dtype"]])
+        arrays.append(flat.reshape(entry["shape"]))
+    return Rows(*arrays)
