@@ -1,0 +1,1 @@
+"""The method: the original model, decoder, encoder, losses and schedules as pure functions."""

@@ -1,0 +1,65 @@
+"""The terms of the loss, each by its definition; everything in fp32, means over the batch."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def kl_divergence(
+    target_logits: Float[Array, "*B V"], logits: Float[Array, "*B V"]
+) -> Float[Array, "*B"]:
+    """KL(target ‖ other) over the full vocabulary, in nats; differentiable in both."""
+    log_p = jax.nn.log_softmax(target_logits.astype(jnp.float32))
+    log_q = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def entropy(logits: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+    """Entropy of the softmax of logits, in nats."""
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+
+def cross_entropy(logits: Float[Array, "*B V"], tokens: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    """−log p of the tokens, in nats."""
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return -jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
+
+
+def direction_error(
+    reconstruction: Float[Array, "*B D"], activation: Float[Array, "*B D"]
+) -> Float[Array, "*B"]:
+    """‖n(â) − n(a)‖² / d with n(v) = √d · v / ‖v‖, which is 2 (1 − cos)."""
+    return 2.0 - 2.0 * jnp.sum(_unit(reconstruction) * _unit(activation), axis=-1)
+
+
+def squared_error(
+    reconstruction: Float[Array, "*B D"],
+    activation: Float[Array, "*B D"],
+    mean_square_norm: Float[Array, ""],
+) -> Float[Array, "*B"]:
+    """‖â − a‖² / E‖a‖²; the expectation is over the training activations."""
+    difference = reconstruction.astype(jnp.float32) - activation.astype(jnp.float32)
+    return jnp.sum(jnp.square(difference), axis=-1) / mean_square_norm
+
+
+def reconstruction_error(
+    reconstruction: Float[Array, "*B D"],
+    activation: Float[Array, "*B D"],
+    statistics: dict[str, Array],
+    kind: str,
+) -> Float[Array, "*B"]:
+    """One of the two above, by ``loss.mse_kind``."""
+    if kind == "direction":
+        return direction_error(reconstruction, activation)
+    mean, scale = statistics["mean"], statistics["scale"]
+    mean_square_norm = jnp.sum(jnp.square(mean)) + mean.shape[0] * jnp.square(scale)
+    return squared_error(reconstruction, activation, mean_square_norm)
+
+
+def _unit(vector: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    wide = vector.astype(jnp.float32)
+    # eps inside the root: the gradient at a zero vector is finite.
+    return wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + 1e-12)

@@ -1,0 +1,107 @@
+"""M as the lens sees it: capture at the output of block L, and a swap that costs one decode step.
+
+Only positions ≥ P can change when position P is swapped. So one pass over the context, without
+gradient, keeps the residual stream behind block L at P..P+h−1, the true logits there, and the keys
+and values of the layers above L; a swap then runs h positions through those layers alone. It
+equals the full forward pass (``LanguageModel.swap``) to rounding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from conlens_jax.lens.spec import LensSpec
+from conlens_jax.models.param_table import Params
+from conlens_jax.models.transformer import (
+    KVCache,
+    embed_tokens,
+    positions_of,
+    run_layers,
+    slice_layers,
+    unembed,
+)
+
+
+class Context(NamedTuple):
+    """What a swap at P needs to know of the context; h is the horizon.
+
+    Attributes:
+      residual_BhD: residual stream at the output of block L, indices P..P+h−1.
+      logits_BhV: the true logits there, fp32.
+      positions_Bh: their rotary positions.
+      slots_B: P as an index into the sequence.
+      cache: keys and values of the layers above L (None if L is the last).
+    """
+
+    residual_BhD: Float[Array, "B h D"]
+    logits_BhV: Float[Array, "B h V"]
+    positions_Bh: Int[Array, "B h"]
+    slots_B: Int[Array, "B"]
+    cache: KVCache | None
+
+
+def capture(
+    original: Params,
+    tokens_BS: Int[Array, "B S"],
+    mask_BS: Bool[Array, "B S"],
+    *,
+    spec: LensSpec,
+) -> Float[Array, "B S D"]:
+    """The residual stream at the output of block L, all positions; stops there."""
+    layers = slice_layers(original["layers"], 0, spec.layer + 1)
+    x_BSD = embed_tokens(original, tokens_BS)
+    x_BSD, _ = run_layers(layers, x_BSD, positions_of(mask_BS), config=spec.model)
+    return x_BSD
+
+
+def read_context(
+    original: Params,
+    tokens_BS: Int[Array, "B S"],
+    mask_BS: Bool[Array, "B S"],
+    indices_B: Int[Array, "B"],
+    *,
+    horizon: int,
+    spec: LensSpec,
+) -> Context:
+    """One pass over the context. ``indices_B`` is P as an index into the sequence; P + horizon − 1
+    must lie inside it (``dump.after`` sees to that)."""
+    positions_BS = positions_of(mask_BS)
+    window_Bh = indices_B[:, None] + jnp.arange(horizon, dtype=jnp.int32)
+    rows_B1 = jnp.arange(tokens_BS.shape[0])[:, None]
+    lower_BSD = capture(original, tokens_BS, mask_BS, spec=spec)
+    upper = slice_layers(original["layers"], spec.layer + 1, spec.model.n_layers)
+    x_BSD, cache = run_layers(upper, lower_BSD, positions_BS, config=spec.model, keep_cache=True)
+    return Context(
+        residual_BhD=lower_BSD[rows_B1, window_Bh],
+        logits_BhV=unembed(original, x_BSD[rows_B1, window_Bh], config=spec.model),
+        positions_Bh=positions_BS[rows_B1, window_Bh],
+        slots_B=indices_B,
+        cache=cache,
+    )
+
+
+def swapped_logits(
+    original: Params,
+    context: Context,
+    activation_BD: Float[Array, "B D"],
+    *,
+    spec: LensSpec,
+) -> Float[Array, "B h V"]:
+    """M's logits at P..P+h−1 with ``activation_BD`` as the output of block L at P; fp32,
+    differentiable in the activation."""
+    residual_BhD = context.residual_BhD.at[:, 0].set(
+        activation_BD.astype(context.residual_BhD.dtype)
+    )
+    upper = slice_layers(original["layers"], spec.layer + 1, spec.model.n_layers)
+    x_BhD, _ = run_layers(
+        upper,
+        residual_BhD,
+        context.positions_Bh,
+        config=spec.model,
+        cache=context.cache,
+        slot=context.slots_B,
+    )
+    return unembed(original, x_BhD, config=spec.model)

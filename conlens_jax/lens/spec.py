@@ -1,0 +1,223 @@
+"""The lens as data: what it is made of, which parts are trained, and where each part lives.
+
+``trainable`` holds only what the optimizer changes. ``frozen`` holds the original model, the parts
+that are not trained, and the activation statistics. A part is looked up in ``trainable`` first;
+a base that is not there is the original's own arrays, so frozen weights exist once.
+
+    trainable = {"decoder": {"base", "projection", "soft_prompt", "output_head"},
+                 "encoder": {"base", "projection", "soft_prompt"}}
+    frozen    = {"original", "decoder": {...}, "encoder": {...}, "statistics": {"mean", "scale"}}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from conlens_jax.config import LensConfig
+from conlens_jax.data.tokenizer import Tokenizer
+from conlens_jax.models.param_table import Params
+from conlens_jax.models.transformer import embed_tokens, output_head, slice_layers
+from conlens_jax.models.transformer_config import TransformerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class LensSpec:
+    """Everything about a lens that is not an array; hashable, a static argument of ``jit``.
+
+    Attributes:
+      model: shape of the language model.
+      layer: the block whose output is read.
+      lens: which parts train, text length, gradient switches.
+      decoder_left, decoder_right: prompt tokens on both sides of the activation's slot.
+      encoder_left, encoder_right: prompt tokens on both sides of the text.
+      bos: token that begins a text read alone by M, or None.
+    """
+
+    model: TransformerConfig
+    layer: int
+    lens: LensConfig
+    decoder_left: tuple[int, ...]
+    decoder_right: tuple[int, ...]
+    encoder_left: tuple[int, ...]
+    encoder_right: tuple[int, ...]
+    bos: int | None
+
+    @property
+    def text_len(self) -> int:
+        return self.lens.text_len
+
+
+def make_spec(
+    model: TransformerConfig, layer: int, lens: LensConfig, tokenizer: Tokenizer
+) -> LensSpec:
+    """Tokenises the prompts.
+
+    Raises:
+      ValueError: the layer is out of range, or the tokenizer cannot write a prompt.
+    """
+    if not 0 <= layer < model.n_layers:
+        raise ValueError(
+            f"model.layer={layer} is out of range: the model has layers 0 to {model.n_layers - 1}"
+        )
+    start = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
+    pieces = []
+    for field, slot in (("decoder_prompt", "<embed>"), ("encoder_prompt", "<text>")):
+        for text in getattr(lens, field).split(slot):
+            ids = tuple(tokenizer.encode(text.strip()))
+            if tokenizer.unk_id is not None and tokenizer.unk_id in ids:
+                raise ValueError(
+                    f"lens.{field}={getattr(lens, field)!r} has words that the tokenizer does not "
+                    f"know ({text.strip()!r}); use words of the model's vocabulary or {slot} alone"
+                )
+            pieces.append(ids)
+    return LensSpec(
+        model=model,
+        layer=layer,
+        lens=lens,
+        decoder_left=start + pieces[0],
+        decoder_right=pieces[1],
+        encoder_left=start + pieces[2],
+        encoder_right=pieces[3],
+        bos=tokenizer.bos_id,
+    )
+
+
+class Decoder(NamedTuple):
+    """The decoder's weights, wherever each of them comes from."""
+
+    base: Params
+    projection: Params
+    prompt_pD: Float[Array, "p D"]
+    head_DV: Float[Array, "D V"]
+    statistics: Params
+
+
+class Encoder(NamedTuple):
+    """The encoder's weights; ``base`` holds the embedding and the layers up to the lens's."""
+
+    base: Params
+    projection: Params
+    prompt_pD: Float[Array, "p D"]
+    statistics: Params
+
+
+def decoder_of(trainable: Params, frozen: Params) -> Decoder:
+    parts = {**frozen["decoder"], **trainable["decoder"]}
+    base = parts.get("base", frozen["original"])
+    head = parts.get("output_head", output_head(base))
+    prompt_pD = _prompt(parts, base)
+    return Decoder(base, parts["projection"], prompt_pD, head, frozen["statistics"])
+
+
+def encoder_of(trainable: Params, frozen: Params, spec: LensSpec) -> Encoder:
+    parts = {**frozen["encoder"], **trainable["encoder"]}
+    base = parts.get("base") or _encoder_base(frozen["original"], spec)
+    return Encoder(base, parts["projection"], _prompt(parts, base), frozen["statistics"])
+
+
+def _prompt(parts: Params, base: Params) -> Float[Array, "p D"]:
+    """The prompt's vectors, those left of the slot first."""
+    embedding_VD = base["embedding"]
+    return parts.get("soft_prompt", jnp.zeros((0, embedding_VD.shape[1]), embedding_VD.dtype))
+
+
+def _encoder_base(original: Params, spec: LensSpec) -> Params:
+    return {
+        "embedding": original["embedding"],
+        "layers": slice_layers(original["layers"], 0, spec.layer + 1),
+    }
+
+
+def init_lens(
+    original: Params, spec: LensSpec, mean_D: np.ndarray, scale: float
+) -> tuple[Params, Params]:
+    """The lens before any training: identity projections, prompts at their text's embeddings.
+
+    Args:
+      original: parameters of M; shared, never copied where a clone stays frozen.
+      mean_D, scale: of the training activations; see :func:`normalise`.
+
+    Returns:
+      (trainable, frozen).
+    """
+    lens, width = spec.lens, spec.model.d_model
+    dtype = original["embedding"].dtype
+    embedding_rms = jnp.sqrt(jnp.mean(jnp.square(original["embedding"].astype(jnp.float32))))
+
+    def soft_prompt(tokens: tuple[int, ...]) -> Params:
+        # Orbax cannot store an empty array: a side without a prompt has no such part.
+        ids = jnp.asarray(tokens, jnp.int32)
+        return {"soft_prompt": embed_tokens(original, ids)} if tokens else {}
+
+    def projection(gain: Array) -> Params:
+        identity = jnp.eye(width, dtype=dtype) * gain.astype(dtype)
+        return {"kernel": identity, "bias": jnp.zeros(width, dtype)}
+
+    copy = lambda tree: jax.tree.map(jnp.copy, tree)
+    # A slot of the same size as the embeddings around it is what the decoder can read at once.
+    decoder = {
+        "projection": projection(embedding_rms),
+        **soft_prompt(spec.decoder_left + spec.decoder_right),
+    }
+    encoder = {
+        "projection": projection(jnp.float32(1.0)),
+        **soft_prompt(spec.encoder_left + spec.encoder_right),
+    }
+    trained = set()
+    if lens.train_projections:
+        trained.add("projection")
+    if lens.train_soft_prompt:
+        trained.add("soft_prompt")
+    trainable = {
+        side: {name: part for name, part in parts.items() if name in trained}
+        for side, parts in (("decoder", decoder), ("encoder", encoder))
+    }
+    frozen = {
+        "original": original,
+        "decoder": {name: part for name, part in decoder.items() if name not in trained},
+        "encoder": {name: part for name, part in encoder.items() if name not in trained},
+        "statistics": {
+            "mean": jnp.asarray(mean_D, jnp.float32),
+            "scale": jnp.asarray(scale, jnp.float32),
+        },
+    }
+    if lens.train_decoder == "full":
+        trainable["decoder"]["base"] = copy(original)
+    if lens.train_encoder == "full":
+        trainable["encoder"]["base"] = copy(_encoder_base(original, spec))
+    if lens.train_output_head and not (lens.train_decoder == "full" and "output_head" in original):
+        # A trained head of its own: of a frozen decoder, or untied from a trained embedding.
+        trainable["decoder"]["output_head"] = jnp.copy(output_head(original))
+    return trainable, frozen
+
+
+def normalise(activation: Float[Array, "*B D"], statistics: Params) -> Float[Array, "*B D"]:
+    """(a − mean) / scale, fp32: the coordinates in which the projections begin as identities."""
+    return (activation.astype(jnp.float32) - statistics["mean"]) / statistics["scale"]
+
+
+def denormalise(normal: Float[Array, "*B D"], statistics: Params) -> Float[Array, "*B D"]:
+    """The inverse of :func:`normalise`."""
+    return normal.astype(jnp.float32) * statistics["scale"] + statistics["mean"]
+
+
+def project(x: Float[Array, "*B D"], projection: Params) -> Float[Array, "*B D"]:
+    kernel = projection["kernel"]
+    return jnp.matmul(x.astype(kernel.dtype), kernel) + projection["bias"]
+
+
+def around(
+    prompt_pD: Float[Array, "p D"], middle_BmD: Float[Array, "B m D"], n_left: int
+) -> Float[Array, "B n D"]:
+    """The prompt's vectors around what varies: ``n_left`` of them before it, the rest behind."""
+    batch, _, width = middle_BmD.shape
+    repeat = lambda part: jnp.broadcast_to(part, (batch, len(part), width)).astype(middle_BmD.dtype)
+    return jnp.concatenate(
+        [repeat(prompt_pD[:n_left]), middle_BmD, repeat(prompt_pD[n_left:])], axis=1
+    )
