@@ -1,0 +1,1 @@
+"""Training: state, step, loop, optimizer, checkpoints, console and tracking."""

@@ -1,0 +1,307 @@
+"""Checkpoints of a run: whole or absent, the newest and the best kept, restored on any mesh.
+
+A folder holds one sub-folder a step, ``<step>/state`` (arrays, Orbax) and ``<step>/metadata``
+(JSON). Orbax writes under a temporary name and renames at the end, so a step's folder is complete
+as soon as it has its name. Writing goes through :class:`Checkpoints`, which one run owns; reading
+needs only the folder (:func:`restore_params`, :func:`read_metadata`, :func:`all_steps`) and never
+disturbs a run that is writing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+_STATE, _METADATA = "state", "metadata"
+_STEP = re.compile(r"[0-9]+")
+
+PyTree = Any
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there, or does not fit; the message says what to change."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, for the process (or processes) that write them.
+
+    Saves go on in the background while training continues; leaving the ``with`` block, or
+    :meth:`close`, waits for the last one. Kept are the newest ``keep_latest``, the ``keep_best``
+    with the lowest ``metric`` and, where they were saved, the steps of ``keep_steps``.
+
+    Args:
+      folder: made if needed. What a killed run left half-written in it is removed.
+      keep_latest: at least 1.
+      keep_best: how many by metric; checkpoints saved without a finite one do not compete.
+      metric: key of ``metrics`` in :meth:`save`; lower is better.
+      keep_steps: steps that stay for good, such as the last one of the warm start.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep_latest: int,
+        keep_best: int,
+        metric: str = "validation_loss",
+        keep_steps: Iterable[int] = (),
+    ):
+        if keep_latest < 1:
+            raise ValueError(f"checkpoint.keep_latest must be at least 1, not {keep_latest}")
+        self.folder = Path(folder).absolute()
+        self._policy = _Preserve(keep_latest, keep_best, metric, frozenset(keep_steps))
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=self._policy,
+                # Orbax writes and reads metrics only where this is given; the policy decides.
+                best_fn=self._policy.value,
+                best_mode="min",
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        metadata: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        *,
+        force: bool = False,
+    ) -> bool:
+        """Starts writing a checkpoint and returns whether one is written.
+
+        The arrays are copied before the call returns, so the caller may donate them.
+
+        Args:
+          step: optimizer steps done; names the checkpoint.
+          state: a pytree of arrays (no strings, no typed PRNG keys).
+          metadata: anything JSON can hold.
+          metrics: scalars; ``metric`` among them makes the checkpoint compete for the best.
+          force: write the step anew where it exists; otherwise it stays and False is returned.
+        """
+        self._manager.wait_until_finished()
+        if step in self._manager.all_steps():
+            if not force:
+                return False
+            self._manager.delete(step)
+        return self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    _STATE: ocp.args.PyTreeSave(state),
+                    _METADATA: ocp.args.JsonSave(dict(metadata)),
+                }
+            ),
+            metrics={name: float(value) for name, value in (metrics or {}).items()},
+            force=True,
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint, None where there is none."""
+        return max(self.all_steps(), default=None)
+
+    def all_steps(self) -> list[int]:
+        """The complete checkpoints, in rising order."""
+        self.wait()
+        return all_steps(self.folder)
+
+    def best_step(self) -> int | None:
+        """The checkpoint with the lowest metric, None where none has a finite one."""
+        self.wait()
+        step = self._manager.best_step()
+        if step is None or math.isinf(self._policy.value(self._manager.metrics(step))):
+            return None
+        return step
+
+    def restore(self, step: int | None, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        """The state and the metadata of a step (None: the newest).
+
+        See :func:`restore_state`.
+        """
+        self.wait()
+        return restore_state(self.folder, step, template)
+
+    def wait(self) -> None:
+        """Returns when everything is on disk; raises what went wrong in the background."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the last save and ends the background work. Without it that save is lost."""
+        self._manager.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Preserve:
+    """Which checkpoints stay: newest, best and named ones (an Orbax preservation policy)."""
+
+    def __init__(self, newest: int, best: int, metric: str, steps: frozenset[int]):
+        self._newest, self._best, self._metric, self._steps = newest, best, metric, steps
+
+    def value(self, metrics: Mapping[str, float] | None) -> float:
+        """The metric to be small; infinite where it is absent or not finite."""
+        value = (metrics or {}).get(self._metric, math.inf)
+        return value if math.isfinite(value) else math.inf
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        values = {info.step: self.value(info.metrics) for info in checkpoints}
+        measured = [step for step in values if math.isfinite(values[step])]
+        keep = set(sorted(values)[-self._newest :]) | self._steps
+        keep.update(sorted(measured, key=lambda step: (values[step], -step))[: self._best])
+        return [info.step in keep for info in checkpoints]
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def all_steps(folder: str | Path) -> list[int]:
+    """The complete checkpoints of a folder in rising order; empty where there is no folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    return sorted(
+        int(child.name)
+        for child in folder.iterdir()
+        if _STEP.fullmatch(child.name) and (child / _STATE).is_dir()
+    )
+
+
+def read_metadata(folder: str | Path, step: int | None = None) -> dict[str, Any]:
+    """The metadata of a step (None: the newest).
+
+    Raises:
+      CheckpointError: there is no such checkpoint.
+    """
+    path = _step_folder(folder, step) / _METADATA
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(path)
+
+
+def restore_state(
+    folder: str | Path, step: int | None, template: PyTree
+) -> tuple[PyTree, dict[str, Any]]:
+    """The whole state and the metadata of a step (None: the newest).
+
+    Args:
+      template: the state's structure, with arrays or ``jax.ShapeDtypeStruct`` leaves. A leaf's
+        sharding is where the restored array goes, whatever mesh it was saved from.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or the template's names, shapes or dtypes
+        differ from it (all of them are listed).
+    """
+    path = _step_folder(folder, step)
+    stored = _stored(path)
+    _check(path, stored, template, whole=True)
+    return _restore(path, template, partial=False), read_metadata(folder, int(path.name))
+
+
+def restore_params(folder: str | Path, step: int | None, template: PyTree) -> PyTree:
+    """Only the trained parts, ``state["params"]``, of a step (None: the newest).
+
+    Reads nothing of the optimizer. A dtype other than the stored one casts.
+
+    Args:
+      template: structure of the params, as for :func:`restore_state`. Parts of the checkpoint
+        that it does not name are left out.
+
+    Raises:
+      CheckpointError: as for :func:`restore_state`.
+    """
+    path = _step_folder(folder, step)
+    stored = _stored(path)
+    _check(path, stored, {"params": template}, whole=False)
+    return _restore(path, {"params": template}, partial=True)["params"]
+
+
+def _step_folder(folder: str | Path, step: int | None) -> Path:
+    steps = all_steps(folder)
+    if not steps:
+        raise CheckpointError(
+            f"no checkpoint in {folder}: give the checkpoint folder of a run that has saved one "
+            "(train.init_from, or run_dir of a run to resume)"
+        )
+    if step is not None and step not in steps:
+        raise CheckpointError(
+            f"no checkpoint of step {step} in {folder}: it has {', '.join(map(str, steps))}"
+        )
+    return Path(folder).absolute() / str(steps[-1] if step is None else step)
+
+
+def _named_leaves(tree: PyTree) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """Name → array metadata (shape, dtype) of what a checkpoint holds."""
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        return _named_leaves(handler.metadata(epath.Path(path / _STATE)).tree)
+    finally:
+        handler.close()
+
+
+def _check(path: Path, stored: Mapping[str, Any], template: PyTree, *, whole: bool) -> None:
+    expected = _named_leaves(template)
+    problems = [f"{name} is not in the checkpoint" for name in expected if name not in stored]
+    for name in expected.keys() & stored.keys():
+        ours, theirs = expected[name], stored[name]
+        if tuple(ours.shape) != tuple(theirs.shape):
+            problems.append(f"{name} has shape {tuple(theirs.shape)}, not {tuple(ours.shape)}")
+        elif whole and ours.dtype != theirs.dtype:
+            problems.append(f"{name} has dtype {theirs.dtype}, not {ours.dtype}")
+    if whole:
+        problems += [
+            f"{name} is only in the checkpoint" for name in stored.keys() - expected.keys()
+        ]
+    if not problems:
+        return
+    shown = sorted(problems)[:12]
+    if len(problems) > len(shown):
+        shown.append(f"and {len(problems) - len(shown)} more")
+    raise CheckpointError(
+        f"the checkpoint {path} was saved by a run of another configuration:\n"
+        + "\n".join(f"  - {problem}" for problem in shown)
+        + "\nUse the config.json of that run, point train.init_from at another checkpoint, or "
+        "start afresh in another run_dir."
+    )
+
+
+def _restore(path: Path, template: PyTree, *, partial: bool) -> PyTree:
+    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+        # Without a sharding Orbax would ask for the devices of the run that saved.
+        sharding = getattr(leaf, "sharding", None)
+        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    item = jax.tree.map(abstract, template)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(
+            path / _STATE,
+            args=ocp.args.PyTreeRestore(
+                item=item,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+                partial_restore=partial,
+            ),
+        )

@@ -1,0 +1,225 @@
+"""The embedded language model: a small Llama trained on the chosen corpus at first use.
+
+It is saved as an ordinary Hugging Face folder, so that from then on nothing is special about it.
+The folder's name carries a hash of everything that made the model; a second run finds it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from conlens_jax.config import CorpusConfig, EmbeddedConfig, ExperimentConfig, ScheduleConfig
+from conlens_jax.data.batches import batch_indices, pad_tokens
+from conlens_jax.data.corpus import Document, open_corpus
+from conlens_jax.data.tokenizer import Tokenizer, train_bpe_tokenizer, train_word_tokenizer
+from conlens_jax.lens.losses import cross_entropy
+from conlens_jax.lens.schedules import make_schedule
+from conlens_jax.models import hf_io, llama
+from conlens_jax.models.param_table import Params, init_params
+from conlens_jax.models.transformer import forward
+from conlens_jax.models.transformer_config import TransformerConfig
+from conlens_jax.training.console import Console
+
+STATISTICS_FILE = "training.json"
+_FORMAT = 1  # raised whenever the same settings would give another model
+
+
+def cache_root(config: EmbeddedConfig) -> Path:
+    """Where embedded models are kept, outside any checkout."""
+    chosen = config.cache_dir or os.environ.get("CONLENS_CACHE") or "~/.cache/conlens_jax"
+    return Path(chosen).expanduser()
+
+
+def ensure_language_model(config: ExperimentConfig, console: Console) -> Path:
+    """The folder of the embedded model, trained now if it is not there yet."""
+    recipe = {
+        "format": _FORMAT,
+        "corpus": open_corpus(config.corpus).description(),
+        **{k: v for k, v in vars(config.embedded).items() if k != "cache_dir"},
+    }
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+    folder = cache_root(config.embedded) / f"llama-{config.corpus.kind}-{digest}"
+    if (folder / "config.json").exists():
+        console.line("model", found=folder)
+        return folder
+    building = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(building, ignore_errors=True)
+    statistics = train_language_model(config.corpus, config.embedded, building, console)
+    text = json.dumps({"recipe": recipe, **statistics}, indent=2) + "\n"
+    (building / STATISTICS_FILE).write_text(text, encoding="utf-8")
+    if not (folder / "config.json").exists():  # another process may have been faster
+        building.rename(folder)
+    console.line("model", saved=folder)
+    return folder
+
+
+def train_language_model(
+    corpus: CorpusConfig, config: EmbeddedConfig, folder: Path, console: Console
+) -> dict[str, Any]:
+    """Trains tokenizer and model, and writes them to ``folder``.
+
+    Returns:
+      ``lm_loss``: nats per token on held-out documents (the end-of-document token is not part of
+      it), and for a generated corpus ``generator_entropy``: the nats per token that the generator
+      itself spent on the same documents, the least that any model can reach.
+    """
+    started = time.time()
+    source = open_corpus(corpus)
+    wanted = config.steps * config.batch_size
+    train = list(itertools.islice(source.documents("train"), wanted))
+    held_out = list(itertools.islice(source.documents("validation"), 512))
+    tokenizer = _train_tokenizer(corpus, config, train)
+    model = _model_config(config, tokenizer)
+    console.line("model", documents=len(train), vocabulary=tokenizer.vocab_size, corpus=source.name)
+    rows = _TokenRows(tokenizer, train, config)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(
+            make_schedule(
+                ScheduleConfig(
+                    "cosine", config.learning_rate, config.learning_rate / 20, warmup=20
+                ),
+                stage_steps=config.steps,
+                steps_per_epoch=1,
+            ),
+            b2=0.98,
+            weight_decay=0.01,
+        ),
+    )
+    params = init_params(llama.param_table(model), model, jax.random.key(config.seed))
+    state = (params, optimizer.init(params))
+    step = _make_step(model, optimizer, config.label_smoothing)
+    with console.progress(config.steps, "language model") as progress:
+        for index in range(config.steps):
+            *state, loss = step(*state, *rows.batch(index))
+            shown = {"loss": float(loss)} if index % 20 == 19 else {}
+            progress.update(1, **shown)
+    params = state[0]
+    hf_io.save_model(folder, model, params)
+    tokenizer.save(folder)
+    statistics = _statistics(params, model, tokenizer, held_out, config)
+    console.line("model", **statistics, seconds=time.time() - started)
+    return statistics
+
+
+def _train_tokenizer(
+    corpus: CorpusConfig, config: EmbeddedConfig, documents: list[Document]
+) -> Tokenizer:
+    texts = [document.text for document in documents]
+    if corpus.kind == "stories":
+        return train_word_tokenizer(texts, config.vocab_size)
+    return train_bpe_tokenizer(texts, config.vocab_size)
+
+
+def _model_config(config: EmbeddedConfig, tokenizer: Tokenizer) -> TransformerConfig:
+    return TransformerConfig(
+        family=llama.MODEL_TYPE,
+        vocab_size=tokenizer.vocab_size,
+        d_model=config.d_model,
+        n_layers=config.n_layers,
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        head_dim=config.d_model // config.n_heads,
+        d_mlp=config.d_mlp,
+        max_positions=max(2 * config.seq_len, 256),
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+    )
+
+
+class _TokenRows:
+    """Training rows: whole documents, and for a part of them a crop that begins in the middle.
+
+    The crops let the model read a fragment on its own, as it will read explanations; a large
+    model knows fragments anyway.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, documents: list[Document], config: EmbeddedConfig):
+        self.config = config
+        self.pad_id = tokenizer.pad_id
+        self.bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        texts = [document.text for document in documents]
+        self.documents = [ids + eos for ids in tokenizer.encode_batch(texts)]
+
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        size = min(self.config.batch_size, len(self.documents))
+        chosen = batch_indices(len(self.documents), size, self.config.seed, step)
+        rng = np.random.default_rng([self.config.seed, step])
+        lists = [self.bos + self._crop(self.documents[index], rng) for index in chosen]
+        return pad_tokens(lists, self.config.seq_len, self.pad_id)
+
+    def _crop(self, ids: list[int], rng: np.random.Generator) -> list[int]:
+        room = len(ids) - self.config.seq_len // 4
+        cropped = rng.random() < self.config.crop_fraction and room > 0
+        start = int(rng.integers(room)) if cropped else 0
+        return ids[start:]
+
+
+def _token_losses(
+    params: Params,
+    tokens_BS: Int[Array, "B S"],
+    lengths_B: Int[Array, "B"],
+    model: TransformerConfig,
+    smoothing: float,
+) -> tuple[Float[Array, "B s"], Float[Array, "B s"]]:
+    """Cross-entropy of every next token, and 1.0 where there is one (not padding)."""
+    logits = forward(params, tokens_BS[:, :-1], config=model)
+    targets = tokens_BS[:, 1:]
+    loss = (1 - smoothing) * cross_entropy(logits, targets)
+    if smoothing:
+        loss -= smoothing * jnp.mean(jax.nn.log_softmax(logits), axis=-1)
+    counted = jnp.arange(1, tokens_BS.shape[1]) < lengths_B[:, None]
+    return loss, counted.astype(jnp.float32)
+
+
+def _make_step(model: TransformerConfig, optimizer: optax.GradientTransformation, smoothing: float):
+    def mean_loss(params, tokens_BS, lengths_B):
+        losses, counted = _token_losses(params, tokens_BS, lengths_B, model, smoothing)
+        return jnp.sum(losses * counted) / jnp.sum(counted)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, tokens_BS, lengths_B):
+        loss, grads = jax.value_and_grad(mean_loss)(params, tokens_BS, lengths_B)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    return step
+
+
+def _statistics(
+    params: Params,
+    model: TransformerConfig,
+    tokenizer: Tokenizer,
+    documents: list[Document],
+    config: EmbeddedConfig,
+) -> dict[str, float]:
+    """Loss on documents that fit the context whole, so that it can stand beside the entropy."""
+    encoded = tokenizer.encode_batch([document.text for document in documents], add_bos=True)
+    whole = [i for i, ids in enumerate(encoded) if len(ids) <= config.seq_len]
+    kept = whole or range(len(encoded))
+    tokens, lengths = pad_tokens([encoded[i] for i in kept], config.seq_len, tokenizer.pad_id)
+    run = jax.jit(functools.partial(_token_losses, model=model, smoothing=0.0))
+    total = count = 0.0
+    for start in range(0, len(tokens), 64):
+        losses, counted = run(params, tokens[start : start + 64], lengths[start : start + 64])
+        total, count = total + float(jnp.sum(losses * counted)), count + float(jnp.sum(counted))
+    statistics = {"lm_loss": total / count}
+    nats = [documents[i].nats for i in kept]
+    if whole and None not in nats:
+        statistics["generator_entropy"] = sum(nats) / count
+    return statistics

@@ -1,0 +1,416 @@
+"""The training loop: stages one after the other, checkpoints, validation, and going on after a
+kill.
+
+Steps are counted over the whole run: the warm start is steps 0 … warm.steps − 1, the joint stage
+follows. The supervised control starts where the joint stage starts, in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from conlens_jax.config import ConfigError, ExperimentConfig, field_names, lookup, to_json_dict
+from conlens_jax.data.batches import batch_indices, prefetch, steps_per_epoch
+from conlens_jax.evaluation.measure import Measurer, Reference, make_batch
+from conlens_jax.lens.spec import init_lens
+from conlens_jax.models.param_table import Params
+from conlens_jax.parallel.mesh import batch_sharding
+from conlens_jax.training.accounting import parameter_table
+from conlens_jax.training.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    all_steps,
+    read_metadata,
+    restore_params,
+)
+from conlens_jax.training.console import Console
+from conlens_jax.training.setting import Cache, Setting, open_caches, training_reference
+from conlens_jax.training.state import (
+    Stage,
+    TrainState,
+    init_state,
+    make_step,
+    stage_optimizer,
+)
+from conlens_jax.training.tracking import MetricsFile, WandbRun
+from conlens_jax.training.validation import Validation, validate, verbose_samples
+
+CHECKPOINT_METRIC = "kl_at_sampled"
+CONTROL = "control"
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; the message names the last good checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run folder with everything its stages share."""
+
+    setting: Setting
+    folder: Path
+    train: Cache
+    validation: Cache
+    reference: Reference
+    measurer: Measurer
+    tracker: WandbRun
+
+    @property
+    def config(self) -> ExperimentConfig:
+        return self.setting.config
+
+    @property
+    def console(self) -> Console:
+        return self.setting.console
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+def train_lens(setting: Setting) -> Path:
+    """Trains a lens as the config says: warm start, joint stage, matched-compute control.
+
+    Returns:
+      The run folder, with ``config.json``, ``metrics.jsonl`` and ``checkpoints/``.
+
+    Raises:
+      ValueError: caches or an existing run that do not fit the config.
+      TrainingStopped: too many steps in a row were not finite.
+    """
+    config, console = setting.config, setting.console
+    folder = Path(config.run_dir)
+    _claim_folder(folder, config)
+    train, validation = open_caches(setting)
+    reference = training_reference(train)
+    tracker = WandbRun(config.wandb, folder, to_json_dict(config), console=console)
+    run = Run(setting, folder, train, validation, reference, setting.measurer(), tracker)
+    trainable, frozen = init_lens(
+        setting.model.params, setting.spec, reference.mean_D, reference.scale
+    )
+    if config.train.init_from:
+        trainable = load_lens(config.train.init_from, trainable)
+    console.table("lens", *parameter_table(trainable, frozen))
+    warm = Stage("warm", config.warm.steps, config.warm.batch_size, config.warm.optimizer)
+    joint = Stage(
+        "joint",
+        config.joint.steps,
+        config.joint.batch_size,
+        config.joint.optimizer,
+        first_step=warm.steps,
+    )
+    try:
+        trainable = run_stage(run, warm, trainable, frozen)
+        frozen = {**frozen, "warm_decoder": trainable["decoder"]}
+        start = trainable
+        run_stage(run, joint, trainable, frozen)
+        if config.control.enabled and joint.steps:
+            control = _control_stage(run, warm, joint)
+            run_stage(dataclasses.replace(run, folder=folder / CONTROL), control, start, frozen)
+    finally:
+        tracker.finish()
+    return folder
+
+
+def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Params:
+    """Runs one stage, from its last checkpoint where there is one, and returns the trained parts.
+
+    The arrays of ``trainable`` stay usable; the stage works on a copy.
+    """
+    if stage.steps == 0:
+        return trainable
+    config, console = run.config, run.console
+    n_rows = len(run.train)
+    steps_per_epoch(n_rows, stage.batch_size)  # raises where there is not one batch
+    optimizer, learning_rate = stage_optimizer(stage, trainable, n_rows)
+    state = init_state(jax.tree.map(jnp.copy, trainable), optimizer)
+    last_step = stage.first_step + stage.steps
+    with Checkpoints(
+        run.checkpoint_folder,
+        keep_latest=config.checkpoint.keep_latest,
+        keep_best=config.checkpoint.keep_best,
+        metric=CHECKPOINT_METRIC,
+        keep_steps=(config.warm.steps, last_step),
+    ) as checkpoints:
+        state, seconds = _resume(run, stage, checkpoints, state)
+        if int(state.step) == stage.steps:
+            return state.params
+        log = MetricsFile(run.folder / "metrics.jsonl")
+        log.truncate_after(stage.first_step + int(state.step))
+        step = make_step(stage, config, run.setting.objective, optimizer, learning_rate, n_rows)
+        loop = _StageLoop(run, stage, checkpoints, log, frozen, seconds)
+        state = loop.run(step, state)
+    console.line(stage.name, finished=last_step, train_seconds=loop.seconds)
+    return state.params
+
+
+class _StageLoop:
+    """One pass through the steps of a stage.
+
+    ``seconds`` is the compute time of its steps, without compilation, validation and checkpoints:
+    CPU time of the process on a CPU, wall-clock time on an accelerator.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        stage: Stage,
+        checkpoints: Checkpoints,
+        log: MetricsFile,
+        frozen: Params,
+        seconds: float,
+    ):
+        self.run_, self.stage, self.checkpoints, self.log = run, stage, checkpoints, log
+        self.frozen, self.seconds = frozen, seconds
+        self.config, self.console = run.config, run.console
+        self.sharding = batch_sharding(run.setting.mesh)
+        self._clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
+
+    def run(self, step, state: TrainState) -> TrainState:
+        stage, done = self.stage, int(state.step)
+        started = time.time()
+        step = step.lower(state, self.frozen, self._read(done)).compile()
+        self.console.line(stage.name, compiled_seconds=time.time() - started)
+        batches = prefetch(self._read, range(done, stage.steps))
+        with self.console.progress(stage.steps, stage.name, initial=done) as progress:
+            mark = self._clock()
+            for index, batch in batches:
+                state, metrics = step(state, self.frozen, batch)
+                here = index + 1
+                if not self._pauses(here):
+                    progress.update(1)
+                    continue
+                metrics = {name: float(value) for name, value in metrics.items()}
+                self.seconds += self._clock() - mark
+                progress.update(1, **_shown(metrics))
+                self._pause(here, state, metrics)
+                mark = self._clock()
+        return state
+
+    def _read(self, index: int):
+        seed, here = self.config.train.seed, self.stage.first_step + index
+        indices = batch_indices(len(self.run_.train), self.stage.batch_size, seed, here)
+        rows = self.run_.train.rows(indices)
+        return make_batch(rows, self.sharding, self.stage.batch_size)
+
+    def _pauses(self, here: int) -> bool:
+        """Whether the host has something to do behind this step."""
+        train, checkpoint = self.config.train, self.config.checkpoint
+        step = self.stage.first_step + here
+        every = (train.log_every, train.validate_every, train.sample_every, checkpoint.every)
+        return here == self.stage.steps or any(step % interval == 0 for interval in every)
+
+    def _pause(self, here: int, state: TrainState, metrics: dict[str, float]) -> None:
+        train, stage = self.config.train, self.stage
+        step, last = stage.first_step + here, here == stage.steps
+        self._stop_if_diverged(step, metrics)
+        if last or step % train.log_every == 0:
+            record = {**metrics, "train_seconds": self.seconds}
+            self.log.write(step, stage=stage.name, **record)
+            self.run_.tracker.log(self._named(record), step)
+            self.console.line(stage.name, step=step, **_shown(metrics))
+        scores = {}
+        if last or step % train.validate_every == 0:
+            scores = self._validate(step, state).scores
+        if last or step % train.sample_every == 0:
+            self._samples(step, state)
+        if last or step % self.config.checkpoint.every == 0:
+            self._save(step, state, scores)
+
+    def _validate(self, step: int, state: TrainState) -> Validation:
+        validation = validate(self.run_, state.params, self.frozen)
+        scores = {f"validation_{name}": value for name, value in validation.scores.items()}
+        self.log.write(step, stage=self.stage.name, **scores)
+        self.run_.tracker.log(self._named(scores), step)
+        self.console.line(
+            "validation", step=step, **validation.scores, common=validation.common_tokens
+        )
+        return validation
+
+    def _samples(self, step: int, state: TrainState) -> None:
+        count = self.config.train.n_verbose_samples
+        if not count:
+            return
+        samples = verbose_samples(self.run_, state.params, self.frozen, count)
+        self.console.block(f"samples at step {step}", "\n\n".join(s.text() for s in samples))
+        columns = list(dataclasses.asdict(samples[0]))
+        rows = [list(dataclasses.asdict(sample).values()) for sample in samples]
+        self.run_.tracker.table(f"{self.stage.name}/samples", columns, rows, step)
+
+    def _save(self, step: int, state: TrainState, scores: Mapping[str, float]) -> None:
+        metadata = {
+            "step": step,
+            "stage": self.stage.name,
+            "train_seconds": self.seconds,
+            "model_id": self.run_.setting.model.model_id,
+            "weights_hash": self.run_.setting.model.weights_hash,
+            "layer": self.run_.setting.spec.layer,
+            "statistics": {
+                "mean": self.run_.reference.mean_D.tolist(),
+                "scale": self.run_.reference.scale,
+                "resultant": self.run_.reference.resultant,
+            },
+            "config": to_json_dict(self.config),
+        }
+        # The warm start is not judged by its text: only joint checkpoints compete for the best.
+        metrics = {} if self.stage.name == "warm" else scores
+        try:
+            self.checkpoints.save(step, state, metadata, metrics)
+        except OSError as error:
+            raise TrainingStopped(
+                f"checkpoint {step} could not be written: {error}; "
+                f"{self._last_good()} Make room and run the same command again."
+            ) from error
+
+    def _stop_if_diverged(self, step: int, metrics: Mapping[str, float]) -> None:
+        bad = int(metrics["bad_steps_in_a_row"])
+        if bad:
+            self.console.line(self.stage.name, step=step, warning=f"{bad} non-finite steps skipped")
+        if bad >= self.stage.optimizer.max_bad_steps:
+            raise TrainingStopped(
+                f"{self.stage.name}: the last {bad} steps up to {step} had a loss or gradient that "
+                f"is not finite (optimizer.max_bad_steps={self.stage.optimizer.max_bad_steps}); "
+                f"{self._last_good()} Lower optimizer.learning_rate or raise loss.tau."
+            )
+
+    def _last_good(self) -> str:
+        steps = all_steps(self.checkpoints.folder)
+        if not steps:
+            return "no checkpoint was written yet."
+        return f"the last good checkpoint is {self.checkpoints.folder / str(steps[-1])}."
+
+    def _named(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        return {f"{self.stage.name}/{name}": value for name, value in metrics.items()}
+
+
+def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The few numbers that belong on a line."""
+    names = ("loss", "read_error", "write_loss", "mse", "kl", "lm", "text", "entropy", "grad_norm")
+    return {name: metrics[name] for name in names if name in metrics}
+
+
+# --- run folders --------------------------------------------------------------------------------
+
+# Fields that may differ between a run and its resumption: they change no loss.
+_FREE = ("run_dir", "train.resume", "train.log_every", "train.sample_every", "wandb", "evaluate")
+_FREE += ("train.n_verbose_samples", "checkpoint.keep_latest", "checkpoint.keep_best")
+
+
+def _claim_folder(folder: Path, config: ExperimentConfig) -> None:
+    """Makes the run folder with its config.json, or checks that it is this run's.
+
+    Raises:
+      ConfigError: the folder holds another run, or one that is not to be resumed.
+    """
+    recorded = folder / "config.json"
+    if recorded.exists() and all_steps(folder / "checkpoints"):
+        if not config.train.resume:
+            raise ConfigError(
+                [
+                    f"run_dir={str(folder)!r} holds checkpoints; choose another run_dir, or set "
+                    "train.resume=True to go on with them"
+                ]
+            )
+        before = json.loads(recorded.read_text(encoding="utf-8"))
+        problems = [
+            f"{name} is {lookup(config, name)!r}, and was {_nested(before, name)!r} when "
+            f"{folder} was begun; choose another run_dir, or give the old value"
+            for name in _leaf_names()
+            if not name.startswith(_FREE) and _nested(before, name) != lookup(config, name)
+        ]
+        if problems:
+            raise ConfigError(problems)
+    folder.mkdir(parents=True, exist_ok=True)
+    recorded.write_text(json.dumps(to_json_dict(config), indent=2) + "\n", encoding="utf-8")
+
+
+def _leaf_names() -> list[str]:
+    names = list(field_names())
+    sections = {name.rpartition(".")[0] for name in names}
+    return [name for name in names if name not in sections]
+
+
+def _nested(values: Mapping[str, Any], dotted: str) -> Any:
+    for part in dotted.split("."):
+        values = values.get(part, {}) if isinstance(values, Mapping) else {}
+    return values
+
+
+def _resume(
+    run: Run, stage: Stage, checkpoints: Checkpoints, state: TrainState
+) -> tuple[TrainState, float]:
+    """The newest state of this stage and the compute it has cost, or the given one and 0."""
+    first, last = stage.first_step, stage.first_step + stage.steps
+    steps = [step for step in checkpoints.all_steps() if first < step <= last]
+    finished_later = [step for step in checkpoints.all_steps() if step > last]
+    if not steps:
+        if finished_later:
+            raise CheckpointError(
+                f"{checkpoints.folder} has checkpoints behind the {stage.name} stage but none of "
+                f"its end, step {last}; start afresh in another run_dir"
+            )
+        return state, 0.0
+    step = last if last in steps else steps[-1]
+    state, metadata = checkpoints.restore(step, state)
+    run.console.line(stage.name, resumed_from=checkpoints.folder / str(step))
+    return state, float(metadata["train_seconds"])
+
+
+def checkpoint_of(path: str | Path) -> tuple[Path, int | None]:
+    """(checkpoint folder, step) of a run folder, its ``checkpoints``, or one step in there."""
+    path = Path(path)
+    if path.name.isdigit() and (path / "state").exists():
+        return path.parent, int(path.name)
+    if (path / "checkpoints").is_dir():
+        return path / "checkpoints", None
+    return path, None
+
+
+def load_lens(path: str | Path, template: Params, step: int | None = None) -> Params:
+    """The trained parts of a checkpoint, on the template's shardings.
+
+    Raises:
+      CheckpointError: nothing there, or of another shape.
+    """
+    folder, named_step = checkpoint_of(path)
+    return restore_params(folder, named_step if step is None else step, template)
+
+
+def _control_stage(run: Run, warm: Stage, joint: Stage) -> Stage:
+    """As many supervised steps as the joint stage's compute pays for.
+
+    Raises:
+      ConfigError: the run has no warm start to take the price of a step from.
+    """
+    steps = run.config.control.steps
+    if not steps:
+        spent = _stage_seconds(run, warm), _stage_seconds(run, joint)
+        if not all(spent):
+            raise ConfigError(
+                [
+                    "control.steps must be given where warm.steps is 0: a matched number of steps "
+                    "follows from the time that a step of the warm start takes"
+                ]
+            )
+        steps = max(round(warm.steps * spent[1] / spent[0]), 1)
+        run.console.line(
+            CONTROL, steps=steps, joint_seconds=spent[1], warm_step_seconds=spent[0] / warm.steps
+        )
+    return Stage(
+        CONTROL, steps, warm.batch_size, run.config.control.optimizer, first_step=warm.steps
+    )
+
+
+def _stage_seconds(run: Run, stage: Stage) -> float:
+    if not stage.steps:
+        return 0.0
+    last = stage.first_step + stage.steps
+    return float(read_metadata(run.checkpoint_folder, last)["train_seconds"])

@@ -1,0 +1,237 @@
+"""What is minimised in each stage.
+
+Warm start: E reads a real window of text around P back into a; D writes that window from a.
+Joint: total = w_lm L_LM + w_kl L_KL + w_mse L_MSE + w_text L_text − w_ent H, through D's own text.
+
+Everything that needs no gradient (the sampled text, the context of the original model, L_LM's
+reference) is made first, by :func:`prepare`, outside the differentiated function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from conlens_jax.config import LossConfig, ScheduleConfig, WarmConfig
+from conlens_jax.lens import original as original_model
+from conlens_jax.lens.decoder import generate, teacher_forced_logits, text_logits
+from conlens_jax.lens.encoder import encode_embeddings, encode_tokens
+from conlens_jax.lens.gumbel import straight_through_embed
+from conlens_jax.lens.losses import (
+    cross_entropy,
+    entropy,
+    kl_divergence,
+    reconstruction_error,
+)
+from conlens_jax.lens.original import Context
+from conlens_jax.lens.spec import Decoder, LensSpec, decoder_of, encoder_of
+from conlens_jax.models.param_table import Params
+from conlens_jax.models.transformer import forward
+
+TERMS = ("lm", "kl", "mse", "entropy", "text")
+Metrics = dict[str, Array]
+
+
+@flax.struct.dataclass
+class Batch:
+    """Rows of the cache on the device; ``examples_B`` numbers them within the global batch."""
+
+    activation_BD: Float[Array, "B D"]
+    tokens_BS: Int[Array, "B S"]
+    lengths_B: Int[Array, "B"]
+    positions_B: Int[Array, "B"]
+    examples_B: Int[Array, "B"]
+
+    @property
+    def mask_BS(self) -> Bool[Array, "B S"]:
+        return jnp.arange(self.tokens_BS.shape[1]) < self.lengths_B[:, None]
+
+
+class Prepared(NamedTuple):
+    """What the joint loss looks at without differentiating it."""
+
+    text_BT: Int[Array, "B T"]
+    noise_BTV: Float[Array, "B T V"]
+    context: Context | None
+    reference_BTV: Float[Array, "B T V"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The static side of the loss: which terms there are at all, and how they are read."""
+
+    loss: LossConfig
+    warm: WarmConfig
+    spec: LensSpec
+
+    def uses(self, term: str) -> bool:
+        """False where the weight is 0 for the whole stage: then the term is not computed."""
+        return not _always_zero(getattr(self.loss, term))
+
+
+def _always_zero(schedule: ScheduleConfig) -> bool:
+    return schedule.start == 0 and (schedule.kind == "constant" or schedule.end == 0)
+
+
+def source_window(
+    tokens_BS: Int[Array, "B S"], positions_B: Int[Array, "B"], before: int, after: int
+) -> Int[Array, "B T"]:
+    """The last ``before`` tokens up to and including P and the next ``after``."""
+    offsets = jnp.arange(1 - before, after + 1, dtype=jnp.int32)
+    rows = jnp.arange(tokens_BS.shape[0])[:, None]
+    return tokens_BS[rows, positions_B[:, None] + offsets]
+
+
+def warm_loss(
+    trainable: Params, frozen: Params, batch: Batch, *, objective: Objective
+) -> tuple[Float[Array, ""], Metrics]:
+    """E's error on real windows plus D's cross-entropy of writing them."""
+    spec, warm = objective.spec, objective.warm
+    window_BT = source_window(batch.tokens_BS, batch.positions_B, warm.before, warm.after)
+    encoder = encoder_of(trainable, frozen, spec)
+    read = encode_tokens(encoder, window_BT, spec=spec)
+    read_error = jnp.mean(
+        reconstruction_error(
+            read, batch.activation_BD, frozen["statistics"], objective.loss.mse_kind
+        )
+    )
+    decoder = decoder_of(trainable, frozen)
+    logits = teacher_forced_logits(decoder, batch.activation_BD, window_BT, spec=spec)
+    write_loss = jnp.mean(cross_entropy(logits, window_BT))
+    return read_error + write_loss, {"read_error": read_error, "write_loss": write_loss}
+
+
+def prepare(
+    trainable: Params,
+    frozen: Params,
+    batch: Batch,
+    noise_BTV: Float[Array, "B T V"],
+    *,
+    objective: Objective,
+) -> Prepared:
+    """Samples the text and reads the context; no gradient comes back to here."""
+    spec, original = objective.spec, frozen["original"]
+    decoder = decoder_of(trainable, frozen)
+    text_BT = generate(decoder, batch.activation_BD, noise_BTV, spec=spec)
+    context = None
+    if objective.uses("kl"):
+        context = original_model.read_context(
+            original,
+            batch.tokens_BS,
+            batch.mask_BS,
+            batch.positions_B,
+            horizon=objective.loss.kl_horizon,
+            spec=spec,
+        )
+    reference = None
+    if objective.uses("lm"):
+        reference = reference_logits(frozen, batch.activation_BD, text_BT, objective)
+    return Prepared(text_BT, noise_BTV, context, reference)
+
+
+def reference_logits(
+    frozen: Params, activation_BD: Array, text_BT: Int[Array, "B T"], objective: Objective
+) -> Float[Array, "B T V"]:
+    """The next-token logits that L_LM compares D's with; see ``loss.lm_reference``."""
+    spec, original = objective.spec, frozen["original"]
+    if objective.loss.lm_reference == "warm":
+        warm: Decoder = decoder_of({"decoder": frozen["warm_decoder"]}, frozen)
+        return teacher_forced_logits(warm, activation_BD, text_BT, spec=spec)
+    start = () if spec.bos is None else (spec.bos,)
+    if objective.loss.lm_reference == "prompt":
+        start = spec.decoder_left + spec.decoder_right or start
+    return text_reference_logits(original, text_BT, start, spec)
+
+
+def text_reference_logits(
+    original: Params, text_BT: Int[Array, "B T"], start: tuple[int, ...], spec: LensSpec
+) -> Float[Array, "B T V"]:
+    """M's logits of each token of a text that stands behind the tokens ``start``.
+
+    Without a start there is nothing to predict the first token from; its logits are uniform.
+    """
+    prefix = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (text_BT.shape[0], len(start)))
+    tokens = jnp.concatenate([prefix, text_BT[:, :-1]], axis=1)
+    if not start:
+        logits = forward(original, tokens, config=spec.model)
+        return jnp.pad(logits, ((0, 0), (1, 0), (0, 0)))
+    return forward(original, tokens, config=spec.model)[:, len(start) - 1 :]
+
+
+def joint_loss(
+    trainable: Params,
+    frozen: Params,
+    batch: Batch,
+    prepared: Prepared,
+    weights: dict[str, Float[Array, ""]],
+    tau: Float[Array, ""],
+    *,
+    objective: Objective,
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss of DESIGN §1 with its gradient to every trainable part.
+
+    Args:
+      prepared: text, context and reference of this batch, from :func:`prepare`.
+      weights: current weight of each of :data:`TERMS`.
+      tau: current temperature of the straight-through gradient.
+
+    Returns:
+      (total, each term unweighted).
+    """
+    spec, config = objective.spec, objective.loss
+    decoder = decoder_of(trainable, frozen)
+    encoder = encoder_of(trainable, frozen, spec)
+    logits_BTV = text_logits(
+        decoder, batch.activation_BD, prepared.text_BT, prepared.noise_BTV, tau, spec
+    )
+    text_BTD = straight_through_embed(
+        logits_BTV, prepared.noise_BTV, prepared.text_BT, encoder.base["embedding"], tau
+    )
+    reconstruction_BD = encode_embeddings(encoder, text_BTD, spec=spec)
+    error_B = reconstruction_error(
+        reconstruction_BD, batch.activation_BD, frozen["statistics"], config.mse_kind
+    )
+    terms: Metrics = {
+        "mse": jnp.mean(error_B),
+        "entropy": jnp.mean(entropy(logits_BTV)),
+    }
+    if prepared.context is not None:
+        swapped_in = swap_vector(reconstruction_BD, batch.activation_BD, spec)
+        swapped = original_model.swapped_logits(
+            frozen["original"], prepared.context, swapped_in, spec=spec
+        )
+        terms["kl"] = jnp.mean(kl_divergence(prepared.context.logits_BhV, swapped))
+    if prepared.reference_BTV is not None:
+        terms["lm"] = jnp.mean(kl_divergence(prepared.reference_BTV, logits_BTV))
+    if objective.uses("text"):
+        terms["text"], anchor = warm_loss(trainable, frozen, batch, objective=objective)
+    else:
+        anchor = {}
+    sign = {"entropy": -1.0}
+    total = sum(
+        sign.get(name, 1.0) * weights[name] * terms[name]
+        for name in TERMS
+        if name in terms and objective.uses(name)
+    )
+    return jnp.asarray(total, jnp.float32), {**terms, **anchor}
+
+
+def swap_vector(
+    reconstruction_BD: Float[Array, "B D"], activation_BD: Float[Array, "B D"], spec: LensSpec
+) -> Float[Array, "B D"]:
+    """ã: what is put into M. With the dual path â + Δ, Δ = a' − â' of another row.
+
+    The partner is the row before in the batch: rows are shuffled, so it is a random other
+    activation, and its way through D and E has already been gone.
+    """
+    if not spec.lens.dual_path:
+        return reconstruction_BD
+    delta_BD = jnp.roll(activation_BD.astype(jnp.float32) - reconstruction_BD, 1, axis=0)
+    if spec.lens.stop_gradient_delta:
+        delta_BD = jax.lax.stop_gradient(delta_BD)
+    return reconstruction_BD + delta_BD

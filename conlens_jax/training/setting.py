@@ -1,0 +1,148 @@
+"""What every entry point needs, loaded and checked once: mesh, model, lens shape, caches."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+
+from conlens_jax.config import EMBEDDED_MODEL, ConfigError, ExperimentConfig
+from conlens_jax.data.cache import ActivationCache
+from conlens_jax.data.legacy import LegacyCache, open_cache
+from conlens_jax.evaluation.measure import Measurer, Reference, reference_of
+from conlens_jax.lens.spec import LensSpec, make_spec
+from conlens_jax.models.model import LanguageModel, load_model
+from conlens_jax.parallel.mesh import check_batch, make_mesh
+from conlens_jax.training.console import Console
+from conlens_jax.training.language_model import ensure_language_model
+from conlens_jax.training.objective import Objective
+
+Cache = ActivationCache | LegacyCache
+_REFERENCE_ROWS = 16_384
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The frozen side of a run.
+
+    Attributes:
+      config: the validated configuration.
+      console: where it reports.
+      mesh: the devices.
+      model: the original model, on the mesh.
+      spec: shape of the lens.
+      objective: static side of the loss.
+    """
+
+    config: ExperimentConfig
+    console: Console
+    mesh: Mesh
+    model: LanguageModel
+    spec: LensSpec
+    objective: Objective
+
+    def measurer(self) -> Measurer:
+        evaluate = self.config.evaluate
+        return Measurer(
+            self.spec,
+            self.mesh,
+            horizon=evaluate.kl_horizon,
+            batch_size=evaluate.batch_size,
+            seed=evaluate.seed,
+        )
+
+
+def open_setting(config: ExperimentConfig, console: Console) -> Setting:
+    """Makes the mesh and loads the model, training the embedded one if that is asked for.
+
+    Raises:
+      ValueError: a mesh, model or prompt that does not fit; named with the field and the fix.
+    """
+    mesh = make_mesh(config.mesh)
+    for name in ("dump.batch_size", "warm.batch_size", "joint.batch_size", "evaluate.batch_size"):
+        section, field = name.split(".")
+        check_batch(name, getattr(getattr(config, section), field), mesh)
+    path = config.model.path
+    if path == EMBEDDED_MODEL:
+        path = str(ensure_language_model(config, console))
+    model = load_model(
+        path,
+        dtype=config.model.dtype,
+        mesh=mesh,
+        revision=config.model.revision,
+        unroll=config.model.unroll,
+        remat=config.model.remat,
+    )
+    if config.model.path == EMBEDDED_MODEL:
+        # The cache names the model by what the config calls it, not by a folder of this machine.
+        model = dataclasses.replace(model, model_id=model.folder.name)
+    spec = make_spec(model.config, config.model.layer, config.lens, model.tokenizer)
+    console.line(
+        "model",
+        id=model.model_id,
+        layers=model.config.n_layers,
+        layer=config.model.layer,
+        width=model.config.d_model,
+        vocabulary=model.config.vocab_size,
+        devices=mesh.size,
+    )
+    return Setting(config, console, mesh, model, spec, Objective(config.loss, config.warm, spec))
+
+
+def open_caches(setting: Setting) -> tuple[Cache, Cache]:
+    """The training and validation rows, checked against the model.
+
+    Raises:
+      ValueError: not there, damaged, or made with another model, layer or tokenizer.
+    """
+    root = Path(setting.config.dump.cache_dir)
+    caches = []
+    for split in ("train", "validation"):
+        if not (root / split).exists():
+            raise ConfigError(
+                [
+                    f"dump.cache_dir={str(root)!r}: there is no {split} cache; make it with "
+                    "python -m conlens_jax.dump and the same config"
+                ]
+            )
+        cache = open_cache(root / split, pad_id=setting.model.tokenizer.pad_id)
+        cache.check(
+            model_id=setting.model.model_id,
+            weights_hash=setting.model.weights_hash,
+            tokenizer_hash=setting.model.tokenizer.fingerprint,
+            layer=setting.config.model.layer,
+            d_model=setting.model.config.d_model,
+        )
+        caches.append(cache)
+    _check_rows(setting.config, caches[0])
+    return caches[0], caches[1]
+
+
+def _check_rows(config: ExperimentConfig, cache: Cache) -> None:
+    """The windows that training reads must lie inside every context."""
+    rows = cache.rows(np.arange(len(cache)))
+    after = max(config.warm.after, config.loss.kl_horizon - 1, config.evaluate.kl_horizon - 1, 1)
+    short = int(np.sum(rows.positions_N + after >= rows.lengths_N))
+    early = int(np.sum(rows.positions_N + 1 < config.warm.before))
+    problems = []
+    if short:
+        problems.append(
+            f"dump.cache_dir: {short} rows have fewer than {after} tokens behind their position, "
+            "which warm.after, loss.kl_horizon and evaluate.kl_horizon read; lower these or dump "
+            "again with a larger dump.after"
+        )
+    if early:
+        problems.append(
+            f"dump.cache_dir: {early} rows lie before token warm.before={config.warm.before}; "
+            "lower warm.before or dump again with a larger dump.min_position"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def training_reference(cache: Cache) -> Reference:
+    """Mean, scale and R of (up to 16,384 of) the training activations."""
+    count = min(len(cache), _REFERENCE_ROWS)
+    return reference_of(cache.rows(np.arange(count)).activations_ND)

@@ -1,0 +1,127 @@
+"""Watching a lens while it trains: a few numbers with their control, and samples to read."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from conlens_jax.data.rows import Rows
+from conlens_jax.data.tokenizer import Tokenizer
+from conlens_jax.evaluation import metrics
+from conlens_jax.evaluation.measure import Effect, other_rows
+from conlens_jax.models.param_table import Params
+
+if TYPE_CHECKING:
+    from conlens_jax.training.loop import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """Scores by name, and the most common tokens of the sampled texts with their share."""
+
+    scores: dict[str, float]
+    common_tokens: str
+
+
+def validate(run: Run, trainable: Params, frozen: Params) -> Validation:
+    """Scores on the first ``train.validation_rows`` held-out rows.
+
+    ``kl_frac`` is against the mean activation; ``shuffle`` reads another row's text.
+    """
+    count = min(run.config.train.validation_rows, len(run.validation))
+    rows = run.validation.rows(np.arange(count))
+    explained = run.measurer.explain(trainable, frozen, rows)
+    actual = rows.activations_ND
+    vectors = {
+        **explained.reconstructions,
+        "shuffle": explained.reconstructions["sampled"][other_rows(rows.documents_N)],
+        "mean": np.broadcast_to(run.reference.mean_D, actual.shape),
+    }
+    effects = run.measurer.effects(frozen["original"], rows, vectors)
+    scores = {}
+    for name in ("greedy", "sampled", "shuffle"):
+        cos = metrics.cosine(vectors[name], actual)
+        scores[f"fve_nrm_{name}"] = metrics.fve_nrm(cos, run.reference.resultant)
+        scores[f"kl_frac_{name}"] = metrics.kl_frac(effects[name].kl_at, effects["mean"].kl_at)
+    scores["kl_at_sampled"] = float(effects["sampled"].kl_at.mean())
+    texts = explained.texts["sampled"]
+    scores["distinct_2"] = metrics.distinct_2(texts)
+    return Validation(scores, common_tokens(texts, run.setting.model.tokenizer))
+
+
+def common_tokens(texts_NT: np.ndarray, tokenizer: Tokenizer, count: int = 8) -> str:
+    """The most common tokens and their share, for a line of the log."""
+    counted = collections.Counter(texts_NT.reshape(-1).tolist()).most_common(count)
+    return " ".join(
+        f"{tokenizer.token(token)}:{times / texts_NT.size:.0%}" for token, times in counted
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One row as a person would look at it."""
+
+    context: str
+    continuation: str
+    explanation: str
+    cos: float
+    kl: float
+    top_before: str
+    top_after: str
+
+    def text(self) -> str:
+        return (
+            f"context       … {self.context} | {self.continuation} …\n"
+            f"explanation   {self.explanation}\n"
+            f"cos {self.cos:.3f}   KL {self.kl:.3f} nats\n"
+            f"M predicts    {self.top_before}\n"
+            f"after swap    {self.top_after}"
+        )
+
+
+def verbose_samples(run: Run, trainable: Params, frozen: Params, count: int) -> list[Sample]:
+    """Greedy explanations of ``count`` held-out rows, spread over the validation split."""
+    spread = np.linspace(0, len(run.validation) - 1, count).astype(np.int64)
+    rows = run.validation.rows(spread)
+    tokenizer = run.setting.model.tokenizer
+    explained = run.measurer.explain(trainable, frozen, rows)
+    vectors = explained.reconstructions["greedy"]
+    effects = run.measurer.effects(frozen["original"], rows, {"greedy": vectors})
+    cos = metrics.cosine(vectors, rows.activations_ND)
+    contexts = [context_of(rows, i, tokenizer) for i in range(count)]
+    return [
+        Sample(
+            context=before,
+            continuation=after,
+            explanation=tokenizer.decode(explained.texts["greedy"][i]),
+            cos=float(cos[i]),
+            kl=float(effects["greedy"].kl_at[i]),
+            top_before=_listed(effects["clean"], i, tokenizer),
+            top_after=_listed(effects["greedy"], i, tokenizer),
+        )
+        for i, (before, after) in enumerate(contexts)
+    ]
+
+
+def context_of(
+    rows: Rows, index: int, tokenizer: Tokenizer, before: int = 24, after: int = 6
+) -> tuple[str, str]:
+    """Text up to and including P, and the text behind it."""
+    position, tokens = int(rows.positions_N[index]), rows.tokens_NS[index]
+    stop = min(position + 1 + after, int(rows.lengths_N[index]))
+    start = max(0, position + 1 - before)
+    return tokenizer.decode(tokens[start : position + 1]), tokenizer.decode(
+        tokens[position + 1 : stop]
+    )
+
+
+def _listed(effect: Effect, index: int, tokenizer: Tokenizer) -> str:
+    return "  ".join(
+        f"{tokenizer.token(token)} {probability:.2f}"
+        for token, probability in zip(
+            effect.top_tokens[index], effect.top_probabilities[index], strict=True
+        )
+    )
