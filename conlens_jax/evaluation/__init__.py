@@ -1,0 +1,1 @@
+"""Evaluation: exact metrics, their uncertainty, and the page that shows them."""

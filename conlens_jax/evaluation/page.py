@@ -1,0 +1,289 @@
+"""From measured lenses to the page: which metrics stand in which table, and what is said."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from conlens_jax.data.rows import Rows
+from conlens_jax.data.tokenizer import Tokenizer
+from conlens_jax.evaluation.bootstrap import Interval
+from conlens_jax.evaluation.report import (
+    CurveChart,
+    Example,
+    HistogramChart,
+    MetricGroup,
+    MetricRow,
+    Report,
+    Series,
+)
+from conlens_jax.evaluation.suite import HEADLINE, Evaluated
+
+HIGHER, LOWER, NEITHER = "higher", "lower", ""
+Rowspec = tuple[str, str, str]  # metric, explanation, which way is better
+
+_CARRIES: tuple[Rowspec, ...] = (
+    ("fve_nrm", "share of the directional variance explained, greedy text", HIGHER),
+    ("kl_frac_mean", "share of the mean activation's KL removed, greedy text", HIGHER),
+    ("sampled_fve_nrm", "the same with sampled text", HIGHER),
+    ("sampled_kl_frac_mean", "the same with sampled text", HIGHER),
+    ("cos", "cosine of reconstruction and activation", HIGHER),
+    ("fve_raw", "share of the raw variance explained", HIGHER),
+    ("kl_at", "KL(M ‖ M with the reconstruction) at P, nats", LOWER),
+    ("kl_cont", "the same, mean over P and the predictions behind it, nats", LOWER),
+    ("kl_frac_zero", "share of the zero vector's KL removed", HIGHER),
+    ("kl_frac_other", "share of another row's activation's KL removed", HIGHER),
+    ("ce_rec", "cross-entropy recovered, 0 = mean activation, 1 = no swap", HIGHER),
+    ("top1_agree", "M's top prediction stays the same", HIGHER),
+)
+_CONTROLS: tuple[Rowspec, ...] = (
+    ("null_shuffle_fve_nrm", "the text of another row", NEITHER),
+    ("null_shuffle_kl_frac_mean", "the text of another row", NEITHER),
+    ("null_shuffle_sampled_fve_nrm", "another row's sampled text", NEITHER),
+    ("null_shuffle_sampled_kl_frac_mean", "another row's sampled text", NEITHER),
+    ("null_novec_fve_nrm", "text written from the mean activation", NEITHER),
+    ("null_novec_kl_frac_mean", "text written from the mean activation", NEITHER),
+    ("kl_floor", "KL of swapping the activation for itself", LOWER),
+)
+_BASELINES: tuple[Rowspec, ...] = (
+    ("last_tokens_fve_nrm", "the encoder reads the true last T source tokens", NEITHER),
+    ("last_tokens_kl_frac_mean", "the encoder reads the true last T source tokens", NEITHER),
+    ("window_fve_nrm", "the encoder reads the true window that the warm start teaches", NEITHER),
+    ("window_kl_frac_mean", "the same window", NEITHER),
+    ("kl_mean", "KL of swapping in the mean activation, nats", NEITHER),
+    ("kl_zero", "KL of swapping in zeros, nats", NEITHER),
+    ("kl_other", "KL of swapping in another row's activation, nats", NEITHER),
+)
+_TEXT: tuple[Rowspec, ...] = (
+    ("attribute_stated", "the attribute that M is about to use is in the text", HIGHER),
+    ("null_shuffle_attribute_stated", "… and in the text of another row", NEITHER),
+    ("attribute_ratio", "the first over the second", HIGHER),
+    ("sampled_attribute_stated", "… in the sampled text", HIGHER),
+    ("nll_text", "NLL a token of the greedy text under M reading it alone, nats", LOWER),
+    ("sampled_nll_text", "NLL a token of the sampled text", LOWER),
+    ("nll_window", "NLL a token of true windows of the corpus, read the same way", NEITHER),
+    ("distinct_2", "different bigrams over all bigrams, greedy texts together", NEITHER),
+    ("repeat_4gram", "share of 4-grams that repeat within a text", LOWER),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """A measured lens: ``key`` prefixes its metrics in metrics.json, ``name`` heads its column."""
+
+    key: str
+    name: str
+    evaluated: Evaluated
+
+
+@dataclasses.dataclass(frozen=True)
+class PageData:
+    """What the page is made from.
+
+    Attributes:
+      systems: in the order of the columns.
+      main: key of the system that the summary, histograms and examples are about.
+      differences: title → differences of the headline metrics, main minus another system.
+      records: of metrics.jsonl, by curve set ("" for the run, "control" for the control).
+      facts: label → value.
+    """
+
+    systems: Sequence[System]
+    main: str
+    differences: Mapping[str, Mapping[str, Interval]]
+    records: Mapping[str, Sequence[Mapping[str, Any]]]
+    facts: Mapping[str, Any]
+    rows: Rows
+    partner_N: np.ndarray
+    config: Mapping[str, Any]
+    n_examples: int
+    notes: Sequence[str]
+
+
+def build_report(data: PageData, tokenizer: Tokenizer) -> Report:
+    """The report of a run."""
+    main = next(system for system in data.systems if system.key == data.main)
+    groups = [
+        _group("Does the text carry the activation?", "", _CARRIES, data),
+        _group(
+            "Controls: what a text that says nothing of the activation scores",
+            "A lens is worth nothing where these reach its own numbers.",
+            _CONTROLS,
+            data,
+        ),
+        _group(
+            "Baselines",
+            "The encoder is given true text instead of an explanation. The window holds the true "
+            "continuation of the text, so it is no explanation but the warm start's own target.",
+            _BASELINES,
+            data,
+        ),
+        _group("The text", "", _TEXT, data),
+        *_difference_groups(data),
+    ]
+    return Report(
+        title=f"Consistency lens: {data.facts['model']}, layer {data.facts['layer']}",
+        summary=_summary(main.evaluated.metrics, main.name),
+        facts=list(data.facts.items()),
+        columns=[system.name for system in data.systems],
+        metric_groups=[group for group in groups if group.rows],
+        curves=_curves(data.records),
+        histograms=_histograms(main),
+        examples=_examples(data, main, tokenizer),
+        config=data.config,
+        notes=list(data.notes),
+    )
+
+
+def _group(title: str, note: str, specs: Sequence[Rowspec], data: PageData) -> MetricGroup:
+    rows = [
+        MetricRow(name, explanation, better, values)
+        for name, explanation, better in specs
+        if any(values := [system.evaluated.metrics.get(name) for system in data.systems])
+    ]
+    return MetricGroup(title, note, rows)
+
+
+def _difference_groups(data: PageData) -> list[MetricGroup]:
+    """The differences stand in the column of the main system."""
+    explanations = {name: explanation for name, explanation, _ in _CARRIES}
+    return [
+        MetricGroup(
+            title,
+            "Paired by document. An interval that holds 0 shows no difference.",
+            [
+                MetricRow(
+                    name,
+                    explanations[name],
+                    HIGHER,
+                    [
+                        differences[name] if system.key == data.main else None
+                        for system in data.systems
+                    ],
+                )
+                for name in HEADLINE
+            ],
+        )
+        for title, differences in data.differences.items()
+    ]
+
+
+def _summary(metrics: Mapping[str, Interval], name: str) -> str:
+    show = lambda key: f"{metrics[key].value:.2f}"
+    carried = metrics["kl_frac_mean"].lo > max(metrics["null_shuffle_kl_frac_mean"].hi, 0.0)
+    verdict = "carries the activation" if carried else "does not carry the activation"
+    return (
+        f"The text {verdict} ({name}). Put back into the model, what is read from a greedy "
+        f"explanation removes {show('kl_frac_mean')} of the harm that the mean activation does to "
+        f"the model's prediction, and explains {show('fve_nrm')} of the activations' directional "
+        f"variance. With the text of another row it is {show('null_shuffle_kl_frac_mean')} and "
+        f"{show('null_shuffle_fve_nrm')}."
+    )
+
+
+def _curves(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[CurveChart]:
+    charts = (
+        ("Loss", "nats and squared error", ("loss",)),
+        ("Terms of the loss", "unweighted", ("read_error", "write_loss", "mse", "kl", "lm")),
+        (
+            "Validation: KL removed",
+            "kl_frac_mean",
+            (
+                "validation_kl_frac_greedy",
+                "validation_kl_frac_sampled",
+                "validation_kl_frac_shuffle",
+            ),
+        ),
+        (
+            "Validation: variance explained",
+            "fve_nrm",
+            ("validation_fve_nrm_greedy", "validation_fve_nrm_sampled"),
+        ),
+    )
+    built = []
+    for title, y_label, names in charts:
+        series = []
+        for which, entries in records.items():
+            for name in names:
+                points = [(r["step"], r[name]) for r in entries if r.get(name) is not None]
+                if points:
+                    label = " ".join(filter(None, (which, name.removeprefix("validation_"))))
+                    steps, values = zip(*points, strict=True)
+                    series.append(Series(label, steps, values))
+        if series:
+            markers = [(step, f"{stage} begins") for step, stage in _stage_starts(records)]
+            built.append(CurveChart(title, "step", y_label, series, markers=markers))
+    return built
+
+
+def _stage_starts(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[int, str]]:
+    """Steps at which another stage follows in the main run."""
+    entries = records.get("", [])
+    return [
+        (before["step"], after["stage"])
+        for before, after in zip(entries, entries[1:], strict=False)
+        if before["stage"] != after["stage"]
+    ]
+
+
+def _histograms(main: System) -> list[HistogramChart]:
+    per_row = main.evaluated.per_row
+    named = (("explanation", "greedy"), ("another row's text", "null_shuffle"))
+    log_kl = lambda name: np.log10(np.maximum(per_row[f"{name}.kl_at"], 1e-6))
+    return [
+        HistogramChart(
+            "Cosine of reconstruction and activation",
+            "cosine, one value a row",
+            [(label, per_row[f"{name}.cos"]) for label, name in named],
+        ),
+        HistogramChart(
+            "KL with the reconstruction swapped in",
+            "log10 of nats, one value a row",
+            [(label, log_kl(name)) for label, name in (*named, ("mean activation", "mean"))],
+        ),
+    ]
+
+
+def _examples(data: PageData, main: System, tokenizer: Tokenizer) -> list[Example]:
+    """Rows at equal distances in the held-out set, chosen before anything was measured."""
+    count = min(data.n_examples, len(data.rows))
+    chosen = np.linspace(0, len(data.rows) - 1, count).astype(np.int64) if count else []
+    evaluated = main.evaluated
+    top = lambda name, row: [
+        (tokenizer.token(token), float(probability))
+        for token, probability in zip(
+            evaluated.effects[name].top_tokens[row],
+            evaluated.effects[name].top_probabilities[row],
+            strict=True,
+        )
+    ]
+    examples = []
+    for row in chosen:
+        tokens, position = data.rows.tokens_NS[row], int(data.rows.positions_N[row])
+        stop = min(position + 9, int(data.rows.lengths_N[row]))
+        texts = {
+            system.name: tokenizer.decode(system.evaluated.explained.texts["greedy"][row])
+            for system in data.systems
+        }
+        sampled = tokenizer.decode(evaluated.explained.texts["sampled"][row])
+        other = evaluated.explained.texts["greedy"][data.partner_N[row]]
+        examples.append(
+            Example(
+                context=tokenizer.decode(tokens[:position]),
+                token_at_position=tokenizer.token(tokens[position]),
+                continuation=tokenizer.decode(tokens[position + 1 : stop]),
+                explanations=[*texts.items(), (f"{main.name}, sampled", sampled)],
+                other_row_text=tokenizer.decode(other),
+                numbers={
+                    "cos": float(evaluated.per_row["greedy.cos"][row]),
+                    "KL": float(evaluated.per_row["greedy.kl_at"][row]),
+                    "KL, mean activation": float(evaluated.per_row["mean.kl_at"][row]),
+                },
+                top_before=top("clean", row),
+                top_after=top("greedy", row),
+            )
+        )
+    return examples

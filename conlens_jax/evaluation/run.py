@@ -1,0 +1,214 @@
+"""Evaluating a run: every lens it holds on the same held-out rows, metrics.json and report.html."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conlens_jax.config import ConfigError, to_json_dict
+from conlens_jax.evaluation.page import PageData, System, build_report
+from conlens_jax.evaluation.report import Interval, write_report
+from conlens_jax.evaluation.suite import HEADLINE, Evaluated, Suite, attribute_token_ids
+from conlens_jax.lens.spec import init_lens
+from conlens_jax.training.checkpoint import all_steps, read_metadata
+from conlens_jax.training.language_model import STATISTICS_FILE
+from conlens_jax.training.loop import CONTROL, checkpoint_of, load_lens
+from conlens_jax.training.setting import Setting, open_caches, training_reference
+from conlens_jax.training.tracking import read_metrics
+
+NAMES = {"warm": "warm start", "joint": "joint training", "control": "matched-compute control"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lens:
+    """A checkpoint to be measured."""
+
+    key: str
+    folder: Path
+    step: int
+
+
+def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
+    """Measures a checkpoint beside the warm start and the control of its run, where they exist.
+
+    Args:
+      checkpoint: a run folder (its last checkpoint counts) or one step's folder in
+        ``<run>/checkpoints``.
+
+    Returns:
+      The path of ``report.html``; ``metrics.json`` lies beside it, in the run folder.
+
+    Raises:
+      ValueError: no checkpoint there, or one of another model or lens.
+    """
+    config, console = setting.config, setting.console
+    lenses, run_folder = _find_lenses(checkpoint)
+    main = lenses[-1] if lenses[-1].key != CONTROL else lenses[-2]
+    metadata = read_metadata(main.folder, main.step)
+    if metadata["weights_hash"] != setting.model.weights_hash:
+        raise ConfigError(
+            [
+                f"model.path: the checkpoint {main.folder / str(main.step)} was trained on "
+                f"{metadata['model_id']}, whose weights are not those of {setting.model.model_id}"
+            ]
+        )
+    train, validation = open_caches(setting)
+    reference = training_reference(train)
+    count = min(config.evaluate.rows or len(validation), len(validation))
+    tokenizer = setting.model.tokenizer
+    suite = Suite.make(
+        setting.measurer(),
+        validation.rows(np.arange(count)),
+        reference,
+        config.warm,
+        attribute_token_ids(config.corpus.kind, tokenizer),
+        n_resamples=config.evaluate.bootstrap,
+        seed=config.evaluate.seed,
+    )
+    template, frozen = init_lens(
+        setting.model.params, setting.spec, reference.mean_D, reference.scale
+    )
+    systems = []
+    for lens in lenses:
+        trainable = load_lens(lens.folder, template, lens.step)
+        evaluated = suite.evaluate(trainable, frozen)
+        systems.append(System(lens.key, NAMES.get(lens.key, lens.key), evaluated))
+        headline = {name: evaluated.metrics[name].value for name in HEADLINE}
+        console.line("evaluate", lens=lens.key, step=lens.step, **headline)
+    measured = {system.key: system.evaluated for system in systems}
+    differences = _differences(suite, measured, main.key)
+    statistics = _model_statistics(setting.model.folder)
+    _write_metrics(run_folder / "metrics.json", measured, main.key, differences, statistics)
+    documents = len(np.unique(suite.rows.documents_N))
+    facts = {
+        "model": setting.model.model_id,
+        "layer": setting.spec.layer,
+        "rows": f"{count} rows of {documents} held-out documents",
+        "T": f"{setting.spec.text_len} tokens",
+        "R": f"{reference.resultant:.3f}, on {reference.n_rows} training rows",
+        "checkpoint": f"step {main.step}",
+        **{name: f"{value:.3f} nats a token" for name, value in statistics.items()},
+        "weights": setting.model.weights_hash[:12],
+    }
+    data = PageData(
+        systems=systems,
+        main=main.key,
+        differences={
+            f"{NAMES[main.key].capitalize()} minus {NAMES[key]}": values
+            for key, values in differences.items()
+        },
+        records=_records(run_folder),
+        facts=facts,
+        rows=suite.rows,
+        partner_N=suite.partner_N,
+        config=to_json_dict(config),
+        n_examples=config.evaluate.n_examples,
+        notes=_notes(setting, measured),
+    )
+    _print_table(setting, systems)
+    return write_report(build_report(data, tokenizer), run_folder / "report.html")
+
+
+def _find_lenses(checkpoint: str | Path) -> tuple[list[_Lens], Path]:
+    """Warm start, the checkpoint itself, and the control; and the run folder."""
+    folder, step = checkpoint_of(checkpoint)
+    step = read_metadata(folder, step)["step"]  # raises where there is none
+    metadata = read_metadata(folder, step)
+    stage, warm_steps = metadata["stage"], metadata["config"]["warm"]["steps"]
+    lenses = [_Lens(stage, folder, step)]
+    if stage == "joint" and warm_steps in all_steps(folder):
+        lenses.insert(0, _Lens("warm", folder, warm_steps))
+    control = folder.parent / CONTROL / "checkpoints"
+    if stage == "joint" and all_steps(control):
+        lenses.append(_Lens(CONTROL, control, all_steps(control)[-1]))
+    return lenses, folder.parent
+
+
+def _differences(
+    suite: Suite, measured: dict[str, Evaluated], main: str
+) -> dict[str, dict[str, Interval]]:
+    return {
+        key: suite.differences(measured[main], evaluated)
+        for key, evaluated in measured.items()
+        if key != main
+    }
+
+
+def _model_statistics(folder: Path) -> dict[str, float]:
+    """The embedded model's own loss and its corpus's entropy; nothing for other models."""
+    file = folder / STATISTICS_FILE
+    if not file.exists():
+        return {}
+    values = json.loads(file.read_text(encoding="utf-8"))
+    return {name: values[name] for name in ("lm_loss", "generator_entropy") if name in values}
+
+
+def _write_metrics(
+    path: Path,
+    measured: dict[str, Evaluated],
+    main: str,
+    differences: dict[str, dict[str, Interval]],
+    statistics: dict[str, float],
+) -> None:
+    """Flat: ``name``, ``name_lo``, ``name_hi``. The main lens has no prefix; the others have
+    ``warm_`` or ``control_``, and differences end in ``_minus_warm`` or ``_minus_control``."""
+    flat: dict[str, float | None] = {}
+
+    def put(name: str, interval: Interval) -> None:
+        for ending, value in (("", interval.value), ("_lo", interval.lo), ("_hi", interval.hi)):
+            flat[name + ending] = value if math.isfinite(value) else None
+
+    for key, evaluated in measured.items():
+        prefix = "" if key == main else f"{key}_"
+        for name, interval in evaluated.metrics.items():
+            put(prefix + name, interval)
+    for key, values in differences.items():
+        for name, interval in values.items():
+            put(f"{name}_minus_{key}", interval)
+    flat |= statistics
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(flat, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _records(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
+    files = {"": run_folder / "metrics.jsonl", CONTROL: run_folder / CONTROL / "metrics.jsonl"}
+    return {name: read_metrics(file) for name, file in files.items() if file.exists()}
+
+
+def _notes(setting: Setting, measured: dict[str, Evaluated]) -> list[str]:
+    warm = setting.config.warm
+    notes = [
+        f"Supervised windows hold the {warm.before} source tokens up to P and the {warm.after} "
+        "that truly follow. So the explanations of a warm start are what was just said and what "
+        "comes next, learnt from the source text; statements in them are taught, not discovered."
+    ]
+    if CONTROL in measured:
+        notes.append(
+            "The matched-compute control starts from the same warm start and spends the joint "
+            "stage's compute on the warm start's own objective. What the joint stage gains over "
+            "the warm start is a claim only where it is ahead of this control."
+        )
+    if "generator_entropy" in _model_statistics(setting.model.folder):
+        notes.append(
+            "generator_entropy is what the story generator itself spends on its choices, nats a "
+            "token; lm_loss is the embedded model's loss on the same held-out stories."
+        )
+    return notes
+
+
+def _print_table(setting: Setting, systems: list[System]) -> None:
+    names = (*HEADLINE, "null_shuffle_fve_nrm", "null_shuffle_kl_frac_mean", "top1_agree")
+    names += ("attribute_stated", "null_shuffle_attribute_stated", "nll_text", "nll_window")
+    rows = []
+    for name in names:
+        values = [system.evaluated.metrics.get(name) for system in systems]
+        if all(values):
+            rows.append([name, *(f"{v.value:.3f} [{v.lo:.3f}, {v.hi:.3f}]" for v in values)])
+    header = ["metric", *(system.name for system in systems)]
+    setting.console.table("held-out documents, 95 % intervals", header, rows)
