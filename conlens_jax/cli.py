@@ -1,0 +1,79 @@
+"""What all entry points share: flags, the validated config, and errors on one screen."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from conlens_jax.config import ConfigError, ExperimentConfig, field_names, from_config_dict
+from conlens_jax.config import unknown_field_message as unknown_field
+from conlens_jax.parallel.host import keep_freed_memory
+from conlens_jax.training.loop import TrainingStopped
+
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the trace of an error.")
+
+
+def define_config(default: str | None = None) -> flags.FlagHolder:
+    """The flag ``--config``, a config file whose fields ``--config.<field>`` override."""
+    return config_flags.DEFINE_config_file(
+        "config", default, "Configuration file with get_config().", lock_config=True
+    )
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses flags and runs ``main``; an error that the user can mend is printed, not traced.
+
+    Exit codes: 0 done, 2 wrong input, 1 anything else.
+    """
+
+    def guarded(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            _fail([f"unexpected argument {argument!r}" for argument in argv[1:]])
+        keep_freed_memory()
+        # Orbax and JAX narrate at INFO; their warnings and errors stay.
+        logging.set_verbosity(logging.WARNING)
+        try:
+            main()
+        except (ValueError, OSError, TrainingStopped) as error:
+            if _TRACEBACK.value:
+                raise
+            _fail(error.problems if isinstance(error, ConfigError) else [str(error)])
+
+    problems = _unknown_overrides(sys.argv[1:])
+    if problems:
+        _fail(problems)
+    app.run(guarded)
+
+
+def load_config(holder: flags.FlagHolder) -> ExperimentConfig:
+    """The validated dataclasses of the flag's value.
+
+    Raises:
+      ConfigError: no config was given, or it has problems (all are listed).
+    """
+    if holder.value is None:
+        raise ConfigError(["--config is missing; for example --config=configs/quickstart.py"])
+    return from_config_dict(holder.value.to_dict())
+
+
+def _unknown_overrides(arguments: Sequence[str]) -> list[str]:
+    """ml_collections answers an unknown field with a trace; we name the nearest one."""
+    known = set(field_names())
+    problems = []
+    for argument in arguments:
+        match = re.match(r"--?(?:no)?config\.([\w.]+)", argument)
+        if match and match.group(1) not in known:
+            problems.append(unknown_field(match.group(1)))
+    return problems
+
+
+def _fail(problems: Sequence[str]) -> None:
+    print("error:", file=sys.stderr)
+    for problem in problems:
+        print(f"  {problem}", file=sys.stderr)
+    print("(--traceback shows where)", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,50 @@
+"""Checkpoint → metrics and report: python -m conlens_jax.evaluate --checkpoint=runs/quickstart
+
+``--checkpoint`` is a run folder or one checkpoint in it. The configuration is the run's own unless
+``--config`` gives another one; with ``--config`` alone its ``run_dir`` is evaluated.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from conlens_jax import cli
+from conlens_jax.config import ConfigError, ExperimentConfig, from_config_dict
+from conlens_jax.evaluation.run import evaluate_run
+from conlens_jax.training.console import Console
+from conlens_jax.training.loop import checkpoint_of
+from conlens_jax.training.setting import open_setting
+
+_CONFIG = cli.define_config()
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run folder, or a checkpoint in it.")
+
+
+def recorded_config(checkpoint: str) -> ExperimentConfig:
+    """The configuration that a run was made with.
+
+    Raises:
+      ConfigError: the folder is no run.
+    """
+    folder, _ = checkpoint_of(checkpoint)
+    file = Path(folder).parent / "config.json"
+    if not file.exists():
+        raise ConfigError([f"--checkpoint={checkpoint}: there is no {file}; give a run folder"])
+    return from_config_dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def main() -> None:
+    if _CONFIG.value is not None:
+        config = cli.load_config(_CONFIG)
+    elif _CHECKPOINT.value:
+        config = recorded_config(_CHECKPOINT.value)
+    else:
+        raise ConfigError(["give --checkpoint=<run folder> or --config=configs/<file>.py"])
+    setting = open_setting(config, Console())
+    print(evaluate_run(setting, _CHECKPOINT.value or config.run_dir))
+
+
+if __name__ == "__main__":
+    cli.run(main)

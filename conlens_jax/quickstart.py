@@ -1,0 +1,35 @@
+"""The whole way on the embedded model and stories: python -m conlens_jax.quickstart
+
+Trains the small language model at first use, dumps activations, trains a lens with its control,
+evaluates it, and prints the path of the report. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from conlens_jax import cli
+from conlens_jax.config import ExperimentConfig
+from conlens_jax.data.extract import dump_activations
+from conlens_jax.evaluation.run import evaluate_run
+from conlens_jax.training.console import Console
+from conlens_jax.training.loop import train_lens
+from conlens_jax.training.setting import open_setting
+
+_CONFIG = cli.define_config(str(Path(__file__).parents[1] / "configs" / "quickstart.py"))
+
+
+def run_quickstart(config: ExperimentConfig, console: Console) -> Path:
+    """dump → train → evaluate; returns the path of the report."""
+    setting = open_setting(config, console)
+    dump_activations(config, setting.model, setting.spec, setting.mesh, console)
+    folder = train_lens(setting)
+    return evaluate_run(setting, folder)
+
+
+def main() -> None:
+    print(run_quickstart(cli.load_config(_CONFIG), Console()).absolute())
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,24 @@
+"""Activation cache → lens: python -m conlens_jax.train --config=configs/quickstart.py
+
+A run that was stopped goes on from its last checkpoint when the same command is given again.
+"""
+
+from __future__ import annotations
+
+from conlens_jax import cli
+from conlens_jax.training.console import Console
+from conlens_jax.training.loop import train_lens
+from conlens_jax.training.setting import open_setting
+
+_CONFIG = cli.define_config()
+
+
+def main() -> None:
+    config = cli.load_config(_CONFIG)
+    console = Console()
+    folder = train_lens(open_setting(config, console))
+    console.line("train", run=folder)
+
+
+if __name__ == "__main__":
+    cli.run(main)

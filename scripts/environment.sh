@@ -1,0 +1,17 @@
+# Sourced by the other scripts: makes the checkout's own environment in .venv, once, and puts its
+# python first on the PATH. PYTHON chooses the interpreter; an argument names the extras, such as
+# "test" or "cuda13".
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+extras="${1:-}"
+stamp=".venv/.installed-${extras:-base}"
+if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+  python="${PYTHON:-python3}"
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "Python 3.11 or newer is needed; set PYTHON to one, for example PYTHON=python3.12" >&2
+    exit 1
+  }
+  [ -e .venv/bin/python ] || "$python" -m venv .venv
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}"
+  touch "$stamp"
+fi
+PATH="$PWD/.venv/bin:$PATH"

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Sets up the environment with the test tools and runs the tests; arguments go to pytest.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" test
+exec python -m pytest "$@"
