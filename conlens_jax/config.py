@@ -163,6 +163,11 @@ def constant(value: float) -> ScheduleConfig:
     return ScheduleConfig(start=value)
 
 
+def schedule(kind: str, start: float, end: float = 0.0, **fields: Any) -> dict[str, Any]:
+    """A schedule as a config file sets it: ``config.loss.kl = schedule("linear", 0.1, 0.3)``."""
+    return dataclasses.asdict(ScheduleConfig(kind, start, end, **fields))
+
+
 @dataclasses.dataclass(frozen=True)
 class LensConfig:
     """The shape of the lens.
@@ -549,9 +554,14 @@ def _shape_problems(config: ExperimentConfig) -> Iterator[str]:
         yield "corpus.n_documents must be given for corpus.kind='stories'"
     if not 0 < config.corpus.validation_fraction < 1 and not config.corpus.validation_split:
         yield "corpus.validation_fraction must be between 0 and 1"
-    if config.embedded.n_heads % config.embedded.n_kv_heads:
+    if config.model.path == EMBEDDED_MODEL and config.model.layer >= config.embedded.n_layers:
+        yield (
+            f"model.layer={config.model.layer} is out of range: the embedded model has layers 0 to "
+            f"{config.embedded.n_layers - 1} (embedded.n_layers)"
+        )
+    if config.embedded.n_heads % max(config.embedded.n_kv_heads, 1):
         yield "embedded.n_heads must be a multiple of embedded.n_kv_heads"
-    if config.embedded.d_model % config.embedded.n_heads:
+    if config.embedded.d_model % max(config.embedded.n_heads, 1):
         yield "embedded.d_model must be a multiple of embedded.n_heads"
     for stage in ("warm", "joint"):
         batch = lookup(config, f"{stage}.batch_size")

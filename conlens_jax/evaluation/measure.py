@@ -19,15 +19,20 @@ from jax.sharding import Mesh
 
 from conlens_jax.data.rows import Rows
 from conlens_jax.evaluation import metrics
+from conlens_jax.lens.batch import Batch, filled, make_batch
 from conlens_jax.lens.decoder import generate
 from conlens_jax.lens.encoder import encode_tokens
 from conlens_jax.lens.gumbel import example_keys, gumbel_noise
 from conlens_jax.lens.losses import cross_entropy, kl_divergence
-from conlens_jax.lens.original import Context, read_context, swapped_logits
+from conlens_jax.lens.original import (
+    Context,
+    read_context,
+    swapped_logits,
+    text_logits_alone,
+)
 from conlens_jax.lens.spec import LensSpec, decoder_of, encoder_of
 from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.mesh import batch_sharding
-from conlens_jax.training.objective import Batch, text_reference_logits
 
 SAMPLING = 2  # purpose of the evaluation noise, apart from that of training
 TOP = 5
@@ -108,7 +113,7 @@ class Measurer:
             effects = {"clean": clean}
             for name, vectors_ND in candidates.items():
                 piece = np.asarray(vectors_ND[start : start + self.batch_size], np.float32)
-                vector_BD = jax.device_put(_filled(piece, self.batch_size), self.sharding)
+                vector_BD = jax.device_put(filled(piece, self.batch_size), self.sharding)
                 effects[name] = self._effect(original, context, next_token_B, vector_BD)
             return effects
 
@@ -126,28 +131,9 @@ class Measurer:
     def _over_texts(self, texts_NT: np.ndarray, run: Callable) -> np.ndarray:
         outputs = []
         for start in range(0, len(texts_NT), self.batch_size):
-            piece = _filled(texts_NT[start : start + self.batch_size], self.batch_size)
+            piece = filled(texts_NT[start : start + self.batch_size], self.batch_size)
             outputs.append(np.asarray(run(jax.device_put(piece, self.sharding))))
         return np.concatenate(outputs)[: len(texts_NT)]
-
-
-def make_batch(
-    rows: Rows, sharding: jax.sharding.Sharding, batch_size: int, first_example: int = 0
-) -> Batch:
-    """Rows on the device, filled up to ``batch_size`` by repeating the last one."""
-    arrays = (
-        np.asarray(rows.activations_ND, np.float32),
-        rows.tokens_NS,
-        rows.lengths_N,
-        rows.positions_N,
-        np.arange(first_example, first_example + len(rows), dtype=np.int32),
-    )
-    return Batch(*(jax.device_put(_filled(array, batch_size), sharding) for array in arrays))
-
-
-def _filled(array: np.ndarray, size: int) -> np.ndarray:
-    missing = size - len(array)
-    return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else array
 
 
 def _explain(trainable: Params, frozen: Params, batch: Batch, *, spec: LensSpec, seed: int):
@@ -170,7 +156,7 @@ def _read(trainable: Params, frozen: Params, text_BT: jax.Array, *, spec: LensSp
 
 def _text_nll(original: Params, text_BT: jax.Array, *, spec: LensSpec):
     start = () if spec.bos is None else (spec.bos,)
-    logits_BTV = text_reference_logits(original, text_BT, start, spec)
+    logits_BTV = text_logits_alone(original, text_BT, start, spec)
     return jnp.mean(cross_entropy(logits_BTV, text_BT), axis=-1)
 
 

@@ -17,7 +17,7 @@ from conlens_jax.evaluation.suite import HEADLINE, Evaluated, Suite, attribute_t
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.training.checkpoint import all_steps, read_metadata
 from conlens_jax.training.language_model import STATISTICS_FILE
-from conlens_jax.training.loop import CONTROL, checkpoint_of, load_lens
+from conlens_jax.training.loop import CONTROL, checkpoint_of, load_lens, placed
 from conlens_jax.training.setting import Setting, open_caches, training_reference
 from conlens_jax.training.tracking import read_metrics
 
@@ -73,6 +73,7 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
     template, frozen = init_lens(
         setting.model.params, setting.spec, reference.mean_D, reference.scale
     )
+    template = placed(template, setting)
     systems = []
     for lens in lenses:
         trainable = load_lens(lens.folder, template, lens.step)

@@ -18,6 +18,7 @@ from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import (
     KVCache,
     embed_tokens,
+    forward,
     positions_of,
     run_layers,
     slice_layers,
@@ -105,3 +106,18 @@ def swapped_logits(
         slot=context.slots_B,
     )
     return unembed(original, x_BhD, config=spec.model)
+
+
+def text_logits_alone(
+    original: Params, text_BT: Int[Array, "B T"], start: tuple[int, ...], spec: LensSpec
+) -> Float[Array, "B T V"]:
+    """M's logits of each token of a text that stands behind the tokens ``start``.
+
+    Without a start there is nothing to predict the first token from; its logits are uniform.
+    """
+    prefix = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (text_BT.shape[0], len(start)))
+    tokens = jnp.concatenate([prefix, text_BT[:, :-1]], axis=1)
+    if not start:
+        logits = forward(original, tokens, config=spec.model)
+        return jnp.pad(logits, ((0, 0), (1, 0), (0, 0)))
+    return forward(original, tokens, config=spec.model)[:, len(start) - 1 :]

@@ -18,8 +18,9 @@ from safetensors.numpy import save_file
 
 from conlens_jax.models.families import config_from_hf, family_of
 from conlens_jax.models.param_table import ParamRow, Params, build_tree, leaf
+from conlens_jax.models.sharding import param_shardings
 from conlens_jax.models.transformer_config import TransformerConfig
-from conlens_jax.parallel.mesh import param_shardings, single_device_mesh
+from conlens_jax.parallel.mesh import single_device_mesh
 
 _READABLE_DTYPES = ("F64", "F32", "F16", "BF16")
 # Buffers that old files carry and no model needs.
@@ -124,8 +125,9 @@ class TensorFiles:
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """A hash that changes with the weights and is cheap for any size: sha256 over each file's
-    header, its size, and the first and last 4 KiB of every tensor."""
+    """A hash that tells models apart and is cheap for any size: sha256 over each file's header, its
+    size, and the first and last 4 KiB of every tensor. Training changes all of a tensor; a change
+    in the middle of a large one alone would go unseen."""
     digest = hashlib.sha256()
     for file in _weight_files(folder):
         with open(file, "rb") as stream:

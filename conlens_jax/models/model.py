@@ -61,7 +61,7 @@ class LanguageModel:
         mask: Bool[Array, "B S"] | None = None,
     ) -> Float[Array, "B S V"]:
         """Next-token logits, fp32. ``mask`` is False on padding (left or right)."""
-        return _logits(self.params, *_inputs(tokens, mask), config=self.config)
+        return _logits(self.params, *_inputs(tokens, mask, self.config), config=self.config)
 
     def capture(
         self,
@@ -86,7 +86,7 @@ class LanguageModel:
         """
         wanted = (layers,) if isinstance(layers, int | np.integer) else tuple(layers)
         self._check_layers(wanted)
-        tokens, mask = _inputs(tokens, mask)
+        tokens, mask = _inputs(tokens, mask, self.config)
         captured = _capture(
             self.params, tokens, mask, layers=tuple(map(int, wanted)), config=self.config
         )
@@ -105,8 +105,8 @@ class LanguageModel:
     ) -> Float[Array, "B S V"]:
         """Logits where the output of block ``layer`` at ``positions`` is ``activations``."""
         self._check_layers((layer,))
-        tokens, mask = _inputs(tokens, mask)
-        activations = jnp.asarray(activations).reshape(tokens.shape[0], self.config.d_model)
+        tokens, mask = _inputs(tokens, mask, self.config)
+        activations = _row_vectors(activations, tokens.shape[0], self.config.d_model)
         positions = _row_positions(positions, tokens)
         return _swap(
             self.params, tokens, mask, positions, activations, layer=int(layer), config=self.config
@@ -147,10 +147,18 @@ def load_model(
     )
 
 
-def _inputs(tokens, mask) -> tuple[Array, Array]:
-    tokens = jnp.asarray(tokens, jnp.int32)
-    mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
-    return tokens, mask
+def _inputs(tokens, mask, config: TransformerConfig) -> tuple[Array, Array]:
+    """Checks and converts. Raises ValueError for a wrong shape or a token outside the vocabulary,
+    which the embedding would turn into NaN without a word."""
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+        raise ValueError(f"tokens must be whole numbers [B, S], not {tokens.dtype} {tokens.shape}")
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
+        raise ValueError(f"tokens must be 0 to {config.vocab_size - 1}, the model's vocabulary")
+    mask = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask)
+    if mask.shape != tokens.shape:
+        raise ValueError(f"mask has shape {mask.shape}, tokens {tokens.shape}")
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(mask, bool)
 
 
 def _row_positions(positions, tokens: Array) -> Int[Array, "B"]:
@@ -165,6 +173,14 @@ def _row_positions(positions, tokens: Array) -> Int[Array, "B"]:
     if values.min() < -length or values.max() >= length:
         raise ValueError(f"positions must be below the sequence length {length}")
     return jnp.broadcast_to(jnp.asarray(values.reshape(-1) % length, jnp.int32), (batch,))
+
+
+def _row_vectors(activations, batch: int, width: int) -> Float[Array, "B D"]:
+    """[B, D], or [B, 1, D] as ``capture`` gives it for a list of one layer."""
+    activations = jnp.asarray(activations)
+    if activations.shape not in ((batch, width), (batch, 1, width)):
+        raise ValueError(f"activations have shape {activations.shape}, not {(batch, width)}")
+    return activations.reshape(batch, width)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -131,9 +131,6 @@ def run_layers(
         past = (cache.keys, cache.values)
         key_positions = write_slots(cache.positions_BC, positions_BS, slot)
     mask_BSC: Bool[Array, "B S C"] = key_positions[:, None, :] <= positions_BS[:, :, None]
-    if cache is None:
-        # Padding queries see every slot, and padding slots are seen by padding queries only.
-        mask_BSC = mask_BSC | (positions_BS == NO_POSITION)[:, :, None]
     rotation = rope.rotations(_rope_positions(positions_BS), config.rope, config.head_dim)
     keep = keep_cache or cache is not None
     block = nn.remat(Block, prevent_cse=False) if config.remat == "full" else Block

@@ -6,14 +6,15 @@ One table says which mesh axis a dimension letter of a parameter is split over. 
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from conlens_jax.config import ConfigError, MeshConfig
-from conlens_jax.models.param_table import ParamRow, Params, build_tree
-from conlens_jax.models.transformer_config import TransformerConfig
 
+PyTree = Any
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 AXIS_OF_DIM = {"D": "fsdp", "V": "tensor", "H": "tensor", "K": "tensor", "F": "tensor"}
@@ -71,27 +72,7 @@ def param_spec(dims: str) -> P:
     return P(*(AXIS_OF_DIM.get(dim) for dim in dims))
 
 
-def param_shardings(table: list[ParamRow], config: TransformerConfig, mesh: Mesh) -> Params:
-    """The sharding of every parameter of a model.
-
-    Raises:
-      ConfigError: a dimension that its mesh axis does not divide, all of them listed.
-    """
-    problems = []
-    for row in table:
-        for dim, size in zip(row.dims, row.shape(config), strict=True):
-            axis = AXIS_OF_DIM.get(dim)
-            if axis and size % mesh.shape[axis]:
-                problems.append(
-                    f"mesh.{axis}={mesh.shape[axis]} does not divide dimension {dim}={size} of "
-                    f"{'.'.join(row.path)}"
-                )
-    if problems:
-        raise ConfigError(problems)
-    return build_tree((row.path, NamedSharding(mesh, param_spec(row.dims))) for row in table)
-
-
-def shardings_like(tree, model_shardings: Params, mesh: Mesh):
+def shardings_like(tree, model_shardings: PyTree, mesh: Mesh):
     """Shardings for a tree that holds parameters by the names of the model's (clones of it,
     and their optimizer moments): those are split like the model's, everything else is replicated.
     """

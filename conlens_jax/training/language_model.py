@@ -195,7 +195,9 @@ def _make_step(model: TransformerConfig, optimizer: optax.GradientTransformation
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, opt_state, tokens_BS, lengths_B):
         loss, grads = jax.value_and_grad(mean_loss)(params, tokens_BS, lengths_B)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
+        # optax mixes its int32 counters with floats, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 
     return step

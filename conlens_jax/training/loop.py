@@ -7,10 +7,11 @@ follows. The supervised control starts where the joint stage starts, in a folder
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ import jax.numpy as jnp
 
 from conlens_jax.config import ConfigError, ExperimentConfig, field_names, lookup, to_json_dict
 from conlens_jax.data.batches import batch_indices, prefetch, steps_per_epoch
-from conlens_jax.evaluation.measure import Measurer, Reference, make_batch
+from conlens_jax.evaluation.measure import Measurer, Reference
+from conlens_jax.lens.batch import make_batch
 from conlens_jax.lens.spec import init_lens
+from conlens_jax.models.families import family_of
 from conlens_jax.models.param_table import Params
-from conlens_jax.parallel.mesh import batch_sharding
+from conlens_jax.models.sharding import param_shardings
+from conlens_jax.parallel.mesh import batch_sharding, shardings_like
 from conlens_jax.training.accounting import parameter_table
 from conlens_jax.training.checkpoint import (
     CheckpointError,
@@ -96,6 +100,7 @@ def train_lens(setting: Setting) -> Path:
     trainable, frozen = init_lens(
         setting.model.params, setting.spec, reference.mean_D, reference.scale
     )
+    trainable = placed(trainable, setting)
     if config.train.init_from:
         trainable = load_lens(config.train.init_from, trainable)
     console.table("lens", *parameter_table(trainable, frozen))
@@ -131,7 +136,7 @@ def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Para
     n_rows = len(run.train)
     steps_per_epoch(n_rows, stage.batch_size)  # raises where there is not one batch
     optimizer, learning_rate = stage_optimizer(stage, trainable, n_rows)
-    state = init_state(jax.tree.map(jnp.copy, trainable), optimizer)
+    state = placed(init_state(jax.tree.map(jnp.copy, trainable), optimizer), run.setting)
     last_step = stage.first_step + stage.steps
     with Checkpoints(
         run.checkpoint_folder,
@@ -148,8 +153,18 @@ def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Para
         step = make_step(stage, config, run.setting.objective, optimizer, learning_rate, n_rows)
         loop = _StageLoop(run, stage, checkpoints, log, frozen, seconds)
         state = loop.run(step, state)
+        loop.wait_for_checkpoints()
     console.line(stage.name, finished=last_step, train_seconds=loop.seconds)
     return state.params
+
+
+def placed(tree: Any, setting: Setting) -> Any:
+    """A lens or its train state on the mesh: clones and their moments are split like the model's
+    parameters. What is restored into such a tree is on the mesh too."""
+    model, mesh = setting.model.config, setting.mesh
+    table = family_of(model).param_table(model)
+    shardings = shardings_like(tree, param_shardings(table, model, mesh), mesh)
+    return jax.device_put(tree, shardings)
 
 
 class _StageLoop:
@@ -262,11 +277,22 @@ class _StageLoop:
         }
         # The warm start is not judged by its text: only joint checkpoints compete for the best.
         metrics = {} if self.stage.name == "warm" else scores
-        try:
+        with self._disk_failure_stops(f"the checkpoint of step {step}, or the one before it,"):
             self.checkpoints.save(step, state, metadata, metrics)
-        except OSError as error:
+
+    def wait_for_checkpoints(self) -> None:
+        """Returns when the last checkpoint is on disk."""
+        with self._disk_failure_stops("the last checkpoint"):
+            self.checkpoints.wait()
+
+    @contextlib.contextmanager
+    def _disk_failure_stops(self, what: str) -> Iterator[None]:
+        # A full disk met in the background comes as a ValueError, with the next save or wait.
+        try:
+            yield
+        except (OSError, ValueError) as error:
             raise TrainingStopped(
-                f"checkpoint {step} could not be written: {error}; "
+                f"{what} could not be written: {error}; "
                 f"{self._last_good()} Make room and run the same command again."
             ) from error
 
@@ -282,6 +308,8 @@ class _StageLoop:
             )
 
     def _last_good(self) -> str:
+        with contextlib.suppress(OSError, ValueError):  # of a save that failed
+            self.checkpoints.wait()
         steps = all_steps(self.checkpoints.folder)
         if not steps:
             return "no checkpoint was written yet."

@@ -12,13 +12,13 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from conlens_jax.config import LossConfig, ScheduleConfig, WarmConfig
 from conlens_jax.lens import original as original_model
+from conlens_jax.lens.batch import Batch
 from conlens_jax.lens.decoder import generate, teacher_forced_logits, text_logits
 from conlens_jax.lens.encoder import encode_embeddings, encode_tokens
 from conlens_jax.lens.gumbel import straight_through_embed
@@ -31,25 +31,9 @@ from conlens_jax.lens.losses import (
 from conlens_jax.lens.original import Context
 from conlens_jax.lens.spec import Decoder, LensSpec, decoder_of, encoder_of
 from conlens_jax.models.param_table import Params
-from conlens_jax.models.transformer import forward
 
 TERMS = ("lm", "kl", "mse", "entropy", "text")
 Metrics = dict[str, Array]
-
-
-@flax.struct.dataclass
-class Batch:
-    """Rows of the cache on the device; ``examples_B`` numbers them within the global batch."""
-
-    activation_BD: Float[Array, "B D"]
-    tokens_BS: Int[Array, "B S"]
-    lengths_B: Int[Array, "B"]
-    positions_B: Int[Array, "B"]
-    examples_B: Int[Array, "B"]
-
-    @property
-    def mask_BS(self) -> Bool[Array, "B S"]:
-        return jnp.arange(self.tokens_BS.shape[1]) < self.lengths_B[:, None]
 
 
 class Prepared(NamedTuple):
@@ -145,22 +129,7 @@ def reference_logits(
     start = () if spec.bos is None else (spec.bos,)
     if objective.loss.lm_reference == "prompt":
         start = spec.decoder_left + spec.decoder_right or start
-    return text_reference_logits(original, text_BT, start, spec)
-
-
-def text_reference_logits(
-    original: Params, text_BT: Int[Array, "B T"], start: tuple[int, ...], spec: LensSpec
-) -> Float[Array, "B T V"]:
-    """M's logits of each token of a text that stands behind the tokens ``start``.
-
-    Without a start there is nothing to predict the first token from; its logits are uniform.
-    """
-    prefix = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (text_BT.shape[0], len(start)))
-    tokens = jnp.concatenate([prefix, text_BT[:, :-1]], axis=1)
-    if not start:
-        logits = forward(original, tokens, config=spec.model)
-        return jnp.pad(logits, ((0, 0), (1, 0), (0, 0)))
-    return forward(original, tokens, config=spec.model)[:, len(start) - 1 :]
+    return original_model.text_logits_alone(original, text_BT, start, spec)
 
 
 def joint_loss(

@@ -78,6 +78,13 @@ def open_setting(config: ExperimentConfig, console: Console) -> Setting:
     if config.model.path == EMBEDDED_MODEL:
         # The cache names the model by what the config calls it, not by a folder of this machine.
         model = dataclasses.replace(model, model_id=model.folder.name)
+    if config.dump.seq_len > model.config.max_positions:
+        raise ConfigError(
+            [
+                f"dump.seq_len={config.dump.seq_len} is longer than the "
+                f"{model.config.max_positions} positions that {model.model_id} was made for"
+            ]
+        )
     spec = make_spec(model.config, config.model.layer, config.lens, model.tokenizer)
     console.line(
         "model",

@@ -13,12 +13,12 @@ import optax
 from jaxtyping import Array, Int
 
 from conlens_jax.config import ExperimentConfig, OptimizerConfig
+from conlens_jax.lens.batch import Batch
 from conlens_jax.lens.gumbel import example_keys, gumbel_noise
 from conlens_jax.lens.schedules import Schedule, make_schedule
 from conlens_jax.models.param_table import Params
 from conlens_jax.training.objective import (
     TERMS,
-    Batch,
     Metrics,
     Objective,
     joint_loss,
@@ -150,7 +150,7 @@ def make_step(
         metrics = {
             "loss": total,
             **terms,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": learning_rate(state.step),
             "bad_steps_in_a_row": bad_steps_in_a_row(opt_state),
             "bad_steps": bad_steps_total(opt_state),
