@@ -1,0 +1,130 @@
+"""The whole configuration of a run, as frozen dataclasses.
+
+A config file under ``configs/`` has a ``get_config()`` that returns an
+``ml_collections.ConfigDict`` made by :func:`to_config_dict`. The entry point applies the command
+line to it and calls :func:`from_config_dict` once. Behind that call there is no ``ConfigDict``:
+the library sees only the dataclasses of ``settings.py``, already validated by ``rules.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from conlens_jax.config.fields import field_names, lookup, unknown_field_message
+from conlens_jax.config.rules import config_problems
+from conlens_jax.config.settings import (
+    EMBEDDED_MODEL,
+    CheckpointConfig,
+    ControlConfig,
+    CorpusConfig,
+    DumpConfig,
+    EmbeddedConfig,
+    EvaluateConfig,
+    ExperimentConfig,
+    JointConfig,
+    LensConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    WandbConfig,
+    WarmConfig,
+    constant,
+    schedule,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "ConfigError",
+    "ControlConfig",
+    "CorpusConfig",
+    "DumpConfig",
+    "EMBEDDED_MODEL",
+    "EmbeddedConfig",
+    "EvaluateConfig",
+    "ExperimentConfig",
+    "JointConfig",
+    "LensConfig",
+    "LossConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "WandbConfig",
+    "WarmConfig",
+    "config_problems",
+    "constant",
+    "field_names",
+    "from_config_dict",
+    "lookup",
+    "schedule",
+    "to_config_dict",
+    "to_json_dict",
+    "unknown_field_message",
+]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message lists every problem with its field."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        super().__init__("\n".join(f"  - {problem}" for problem in problems))
+
+
+def to_config_dict(config: ExperimentConfig) -> ml_collections.ConfigDict:
+    """The locked ``ConfigDict`` that a config file hands to the command line."""
+    return ml_collections.ConfigDict(dataclasses.asdict(config)).lock()
+
+
+def to_json_dict(config: ExperimentConfig) -> dict[str, Any]:
+    """Nested plain values, for ``config.json``."""
+    return dataclasses.asdict(config)
+
+
+def from_config_dict(values: Mapping[str, Any]) -> ExperimentConfig:
+    """Builds and validates the dataclasses.
+
+    Raises:
+      ConfigError: unknown fields, wrong types and impossible values, all in one message.
+    """
+    problems: list[str] = []
+    config = _build(ExperimentConfig, values, "", problems)
+    if not problems:
+        problems = list(config_problems(config))
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _build(kind: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    hints = typing.get_type_hints(kind)
+    arguments = {}
+    for name, value in values.items():
+        dotted = prefix + name
+        if name not in hints:
+            problems.append(unknown_field_message(dotted))
+        elif dataclasses.is_dataclass(hints[name]):
+            if isinstance(value, Mapping | ml_collections.ConfigDict):
+                arguments[name] = _build(hints[name], value, dotted + ".", problems)
+            else:
+                problems.append(f"{dotted} is a section, not the value {value!r}")
+        else:
+            arguments[name] = _coerce(hints[name], value, dotted, problems)
+    return kind(**arguments)
+
+
+def _coerce(kind: type, value: Any, dotted: str, problems: list[str]) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        problems.append(f"{dotted} must be of type {kind.__name__}, not {value!r}")
+    return value

@@ -1,0 +1,153 @@
+"""Which configurations can be run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from conlens_jax.config.fields import field_names, lookup
+from conlens_jax.config.settings import (
+    EMBEDDED_MODEL,
+    ExperimentConfig,
+    LensConfig,
+    ScheduleConfig,
+)
+
+_CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "full"),
+    "corpus.kind": ("stories", "stdlib", "text", "jsonl", "parquet", "huggingface"),
+    "dump.dtype": ("float32", "bfloat16"),
+    "lens.train_decoder": ("full", "frozen"),
+    "lens.train_encoder": ("full", "frozen"),
+    "loss.mse_kind": ("direction", "raw"),
+    "loss.lm_reference": ("text", "prompt", "warm"),
+    "wandb.mode": ("disabled", "offline", "online"),
+}
+_AT_LEAST_ONE = (
+    *(f"embedded.{name}" for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_mlp")),
+    *(f"embedded.{name}" for name in ("vocab_size", "steps", "batch_size", "seq_len")),
+    *(f"dump.{name}" for name in ("n_samples", "n_validation_samples", "positions_per_sequence")),
+    *("dump.batch_size", "dump.rows_per_shard", "lens.text_len", "loss.kl_horizon"),
+    *("warm.batch_size", "warm.optimizer.accumulate", "warm.optimizer.max_bad_steps"),
+    *("joint.batch_size", "joint.optimizer.accumulate", "joint.optimizer.max_bad_steps"),
+    *("control.optimizer.accumulate", "control.optimizer.max_bad_steps"),
+    *(f"train.{name}" for name in ("log_every", "validate_every", "sample_every")),
+    *("train.validation_rows", "checkpoint.every", "checkpoint.keep_latest"),
+    *("mesh.fsdp", "mesh.tensor"),
+    *("evaluate.batch_size", "evaluate.bootstrap", "evaluate.kl_horizon"),
+)
+_AT_LEAST_ZERO = (
+    *("model.layer", "model.unroll", "corpus.n_documents", "corpus.seed", "embedded.seed"),
+    *(f"dump.{name}" for name in ("min_position", "max_position", "after", "seed")),
+    *("warm.steps", "warm.before", "warm.after", "joint.steps", "control.steps", "train.seed"),
+    *("train.n_verbose_samples", "checkpoint.keep_best", "mesh.data"),
+    *("evaluate.rows", "evaluate.n_examples", "evaluate.seed"),
+)
+
+
+def config_problems(config: ExperimentConfig) -> Iterator[str]:
+    """Every value that cannot be run, each with its field and the fix."""
+    for name, choices in _CHOICES.items():
+        if lookup(config, name) not in choices:
+            yield f"{name} must be one of {', '.join(choices)}, not {lookup(config, name)!r}"
+    for name in _AT_LEAST_ONE:
+        if lookup(config, name) < 1:
+            yield f"{name} must be at least 1, not {lookup(config, name)}"
+    for name in _AT_LEAST_ZERO:
+        if lookup(config, name) < 0:
+            yield f"{name} must not be negative, not {lookup(config, name)}"
+    for name in field_names():
+        value = lookup(config, name)
+        if isinstance(value, ScheduleConfig):
+            yield from _schedule_problems(name, value)
+    yield from _shape_problems(config)
+    yield from _prompt_problems(config.lens)
+
+
+def _schedule_problems(name: str, schedule: ScheduleConfig) -> Iterator[str]:
+    kinds = ("constant", "linear", "cosine", "exponential")
+    if schedule.kind not in kinds:
+        yield f"{name}.kind must be one of {', '.join(kinds)}, not {schedule.kind!r}"
+    if schedule.unit not in ("steps", "epochs"):
+        yield f"{name}.unit must be 'steps' or 'epochs', not {schedule.unit!r}"
+    if schedule.length < 0 or schedule.warmup < 0:
+        yield f"{name}.length and {name}.warmup must not be negative"
+    if schedule.kind == "exponential" and not (schedule.start > 0 and schedule.end > 0):
+        yield f"{name}: an exponential schedule needs start and end above 0"
+    if name == "loss.tau":
+        ends = [schedule.start] if schedule.kind == "constant" else [schedule.start, schedule.end]
+        if min(ends) < 0.1:
+            yield f"loss.tau must be at least 0.1, not {min(ends)}: the gradient explodes below"
+        if schedule.warmup:
+            yield "loss.tau.warmup must be 0: a temperature cannot rise from 0"
+
+
+def _shape_problems(config: ExperimentConfig) -> Iterator[str]:
+    dump, warm, lens = config.dump, config.warm, config.lens
+    last = dump.seq_len - 1 - dump.after
+    if max(dump.min_position, dump.max_position) > last:
+        yield (
+            f"dump.min_position={dump.min_position} and dump.max_position={dump.max_position} must "
+            f"be at most {last}: dump.seq_len={dump.seq_len} with dump.after={dump.after} tokens "
+            "behind the position; raise dump.seq_len or lower the positions"
+        )
+    if 0 < dump.max_position < dump.min_position:
+        yield (
+            f"dump.max_position={dump.max_position} is below dump.min_position={dump.min_position}"
+        )
+    if warm.before + warm.after != lens.text_len:
+        yield (
+            f"warm.before={warm.before} + warm.after={warm.after} must be "
+            f"lens.text_len={lens.text_len}: the window is what the decoder learns to write"
+        )
+    if warm.before > dump.min_position + 1:
+        yield (
+            f"warm.before={warm.before} needs dump.min_position ≥ {warm.before - 1}, "
+            f"not {dump.min_position}"
+        )
+    needed = max(warm.after, config.loss.kl_horizon - 1, config.evaluate.kl_horizon - 1)
+    if needed > dump.after:
+        yield (
+            f"dump.after={dump.after} must be at least {needed}: warm.after, loss.kl_horizon − 1 "
+            "and evaluate.kl_horizon − 1 read that many true tokens behind the position"
+        )
+    if config.corpus.kind in ("text", "jsonl", "parquet", "huggingface") and not config.corpus.path:
+        yield f"corpus.path must be given for corpus.kind={config.corpus.kind!r}"
+    if config.corpus.kind == "stories" and config.corpus.n_documents < 1:
+        yield "corpus.n_documents must be given for corpus.kind='stories'"
+    if not 0 < config.corpus.validation_fraction < 1 and not config.corpus.validation_split:
+        yield "corpus.validation_fraction must be between 0 and 1"
+    if config.model.path == EMBEDDED_MODEL and config.model.layer >= config.embedded.n_layers:
+        yield (
+            f"model.layer={config.model.layer} is out of range: the embedded model has layers 0 to "
+            f"{config.embedded.n_layers - 1} (embedded.n_layers)"
+        )
+    if config.embedded.n_heads % max(config.embedded.n_kv_heads, 1):
+        yield "embedded.n_heads must be a multiple of embedded.n_kv_heads"
+    if config.embedded.d_model % max(config.embedded.n_heads, 1):
+        yield "embedded.d_model must be a multiple of embedded.n_heads"
+    for stage in ("warm", "joint"):
+        batch = lookup(config, f"{stage}.batch_size")
+        accumulate = lookup(config, f"{stage}.optimizer.accumulate")
+        if accumulate > 0 and batch % accumulate:
+            yield (
+                f"{stage}.batch_size={batch} must be a multiple of "
+                f"{stage}.optimizer.accumulate={accumulate}"
+            )
+        if stage == "joint" and lens.dual_path and accumulate > 0 and batch // accumulate < 2:
+            yield "joint.batch_size / accumulate must be at least 2 where lens.dual_path is on"
+
+
+def _prompt_problems(lens: LensConfig) -> Iterator[str]:
+    if lens.decoder_prompt.count("<embed>") != 1:
+        yield f"lens.decoder_prompt must hold <embed> exactly once, not {lens.decoder_prompt!r}"
+    if lens.encoder_prompt.count("<text>") != 1:
+        yield f"lens.encoder_prompt must hold <text> exactly once, not {lens.encoder_prompt!r}"
+    history = lens.history_gradient
+    if history not in ("exact", "detached") and not (
+        history.startswith("sweeps=") and history[7:].isdigit()
+    ):
+        yield (
+            "lens.history_gradient must be 'exact', 'detached' or 'sweeps=k' with a whole number, "
+            f"not {history!r}"
+        )
