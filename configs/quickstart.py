@@ -33,7 +33,7 @@ def get_config():
     config.warm.after = 6
     config.warm.steps = 800
 
-    config.joint.steps = 150
+    config.joint.steps = 120
     config.joint.optimizer.learning_rate = schedule("cosine", 6e-4, 3e-5, warmup=10)
     config.loss.text = schedule("constant", 1.0)
     config.loss.mse = schedule("constant", 1.5)
@@ -44,6 +44,7 @@ def get_config():
     config.loss.tau = schedule("constant", 2.0)
 
     config.control.enabled = True
+    config.baseline.steps = 300
     config.train.validate_every = 200
     config.train.sample_every = 400
     config.train.log_every = 50

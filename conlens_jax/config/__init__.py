@@ -19,6 +19,7 @@ from conlens_jax.config.fields import field_names, lookup, unknown_field_message
 from conlens_jax.config.rules import config_problems
 from conlens_jax.config.settings import (
     EMBEDDED_MODEL,
+    BaselineConfig,
     CheckpointConfig,
     ControlConfig,
     CorpusConfig,
@@ -41,6 +42,7 @@ from conlens_jax.config.settings import (
 )
 
 __all__ = [
+    "BaselineConfig",
     "CheckpointConfig",
     "ConfigError",
     "ControlConfig",

@@ -31,6 +31,7 @@ _AT_LEAST_ONE = (
     *("warm.batch_size", "warm.optimizer.accumulate", "warm.optimizer.max_bad_steps"),
     *("joint.batch_size", "joint.optimizer.accumulate", "joint.optimizer.max_bad_steps"),
     *("control.optimizer.accumulate", "control.optimizer.max_bad_steps"),
+    *("baseline.batch_size", "baseline.optimizer.accumulate", "baseline.optimizer.max_bad_steps"),
     *(f"train.{name}" for name in ("log_every", "validate_every", "sample_every")),
     *("train.validation_rows", "checkpoint.every", "checkpoint.keep_latest"),
     *("mesh.fsdp", "mesh.tensor"),
@@ -39,8 +40,8 @@ _AT_LEAST_ONE = (
 _AT_LEAST_ZERO = (
     *("model.layer", "model.unroll", "corpus.n_documents", "corpus.seed", "embedded.seed"),
     *(f"dump.{name}" for name in ("min_position", "max_position", "after", "seed")),
-    *("warm.steps", "warm.before", "warm.after", "joint.steps", "control.steps", "train.seed"),
-    *("train.n_verbose_samples", "checkpoint.keep_best", "mesh.data"),
+    *("warm.steps", "warm.before", "warm.after", "joint.steps", "control.steps", "baseline.steps"),
+    *("train.seed", "train.n_verbose_samples", "checkpoint.keep_best", "mesh.data"),
     *("evaluate.rows", "evaluate.n_examples", "evaluate.seed"),
 )
 
@@ -105,6 +106,11 @@ def _shape_problems(config: ExperimentConfig) -> Iterator[str]:
             f"warm.before={warm.before} needs dump.min_position ≥ {warm.before - 1}, "
             f"not {dump.min_position}"
         )
+    if config.baseline.steps and lens.text_len > dump.min_position + 1:
+        yield (
+            f"baseline.steps={config.baseline.steps}: its window of lens.text_len={lens.text_len} "
+            f"tokens needs dump.min_position ≥ {lens.text_len - 1}, not {dump.min_position}"
+        )
     needed = max(warm.after, config.loss.kl_horizon - 1, config.evaluate.kl_horizon - 1)
     if needed > dump.after:
         yield (
@@ -126,7 +132,7 @@ def _shape_problems(config: ExperimentConfig) -> Iterator[str]:
         yield "embedded.n_heads must be a multiple of embedded.n_kv_heads"
     if config.embedded.d_model % max(config.embedded.n_heads, 1):
         yield "embedded.d_model must be a multiple of embedded.n_heads"
-    for stage in ("warm", "joint"):
+    for stage in ("warm", "joint", "baseline"):
         batch = lookup(config, f"{stage}.batch_size")
         accumulate = lookup(config, f"{stage}.optimizer.accumulate")
         if accumulate > 0 and batch % accumulate:

@@ -270,6 +270,17 @@ class ControlConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BaselineConfig:
+    """An encoder that is trained, from the same start, to read the true last ``lens.text_len``
+    source tokens: what repeating the recent context would be worth. It lies in
+    ``<run_dir>/baseline``; ``steps = 0`` leaves it out."""
+
+    steps: int = 0
+    batch_size: int = 64
+    optimizer: OptimizerConfig = WarmConfig().optimizer
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The training loop.
 
@@ -345,6 +356,7 @@ class ExperimentConfig:
     warm: WarmConfig = WarmConfig()
     joint: JointConfig = JointConfig()
     control: ControlConfig = ControlConfig()
+    baseline: BaselineConfig = BaselineConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     wandb: WandbConfig = WandbConfig()

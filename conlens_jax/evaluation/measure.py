@@ -89,10 +89,18 @@ class Measurer:
 
     def explain(self, trainable: Params, frozen: Params, rows: Rows) -> Explained:
         """Texts and reconstructions of every row."""
-        parts = self._over(rows, lambda batch, _: self._explain(trainable, frozen, batch))
+
+        def run(batch: Batch, _: int) -> dict[str, tuple[jax.Array, jax.Array]]:
+            # One program for both: noise of scale 0 is greedy decoding.
+            return {
+                name: self._explain(trainable, frozen, batch, jnp.float32(scale))
+                for name, scale in (("greedy", 0.0), ("sampled", 1.0))
+            }
+
+        parts = self._over(rows, run)
         return Explained(
-            texts={"greedy": parts["greedy_text"], "sampled": parts["sampled_text"]},
-            reconstructions={"greedy": parts["greedy"], "sampled": parts["sampled"]},
+            texts={name: text for name, (text, _) in parts.items()},
+            reconstructions={name: vector for name, (_, vector) in parts.items()},
         )
 
     def read(self, trainable: Params, frozen: Params, texts_NT: np.ndarray) -> np.ndarray:
@@ -136,18 +144,21 @@ class Measurer:
         return np.concatenate(outputs)[: len(texts_NT)]
 
 
-def _explain(trainable: Params, frozen: Params, batch: Batch, *, spec: LensSpec, seed: int):
+def _explain(
+    trainable: Params,
+    frozen: Params,
+    batch: Batch,
+    noise_scale: jax.Array,
+    *,
+    spec: LensSpec,
+    seed: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Texts [B, T] and reconstructions [B, D]."""
     decoder, encoder = decoder_of(trainable, frozen), encoder_of(trainable, frozen, spec)
     keys_B = example_keys(seed, jnp.int32(0), batch.examples_B, SAMPLING)
-    noise_BTV = gumbel_noise(keys_B, spec.text_len, spec.model.vocab_size)
-    sampled = generate(decoder, batch.activation_BD, noise_BTV, spec=spec)
-    greedy = generate(decoder, batch.activation_BD, None, spec=spec)
-    return {
-        "greedy_text": greedy,
-        "sampled_text": sampled,
-        "greedy": encode_tokens(encoder, greedy, spec=spec),
-        "sampled": encode_tokens(encoder, sampled, spec=spec),
-    }
+    noise_BTV = noise_scale * gumbel_noise(keys_B, spec.text_len, spec.model.vocab_size)
+    text_BT = generate(decoder, batch.activation_BD, noise_BTV, spec=spec)
+    return text_BT, encode_tokens(encoder, text_BT, spec=spec)
 
 
 def _read(trainable: Params, frozen: Params, text_BT: jax.Array, *, spec: LensSpec):

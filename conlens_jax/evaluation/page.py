@@ -49,8 +49,8 @@ _CONTROLS: tuple[Rowspec, ...] = (
     ("kl_floor", "KL of swapping the activation for itself", LOWER),
 )
 _BASELINES: tuple[Rowspec, ...] = (
-    ("last_tokens_fve_nrm", "the encoder reads the true last T source tokens", NEITHER),
-    ("last_tokens_kl_frac_mean", "the encoder reads the true last T source tokens", NEITHER),
+    ("last_tokens_fve_nrm", "an encoder reads the true last T source tokens", NEITHER),
+    ("last_tokens_kl_frac_mean", "an encoder reads the true last T source tokens", NEITHER),
     ("window_fve_nrm", "the encoder reads the true window that the warm start teaches", NEITHER),
     ("window_kl_frac_mean", "the same window", NEITHER),
     ("kl_mean", "KL of swapping in the mean activation, nats", NEITHER),
@@ -116,7 +116,7 @@ def build_report(data: PageData, tokenizer: Tokenizer) -> Report:
         ),
         _group(
             "Baselines",
-            "The encoder is given true text instead of an explanation. The window holds the true "
+            "An encoder is given true text instead of an explanation. The window holds the true "
             "continuation of the text, so it is no explanation but the warm start's own target.",
             _BASELINES,
             data,

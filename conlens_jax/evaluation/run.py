@@ -15,9 +15,10 @@ from conlens_jax.evaluation.page import PageData, System, build_report
 from conlens_jax.evaluation.report import Interval, write_report
 from conlens_jax.evaluation.suite import HEADLINE, Evaluated, Suite, attribute_token_ids
 from conlens_jax.lens.spec import init_lens
+from conlens_jax.models.param_table import Params
 from conlens_jax.training.checkpoint import all_steps, read_metadata
 from conlens_jax.training.language_model import STATISTICS_FILE
-from conlens_jax.training.loop import CONTROL, checkpoint_of, load_lens, placed
+from conlens_jax.training.loop import BASELINE, CONTROL, checkpoint_of, load_lens, placed
 from conlens_jax.training.setting import Setting, open_caches, training_reference
 from conlens_jax.training.tracking import read_metrics
 
@@ -61,6 +62,10 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
     reference = training_reference(train)
     count = min(config.evaluate.rows or len(validation), len(validation))
     tokenizer = setting.model.tokenizer
+    template, frozen = init_lens(
+        setting.model.params, setting.spec, reference.mean_D, reference.scale
+    )
+    baseline = _load_baseline(run_folder, template)
     suite = Suite.make(
         setting.measurer(),
         validation.rows(np.arange(count)),
@@ -69,9 +74,7 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
         attribute_token_ids(config.corpus.kind, tokenizer),
         n_resamples=config.evaluate.bootstrap,
         seed=config.evaluate.seed,
-    )
-    template, frozen = init_lens(
-        setting.model.params, setting.spec, reference.mean_D, reference.scale
+        baseline=baseline,
     )
     template = placed(template, setting)
     systems = []
@@ -109,7 +112,7 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
         partner_N=suite.partner_N,
         config=to_json_dict(config),
         n_examples=config.evaluate.n_examples,
-        notes=_notes(setting, measured),
+        notes=_notes(setting, measured, baseline is not None),
     )
     _print_table(setting, systems)
     return write_report(build_report(data, tokenizer), run_folder / "report.html")
@@ -128,6 +131,15 @@ def _find_lenses(checkpoint: str | Path) -> tuple[list[_Lens], Path]:
     if stage == "joint" and all_steps(control):
         lenses.append(_Lens(CONTROL, control, all_steps(control)[-1]))
     return lenses, folder.parent
+
+
+def _load_baseline(run_folder: Path, template: Params) -> Params | None:
+    """The encoder part of the run's baseline, if it has one."""
+    folder = run_folder / BASELINE
+    if not all_steps(folder / "checkpoints"):
+        return None
+    encoder = {"decoder": {}, "encoder": template["encoder"]}
+    return {"encoder": load_lens(folder, encoder)["encoder"]}
 
 
 def _differences(
@@ -182,13 +194,22 @@ def _records(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
     return {name: read_metrics(file) for name, file in files.items() if file.exists()}
 
 
-def _notes(setting: Setting, measured: dict[str, Evaluated]) -> list[str]:
+def _notes(setting: Setting, measured: dict[str, Evaluated], has_baseline: bool) -> list[str]:
     warm = setting.config.warm
     notes = [
         f"Supervised windows hold the {warm.before} source tokens up to P and the {warm.after} "
         "that truly follow. So the explanations of a warm start are what was just said and what "
         "comes next, learnt from the source text; statements in them are taught, not discovered."
     ]
+    reader = (
+        f"an encoder trained on nothing else ({setting.config.baseline.steps} steps)"
+        if has_baseline
+        else "the lens's own encoder, which has not learnt to"
+    )
+    notes.append(
+        f"last_tokens_…: the true last {setting.spec.text_len} source tokens are read by {reader}. "
+        "It says what repeating the recent context would be worth."
+    )
     if CONTROL in measured:
         notes.append(
             "The matched-compute control starts from the same warm start and spends the joint "

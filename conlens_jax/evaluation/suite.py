@@ -62,6 +62,7 @@ class Suite:
     partner_N: np.ndarray
     warm: WarmConfig
     attribute_ids: frozenset[int]
+    baseline: Params | None
 
     @staticmethod
     def make(
@@ -73,11 +74,18 @@ class Suite:
         *,
         n_resamples: int,
         seed: int,
+        baseline: Params | None = None,
     ) -> Suite:
-        """Draws the resamples, one set for all metrics and lenses, so that they are paired."""
+        """Draws the resamples, one set for all metrics and lenses, so that they are paired.
+
+        Args:
+          attribute_ids: tokens that state an attribute of a story; empty for other corpora.
+          baseline: trained parts of an encoder that reads the true last T tokens; where there is
+            none, each lens's own encoder reads them, which it has not learnt.
+        """
         bootstrap = DocumentBootstrap.draw(rows.documents_N, n_resamples, seed)
         partner_N = other_rows(rows.documents_N)
-        return Suite(measurer, rows, reference, bootstrap, partner_N, warm, attribute_ids)
+        return Suite(measurer, rows, reference, bootstrap, partner_N, warm, attribute_ids, baseline)
 
     def evaluate(self, trainable: Params, frozen: Params) -> Evaluated:
         """Every metric of one lens."""
@@ -88,13 +96,14 @@ class Suite:
         unseeing = measurer.explain(trainable, frozen, blind).reconstructions
         own = explained.reconstructions
         text_len = self.warm.before + self.warm.after
+        reader = trainable if self.baseline is None else {**trainable, **self.baseline}
         candidates = {
             **own,
             "null_shuffle": own["greedy"][self.partner_N],
             "null_shuffle_sampled": own["sampled"][self.partner_N],
             "null_novec": unseeing["greedy"],
             "null_novec_sampled": unseeing["sampled"],
-            "last_tokens": measurer.read(trainable, frozen, self._window(text_len, 0)),
+            "last_tokens": measurer.read(reader, frozen, self._window(text_len, 0)),
             "window": measurer.read(
                 trainable, frozen, self._window(self.warm.before, self.warm.after)
             ),

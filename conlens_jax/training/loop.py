@@ -48,7 +48,7 @@ from conlens_jax.training.tracking import MetricsFile, WandbRun
 from conlens_jax.training.validation import Validation, validate, verbose_samples
 
 CHECKPOINT_METRIC = "kl_at_sampled"
-CONTROL = "control"
+CONTROL, BASELINE = "control", "baseline"
 
 
 class TrainingStopped(RuntimeError):
@@ -81,7 +81,7 @@ class Run:
 
 
 def train_lens(setting: Setting) -> Path:
-    """Trains a lens as the config says: warm start, joint stage, matched-compute control.
+    """Trains a lens as the config says: warm start, joint stage, control and baseline.
 
     Returns:
       The run folder, with ``config.json``, ``metrics.jsonl`` and ``checkpoints/``.
@@ -101,6 +101,7 @@ def train_lens(setting: Setting) -> Path:
         setting.model.params, setting.spec, reference.mean_D, reference.scale
     )
     trainable = placed(trainable, setting)
+    initial = trainable
     if config.train.init_from:
         trainable = load_lens(config.train.init_from, trainable)
     console.table("lens", *parameter_table(trainable, frozen))
@@ -120,9 +121,27 @@ def train_lens(setting: Setting) -> Path:
         if config.control.enabled and joint.steps:
             control = _control_stage(run, warm, joint)
             run_stage(dataclasses.replace(run, folder=folder / CONTROL), control, start, frozen)
+        if config.baseline.steps:
+            _train_baseline(run, initial, frozen)
     finally:
         tracker.finish()
     return folder
+
+
+def _train_baseline(run: Run, initial: Params, frozen: Params) -> None:
+    """Trains an encoder of its own on the true last T source tokens."""
+    config, setting = run.config, run.setting
+    window = dataclasses.replace(config.warm, before=config.lens.text_len, after=0)
+    objective = dataclasses.replace(setting.objective, warm=window)
+    stage = Stage(
+        BASELINE, config.baseline.steps, config.baseline.batch_size, config.baseline.optimizer
+    )
+    alone = dataclasses.replace(
+        run,
+        folder=run.folder / BASELINE,
+        setting=dataclasses.replace(setting, objective=objective),
+    )
+    run_stage(alone, stage, {"decoder": {}, "encoder": initial["encoder"]}, frozen)
 
 
 def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Params:
@@ -147,15 +166,23 @@ def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Para
     ) as checkpoints:
         state, seconds = _resume(run, stage, checkpoints, state)
         if int(state.step) == stage.steps:
-            return state.params
+            return placed(state.params, run.setting)
         log = MetricsFile(run.folder / "metrics.jsonl")
         log.truncate_after(stage.first_step + int(state.step))
-        step = make_step(stage, config, run.setting.objective, optimizer, learning_rate, n_rows)
+        step = make_step(
+            stage,
+            config,
+            run.setting.objective,
+            optimizer,
+            learning_rate,
+            n_rows,
+            state_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
+        )
         loop = _StageLoop(run, stage, checkpoints, log, frozen, seconds)
         state = loop.run(step, state)
         loop.wait_for_checkpoints()
     console.line(stage.name, finished=last_step, train_seconds=loop.seconds)
-    return state.params
+    return placed(state.params, run.setting)
 
 
 def placed(tree: Any, setting: Setting) -> Any:
@@ -233,9 +260,9 @@ class _StageLoop:
             self.run_.tracker.log(self._named(record), step)
             self.console.line(stage.name, step=step, **_shown(metrics))
         scores = {}
-        if last or step % train.validate_every == 0:
+        if stage.writes_text and (last or step % train.validate_every == 0):
             scores = self._validate(step, state).scores
-        if last or step % train.sample_every == 0:
+        if stage.writes_text and (last or step % train.sample_every == 0):
             self._samples(step, state)
         if last or step % self.config.checkpoint.every == 0:
             self._save(step, state, scores)

@@ -74,7 +74,8 @@ def source_window(
 def warm_loss(
     trainable: Params, frozen: Params, batch: Batch, *, objective: Objective
 ) -> tuple[Float[Array, ""], Metrics]:
-    """E's error on real windows plus D's cross-entropy of writing them."""
+    """E's error on real windows plus, where any of D is trained, its cross-entropy of writing
+    them."""
     spec, warm = objective.spec, objective.warm
     window_BT = source_window(batch.tokens_BS, batch.positions_B, warm.before, warm.after)
     encoder = encoder_of(trainable, frozen, spec)
@@ -84,6 +85,8 @@ def warm_loss(
             read, batch.activation_BD, frozen["statistics"], objective.loss.mse_kind
         )
     )
+    if not trainable["decoder"]:
+        return read_error, {"read_error": read_error}
     decoder = decoder_of(trainable, frozen)
     logits = teacher_forced_logits(decoder, batch.activation_BD, window_BT, spec=spec)
     write_loss = jnp.mean(cross_entropy(logits, window_BT))

@@ -54,10 +54,10 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage of training: warm start, joint training, or the supervised control.
+    """A stage of training: warm start, joint training, supervised control, encoder baseline.
 
     Attributes:
-      name: ``"warm"``, ``"joint"`` or ``"control"``.
+      name: ``"warm"``, ``"joint"``, ``"control"`` or ``"baseline"``.
       steps: optimizer steps.
       batch_size: rows of a step, over all micro-batches.
       optimizer: its settings.
@@ -73,6 +73,11 @@ class Stage:
     @property
     def supervised(self) -> bool:
         return self.name != "joint"
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether there is a decoder to validate; the baseline is an encoder alone."""
+        return self.name != "baseline"
 
 
 def init_state(trainable: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -98,8 +103,12 @@ def make_step(
     optimizer: optax.GradientTransformation,
     learning_rate: Schedule,
     n_rows: int,
+    state_shardings: TrainState | None = None,
 ) -> Step:
     """The jitted train step of a stage; the state is donated.
+
+    ``state_shardings`` is where the state lies and stays. Without it the compiler chooses where
+    the new state goes, which on a sharded mesh need not be where the old one came from.
 
     The batch is cut into ``optimizer.accumulate`` micro-batches whose gradients are averaged. A
     step whose loss or gradient is not finite changes nothing and is counted.
@@ -142,7 +151,7 @@ def make_step(
         total, _ = jax.lax.scan(add, zeros, micro)
         return jax.tree.map(lambda x: x / parts, total)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(state_shardings, None))
     def train_step(state: TrainState, frozen: Params, batch: Batch):
         total, terms, grads = accumulated(state.params, frozen, batch, state.step)
         grads = poison_if_not_finite(total, grads)
