@@ -76,6 +76,16 @@ def test_a_whole_number_is_a_float_but_nothing_else_changes_its_type():
         assert name in problem and kind in problem and repr(value) in problem
 
 
+def test_floats_written_as_whole_numbers_take_fractions_from_the_command_line():
+    """A ``ConfigDict`` keeps the type that it finds."""
+    config_dict = to_config_dict(ExperimentConfig())
+    config_dict.loss.mse = schedule("linear", 1, 2, warmup=3)
+    for part in (config_dict.warm.optimizer.learning_rate, config_dict.loss.mse):
+        for name in ("start", "end", "length", "warmup"):
+            assert isinstance(part[name], float)
+        part.warmup = 2.5
+
+
 def test_a_section_is_not_a_value():
     with pytest.raises(ConfigError, match="joint.optimizer is a section, not the value 3"):
         from_config_dict({"joint": {"optimizer": 3}})
@@ -143,14 +153,15 @@ AT_LEAST_ONE = (
     *("control.optimizer.max_bad_steps", "train.log_every", "train.validate_every"),
     *("train.sample_every", "train.validation_rows"),
     *("checkpoint.keep_latest", "mesh.fsdp", "mesh.tensor", "evaluate.batch_size"),
-    *("evaluate.bootstrap", "evaluate.kl_horizon", "loss.kl_horizon"),
+    *("evaluate.bootstrap", "evaluate.kl_horizon", "loss.kl_horizon", "baseline.batch_size"),
+    *("baseline.optimizer.accumulate", "baseline.optimizer.max_bad_steps"),
 )
 AT_LEAST_ZERO = (
     *("model.layer", "model.unroll", "corpus.n_documents", "corpus.seed", "embedded.seed"),
     *("dump.min_position", "dump.max_position", "dump.after", "dump.seed", "warm.steps"),
     *("warm.before", "warm.after", "joint.steps", "control.steps", "train.seed"),
     *("train.n_verbose_samples", "checkpoint.keep_best", "mesh.data", "evaluate.rows"),
-    *("evaluate.n_examples", "evaluate.seed"),
+    *("evaluate.n_examples", "evaluate.seed", "baseline.steps"),
 )
 
 
@@ -198,6 +209,8 @@ def test_text_length_is_at_least_one():
         ({"embedded.d_model": 130}, "embedded.d_model must be a multiple of embedded.n_heads"),
         ({"model.layer": 4}, "model.layer=4 is out of range"),
         ({"warm.optimizer.accumulate": 3}, "warm.batch_size=64 must be a multiple of"),
+        ({"baseline.optimizer.accumulate": 3}, "baseline.batch_size=64 must be a multiple of"),
+        ({"baseline.steps": 3, "dump.min_position": 6}, "needs dump.min_position ≥ 7"),
         ({"joint.optimizer.accumulate": 3}, "joint.batch_size=64 must be a multiple of"),
         ({"joint.optimizer.accumulate": 64}, "at least 2 where lens.dual_path is on"),
         ({"lens.decoder_prompt": "no slot"}, "lens.decoder_prompt must hold <embed> exactly once"),
@@ -231,6 +244,7 @@ def test_shapes_that_do_not_fit_are_named(changes, named):
         {"corpus.validation_fraction": 0.0, "corpus.validation_split": "dev"},
         {"warm.steps": 0, "joint.steps": 0},
         {"model.layer": 3},
+        {"baseline.steps": 3, "dump.min_position": 7},
         {"model.path": "some/model", "model.layer": 30},
     ],
     ids=str,

@@ -152,3 +152,17 @@ def test_raw_error_is_relative_to_the_mean_square_norm_of_the_training_activatio
     np.testing.assert_allclose(error, expected, rtol=1e-5)
     direction = reconstruction_error(*single(found, wanted), statistics, "direction")
     np.testing.assert_array_equal(direction, direction_error(*single(found, wanted)))
+
+
+def test_direction_and_norm_are_the_parts_of_the_relative_squared_error(vectors):
+    """‖â − a‖² / ‖a‖² = (r − 1)² + 2 r (1 − cos), with r the ratio of the norms."""
+    found, wanted = vectors
+    norms = [np.linalg.norm(v, axis=-1) for v in vectors]
+    ratio, cos = norms[0] / norms[1], np.sum(found * wanted, axis=-1) / (norms[0] * norms[1])
+    relative = np.sum((found - wanted) ** 2, axis=-1) / norms[1] ** 2
+    np.testing.assert_allclose((ratio - 1) ** 2 + 2 * ratio * (1 - cos), relative, rtol=1e-9)
+    error = reconstruction_error(*single(found, wanted), {}, "direction+norm")
+    np.testing.assert_allclose(error, (ratio - 1) ** 2 + 2 * (1 - cos), rtol=1e-4, atol=4e-6)
+    zero = jnp.zeros((1, WIDTH))
+    gradient = jax.grad(lambda v: reconstruction_error(v, zero + 1, {}, "direction+norm").sum())
+    assert np.all(np.isfinite(gradient(zero)))

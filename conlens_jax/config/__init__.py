@@ -84,7 +84,9 @@ class ConfigError(ValueError):
 
 def to_config_dict(config: ExperimentConfig) -> ml_collections.ConfigDict:
     """The locked ``ConfigDict`` that a config file hands to the command line."""
-    return ml_collections.ConfigDict(dataclasses.asdict(config)).lock()
+    # Built anew, so that a float that was written as 10 is one: a flag keeps the type it finds.
+    typed = _build(ExperimentConfig, dataclasses.asdict(config), "", [])
+    return ml_collections.ConfigDict(dataclasses.asdict(typed)).lock()
 
 
 def to_json_dict(config: ExperimentConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ _CHOICES = {
     "dump.dtype": ("float32", "bfloat16"),
     "lens.train_decoder": ("full", "frozen"),
     "lens.train_encoder": ("full", "frozen"),
-    "loss.mse_kind": ("direction", "raw"),
+    "loss.mse_kind": ("direction", "direction+norm", "raw"),
     "loss.lm_reference": ("text", "prompt", "warm"),
     "wandb.mode": ("disabled", "offline", "online"),
 }

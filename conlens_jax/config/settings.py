@@ -147,7 +147,9 @@ def constant(value: float) -> ScheduleConfig:
 
 def schedule(kind: str, start: float, end: float = 0.0, **fields: Any) -> dict[str, Any]:
     """A schedule as a config file sets it: ``config.loss.kl = schedule("linear", 0.1, 0.3)``."""
-    return dataclasses.asdict(ScheduleConfig(kind, start, end, **fields))
+    values = dataclasses.asdict(ScheduleConfig(kind, start, end, **fields))
+    # A flag keeps the type it finds: whole numbers would stay whole.
+    return {name: float(v) if isinstance(v, int) else v for name, v in values.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +163,9 @@ class LensConfig:
         reconstruction is read at the last position.
       soft_prompt_init: ``"text"`` starts trainable prompt vectors at the prompt's embeddings.
       train_decoder, train_encoder: ``"full"`` trains a clone, ``"frozen"`` shares M's weights.
-      train_projections, train_soft_prompt, train_output_head: the other parts.
+      train_projections, train_soft_prompt, train_output_head: the other parts. A full decoder
+        of an untied model trains its head in any case; the switch gives a frozen or tied one a
+        head of its own.
       dual_path: swap in â + Δ with Δ = a' − E(D(a')) instead of â alone.
       stop_gradient_delta: no gradient through Δ.
       history_gradient: the straight-through gradient through the decoder's own sampled tokens:
@@ -187,7 +191,8 @@ class LossConfig:
 
     Attributes:
       tau: Gumbel-Softmax temperature of the backward pass, at least 0.1.
-      mse_kind: ``"direction"`` (‖n(â) − n(a)‖²/d) or ``"raw"`` (‖â − a‖² / E‖a‖²).
+      mse_kind: ``"direction"`` (‖n(â) − n(a)‖²/d), ``"direction+norm"`` (and
+        (‖â‖/‖a‖ − 1)²), or ``"raw"`` (‖â − a‖² / E‖a‖²).
       lm_reference: whose next-token distribution L_LM compares the decoder's with: ``"text"``
         (M on the explanation alone), ``"prompt"`` (M under the decoder's text prompt) or
         ``"warm"`` (the decoder as the warm start left it).
@@ -201,7 +206,7 @@ class LossConfig:
     entropy: ScheduleConfig = constant(0.0)
     text: ScheduleConfig = constant(0.0)
     tau: ScheduleConfig = constant(1.0)
-    mse_kind: str = "direction"
+    mse_kind: str = "direction+norm"
     lm_reference: str = "warm"
     kl_horizon: int = 1
 

@@ -58,7 +58,11 @@ _BASELINES: tuple[Rowspec, ...] = (
     ("kl_other", "KL of swapping in another row's activation, nats", NEITHER),
 )
 _TEXT: tuple[Rowspec, ...] = (
-    ("attribute_stated", "the attribute that M is about to use is in the text", HIGHER),
+    (
+        "attribute_stated",
+        "the attribute word that M is about to use (probability ≥ 0.5) is in the text",
+        HIGHER,
+    ),
     ("null_shuffle_attribute_stated", "… and in the text of another row", NEITHER),
     ("attribute_ratio", "the first over the second", HIGHER),
     ("sampled_attribute_stated", "… in the sampled text", HIGHER),

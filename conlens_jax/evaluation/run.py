@@ -65,6 +65,7 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
     template, frozen = init_lens(
         setting.model.params, setting.spec, reference.mean_D, reference.scale
     )
+    template = placed(template, setting)
     baseline = _load_baseline(run_folder, template)
     suite = Suite.make(
         setting.measurer(),
@@ -76,7 +77,6 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
         seed=config.evaluate.seed,
         baseline=baseline,
     )
-    template = placed(template, setting)
     systems = []
     for lens in lenses:
         trainable = load_lens(lens.folder, template, lens.step)

@@ -35,6 +35,20 @@ def direction_error(
     return 2.0 - 2.0 * jnp.sum(_unit(reconstruction) * _unit(activation), axis=-1)
 
 
+def norm_error(
+    reconstruction: Float[Array, "*B D"], activation: Float[Array, "*B D"]
+) -> Float[Array, "*B"]:
+    """(r − 1)² with r = ‖â‖ / ‖a‖.
+
+    With it the relative squared error ‖â − a‖² / ‖a‖² = (r − 1)² + 2 r (1 − cos) falls into its
+    parts; a direction error alone leaves the norm of â, which M sees, to chance.
+    """
+    ratio_squared = jnp.sum(jnp.square(reconstruction.astype(jnp.float32)), axis=-1) / (
+        jnp.sum(jnp.square(activation.astype(jnp.float32)), axis=-1) + 1e-12
+    )
+    return jnp.square(jnp.sqrt(ratio_squared + 1e-12) - 1.0)
+
+
 def squared_error(
     reconstruction: Float[Array, "*B D"],
     activation: Float[Array, "*B D"],
@@ -51,9 +65,11 @@ def reconstruction_error(
     statistics: dict[str, Array],
     kind: str,
 ) -> Float[Array, "*B"]:
-    """One of the two above, by ``loss.mse_kind``."""
+    """The error of a reconstruction, by ``loss.mse_kind``."""
     if kind == "direction":
         return direction_error(reconstruction, activation)
+    if kind == "direction+norm":
+        return direction_error(reconstruction, activation) + norm_error(reconstruction, activation)
     mean, scale = statistics["mean"], statistics["scale"]
     mean_square_norm = jnp.sum(jnp.square(mean)) + mean.shape[0] * jnp.square(scale)
     return squared_error(reconstruction, activation, mean_square_norm)

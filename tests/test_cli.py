@@ -1,0 +1,143 @@
+"""The command line: errors on one screen, configs that build, and the quickstart to its end."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pipeline import TINY, child_settings, open_world
+
+from conlens_jax.config import ConfigError, ExperimentConfig, from_config_dict, to_json_dict
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(ROOT.glob("configs/*.py"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    with open_world(tmp_path_factory) as world:
+        yield world
+
+
+def run(module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """``python -m conlens_jax.<module>`` in the root of the repository."""
+    return subprocess.run(
+        [sys.executable, "-m", f"conlens_jax.{module}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "WANDB_MODE": "disabled", **environment},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def assert_refused(done: subprocess.CompletedProcess, *parts: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 20
+    for part in parts:
+        assert part in done.stderr, done.stderr
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+def test_unknown_fields_name_the_nearest():
+    done = run(
+        "train",
+        "--config=configs/quickstart.py",
+        "--config.joint.step=3",
+        "--config.modle.layer",
+        "1",
+    )
+    assert_refused(
+        done,
+        "unknown config field 'joint.step'; did you mean 'joint.steps'?",
+        "unknown config field 'modle.layer'; did you mean 'model.layer'?",
+    )
+    assert done.stdout == ""
+
+
+def test_impossible_values_are_all_named():
+    done = run(
+        "dump",
+        "--config=configs/quickstart.py",
+        "--config.dump.min_position=70",
+        "--config.model.dtype=float16",
+    )
+    assert_refused(done, "dump.min_position=70", "model.dtype must be one of float32, bfloat16")
+
+
+def test_missing_config_is_named():
+    assert_refused(run("dump"), "--config is missing", "--config=configs/quickstart.py")
+
+
+def test_evaluate_reads_the_config_of_a_run(tmp_path):
+    from conlens_jax.evaluate import recorded_config
+
+    config = ExperimentConfig(run_dir=str(tmp_path / "run"))
+    (tmp_path / "run" / "checkpoints" / "7" / "state").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(to_json_dict(config)))
+    for inside in ("", "checkpoints", "checkpoints/7"):
+        assert recorded_config(str(tmp_path / "run" / inside)) == config
+    with pytest.raises(ConfigError, match="give a run folder"):
+        recorded_config(str(tmp_path))
+
+
+# --- configs ------------------------------------------------------------------------------------
+
+
+def page(file: Path):
+    """A config file as a module."""
+    spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_config_builds_and_says_how_it_is_run(file):
+    module = page(file)
+    config_dict = module.get_config()
+    assert config_dict.is_locked
+    from_config_dict(config_dict.to_dict())
+    assert "Command:" in module.__doc__ and "python -m conlens_jax" in module.__doc__
+
+
+def test_no_two_configs_share_a_run_folder():
+    folders = [page(file).get_config().run_dir for file in CONFIGS]
+    assert folders and len(set(folders)) == len(folders)
+
+
+# --- the whole way ------------------------------------------------------------------------------
+
+
+def test_quickstart_ends_with_the_path_of_the_report(world, tmp_path):
+    """dump, train and evaluate as a user runs them, on one device."""
+    folders = {
+        "run_dir": tmp_path / "run",
+        "dump.cache_dir": tmp_path / "cache",
+        "embedded.cache_dir": world.config.embedded.cache_dir,
+    }
+    small = {f"{stage}.steps": 2 for stage in ("warm", "joint", "control", "baseline")}
+    values = {**TINY, **small, **folders}
+    compiler = {
+        name.upper(): str(value)
+        for name, value in child_settings().items()
+        if name not in ("jax_num_cpu_devices", "jax_numpy_dtype_promotion")
+    }
+    done = run(
+        "quickstart", *(f"--config.{name}={value}" for name, value in values.items()), **compiler
+    )
+    assert done.returncode == 0, done.stderr
+    report = Path(done.stdout.splitlines()[-1])
+    assert report == (tmp_path / "run" / "report.html").absolute() and report.is_file()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert {"kl_frac_mean", "warm_kl_frac_mean", "control_kl_frac_mean"} <= metrics.keys()
+    assert (tmp_path / "run" / "baseline" / "checkpoints" / "2").is_dir()
+    assert (tmp_path / "cache" / "validation" / "metadata.json").is_file()
+    assert "devices=1" in done.stderr and "found=" in done.stderr
