@@ -11,9 +11,6 @@ def get_config():
     config = to_config_dict(ExperimentConfig())
     config.run_dir = "runs/quickstart"
 
-    config.embedded.steps = 280
-    config.embedded.learning_rate = 6e-3
-
     config.dump.cache_dir = "cache/quickstart"
     config.dump.n_samples = 24_576
     config.dump.n_validation_samples = 1_024

@@ -31,7 +31,7 @@ from conlens_jax.lens.schedules import make_schedule
 from conlens_jax.models import hf_io, llama
 from conlens_jax.models.param_table import Params, init_params
 from conlens_jax.models.transformer import forward
-from conlens_jax.models.transformer_config import TransformerConfig
+from conlens_jax.models.transformer_config import RopeConfig, TransformerConfig
 from conlens_jax.training.console import Console
 
 STATISTICS_FILE = "training.json"
@@ -136,6 +136,8 @@ def _model_config(config: EmbeddedConfig, tokenizer: Tokenizer) -> TransformerCo
         head_dim=config.d_model // config.n_heads,
         d_mlp=config.d_mlp,
         max_positions=max(2 * config.seq_len, 256),
+        initializer_range=config.d_model**-0.5,
+        rope=RopeConfig(theta=config.rope_theta),
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
     )
