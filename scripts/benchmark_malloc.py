@@ -69,7 +69,7 @@ def main() -> None:
             measured = tuple(float(value) for value in out.split())
             best[variant] = min(best.get(variant, measured), measured)
     for variant, (wall, system) in best.items():
-        print(f"{variant:8} {wall * 1000:6.0f} ms a step, {system * 1000:4.0f} ms of it system time")
+        print(f"{variant:8} {wall * 1000:6.0f} ms a step, {system * 1000:4.0f} ms system CPU time")
     print(f"ratio    {best['default'][0] / best['keep'][0]:.2f}")
 
 

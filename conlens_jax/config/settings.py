@@ -40,8 +40,9 @@ class EmbeddedConfig:
     ``"embedded"``. It is kept as a Hugging Face folder under ``cache_dir``, so that a second run
     finds it (the default is ``$CONLENS_CACHE``, or else ``~/.cache/conlens_jax``).
 
-    Many small steps, weights of size 1/√d_model and a small base of the rotary positions (``rope_theta``) are
-    what makes so small a model begin to copy words from earlier in a story. Label smoothing keeps the model from the overconfidence that a grammar teaches; the fraction
+    Many small steps, weights of size 1/√d_model and a small ``rope_theta`` (base of the rotary
+    positions) are what makes so small a model begin to copy words from earlier in a story. Label
+    smoothing keeps it from the overconfidence that a grammar teaches; the fraction
     ``crop_fraction`` of the training rows begins in the middle of a document.
     """
 
