@@ -107,10 +107,11 @@ def plain_kl(target, other):
     return jnp.mean(jnp.sum(p * (jnp.log(p) - jnp.log(jax.nn.softmax(other))), axis=-1))
 
 
-def plain_direction(found, wanted):
-    dot = jnp.sum(found * wanted, axis=-1)
-    cos = dot / jnp.linalg.norm(found, axis=-1) / jnp.linalg.norm(wanted, axis=-1)
-    return jnp.mean(2 - 2 * cos)
+def plain_error(found, wanted):
+    """The default error: of the direction and of the norm."""
+    sizes = jnp.linalg.norm(found, axis=-1), jnp.linalg.norm(wanted, axis=-1)
+    cos = jnp.sum(found * wanted, axis=-1) / sizes[0] / sizes[1]
+    return jnp.mean(2 - 2 * cos + (sizes[0] / sizes[1] - 1) ** 2)
 
 
 def plain_warm(trainable, frozen, batch, spec):
@@ -126,7 +127,7 @@ def plain_warm(trainable, frozen, batch, spec):
     logits = plain_predictions(trainable, frozen, x_BSD, spec)[:, prompt.shape[1] - 1 :]
     log_p = jnp.log(jax.nn.softmax(logits))
     written = jnp.take_along_axis(log_p, jnp.asarray(window)[..., None], axis=-1)
-    return plain_direction(found, batch.activation_BD), -jnp.mean(written)
+    return plain_error(found, batch.activation_BD), -jnp.mean(written)
 
 
 def plain_terms(trainable, frozen, batch, noise_BTV, spec, through_delta):
@@ -150,7 +151,7 @@ def plain_terms(trainable, frozen, batch, noise_BTV, spec, through_delta):
     )
     p = jax.nn.softmax(logits)
     return {
-        "mse": plain_direction(found, batch.activation_BD),
+        "mse": plain_error(found, batch.activation_BD),
         "kl": plain_kl(clean[rows, window], swapped[rows, window]),
         "lm": plain_kl(alone, logits),
         "entropy": -jnp.mean(jnp.sum(p * jnp.log(p), axis=-1)),
