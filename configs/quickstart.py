@@ -11,6 +11,8 @@ def get_config():
     config = to_config_dict(ExperimentConfig())
     config.run_dir = "runs/quickstart"
 
+    config.embedded.steps = 1_000
+
     config.dump.cache_dir = "cache/quickstart"
     config.dump.n_samples = 24_576
     config.dump.n_validation_samples = 1_024
@@ -28,9 +30,9 @@ def get_config():
     # 0.43, 0.57 after 300 steps.
     config.warm.before = 2
     config.warm.after = 6
-    config.warm.steps = 800
+    config.warm.steps = 720
 
-    config.joint.steps = 120
+    config.joint.steps = 100
     config.joint.optimizer.learning_rate = schedule("cosine", 6e-4, 3e-5, warmup=10)
     config.loss.text = schedule("constant", 1.0)
     config.loss.mse = schedule("constant", 1.5)
@@ -41,7 +43,7 @@ def get_config():
     config.loss.tau = schedule("constant", 2.0)
 
     config.control.enabled = True
-    config.baseline.steps = 300
+    config.baseline.steps = 200
     config.train.validate_every = 200
     config.train.sample_every = 400
     config.train.log_every = 50

@@ -60,7 +60,7 @@ _BASELINES: tuple[Rowspec, ...] = (
 _TEXT: tuple[Rowspec, ...] = (
     (
         "attribute_stated",
-        "the attribute word that M is about to use (probability ≥ 0.5) is in the text",
+        "where M's top prediction is an attribute word: the text states it",
         HIGHER,
     ),
     ("null_shuffle_attribute_stated", "… and in the text of another row", NEITHER),

@@ -31,8 +31,6 @@ from conlens_jax.models.param_table import Params
 
 HEADLINE = ("fve_nrm", "kl_frac_mean", "sampled_fve_nrm", "sampled_kl_frac_mean")
 REFERENCES = ("mean", "zero", "other")
-# M is about to use a word when it gives the word at least this probability.
-SURE = 0.5
 PerRow = dict[str, np.ndarray]
 
 
@@ -154,7 +152,6 @@ class Suite:
     def _text_rows(self, explained: Explained, clean: Effect, original: Params) -> PerRow:
         about_to_use = clean.top_tokens[:, 0]
         is_attribute = np.isin(about_to_use, sorted(self.attribute_ids))
-        is_attribute &= clean.top_probabilities[:, 0] >= SURE
         states = lambda texts: np.any(texts == about_to_use[:, None], axis=1) & is_attribute
         window = self._window(self.warm.before, self.warm.after)
         per_row = {"attribute": is_attribute}
