@@ -1,7 +1,9 @@
 """The whole way on a laptop: stories, a small Llama trained on them, a lens of 8 tokens.
 
 Command:   python -m conlens_jax.quickstart        (or bash scripts/quickstart.sh)
-Hardware:  2 CPU cores, 3 GB of memory.
+Hardware:  2 CPU cores, 2 GB of memory.
+Time:      about 6 minutes, of which the language model takes a quarter.
+Expect:    held-out greedy fve_nrm 0.78, kl_frac_mean 0.96; sampled 0.70, 0.89 (one seed).
 """
 
 from conlens_jax.config import ExperimentConfig, schedule, to_config_dict
@@ -33,13 +35,13 @@ def get_config():
     config.warm.steps = 720
 
     config.joint.steps = 100
-    config.joint.optimizer.learning_rate = schedule("cosine", 6e-4, 3e-5, warmup=10)
+    config.joint.optimizer.learning_rate = schedule("cosine", 3e-4, 3e-5, warmup=10)
     config.loss.text = schedule("constant", 1.0)
     config.loss.mse = schedule("constant", 1.5)
     config.loss.kl = schedule("constant", 0.5)
     # A negative weight lowers the entropy: a decoder that is surer of its text loses less when
     # it is sampled.
-    config.loss.entropy = schedule("constant", -0.5)
+    config.loss.entropy = schedule("constant", -0.3)
     config.loss.tau = schedule("constant", 2.0)
 
     config.control.enabled = True
