@@ -15,7 +15,7 @@ from conlens_jax import cli
 from conlens_jax.config import ConfigError, ExperimentConfig, from_config_dict
 from conlens_jax.evaluation.run import evaluate_run
 from conlens_jax.training.console import Console
-from conlens_jax.training.loop import checkpoint_of
+from conlens_jax.training.run_folder import checkpoint_of
 from conlens_jax.training.setting import open_setting
 
 _CONFIG = cli.define_config()

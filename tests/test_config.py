@@ -208,6 +208,8 @@ def test_text_length_is_at_least_one():
         ({"embedded.n_kv_heads": 3}, "embedded.n_heads must be a multiple of embedded.n_kv_heads"),
         ({"embedded.d_model": 130}, "embedded.d_model must be a multiple of embedded.n_heads"),
         ({"model.layer": 4}, "model.layer=4 is out of range"),
+        ({"embedded.copy_weight": 0.0}, "embedded.copy_weight must be above 0"),
+        ({"warm.steps": 0, "control.enabled": True}, "control.steps must be given"),
         ({"warm.optimizer.accumulate": 3}, "warm.batch_size=64 must be a multiple of"),
         ({"baseline.optimizer.accumulate": 3}, "baseline.batch_size=64 must be a multiple of"),
         ({"baseline.steps": 3, "dump.min_position": 6}, "needs dump.min_position ≥ 7"),

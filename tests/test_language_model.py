@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from pipeline import open_world, quiet_console, tiny_config, with_changes
 from tiny_models import random_tokens
+from tiny_models import tiny_config as tiny_transformer_config
 
 from conlens_jax.config import ExperimentConfig
 from conlens_jax.data.corpus import open_corpus
 from conlens_jax.models.model import load_model
+from conlens_jax.models.transformer import forward
 from conlens_jax.training import language_model
 from conlens_jax.training.language_model import ensure_language_model
 
@@ -109,6 +111,31 @@ def test_interrupted_training_leaves_nothing_that_looks_finished(tmp_path, monke
     folder, printed = ensure(config)
     assert "saved=" in printed
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+def test_copying_init_puts_the_attended_word_first(n_kv_heads):
+    """From the start, attention that looks evenly at all words raises just those words."""
+    config = tiny_transformer_config(
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=n_kv_heads,
+        head_dim=16,
+        initializer_range=64**-0.5,
+    )
+    tokens = np.arange(5, 13)[None]
+    params = language_model.copying_init(config, seed=0, strength=4.0)
+    logits = np.asarray(forward(params, tokens, config=config))[0, -1]
+    plain = language_model.copying_init(config, seed=0, strength=0.0)
+    before = np.asarray(forward(plain, tokens, config=config))[0, -1]
+    contrast = lambda x: (x[5:12].mean() - np.delete(x, range(5, 13)).mean()) / x.std()
+    assert contrast(logits) > 0.5 > abs(contrast(before))
+
+
+def test_seen_before_looks_only_back_and_in_its_row():
+    tokens = np.array([[1, 2, 1, 3, 2], [3, 3, 4, 5, 1]])
+    expected = [[False, True, False, True], [True, False, False, False]]
+    np.testing.assert_array_equal(language_model.seen_before(tokens), expected)
 
 
 def test_transformers_reads_the_folder(world):

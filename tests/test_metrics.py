@@ -226,6 +226,19 @@ def test_non_finite_rows_give_no_interval_and_no_warning():
         assert math.isnan(interval.lo) and math.isnan(interval.hi)
 
 
+def test_ratio_that_is_infinite_in_some_resamples_keeps_its_lower_end():
+    rows = {"own": np.ones(40), "other": np.arange(40) < 1}
+    bootstrap = DocumentBootstrap.draw(np.arange(40), 500, seed=0)
+
+    def ratio(means):
+        with np.errstate(divide="ignore"):
+            return means["own"] / means["other"]
+
+    interval = bootstrap.interval(ratio, rows)
+    assert interval.value == pytest.approx(40) and interval.hi == math.inf
+    assert 5 < interval.lo < 40
+
+
 def test_wider_level_gives_wider_interval():
     bootstrap = DocumentBootstrap.draw(np.arange(40), 500, seed=0)
     values = np.random.default_rng(1).normal(size=40)

@@ -424,6 +424,7 @@ def test_numbers(value, shown):
 def test_intervals_have_equal_decimals():
     assert format_interval(Interval(9.5, 8.0, 11.25)) == ("9.50", "8.00 to 11.25")
     assert format_interval(Interval(0.5)) == ("0.500", "")
+    assert format_interval(Interval(34.7, 11.5, math.inf)) == ("34.70", "11.50 or more")
     assert format_interval(Interval(-0.0001, -0.02, 0.01)) == ("0.000", "−0.020 to 0.010")
 
 

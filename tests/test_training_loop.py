@@ -44,8 +44,9 @@ from conlens_jax.training.checkpoint import (
     all_steps,
     read_metadata,
 )
-from conlens_jax.training.loop import TrainingStopped, load_lens, train_lens
+from conlens_jax.training.loop import TrainingStopped, train_lens
 from conlens_jax.training.objective import warm_loss
+from conlens_jax.training.run_folder import load_lens
 from conlens_jax.training.setting import (
     Setting,
     open_caches,

@@ -42,7 +42,7 @@ _AT_LEAST_ZERO = (
     *(f"dump.{name}" for name in ("min_position", "max_position", "after", "seed")),
     *("warm.steps", "warm.before", "warm.after", "joint.steps", "control.steps", "baseline.steps"),
     *("train.seed", "train.n_verbose_samples", "checkpoint.keep_best", "mesh.data"),
-    *("evaluate.rows", "evaluate.n_examples", "evaluate.seed"),
+    *("evaluate.rows", "evaluate.n_examples", "evaluate.seed", "embedded.copy_init"),
 )
 
 
@@ -132,6 +132,14 @@ def _shape_problems(config: ExperimentConfig) -> Iterator[str]:
         yield "embedded.n_heads must be a multiple of embedded.n_kv_heads"
     if config.embedded.d_model % max(config.embedded.n_heads, 1):
         yield "embedded.d_model must be a multiple of embedded.n_heads"
+    if config.embedded.copy_weight <= 0:
+        yield f"embedded.copy_weight must be above 0, not {config.embedded.copy_weight}"
+    control = config.control
+    if control.enabled and config.joint.steps and not (control.steps or config.warm.steps):
+        yield (
+            "control.steps must be given where warm.steps is 0: a matched number of steps follows "
+            "from the time that a step of the warm start takes"
+        )
     for stage in ("warm", "joint", "baseline"):
         batch = lookup(config, f"{stage}.batch_size")
         accumulate = lookup(config, f"{stage}.optimizer.accumulate")

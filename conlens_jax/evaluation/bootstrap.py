@@ -130,13 +130,19 @@ class DocumentBootstrap:
 
 
 def percentile_interval(values: Array, level: float = 0.95) -> Interval:
-    """The first value with the percentile interval of the others; none where one is not finite."""
+    """The first value with the percentile interval of the others.
+
+    A ratio whose denominator is 0 in some resamples is infinite there; its interval keeps the
+    lower end. There is no interval where the value itself is not finite or a resample is NaN.
+    """
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, not {level}")
     value, resamples = float(values[0]), values[1:]
-    if not np.isfinite(resamples).all():
+    if not np.isfinite(value) or np.isnan(resamples).any():
         return Interval(value)
-    lo, hi = np.quantile(resamples, [(1 - level) / 2, (1 + level) / 2])
+    # Between two resamples is no value where one of them is infinite: take the lower one.
+    method = "linear" if np.isfinite(resamples).all() else "lower"
+    lo, hi = np.quantile(resamples, [(1 - level) / 2, (1 + level) / 2], method=method)
     return Interval(value, float(lo), float(hi))
 
 

@@ -55,11 +55,14 @@ def format_number(value: float) -> str:
 
 
 def format_interval(interval: Interval) -> tuple[str, str]:
-    """Value and ``"lo to hi"`` with equal decimals; the second is empty without an interval."""
+    """Value and ``"lo to hi"`` with equal decimals: ``"lo or more"`` where there is no upper end,
+    and nothing without an interval."""
     ends = (interval.lo, interval.hi)
     finite = [abs(x) for x in (interval.value, *ends) if math.isfinite(x)]
     decimals = _decimals(max(finite, default=0.0))
     value = _with_decimals(interval.value, decimals)
-    if not all(map(math.isfinite, ends)):
+    if not math.isfinite(interval.lo):
         return value, ""
+    if not math.isfinite(interval.hi):
+        return value, f"{_with_decimals(interval.lo, decimals)} or more"
     return value, " to ".join(_with_decimals(end, decimals) for end in ends)

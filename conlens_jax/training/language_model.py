@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from conlens_jax.config import CorpusConfig, EmbeddedConfig, ExperimentConfig, ScheduleConfig
 from conlens_jax.data.batches import batch_indices, pad_tokens
@@ -35,7 +35,9 @@ from conlens_jax.models.transformer_config import RopeConfig, TransformerConfig
 from conlens_jax.training.console import Console
 
 STATISTICS_FILE = "training.json"
-_FORMAT = 1  # raised whenever the same settings would give another model
+RARE = 0.005
+"""A token that makes up less than this share of the corpus is rare."""
+_FORMAT = 2  # raised whenever the same settings would give another model
 
 
 def cache_root(config: EmbeddedConfig) -> Path:
@@ -100,12 +102,14 @@ def train_language_model(
             weight_decay=0.01,
         ),
     )
-    params = init_params(llama.param_table(model), model, jax.random.key(config.seed))
+    params = copying_init(model, config.seed, config.copy_init)
     state = (params, optimizer.init(params))
-    step = _make_step(model, optimizer, config.label_smoothing)
+    step = _make_step(model, optimizer, config.label_smoothing, rows.is_rare)
+    copy_weight = np.where(np.arange(config.steps) < 0.8 * config.steps, config.copy_weight, 1.0)
     with console.progress(config.steps, "language model") as progress:
         for index in range(config.steps):
-            *state, loss = step(*state, *rows.batch(index))
+            weight = copy_weight[index].astype(np.float32)
+            *state, loss = step(*state, *rows.batch(index), weight)
             shown = {"loss": float(loss)} if index % 20 == 19 else {}
             progress.update(1, **shown)
     params = state[0]
@@ -143,6 +147,34 @@ def _model_config(config: EmbeddedConfig, tokenizer: Tokenizer) -> TransformerCo
     )
 
 
+def copying_init(config: TransformerConfig, seed: int, strength: float) -> Params:
+    """Random parameters from which copying an earlier word is a small step.
+
+    Carrying a word through a story takes three things at once: attention that finds it, values
+    that carry it, and an output head that knows it. From independent random matrices none of them
+    helps alone, and a small model stays for thousands of steps where it does not copy. Here the
+    output head begins as the embedding's transpose, and every attention layer as
+    ``strength`` times the identity from what is attended to to the residual stream (its head
+    subspaces are orthonormal), so that only *where to look* has to be learnt. 0: plain random
+    parameters.
+    """
+    params = init_params(llama.param_table(config), config, jax.random.key(seed))
+    if not strength:
+        return params
+    layers, group = params["layers"], config.n_heads // config.n_kv_heads
+    shape = (config.n_layers, config.d_model, config.n_kv_heads * config.head_dim)
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    basis = jax.nn.initializers.orthogonal()(key, shape, layers["value"].dtype)
+    basis = basis.reshape(layers["value"].shape)
+    back_NKXD = jnp.transpose(basis, (0, 2, 3, 1))
+    layers = {
+        **layers,
+        "value": basis,
+        "attention_out": jnp.repeat(back_NKXD, group, axis=1) * (strength / group),
+    }
+    return {**params, "layers": layers, "output_head": params["embedding"].T}
+
+
 class _TokenRows:
     """Training rows: whole documents, and for a part of them a crop that begins in the middle.
 
@@ -157,6 +189,8 @@ class _TokenRows:
         eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         texts = [document.text for document in documents]
         self.documents = [ids + eos for ids in tokenizer.encode_batch(texts)]
+        counts = np.bincount(list(itertools.chain(*self.documents)), minlength=tokenizer.vocab_size)
+        self.is_rare = counts < RARE * counts.sum()
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         size = min(self.config.batch_size, len(self.documents))
@@ -189,14 +223,28 @@ def _token_losses(
     return loss, counted.astype(jnp.float32)
 
 
-def _make_step(model: TransformerConfig, optimizer: optax.GradientTransformation, smoothing: float):
-    def mean_loss(params, tokens_BS, lengths_B):
-        losses, counted = _token_losses(params, tokens_BS, lengths_B, model, smoothing)
-        return jnp.sum(losses * counted) / jnp.sum(counted)
+def seen_before(tokens_BS: Int[Array, "B S"]) -> Bool[Array, "B s"]:
+    """Of every next token: whether it already stands earlier in its row."""
+    earlier = jnp.tri(tokens_BS.shape[1] - 1, dtype=bool)
+    same = tokens_BS[:, None, :-1] == tokens_BS[:, 1:, None]
+    return jnp.any(same & earlier, axis=-1)
+
+
+def _make_step(
+    model: TransformerConfig,
+    optimizer: optax.GradientTransformation,
+    smoothing: float,
+    is_rare: np.ndarray,
+):
+    def mean_loss(params, tokens_BS, lengths_B, copy_weight):
+        losses, weights = _token_losses(params, tokens_BS, lengths_B, model, smoothing)
+        copied = seen_before(tokens_BS) & jnp.asarray(is_rare)[tokens_BS[:, 1:]]
+        weights *= jnp.where(copied, copy_weight, jnp.ones_like(copy_weight))
+        return jnp.sum(losses * weights) / jnp.sum(weights)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, opt_state, tokens_BS, lengths_B):
-        loss, grads = jax.value_and_grad(mean_loss)(params, tokens_BS, lengths_B)
+    def step(params, opt_state, tokens_BS, lengths_B, copy_weight):
+        loss, grads = jax.value_and_grad(mean_loss)(params, tokens_BS, lengths_B, copy_weight)
         # optax mixes its int32 counters with floats, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, opt_state, params)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from conlens_jax.config import ConfigError, ExperimentConfig, field_names, lookup, to_json_dict
+from conlens_jax.config import ExperimentConfig, to_json_dict
 from conlens_jax.data.batches import batch_indices, prefetch, steps_per_epoch
 from conlens_jax.evaluation.measure import Measurer, Reference
 from conlens_jax.lens.batch import make_batch
@@ -33,9 +32,9 @@ from conlens_jax.training.checkpoint import (
     Checkpoints,
     all_steps,
     read_metadata,
-    restore_params,
 )
 from conlens_jax.training.console import Console
+from conlens_jax.training.run_folder import BASELINE, CONTROL, claim_folder, load_lens
 from conlens_jax.training.setting import Cache, Setting, open_caches, training_reference
 from conlens_jax.training.state import (
     Stage,
@@ -48,7 +47,6 @@ from conlens_jax.training.tracking import MetricsFile, WandbRun
 from conlens_jax.training.validation import Validation, validate, verbose_samples
 
 CHECKPOINT_METRIC = "kl_at_sampled"
-CONTROL, BASELINE = "control", "baseline"
 
 
 class TrainingStopped(RuntimeError):
@@ -92,7 +90,7 @@ def train_lens(setting: Setting) -> Path:
     """
     config, console = setting.config, setting.console
     folder = Path(config.run_dir)
-    _claim_folder(folder, config)
+    claim_folder(folder, config)
     train, validation = open_caches(setting)
     reference = training_reference(train)
     tracker = WandbRun(config.wandb, folder, to_json_dict(config), console=console)
@@ -352,53 +350,6 @@ def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: metrics[name] for name in names if name in metrics}
 
 
-# --- run folders --------------------------------------------------------------------------------
-
-# Fields that may differ between a run and its resumption: they change no loss.
-_FREE = ("run_dir", "train.resume", "train.log_every", "train.sample_every", "wandb", "evaluate")
-_FREE += ("train.n_verbose_samples", "checkpoint.keep_latest", "checkpoint.keep_best")
-
-
-def _claim_folder(folder: Path, config: ExperimentConfig) -> None:
-    """Makes the run folder with its config.json, or checks that it is this run's.
-
-    Raises:
-      ConfigError: the folder holds another run, or one that is not to be resumed.
-    """
-    recorded = folder / "config.json"
-    if recorded.exists() and all_steps(folder / "checkpoints"):
-        if not config.train.resume:
-            raise ConfigError(
-                [
-                    f"run_dir={str(folder)!r} holds checkpoints; choose another run_dir, or set "
-                    "train.resume=True to go on with them"
-                ]
-            )
-        before = json.loads(recorded.read_text(encoding="utf-8"))
-        problems = [
-            f"{name} is {lookup(config, name)!r}, and was {_nested(before, name)!r} when "
-            f"{folder} was begun; choose another run_dir, or give the old value"
-            for name in _leaf_names()
-            if not name.startswith(_FREE) and _nested(before, name) != lookup(config, name)
-        ]
-        if problems:
-            raise ConfigError(problems)
-    folder.mkdir(parents=True, exist_ok=True)
-    recorded.write_text(json.dumps(to_json_dict(config), indent=2) + "\n", encoding="utf-8")
-
-
-def _leaf_names() -> list[str]:
-    names = list(field_names())
-    sections = {name.rpartition(".")[0] for name in names}
-    return [name for name in names if name not in sections]
-
-
-def _nested(values: Mapping[str, Any], dotted: str) -> Any:
-    for part in dotted.split("."):
-        values = values.get(part, {}) if isinstance(values, Mapping) else {}
-    return values
-
-
 def _resume(
     run: Run, stage: Stage, checkpoints: Checkpoints, state: TrainState
 ) -> tuple[TrainState, float]:
@@ -419,45 +370,17 @@ def _resume(
     return state, float(metadata["train_seconds"])
 
 
-def checkpoint_of(path: str | Path) -> tuple[Path, int | None]:
-    """(checkpoint folder, step) of a run folder, its ``checkpoints``, or one step in there."""
-    path = Path(path)
-    if path.name.isdigit() and (path / "state").exists():
-        return path.parent, int(path.name)
-    if (path / "checkpoints").is_dir():
-        return path / "checkpoints", None
-    return path, None
-
-
-def load_lens(path: str | Path, template: Params, step: int | None = None) -> Params:
-    """The trained parts of a checkpoint, on the template's shardings.
-
-    Raises:
-      CheckpointError: nothing there, or of another shape.
-    """
-    folder, named_step = checkpoint_of(path)
-    return restore_params(folder, named_step if step is None else step, template)
-
-
 def _control_stage(run: Run, warm: Stage, joint: Stage) -> Stage:
-    """As many supervised steps as the joint stage's compute pays for.
-
-    Raises:
-      ConfigError: the run has no warm start to take the price of a step from.
-    """
+    """As many supervised steps as the joint stage's compute pays for."""
     steps = run.config.control.steps
     if not steps:
-        spent = _stage_seconds(run, warm), _stage_seconds(run, joint)
-        if not all(spent):
-            raise ConfigError(
-                [
-                    "control.steps must be given where warm.steps is 0: a matched number of steps "
-                    "follows from the time that a step of the warm start takes"
-                ]
-            )
-        steps = max(round(warm.steps * spent[1] / spent[0]), 1)
+        warm_seconds, joint_seconds = _stage_seconds(run, warm), _stage_seconds(run, joint)
+        steps = max(round(warm.steps * joint_seconds / warm_seconds), 1)
         run.console.line(
-            CONTROL, steps=steps, joint_seconds=spent[1], warm_step_seconds=spent[0] / warm.steps
+            CONTROL,
+            steps=steps,
+            joint_seconds=joint_seconds,
+            warm_step_seconds=warm_seconds / warm.steps,
         )
     return Stage(
         CONTROL, steps, warm.batch_size, run.config.control.optimizer, first_step=warm.steps
@@ -465,7 +388,5 @@ def _control_stage(run: Run, warm: Stage, joint: Stage) -> Stage:
 
 
 def _stage_seconds(run: Run, stage: Stage) -> float:
-    if not stage.steps:
-        return 0.0
     last = stage.first_step + stage.steps
     return float(read_metadata(run.checkpoint_folder, last)["train_seconds"])
