@@ -63,6 +63,7 @@ def config_problems(config: ExperimentConfig) -> Iterator[str]:
             yield from _schedule_problems(name, value)
     yield from _shape_problems(config)
     yield from _prompt_problems(config.lens)
+    yield from _prefix_problems(config)
 
 
 def _schedule_problems(name: str, schedule: ScheduleConfig) -> Iterator[str]:
@@ -150,6 +151,19 @@ def _shape_problems(config: ExperimentConfig) -> Iterator[str]:
             )
         if stage == "joint" and lens.dual_path and accumulate > 0 and batch // accumulate < 2:
             yield "joint.batch_size / accumulate must be at least 2 where lens.dual_path is on"
+
+
+def _prefix_problems(config: ExperimentConfig) -> Iterator[str]:
+    share = config.loss.prefix_share
+    if not 0 <= share < 1:
+        yield f"loss.prefix_share must be at least 0 and below 1, not {share}"
+    if share and not config.lens.encoder_prompt.strip().endswith("<text>"):
+        yield (
+            f"loss.prefix_share={share} needs a lens.encoder_prompt that ends with <text>: E reads "
+            "every prefix where it ends"
+        )
+    if share and config.lens.text_len < 2:
+        yield f"loss.prefix_share={share} needs lens.text_len of at least 2"
 
 
 def _prompt_problems(lens: LensConfig) -> Iterator[str]:

@@ -190,6 +190,7 @@ class LensConfig:
     dual_path: bool = True
     stop_gradient_delta: bool = True
     history_gradient: str = "sweeps=1"
+    estimator: str = "straight_through"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +205,9 @@ class LossConfig:
         (M on the explanation alone), ``"prompt"`` (M under the decoder's text prompt) or
         ``"warm"`` (the decoder as the warm start left it).
       kl_horizon: h, how many predictions from P on the KL looks at (teacher-forced).
+      prefix_share: this part of L_MSE (and of the warm start's reading error) is the mean error
+        over all shorter prefixes of the text, so that the first words carry the most. Needs an
+        ``encoder_prompt`` that ends with ``<text>``.
       text: weight of the supervised anchor, the warm start's own loss on real text windows.
     """
 
@@ -216,6 +220,7 @@ class LossConfig:
     mse_kind: str = "direction+norm"
     lm_reference: str = "warm"
     kl_horizon: int = 1
+    prefix_share: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

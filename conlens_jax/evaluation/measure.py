@@ -21,9 +21,9 @@ from conlens_jax.data.rows import Rows
 from conlens_jax.evaluation import metrics
 from conlens_jax.lens.batch import Batch, filled, make_batch
 from conlens_jax.lens.decoder import generate
-from conlens_jax.lens.encoder import encode_tokens
+from conlens_jax.lens.encoder import encode_prefixes, encode_tokens
 from conlens_jax.lens.gumbel import example_keys, gumbel_noise
-from conlens_jax.lens.losses import cross_entropy, kl_divergence
+from conlens_jax.lens.losses import cross_entropy, direction_error, kl_divergence
 from conlens_jax.lens.original import (
     Context,
     read_context,
@@ -32,6 +32,7 @@ from conlens_jax.lens.original import (
 )
 from conlens_jax.lens.spec import LensSpec, decoder_of, encoder_of
 from conlens_jax.models.param_table import Params
+from conlens_jax.models.transformer import embed_tokens
 from conlens_jax.parallel.mesh import batch_sharding
 
 SAMPLING = 2  # purpose of the evaluation noise, apart from that of training
@@ -45,10 +46,13 @@ class Explained:
     Attributes:
       texts: token ids [N, T] by decoding.
       reconstructions: fp32 [N, D] by decoding.
+      prefix_cos: cosine of a to the reconstruction from the first 1 … T tokens of the text,
+        [N, T] by decoding; empty where the encoder's prompt goes on behind the text.
     """
 
     texts: dict[str, np.ndarray]
     reconstructions: dict[str, np.ndarray]
+    prefix_cos: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class Effect(NamedTuple):
@@ -90,7 +94,7 @@ class Measurer:
     def explain(self, trainable: Params, frozen: Params, rows: Rows) -> Explained:
         """Texts and reconstructions of every row."""
 
-        def run(batch: Batch, _: int) -> dict[str, tuple[jax.Array, jax.Array]]:
+        def run(batch: Batch, _: int) -> dict[str, tuple[jax.Array, ...]]:
             # One program for both: noise of scale 0 is greedy decoding.
             return {
                 name: self._explain(trainable, frozen, batch, jnp.float32(scale))
@@ -99,8 +103,9 @@ class Measurer:
 
         parts = self._over(rows, run)
         return Explained(
-            texts={name: text for name, (text, _) in parts.items()},
-            reconstructions={name: vector for name, (_, vector) in parts.items()},
+            texts={name: text for name, (text, *_) in parts.items()},
+            reconstructions={name: vector for name, (_, vector, *_) in parts.items()},
+            prefix_cos={name: cos for name, (*_, cos) in parts.items() if cos.size},
         )
 
     def read(self, trainable: Params, frozen: Params, texts_NT: np.ndarray) -> np.ndarray:
@@ -152,13 +157,18 @@ def _explain(
     *,
     spec: LensSpec,
     seed: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Texts [B, T] and reconstructions [B, D]."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Texts [B, T], reconstructions [B, D], and their cosines by prefix [B, T] (or [B, 0])."""
     decoder, encoder = decoder_of(trainable, frozen), encoder_of(trainable, frozen, spec)
     keys_B = example_keys(seed, jnp.int32(0), batch.examples_B, SAMPLING)
     noise_BTV = noise_scale * gumbel_noise(keys_B, spec.text_len, spec.model.vocab_size)
     text_BT = generate(decoder, batch.activation_BD, noise_BTV, spec=spec)
-    return text_BT, encode_tokens(encoder, text_BT, spec=spec)
+    if spec.encoder_right:
+        no_prefixes = jnp.zeros((text_BT.shape[0], 0), jnp.float32)
+        return text_BT, encode_tokens(encoder, text_BT, spec=spec), no_prefixes
+    prefixes_BTD = encode_prefixes(encoder, embed_tokens(encoder.base, text_BT), spec=spec)
+    cos_BT = 1 - direction_error(prefixes_BTD, batch.activation_BD[:, None]) / 2
+    return text_BT, prefixes_BTD[:, -1], cos_BT
 
 
 def _read(trainable: Params, frozen: Params, text_BT: jax.Array, *, spec: LensSpec):

@@ -66,6 +66,10 @@ _TEXT: tuple[Rowspec, ...] = (
     ("null_shuffle_attribute_stated", "… and in the text of another row", NEITHER),
     ("attribute_ratio", "the first over the second", HIGHER),
     ("sampled_attribute_stated", "… in the sampled text", HIGHER),
+    *(
+        (f"fve_nrm_at_{k}", f"fve_nrm where only the first {k} tokens are read", HIGHER)
+        for k in (1, 2, 4, 8, 16, 32)
+    ),
     ("nll_text", "NLL a token of the greedy text under M reading it alone, nats", LOWER),
     ("sampled_nll_text", "NLL a token of the sampled text", LOWER),
     ("nll_window", "NLL a token of true windows of the corpus, read the same way", NEITHER),

@@ -3,7 +3,8 @@
 Names follow one pattern. Without a prefix a metric belongs to greedy decoding; ``sampled_`` is one
 sample a row; ``null_shuffle_`` reads the text of another row, ``null_novec_`` the text that the
 decoder writes from the mean activation; ``last_tokens_`` and ``window_`` give the encoder true
-text instead of an explanation. ``kl_frac_X`` is the share of the KL of swapping in X that is
+text instead of an explanation. ``fve_nrm_at_k`` reads only the first k tokens of the text.
+``kl_frac_X`` is the share of the KL of swapping in X that is
 removed.
 """
 
@@ -156,6 +157,8 @@ class Suite:
         window = self._window(self.warm.before, self.warm.after)
         per_row = {"attribute": is_attribute}
         per_row["window.nll"] = self.measurer.text_nll(original, window)
+        for name, cos_NT in explained.prefix_cos.items():
+            per_row |= {f"{name}.cos_at_{k}": cos_NT[:, k - 1] for k in prefix_lengths(cos_NT)}
         for name, texts in explained.texts.items():
             per_row[f"{name}.nll"] = self.measurer.text_nll(original, texts)
             per_row[f"{name}.repeat_4gram"] = metrics.repeat_4gram(texts)
@@ -167,16 +170,21 @@ class Suite:
         means = self.bootstrap.means(per_row)
         intervals = {
             name: percentile_interval(np.asarray(statistic(means)))
-            for name, statistic in self._statistics().items()
+            for name, statistic in self._statistics(explained).items()
         }
         # Over all texts at once: repeated documents would bias a resample of it.
         for name, prefix in (("greedy", ""), ("sampled", "sampled_")):
             intervals[f"{prefix}distinct_2"] = Interval(metrics.distinct_2(explained.texts[name]))
         return intervals
 
-    def _statistics(self) -> dict[str, Statistic]:
-        """Each metric as a function of named means over rows."""
+    def _statistics(self, explained: Explained | None = None) -> dict[str, Statistic]:
+        """Each metric as a function of named means over rows; without texts, those that every lens
+        has."""
         statistics: dict[str, Statistic] = {}
+        for name, cos_NT in explained.prefix_cos.items() if explained else ():
+            for k in prefix_lengths(cos_NT):
+                key = f"{'' if name == 'greedy' else name + '_'}fve_nrm_at_{k}"
+                statistics[key] = _fve_nrm(f"{name}.cos_at_{k}", self.reference.resultant)
         for candidate, prefix in (
             ("greedy", ""),
             ("sampled", "sampled_"),
@@ -204,13 +212,21 @@ def _mean(name: str) -> Statistic:
     return lambda means: means[name]
 
 
+def _fve_nrm(cos: str, resultant: float) -> Statistic:
+    return lambda means: fraction_removed(metrics.mse_nrm(means[cos]), fve_nrm_reference(resultant))
+
+
+def prefix_lengths(cos_NT: np.ndarray) -> list[int]:
+    """The k of ``fve_nrm_at_k``: 1, 2, 4, … and T."""
+    text_len = cos_NT.shape[1]
+    return [2**i for i in range(text_len.bit_length()) if 2**i < text_len] + [text_len]
+
+
 def _reconstruction_statistics(candidate: str, prefix: str, resultant: float) -> dict:
     of = lambda quantity: f"{candidate}.{quantity}"
     statistics: dict[str, Statistic] = {
         "cos": _mean(of("cos")),
-        "fve_nrm": lambda means: fraction_removed(
-            metrics.mse_nrm(means[of("cos")]), fve_nrm_reference(resultant)
-        ),
+        "fve_nrm": _fve_nrm(of("cos"), resultant),
         "fve_raw": lambda means: fraction_removed(means[of("error")], means["spread"]),
         "kl_at": _mean(of("kl_at")),
         "kl_cont": _mean(of("kl_cont")),

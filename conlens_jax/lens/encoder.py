@@ -17,11 +17,35 @@ def encode_embeddings(
       text_BTD: embeddings of the text in the encoder's own table (straight-through ones, where
         gradient is to reach the decoder).
     """
+    return _reconstruct(encoder, _states(encoder, text_BTD, spec)[:, -1])
+
+
+def encode_prefixes(
+    encoder: Encoder, text_BTD: Float[Array, "B T D"], *, spec: LensSpec
+) -> Float[Array, "B T D"]:
+    """The reconstruction from the first 1, 2, … T tokens: E is causal, so one pass has them all.
+
+    Entry T − 1 is that of :func:`encode_embeddings`.
+
+    Raises:
+      ValueError: the encoder's prompt has a part behind the text; then E reads behind that part,
+        and a prefix is not read on its way.
+    """
+    if spec.encoder_right:
+        raise ValueError("prefixes can be read only where lens.encoder_prompt ends with <text>")
+    return _reconstruct(encoder, _states(encoder, text_BTD, spec)[:, len(spec.encoder_left) :])
+
+
+def _states(encoder: Encoder, text_BTD: Array, spec: LensSpec) -> Float[Array, "B n D"]:
     x = around(encoder.prompt_pD, text_BTD, len(spec.encoder_left))
     x, _ = run_layers(encoder.base["layers"], x, all_positions(*x.shape[:2]), config=spec.model)
+    return x
+
+
+def _reconstruct(encoder: Encoder, state: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     # The state lives where activations live, so an untrained projection hands it on unchanged.
-    state_BD = normalise(x[:, -1], encoder.statistics)
-    return denormalise(project(state_BD, encoder.projection), encoder.statistics)
+    state = normalise(state, encoder.statistics)
+    return denormalise(project(state, encoder.projection), encoder.statistics)
 
 
 def encode_tokens(

@@ -84,6 +84,18 @@ def read_context(
     )
 
 
+def repeat_context(context: Context, count: int) -> Context:
+    """Every row ``count`` times, one behind the other; the pass over it was made once."""
+    if count == 1:
+        return context
+    rows = lambda array, axis=0: jnp.repeat(array, count, axis=axis)
+    cache = context.cache
+    if cache is not None:
+        cache = KVCache(rows(cache.keys, 1), rows(cache.values, 1), rows(cache.positions_BC))
+    arrays = (getattr(context, name) for name in Context._fields if name != "cache")
+    return Context(*map(rows, arrays), cache=cache)
+
+
 def swapped_logits(
     original: Params,
     context: Context,

@@ -10,6 +10,7 @@ reference) is made first, by :func:`prepare`, outside the differentiated functio
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,8 @@ from conlens_jax.config import LossConfig, ScheduleConfig, WarmConfig
 from conlens_jax.lens import original as original_model
 from conlens_jax.lens.batch import Batch
 from conlens_jax.lens.decoder import generate, teacher_forced_logits, text_logits
-from conlens_jax.lens.encoder import encode_embeddings, encode_tokens
+from conlens_jax.lens.encoder import encode_embeddings, encode_prefixes
+from conlens_jax.lens.estimators import SCORE_FUNCTION, Estimator, parse_estimator
 from conlens_jax.lens.gumbel import straight_through_embed
 from conlens_jax.lens.losses import (
     cross_entropy,
@@ -29,8 +31,10 @@ from conlens_jax.lens.losses import (
     reconstruction_error,
 )
 from conlens_jax.lens.original import Context
-from conlens_jax.lens.spec import Decoder, LensSpec, decoder_of, encoder_of
+from conlens_jax.lens.policy import policy_loss
+from conlens_jax.lens.spec import Decoder, Encoder, LensSpec, decoder_of, encoder_of
 from conlens_jax.models.param_table import Params
+from conlens_jax.models.transformer import embed_tokens
 
 TERMS = ("lm", "kl", "mse", "entropy", "text")
 Metrics = dict[str, Array]
@@ -57,6 +61,20 @@ class Objective:
         """False where the weight is 0 for the whole stage: then the term is not computed."""
         return not _always_zero(getattr(self.loss, term))
 
+    @property
+    def estimator(self) -> Estimator:
+        return parse_estimator(self.spec.lens.estimator)
+
+    @property
+    def texts_per_row(self) -> int:
+        """G: how many texts are sampled for one activation."""
+        return self.estimator.samples if self.estimator.kind in SCORE_FUNCTION else 1
+
+
+def repeat_rows(rows_B: Array, count: int) -> Array:
+    """Every row ``count`` times, one behind the other."""
+    return rows_B if count == 1 else jnp.repeat(rows_B, count, axis=0)
+
 
 def _always_zero(schedule: ScheduleConfig) -> bool:
     return schedule.start == 0 and (schedule.kind == "constant" or schedule.end == 0)
@@ -79,12 +97,9 @@ def warm_loss(
     spec, warm = objective.spec, objective.warm
     window_BT = source_window(batch.tokens_BS, batch.positions_B, warm.before, warm.after)
     encoder = encoder_of(trainable, frozen, spec)
-    read = encode_tokens(encoder, window_BT, spec=spec)
-    read_error = jnp.mean(
-        reconstruction_error(
-            read, batch.activation_BD, frozen["statistics"], objective.loss.mse_kind
-        )
-    )
+    window_BTD = embed_tokens(encoder.base, window_BT)
+    _, error_B = _read_back(encoder, window_BTD, batch.activation_BD, objective)
+    read_error = jnp.mean(error_B)
     if not trainable["decoder"]:
         return read_error, {"read_error": read_error}
     decoder = decoder_of(trainable, frozen)
@@ -101,10 +116,15 @@ def prepare(
     *,
     objective: Objective,
 ) -> Prepared:
-    """Samples the text and reads the context; no gradient comes back to here."""
+    """Samples the text and reads the context; no gradient comes back to here.
+
+    A score-function estimator writes several texts a row: everything but the noise's own batch
+    then counts B = rows · G, the texts of one row one behind the other.
+    """
     spec, original = objective.spec, frozen["original"]
-    decoder = decoder_of(trainable, frozen)
-    text_BT = generate(decoder, batch.activation_BD, noise_BTV, spec=spec)
+    decoder, group = decoder_of(trainable, frozen), objective.texts_per_row
+    activation_BD = repeat_rows(batch.activation_BD, group)
+    text_BT = generate(decoder, activation_BD, noise_BTV, spec=spec)
     context = None
     if objective.uses("kl"):
         context = original_model.read_context(
@@ -115,9 +135,10 @@ def prepare(
             horizon=objective.loss.kl_horizon,
             spec=spec,
         )
+        context = original_model.repeat_context(context, group)
     reference = None
     if objective.uses("lm"):
-        reference = reference_logits(frozen, batch.activation_BD, text_BT, objective)
+        reference = reference_logits(frozen, activation_BD, text_BT, objective)
     return Prepared(text_BT, noise_BTV, context, reference)
 
 
@@ -155,29 +176,35 @@ def joint_loss(
     Returns:
       (total, each term unweighted).
     """
-    spec, config = objective.spec, objective.loss
+    spec = objective.spec
     decoder = decoder_of(trainable, frozen)
     encoder = encoder_of(trainable, frozen, spec)
-    logits_BTV = text_logits(
-        decoder, batch.activation_BD, prepared.text_BT, prepared.noise_BTV, tau, spec
-    )
-    text_BTD = straight_through_embed(
-        logits_BTV, prepared.noise_BTV, prepared.text_BT, encoder.base["embedding"], tau
-    )
-    reconstruction_BD = encode_embeddings(encoder, text_BTD, spec=spec)
-    error_B = reconstruction_error(
-        reconstruction_BD, batch.activation_BD, frozen["statistics"], config.mse_kind
-    )
+    group, kind = objective.texts_per_row, objective.estimator.kind
+    activation_BD = repeat_rows(batch.activation_BD, group)
+    if kind in SCORE_FUNCTION:  # no gradient through the tokens themselves
+        logits_BTV = teacher_forced_logits(decoder, activation_BD, prepared.text_BT, spec=spec)
+        text_BTD = embed_tokens(encoder.base, prepared.text_BT)
+    else:
+        logits_BTV = text_logits(
+            decoder, activation_BD, prepared.text_BT, prepared.noise_BTV, tau, spec
+        )
+        text_BTD = straight_through_embed(
+            logits_BTV, prepared.noise_BTV, prepared.text_BT, encoder.base["embedding"], tau
+        )
+    reconstruction_BD, error_B = _read_back(encoder, text_BTD, activation_BD, objective)
+    cost_B = weights["mse"] * error_B
     terms: Metrics = {
         "mse": jnp.mean(error_B),
         "entropy": jnp.mean(entropy(logits_BTV)),
     }
     if prepared.context is not None:
-        swapped_in = swap_vector(reconstruction_BD, batch.activation_BD, spec)
+        swapped_in = swap_vector(reconstruction_BD, activation_BD, spec, group)
         swapped = original_model.swapped_logits(
             frozen["original"], prepared.context, swapped_in, spec=spec
         )
-        terms["kl"] = jnp.mean(kl_divergence(prepared.context.logits_BhV, swapped))
+        kl_B = jnp.mean(kl_divergence(prepared.context.logits_BhV, swapped), axis=-1)
+        terms["kl"] = jnp.mean(kl_B)
+        cost_B += weights["kl"] * kl_B
     if prepared.reference_BTV is not None:
         terms["lm"] = jnp.mean(kl_divergence(prepared.reference_BTV, logits_BTV))
     if objective.uses("text"):
@@ -190,11 +217,38 @@ def joint_loss(
         for name in TERMS
         if name in terms and objective.uses(name)
     )
+    if kind in SCORE_FUNCTION:
+        log_p_B = -jnp.sum(cross_entropy(logits_BTV, prepared.text_BT), axis=-1)
+        total += policy_loss(cost_B, log_p_B, group, kind)
     return jnp.asarray(total, jnp.float32), {**terms, **anchor}
 
 
+def _read_back(
+    encoder: Encoder,
+    text_BTD: Float[Array, "B T D"],
+    activation_BD: Float[Array, "B D"],
+    objective: Objective,
+) -> tuple[Float[Array, "B D"], Float[Array, "B"]]:
+    """What E makes of the text, and its error; with ``loss.prefix_share``, a part of the error is
+    the mean over all shorter prefixes of the text, from the same pass."""
+    spec, share = objective.spec, objective.loss.prefix_share
+    error = functools.partial(
+        reconstruction_error, statistics=encoder.statistics, kind=objective.loss.mse_kind
+    )
+    if not share:
+        reconstruction_BD = encode_embeddings(encoder, text_BTD, spec=spec)
+        return reconstruction_BD, error(reconstruction_BD, activation_BD)
+    prefixes_BTD = encode_prefixes(encoder, text_BTD, spec=spec)
+    error_BT = error(prefixes_BTD, activation_BD[:, None])
+    error_B = (1 - share) * error_BT[:, -1] + share * jnp.mean(error_BT[:, :-1], axis=1)
+    return prefixes_BTD[:, -1], error_B
+
+
 def swap_vector(
-    reconstruction_BD: Float[Array, "B D"], activation_BD: Float[Array, "B D"], spec: LensSpec
+    reconstruction_BD: Float[Array, "B D"],
+    activation_BD: Float[Array, "B D"],
+    spec: LensSpec,
+    texts_per_row: int = 1,
 ) -> Float[Array, "B D"]:
     """ã: what is put into M. With the dual path â + Δ, Δ = a' − â' of another row.
 
@@ -203,7 +257,8 @@ def swap_vector(
     """
     if not spec.lens.dual_path:
         return reconstruction_BD
-    delta_BD = jnp.roll(activation_BD.astype(jnp.float32) - reconstruction_BD, 1, axis=0)
+    error_BD = activation_BD.astype(jnp.float32) - reconstruction_BD
+    delta_BD = jnp.roll(error_BD, texts_per_row, axis=0)
     if spec.lens.stop_gradient_delta:
         delta_BD = jax.lax.stop_gradient(delta_BD)
     return reconstruction_BD + delta_BD

@@ -129,7 +129,9 @@ def make_step(
             return total, terms, grads
         current = {name: schedule(step) for name, schedule in schedules.items()}
         tau = current.pop("tau")
-        keys_B = example_keys(config.train.seed, step, batch.examples_B, SAMPLING)
+        group = objective.texts_per_row
+        texts_B = (batch.examples_B[:, None] * group + jnp.arange(group)).reshape(-1)
+        keys_B = example_keys(config.train.seed, step, texts_B, SAMPLING)
         noise_BTV = gumbel_noise(keys_B, objective.spec.text_len, objective.spec.model.vocab_size)
         prepared = prepare(trainable, frozen, batch, noise_BTV, objective=objective)
         loss = functools.partial(joint_loss, objective=objective)
