@@ -208,6 +208,16 @@ def test_text_length_is_at_least_one():
         ({"embedded.n_kv_heads": 3}, "embedded.n_heads must be a multiple of embedded.n_kv_heads"),
         ({"embedded.d_model": 130}, "embedded.d_model must be a multiple of embedded.n_heads"),
         ({"model.layer": 4}, "model.layer=4 is out of range"),
+        ({"lens.estimator": "rloo"}, "lens.estimator must be 'straight_through'"),
+        ({"loss.prefix_share": 1.0}, "loss.prefix_share must be at least 0 and below 1"),
+        (
+            {"loss.prefix_share": 0.5, "lens.encoder_prompt": "<text> so"},
+            "needs a lens.encoder_prompt that ends with <text>",
+        ),
+        (
+            {"loss.sample_tau.start": 0.5, "lens.estimator": "rloo=2"},
+            "loss.sample_tau must be constant 1",
+        ),
         ({"embedded.copy_weight": 0.0}, "embedded.copy_weight must be above 0"),
         ({"warm.steps": 0, "control.enabled": True}, "control.steps must be given"),
         ({"warm.optimizer.accumulate": 3}, "warm.batch_size=64 must be a multiple of"),

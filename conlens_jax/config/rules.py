@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from conlens_jax.config.estimator import parse_estimator
 from conlens_jax.config.fields import field_names, lookup
 from conlens_jax.config.settings import (
     EMBEDDED_MODEL,
@@ -64,6 +65,7 @@ def config_problems(config: ExperimentConfig) -> Iterator[str]:
     yield from _shape_problems(config)
     yield from _prompt_problems(config.lens)
     yield from _prefix_problems(config)
+    yield from _estimator_problems(config)
 
 
 def _schedule_problems(name: str, schedule: ScheduleConfig) -> Iterator[str]:
@@ -76,12 +78,12 @@ def _schedule_problems(name: str, schedule: ScheduleConfig) -> Iterator[str]:
         yield f"{name}.length and {name}.warmup must not be negative"
     if schedule.kind == "exponential" and not (schedule.start > 0 and schedule.end > 0):
         yield f"{name}: an exponential schedule needs start and end above 0"
-    if name == "loss.tau":
+    if name in ("loss.tau", "loss.sample_tau"):
         ends = [schedule.start] if schedule.kind == "constant" else [schedule.start, schedule.end]
         if min(ends) < 0.1:
-            yield f"loss.tau must be at least 0.1, not {min(ends)}: the gradient explodes below"
+            yield f"{name} must be at least 0.1, not {min(ends)}: the gradient explodes below"
         if schedule.warmup:
-            yield "loss.tau.warmup must be 0: a temperature cannot rise from 0"
+            yield f"{name}.warmup must be 0: a temperature cannot rise from 0"
 
 
 def _shape_problems(config: ExperimentConfig) -> Iterator[str]:
@@ -151,6 +153,23 @@ def _shape_problems(config: ExperimentConfig) -> Iterator[str]:
             )
         if stage == "joint" and lens.dual_path and accumulate > 0 and batch // accumulate < 2:
             yield "joint.batch_size / accumulate must be at least 2 where lens.dual_path is on"
+
+
+def _estimator_problems(config: ExperimentConfig) -> Iterator[str]:
+    try:
+        estimator = parse_estimator(config.lens.estimator)
+    except ValueError as error:
+        yield str(error)
+        return
+    sample_tau = config.loss.sample_tau
+    if estimator.kind != "straight_through" and (sample_tau.kind, sample_tau.start) != (
+        "constant",
+        1.0,
+    ):
+        yield (
+            f"loss.sample_tau must be constant 1 for lens.estimator={config.lens.estimator!r}: "
+            "only straight_through samples at another temperature"
+        )
 
 
 def _prefix_problems(config: ExperimentConfig) -> Iterator[str]:

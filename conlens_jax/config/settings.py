@@ -177,6 +177,9 @@ class LensConfig:
       stop_gradient_delta: no gradient through Δ.
       history_gradient: the straight-through gradient through the decoder's own sampled tokens:
         ``"exact"``, ``"sweeps=k"`` or ``"detached"``.
+      estimator: which gradient comes back through the sampled tokens: ``"straight_through"``,
+        ``"reinmax"``, ``"gumbel_rao=k"`` (k draws of the noise), or by score function, with k
+        texts a row: ``"rloo=k"``, ``"grpo=k"`` (the cost is w_mse L_MSE + w_kl L_KL of each text).
     """
 
     text_len: int = 8
@@ -199,6 +202,7 @@ class LossConfig:
 
     Attributes:
       tau: Gumbel-Softmax temperature of the backward pass, at least 0.1.
+      sample_tau: temperature at which the text is sampled in training (straight-through only).
       mse_kind: ``"direction"`` (‖n(â) − n(a)‖²/d), ``"direction+norm"`` (and
         (‖â‖/‖a‖ − 1)²), or ``"raw"`` (‖â − a‖² / E‖a‖²).
       lm_reference: whose next-token distribution L_LM compares the decoder's with: ``"text"``
@@ -217,6 +221,7 @@ class LossConfig:
     entropy: ScheduleConfig = constant(0.0)
     text: ScheduleConfig = constant(0.0)
     tau: ScheduleConfig = constant(1.0)
+    sample_tau: ScheduleConfig = constant(1.0)
     mse_kind: str = "direction+norm"
     lm_reference: str = "warm"
     kl_horizon: int = 1

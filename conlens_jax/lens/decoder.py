@@ -12,8 +12,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
+from conlens_jax.config.estimator import parse_estimator
 from conlens_jax.lens.gumbel import straight_through_embed
 from conlens_jax.lens.spec import Decoder, LensSpec, around, normalise, project
 from conlens_jax.models.param_table import Params
@@ -124,7 +125,6 @@ def history_sweeps(history_gradient: str, text_len: int) -> int:
     return min(int(history_gradient.removeprefix("sweeps=")), text_len - 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def text_logits(
     decoder: Decoder,
     activation_BD: Float[Array, "B D"],
@@ -132,8 +132,9 @@ def text_logits(
     noise_BTV: Float[Array, "B T V"],
     tau: Float[Array, ""],
     spec: LensSpec,
+    keys_BT: Key[Array, "B T"] | None = None,
 ) -> Float[Array, "B T V"]:
-    """Logits of D's own text, with the straight-through gradient through its history.
+    """Logits of D's own text, with the gradient through its sampled history.
 
     The values are those of :func:`teacher_forced_logits`. Backward, the cotangent of the logits is
     completed by what reaches them through the tokens that were sampled from them: each sweep is
@@ -143,25 +144,40 @@ def text_logits(
     Args:
       tokens_BT: what :func:`generate` wrote with ``noise_BTV``.
       tau: temperature of the backward pass.
+      keys_BT: for an estimator (``lens.estimator``) that draws noise of its own.
     """
+    return _text_logits(decoder, activation_BD, tokens_BT, noise_BTV, tau, keys_BT, spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _text_logits(decoder, activation_BD, tokens_BT, noise_BTV, tau, keys_BT, spec):
+    del noise_BTV, tau, keys_BT
     return teacher_forced_logits(decoder, activation_BD, tokens_BT, spec=spec)
 
 
-def _text_logits_forward(decoder, activation_BD, tokens_BT, noise_BTV, tau, spec):
+def _text_logits_forward(decoder, activation_BD, tokens_BT, noise_BTV, tau, keys_BT, spec):
     history_BtD = embed_tokens(decoder.base, tokens_BT[:, :-1])
     run = functools.partial(forced_logits, spec=spec)
     logits_BTV, pull_back = jax.vjp(run, decoder, activation_BD, history_BtD)
     table_VD = decoder.base["embedding"]
-    return logits_BTV, (pull_back, logits_BTV, tokens_BT, noise_BTV, tau, table_VD)
+    return logits_BTV, (pull_back, logits_BTV, tokens_BT, noise_BTV, tau, keys_BT, table_VD)
 
 
 def _text_logits_backward(spec, residuals, cotangent_BTV):
-    pull_back, logits_BTV, tokens_BT, noise_BTV, tau, table_VD = residuals
+    pull_back, logits_BTV, tokens_BT, noise_BTV, tau, keys_BT, table_VD = residuals
+    estimator = parse_estimator(spec.lens.estimator)
+    keys_Bt = None if keys_BT is None else keys_BT[:, :-1]
 
     def through_tokens(history_bar_BtD: Array) -> tuple[Array, Array]:
         """Cotangents of logits 1..T−1 and of the embedding table, from those of the history."""
         lookup = lambda logits, table: straight_through_embed(
-            logits, noise_BTV[:, :-1], tokens_BT[:, :-1], table, tau
+            logits,
+            noise_BTV[:, :-1],
+            tokens_BT[:, :-1],
+            table,
+            tau,
+            estimator=estimator,
+            keys=keys_Bt,
         )
         _, pull = jax.vjp(lookup, logits_BTV[:, :-1], table_VD)
         return pull(history_bar_BtD.astype(table_VD.dtype))
@@ -175,10 +191,10 @@ def _text_logits_backward(spec, residuals, cotangent_BTV):
     _, table_bar = through_tokens(history_bar)
     base_bar: Params = dict(decoder_bar.base)
     base_bar["embedding"] = base_bar["embedding"] + table_bar
-    return decoder_bar._replace(base=base_bar), activation_bar, None, None, None
+    return decoder_bar._replace(base=base_bar), activation_bar, None, None, None, None
 
 
-text_logits.defvjp(_text_logits_forward, _text_logits_backward)
+_text_logits.defvjp(_text_logits_forward, _text_logits_backward)
 
 
 def _logits(decoder: Decoder, x: Float[Array, "*B D"], spec: LensSpec) -> Float[Array, "*B V"]:

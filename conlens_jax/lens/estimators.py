@@ -1,21 +1,114 @@
-"""Which gradient comes back through the sampled text: the forms of ``lens.estimator``."""
+"""Backward rules for a sampled token: from the cotangent of its embedding to that of its logits.
+
+With w = E ē (what each token of the vocabulary would be worth to first order) and the softmax
+Jacobian J_p w = p ⊙ (w − ⟨p, w⟩):
+
+    straight-through   J_q w / tau,  q = softmax((θ + g) / tau)      biased, one noise draw
+    Gumbel-Rao(k)      the mean of that over k draws of g given the token that was chosen
+                       (Paulus, Maddison & Krause 2021, arXiv:2010.04838): the same mean, less
+                       variance
+    ReinMax            2 J_r w − ½ J_p w,  r = (onehot(y) + softmax(θ / tau)) / 2,  p = softmax(θ)
+                       (Liu et al. 2023, arXiv:2304.08612): second order in the step from token to
+                       token; at tau = 1 unbiased for a quadratic function of one token's embedding
+
+Everything is fp32; no one-hot vector is ever made.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 
-SCORE_FUNCTION = ("rloo", "grpo")
-RELAXED = ("straight_through", "reinmax", "gumbel_rao")
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimator:
-    """``samples``: k of Gumbel-Rao, texts a row of a score-function estimator, else 1."""
-
-    kind: str
-    samples: int = 1
+from conlens_jax.config.estimator import Estimator
 
 
-def parse_estimator(text: str) -> Estimator:
-    kind, _, count = text.partition("=")
-    return Estimator(kind, int(count) if count else 1)
+def logits_cotangent(
+    estimator: Estimator,
+    wanted: Float[Array, "*B V"],
+    logits: Float[Array, "*B V"],
+    noise: Float[Array, "*B V"],
+    tokens: Int[Array, "*B"],
+    tau: Float[Array, ""],
+    keys: Key[Array, "*B"] | None,
+) -> Float[Array, "*B V"]:
+    """The estimator's cotangent of the logits.
+
+    Args:
+      wanted: E ē, the cotangent of the token's embedding against every row of the table.
+      noise: Gumbel noise that chose ``tokens`` (straight-through).
+      keys: one a token, for the draws of Gumbel-Rao.
+
+    Raises:
+      ValueError: Gumbel-Rao without keys.
+    """
+    logits, wanted = logits.astype(jnp.float32), wanted.astype(jnp.float32)
+    if estimator.kind == "reinmax":
+        return _reinmax(wanted, logits, tokens, tau)
+    if estimator.kind == "gumbel_rao":
+        if keys is None:
+            raise ValueError("Gumbel-Rao draws noise of its own: give a key for every token")
+        return _gumbel_rao(estimator.samples, wanted, logits, tokens, tau, keys)
+    return softmax_jacobian(jax.nn.softmax((logits + noise) / tau, axis=-1), wanted) / tau
+
+
+def softmax_jacobian(p: Float[Array, "*B V"], wanted: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+    """J_p w = p ⊙ (w − ⟨p, w⟩)."""
+    return p * (wanted - jnp.sum(p * wanted, axis=-1, keepdims=True))
+
+
+def _reinmax(wanted: Array, logits: Array, tokens: Array, tau: Array) -> Array:
+    chosen = jnp.take_along_axis(wanted, tokens[..., None], axis=-1)
+    soft = jax.nn.softmax(logits / tau, axis=-1)
+    # ⟨r, w⟩ and r ⊙ (w − ⟨r, w⟩) with r = (onehot + soft) / 2; the one-hot part is one entry.
+    mean = 0.5 * (chosen + jnp.sum(soft * wanted, axis=-1, keepdims=True))
+    first = 0.5 * soft * (wanted - mean)
+    first = jnp.put_along_axis(
+        first,
+        tokens[..., None],
+        jnp.take_along_axis(first, tokens[..., None], axis=-1) + 0.5 * (chosen - mean),
+        axis=-1,
+        inplace=False,
+    )
+    return 2.0 * first - 0.5 * softmax_jacobian(jax.nn.softmax(logits, axis=-1), wanted)
+
+
+def _gumbel_rao(
+    samples: int, wanted: Array, logits: Array, tokens: Array, tau: Array, keys: Array
+) -> Array:
+    def add(total, index):
+        noisy = conditional_gumbel(logits, tokens, _fold(keys, index))
+        return total + softmax_jacobian(jax.nn.softmax(noisy / tau, axis=-1), wanted) / tau, None
+
+    # One draw at a time: memory does not grow with k.
+    total, _ = jax.lax.scan(add, jnp.zeros_like(wanted), jnp.arange(samples))
+    return total / samples
+
+
+def conditional_gumbel(
+    logits: Float[Array, "*B V"], tokens: Int[Array, "*B"], keys: Key[Array, "*B"]
+) -> Float[Array, "*B V"]:
+    """A draw of logits + g given that its argmax is the token (Maddison et al. 2014, A* sampling).
+
+    With E_j ~ Exp(1) and Z = Σ exp(θ): the maximum is −ln E_y + ln Z, and every other entry
+    −ln(E_j / exp(θ_j) + E_y / Z).
+    """
+    vocab_size = logits.shape[-1]
+    draw = lambda key: jax.random.exponential(key, (vocab_size,), jnp.float32)
+    spread = jax.vmap(draw)(keys.reshape(-1)).reshape(logits.shape)
+    log_spread = jnp.log(jnp.maximum(spread, jnp.finfo(jnp.float32).tiny))
+    log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    top = jnp.take_along_axis(log_spread, tokens[..., None], axis=-1) - log_z
+    others = -jnp.logaddexp(log_spread - logits, top)
+    return jnp.put_along_axis(others, tokens[..., None], -top, axis=-1, inplace=False)
+
+
+def token_keys(keys_B: Key[Array, "B"], text_len: int) -> Key[Array, "B T"]:
+    """A key for every token of every text."""
+    positions = jnp.arange(text_len)
+    return jax.vmap(lambda key: jax.vmap(lambda t: jax.random.fold_in(key, t))(positions))(keys_B)
+
+
+def _fold(keys: Array, index: Array) -> Array:
+    flat = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys.reshape(-1))
+    return flat.reshape(keys.shape)

@@ -8,9 +8,16 @@ file is never a [.., V] one-hot vector but the token's row of an embedding table
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
+
+from conlens_jax.config.estimator import Estimator
+from conlens_jax.lens.estimators import logits_cotangent
+
+STRAIGHT_THROUGH = Estimator()
 
 
 def gumbel_noise(keys_B: Key[Array, "B"], text_len: int, vocab_size: int) -> Float[Array, "B T V"]:
@@ -27,44 +34,52 @@ def example_keys(
     return jax.vmap(lambda example: jax.random.fold_in(key, example))(examples_B)
 
 
-@jax.custom_vjp
 def straight_through_embed(
     logits: Float[Array, "*B V"],
     noise: Float[Array, "*B V"],
     tokens: Int[Array, "*B"],
     embedding_VD: Float[Array, "V D"],
     tau: Float[Array, ""],
+    *,
+    estimator: Estimator = STRAIGHT_THROUGH,
+    keys: Key[Array, "*B"] | None = None,
 ) -> Float[Array, "*B D"]:
-    """Embeddings of sampled tokens, with the straight-through gradient to the logits.
+    """Embeddings of sampled tokens, with a gradient to the logits they were sampled from.
 
     Args:
       logits: what the tokens were drawn from; differentiable.
       noise: the Gumbel noise they were drawn with; zeros for greedy tokens. Not differentiable.
+        Noise multiplied by a number samples at that temperature, whatever ``tau`` is.
       tokens: argmax(logits + noise), already known from sampling.
       embedding_VD: the table that is looked up; differentiable.
       tau: temperature of the backward pass. Not differentiable.
+      estimator: the backward rule, see :mod:`conlens_jax.lens.estimators`.
+      keys: one a token, where the estimator draws noise of its own.
 
     Returns:
-      ``embedding_VD[tokens]``. Backward, with p = softmax((logits + noise) / tau) and the
-      cotangent ē: logits get p ⊙ (Eē − ⟨p, Eē⟩) / tau, the table gets ē added at the tokens.
+      ``embedding_VD[tokens]``. Backward, the logits get what the estimator makes of the cotangent
+      ē (straight-through: with p = softmax((logits + noise) / tau), p ⊙ (Eē − ⟨p, Eē⟩) / tau); the
+      table gets ē added at the tokens.
     """
-    del logits, noise, tau
+    return _embed(estimator, logits, noise, tokens, embedding_VD, tau, keys)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _embed(estimator, logits, noise, tokens, embedding_VD, tau, keys):
+    del estimator, logits, noise, tau, keys
     return jnp.take(embedding_VD, tokens, axis=0)
 
 
-def _forward(logits, noise, tokens, embedding_VD, tau):
-    embedded = straight_through_embed(logits, noise, tokens, embedding_VD, tau)
-    return embedded, (logits, noise, tokens, embedding_VD, tau)
+def _forward(estimator, *inputs):
+    return _embed(estimator, *inputs), inputs
 
 
-def _backward(residuals, cotangent):
-    logits, noise, tokens, embedding_VD, tau = residuals
-    soft = jax.nn.softmax((logits.astype(jnp.float32) + noise) / tau, axis=-1)
-    wanted = jnp.matmul(cotangent, embedding_VD.T).astype(jnp.float32)
-    centred = wanted - jnp.sum(soft * wanted, axis=-1, keepdims=True)
-    logits_bar = (soft * centred / tau).astype(logits.dtype)
+def _backward(estimator, residuals, cotangent):
+    logits, noise, tokens, embedding_VD, tau, keys = residuals
+    wanted = jnp.matmul(cotangent, embedding_VD.T)
+    logits_bar = logits_cotangent(estimator, wanted, logits, noise, tokens, tau, keys)
     table_bar = jnp.zeros_like(embedding_VD).at[tokens].add(cotangent)
-    return logits_bar, None, None, table_bar, None
+    return logits_bar.astype(logits.dtype), None, None, table_bar, None, None
 
 
-straight_through_embed.defvjp(_forward, _backward)
+_embed.defvjp(_forward, _backward)

@@ -15,14 +15,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from conlens_jax.config import LossConfig, ScheduleConfig, WarmConfig
+from conlens_jax.config.estimator import SCORE_FUNCTION, Estimator, parse_estimator
 from conlens_jax.lens import original as original_model
 from conlens_jax.lens.batch import Batch
 from conlens_jax.lens.decoder import generate, teacher_forced_logits, text_logits
 from conlens_jax.lens.encoder import encode_embeddings, encode_prefixes
-from conlens_jax.lens.estimators import SCORE_FUNCTION, Estimator, parse_estimator
+from conlens_jax.lens.estimators import token_keys
 from conlens_jax.lens.gumbel import straight_through_embed
 from conlens_jax.lens.losses import (
     cross_entropy,
@@ -47,6 +48,7 @@ class Prepared(NamedTuple):
     noise_BTV: Float[Array, "B T V"]
     context: Context | None
     reference_BTV: Float[Array, "B T V"] | None
+    keys_BT: Key[Array, "B T"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,13 +115,15 @@ def prepare(
     frozen: Params,
     batch: Batch,
     noise_BTV: Float[Array, "B T V"],
+    keys_B: Key[Array, "B"] | None = None,
     *,
     objective: Objective,
 ) -> Prepared:
     """Samples the text and reads the context; no gradient comes back to here.
 
     A score-function estimator writes several texts a row: everything but the noise's own batch
-    then counts B = rows · G, the texts of one row one behind the other.
+    then counts B = rows · G, the texts of one row one behind the other. ``keys_B`` are for an
+    estimator that draws noise of its own in the backward pass.
     """
     spec, original = objective.spec, frozen["original"]
     decoder, group = decoder_of(trainable, frozen), objective.texts_per_row
@@ -139,7 +143,10 @@ def prepare(
     reference = None
     if objective.uses("lm"):
         reference = reference_logits(frozen, activation_BD, text_BT, objective)
-    return Prepared(text_BT, noise_BTV, context, reference)
+    keys_BT = None
+    if objective.estimator.kind == "gumbel_rao" and keys_B is not None:
+        keys_BT = token_keys(keys_B, spec.text_len)
+    return Prepared(text_BT, noise_BTV, context, reference, keys_BT)
 
 
 def reference_logits(
@@ -185,11 +192,16 @@ def joint_loss(
         logits_BTV = teacher_forced_logits(decoder, activation_BD, prepared.text_BT, spec=spec)
         text_BTD = embed_tokens(encoder.base, prepared.text_BT)
     else:
-        logits_BTV = text_logits(
-            decoder, activation_BD, prepared.text_BT, prepared.noise_BTV, tau, spec
-        )
+        text_BT, noise_BTV, keys_BT = prepared.text_BT, prepared.noise_BTV, prepared.keys_BT
+        logits_BTV = text_logits(decoder, activation_BD, text_BT, noise_BTV, tau, spec, keys_BT)
         text_BTD = straight_through_embed(
-            logits_BTV, prepared.noise_BTV, prepared.text_BT, encoder.base["embedding"], tau
+            logits_BTV,
+            noise_BTV,
+            text_BT,
+            encoder.base["embedding"],
+            tau,
+            estimator=objective.estimator,
+            keys=keys_BT,
         )
     reconstruction_BD, error_B = _read_back(encoder, text_BTD, activation_BD, objective)
     cost_B = weights["mse"] * error_B

@@ -33,7 +33,8 @@ from conlens_jax.training.optimizer import (
     poison_if_not_finite,
 )
 
-SAMPLING = 1  # purpose of the training noise; evaluation draws with another
+# Purposes of the training noise; evaluation draws with another.
+SAMPLING, ESTIMATING = 1, 3
 Step = Callable[["TrainState", Params, Batch], tuple["TrainState", Metrics]]
 
 
@@ -119,7 +120,7 @@ def make_step(
             stage_steps=stage.steps,
             steps_per_epoch=n_rows / stage.batch_size,
         )
-        for name in (*TERMS, "tau")
+        for name in (*TERMS, "tau", "sample_tau")
     }
 
     def gradients(trainable: Params, frozen: Params, batch: Batch, step: Array):
@@ -128,12 +129,15 @@ def make_step(
             (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch)
             return total, terms, grads
         current = {name: schedule(step) for name, schedule in schedules.items()}
-        tau = current.pop("tau")
+        tau, sample_tau = current.pop("tau"), current.pop("sample_tau")
         group = objective.texts_per_row
         texts_B = (batch.examples_B[:, None] * group + jnp.arange(group)).reshape(-1)
         keys_B = example_keys(config.train.seed, step, texts_B, SAMPLING)
         noise_BTV = gumbel_noise(keys_B, objective.spec.text_len, objective.spec.model.vocab_size)
-        prepared = prepare(trainable, frozen, batch, noise_BTV, objective=objective)
+        # argmax(logits / s + g) = argmax(logits + s g): scaled noise samples at temperature s.
+        noise_BTV *= sample_tau
+        own_keys_B = example_keys(config.train.seed, step, texts_B, ESTIMATING)
+        prepared = prepare(trainable, frozen, batch, noise_BTV, own_keys_B, objective=objective)
         loss = functools.partial(joint_loss, objective=objective)
         (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(
             trainable, frozen, batch, prepared, current, tau

@@ -1,0 +1,219 @@
+"""Gradient estimators against enumeration: who is unbiased, who is only less noisy."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from tiny_lens import fast_jit, relative_error, tiny_batch, tiny_lens, tiny_noise, tiny_spec
+
+from conlens_jax import gradient_report
+from conlens_jax.config.estimator import Estimator, parse_estimator
+from conlens_jax.evaluation.gradients import (
+    VOCAB,
+    draw_gradients,
+    make_toy,
+    quality,
+    true_gradient,
+)
+from conlens_jax.lens.decoder import forced_logits, generate, text_logits
+from conlens_jax.lens.estimators import conditional_gumbel, token_keys
+from conlens_jax.lens.gumbel import straight_through_embed
+from conlens_jax.lens.spec import decoder_of
+
+DRAWS = 40_000
+
+
+@functools.cache
+def toy_gradients(kind: str, tau: float = 1.0) -> np.ndarray:
+    toy, policy = make_toy(1)
+    return draw_gradients(toy, policy, parse_estimator(kind), tau, DRAWS)
+
+
+def quality_of(kind: str, tau: float = 1.0):
+    return quality(toy_gradients(kind, tau), true_gradient(*make_toy(1)))
+
+
+# --- one token, a quadratic cost: everything exact ----------------------------------------------
+
+
+def quadratic(seed: int = 0):
+    rng = np.random.default_rng(seed)
+    array = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    logits, table, square, line = array(VOCAB), array(VOCAB, 3), array(3, 3), array(3)
+    cost = lambda embedded: embedded @ square @ embedded + line @ embedded
+    costs = jax.vmap(cost)(table)
+    truth = jax.grad(lambda logits: jax.nn.softmax(logits) @ costs)(logits)
+    return logits, table, cost, truth
+
+
+def expected_reinmax(tau: float, seed: int):
+    """Over all tokens with their probability; ReinMax does not depend on the noise."""
+    logits, table, cost, truth = quadratic(seed)
+
+    def gradient(token):
+        def loss(logits):
+            embedded = straight_through_embed(
+                logits[None],
+                jnp.zeros((1, VOCAB)),
+                token[None],
+                table,
+                jnp.float32(tau),
+                estimator=Estimator("reinmax"),
+            )
+            return cost(embedded[0])
+
+        return jax.grad(loss)(logits)
+
+    return jax.nn.softmax(logits) @ jax.vmap(gradient)(jnp.arange(VOCAB)), truth
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_reinmax_is_unbiased_for_a_quadratic_cost(seed):
+    expected, truth = expected_reinmax(1.0, seed)
+    assert relative_error(expected, truth) < 1e-5
+
+
+def test_reinmax_at_another_temperature_is_biased():
+    expected, truth = expected_reinmax(2.0, 0)
+    assert relative_error(expected, truth) > 1e-2
+
+
+# --- noise given the token ----------------------------------------------------------------------
+
+
+def test_conditional_gumbel_keeps_the_token_and_the_distribution():
+    n = 30_000
+    logits = jnp.broadcast_to(jnp.asarray([1.0, -0.5, 0.3, -2.0]), (n, 4))
+    tokens = jax.random.categorical(jax.random.key(0), logits)
+    keys = jax.random.split(jax.random.key(1), n)
+    noisy = np.asarray(conditional_gumbel(logits, tokens, keys))
+    np.testing.assert_array_equal(noisy.argmax(axis=-1), tokens)
+    noise = noisy - np.asarray(logits)
+    # Over tokens and draws together each entry is Gumbel(0, 1) again, independent of the others.
+    np.testing.assert_allclose(noise.mean(axis=0), np.euler_gamma, atol=5 * 1.3 / math.sqrt(n))
+    np.testing.assert_allclose(noise.var(axis=0), np.pi**2 / 6, rtol=0.06)
+    correlation = np.corrcoef(noise.T) - np.eye(4)
+    assert np.abs(correlation).max() < 5 / math.sqrt(n)
+
+
+# --- two tokens, the second depends on the first ------------------------------------------------
+
+
+def test_toy_gradient_is_that_of_the_enumeration():
+    toy, policy = make_toy(1)
+    step = 1e-3
+    moved = lambda sign: {**policy, "first": policy["first"].at[2].add(sign * step)}
+    slope = float(toy.expected_cost(moved(1)) - toy.expected_cost(moved(-1))) / (2 * step)
+    assert float(jax.grad(toy.expected_cost)(policy)["first"][2]) == pytest.approx(slope, rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["rloo=2", "rloo=4"])
+def test_rloo_is_unbiased(kind):
+    found = quality_of(kind)
+    assert found.bias < 2 * found.bias_noise
+    assert found.cosine > 0.999
+
+
+@pytest.mark.parametrize("kind", ["straight_through", "gumbel_rao=4", "reinmax"])
+def test_relaxed_estimators_are_biased_and_point_the_right_way(kind):
+    found = quality_of(kind)
+    assert found.bias > 10 * found.bias_noise
+    assert found.cosine > 0.3
+
+
+def test_gumbel_rao_has_the_mean_of_straight_through_and_less_spread():
+    draws = [toy_gradients(kind, 0.5) for kind in ("straight_through", "gumbel_rao=4")]
+    means = [draw.mean(axis=0) for draw in draws]
+    error = np.sqrt(sum(draw.var(axis=0) for draw in draws) / DRAWS)
+    assert np.abs(means[0] - means[1]).max() < 5 * error.max()
+    spreads = [quality_of(kind, 0.5).spread for kind in ("straight_through", "gumbel_rao=4")]
+    assert quality_of("gumbel_rao=16", 0.5).spread < spreads[1] < 0.9 * spreads[0]
+
+
+def test_more_texts_a_row_are_less_noise():
+    assert quality_of("rloo=4").spread < 0.75 * quality_of("rloo=2").spread
+
+
+# --- inside the decoder -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["straight_through", "reinmax", "gumbel_rao=2"])
+def test_history_gradient_is_that_of_writing_token_by_token(kind):
+    spec = tiny_spec(estimator=kind, history_gradient="exact")
+    trainable, frozen = tiny_lens(spec)
+    batch, noise = tiny_batch(spec, frozen["original"]), tiny_noise()
+    tau = jnp.float32(0.8)
+    keys = token_keys(jax.random.split(jax.random.key(3), len(noise)), spec.text_len)
+    target = jnp.asarray(np.random.default_rng(0).standard_normal(noise.shape), jnp.float32)
+    text = generate(decoder_of(trainable, frozen), batch.activation_BD, noise, spec=spec)
+
+    def parallel(trainable):
+        decoder = decoder_of(trainable, frozen)
+        logits = text_logits(decoder, batch.activation_BD, text, noise, tau, spec, keys)
+        return jnp.sum(logits * target)
+
+    def one_by_one(trainable):
+        decoder = decoder_of(trainable, frozen)
+        history = jnp.zeros((len(noise), spec.text_len - 1, spec.model.d_model))
+        for t in range(spec.text_len):
+            logits = forced_logits(decoder, batch.activation_BD, history, spec=spec)
+            if t < spec.text_len - 1:
+                embedded = straight_through_embed(
+                    logits[:, t],
+                    noise[:, t],
+                    text[:, t],
+                    decoder.base["embedding"],
+                    tau,
+                    estimator=parse_estimator(kind),
+                    keys=keys[:, t],
+                )
+                history = history.at[:, t].set(embedded)
+        return jnp.sum(logits * target)
+
+    found, oracle = (fast_jit(jax.grad(loss))(trainable) for loss in (parallel, one_by_one))
+    assert relative_error(found["decoder"], oracle["decoder"]) < 1e-5
+
+
+def test_scaled_noise_samples_at_that_temperature():
+    """What loss.sample_tau does: the noise is multiplied by it."""
+    logits = jnp.asarray([1.0, 0.0, -1.0])
+    noise = 2.0 * jax.random.gumbel(jax.random.key(0), (20_000, 3), jnp.float32)
+    counted = np.bincount(np.asarray(jnp.argmax(logits + noise, axis=-1)), minlength=3) / 20_000
+    np.testing.assert_allclose(counted, jax.nn.softmax(logits / 2.0), atol=0.015)
+
+
+# --- names and the command line -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", "gumbel_rao", "rloo=1", "grpo=x", "reinmax=2", "other"])
+def test_wrong_names_are_answered_with_the_forms(text):
+    with pytest.raises(ValueError, match="lens.estimator must be 'straight_through'"):
+        parse_estimator(text)
+
+
+def test_gumbel_rao_without_keys_says_so():
+    logits, table, _, _ = quadratic()
+    embed = lambda logits: straight_through_embed(
+        logits[None],
+        jnp.zeros((1, VOCAB)),
+        jnp.zeros(1, jnp.int32),
+        table,
+        jnp.float32(1.0),
+        estimator=Estimator("gumbel_rao", 2),
+    ).sum()
+    with pytest.raises(ValueError, match="give a key for every token"):
+        jax.grad(embed)(logits)
+
+
+def test_report(tmp_path, capsys):
+    flags.FLAGS(["gradient_report", f"--out={tmp_path}", "--draws=50"])
+    gradient_report.main()
+    assert "RLOO 4" in capsys.readouterr().err
+    assert "Gumbel-Rao" in (tmp_path / "gradients.html").read_text(encoding="utf-8")
+    assert (tmp_path / "gradients.json").exists()
