@@ -44,6 +44,12 @@ TIMED_STEPS = 4
 T_975 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)  # of Student's t, by n − 1
 SCORES = ("fve_nrm", "kl_frac", "sampled_fve_nrm", "sampled_kl_frac", "nll_text")
 
+
+def _rate(value: float) -> dict[str, float]:
+    name = "joint.optimizer.learning_rate"
+    return {f"{name}.start": value, f"{name}.end": value / 10}
+
+
 _RLOO = {"lens.estimator": "rloo=4", "joint.batch_size": 16, "loss.entropy.start": 0.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "supervised": {},
@@ -51,11 +57,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "st, tau 1": {"loss.tau.start": 1.0},
     "st, no anchor": {"loss.text.start": 0.0},
     "st, KL to warm": {"loss.lm.start": 0.1, "loss.text.start": 0.0},
+    "st, sharper": {
+        **_rate(3e-4),
+        "loss.entropy.start": -1.0,
+        "loss.kl.start": 1.0,
+        "loss.mse.start": 10.0,
+        "loss.text.start": 2.0,
+    },
+    "st, fast": {**_rate(5e-4), "loss.entropy.start": -1.0, "loss.kl.start": 1.5},
     "reinmax": {"lens.estimator": "reinmax", "loss.tau.start": 1.0},
     "gumbel-rao 4": {"lens.estimator": "gumbel_rao=4", "loss.tau.start": 1.0},
     "rloo 4": _RLOO,
     "rloo 4, no anchor": {**_RLOO, "loss.text.start": 0.0},
     "rloo 4, KL to warm": {**_RLOO, "loss.text.start": 0.0, "loss.lm.start": 0.1},
+    "rloo 4, fast": {**_RLOO, **_rate(5e-4)},
     "grpo 4": {**_RLOO, "lens.estimator": "grpo=4"},
 }
 

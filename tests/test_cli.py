@@ -9,10 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from pipeline import TINY, child_settings, open_world
 
 from conlens_jax.config import ConfigError, ExperimentConfig, from_config_dict, to_json_dict
+from conlens_jax.parallel.host import use_compilation_cache
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(ROOT.glob("configs/*.py"))
@@ -141,3 +144,17 @@ def test_quickstart_ends_with_the_path_of_the_report(world, tmp_path):
     assert (tmp_path / "run" / "baseline" / "checkpoints" / "2").is_dir()
     assert (tmp_path / "cache" / "validation" / "metadata.json").is_file()
     assert "devices=1" in done.stderr and "found=" in done.stderr
+
+
+def test_compiled_programs_are_kept_where_asked(tmp_path):
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    use_compilation_cache("")
+    assert {name: getattr(jax.config, name) for name in names} == before
+    try:
+        use_compilation_cache(str(tmp_path / "programs"), least_seconds=0.0)
+        jax.block_until_ready(jax.jit(lambda x: jnp.sin(x) * 3)(jnp.arange(7.0)))
+        assert any((tmp_path / "programs").iterdir())
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)

@@ -309,6 +309,8 @@ class TrainConfig:
     Attributes:
       init_from: a run folder or checkpoint whose lens (not optimizer) is the starting point.
       resume: go on from the newest checkpoint of ``run_dir`` where there is one.
+      compile_cache: folder for compiled programs, so that the same run starts faster the next
+        time; empty: none.
       log_every, validate_every, sample_every: steps between console lines, validations, and
         verbose samples.
       validation_rows: rows of a validation during training; n_verbose_samples: rows shown.
@@ -317,6 +319,7 @@ class TrainConfig:
     seed: int = 0
     init_from: str = ""
     resume: bool = True
+    compile_cache: str = ""
     log_every: int = 20
     validate_every: int = 100
     sample_every: int = 100

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from pathlib import Path
+
+import jax
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 _GIB = 1 << 30
@@ -28,3 +31,14 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TOP_PAD, _GIB), (_M_TRIM_THRESHOLD, -1))
     return all(mallopt(parameter, value) == 1 for parameter, value in settings)
+
+
+def use_compilation_cache(folder: str, least_seconds: float = 1.0) -> None:
+    """Keeps compiled programs in ``folder`` for later runs; an empty name changes nothing.
+
+    Programs that compile in less than ``least_seconds`` are not kept. Call it before the first
+    program is compiled.
+    """
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)

@@ -14,6 +14,7 @@ from conlens_jax.data.legacy import LegacyCache, open_cache
 from conlens_jax.evaluation.measure import Measurer, Reference, reference_of
 from conlens_jax.lens.spec import LensSpec, make_spec
 from conlens_jax.models.model import LanguageModel, load_model
+from conlens_jax.parallel.host import use_compilation_cache
 from conlens_jax.parallel.mesh import check_batch, make_mesh
 from conlens_jax.training.console import Console
 from conlens_jax.training.language_model import ensure_language_model
@@ -60,6 +61,7 @@ def open_setting(config: ExperimentConfig, console: Console) -> Setting:
     Raises:
       ValueError: a mesh, model or prompt that does not fit; named with the field and the fix.
     """
+    use_compilation_cache(config.train.compile_cache)
     mesh = make_mesh(config.mesh)
     for name in ("dump.batch_size", "warm.batch_size", "joint.batch_size", "evaluate.batch_size"):
         section, field = name.split(".")
