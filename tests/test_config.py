@@ -154,14 +154,14 @@ AT_LEAST_ONE = (
     *("train.sample_every", "train.validation_rows"),
     *("checkpoint.keep_latest", "mesh.fsdp", "mesh.tensor", "evaluate.batch_size"),
     *("evaluate.bootstrap", "evaluate.kl_horizon", "loss.kl_horizon", "baseline.batch_size"),
-    *("baseline.optimizer.accumulate", "baseline.optimizer.max_bad_steps"),
+    *("baseline.optimizer.accumulate", "baseline.optimizer.max_bad_steps", "lens.lora_rank"),
 )
 AT_LEAST_ZERO = (
     *("model.layer", "model.unroll", "corpus.n_documents", "corpus.seed", "embedded.seed"),
     *("dump.min_position", "dump.max_position", "dump.after", "dump.seed", "warm.steps"),
     *("warm.before", "warm.after", "joint.steps", "control.steps", "train.seed"),
     *("train.n_verbose_samples", "checkpoint.keep_best", "mesh.data", "evaluate.rows"),
-    *("evaluate.n_examples", "evaluate.seed", "baseline.steps"),
+    *("evaluate.n_examples", "evaluate.seed", "baseline.steps", "lens.input_patches"),
 )
 
 

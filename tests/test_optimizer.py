@@ -180,8 +180,8 @@ def test_moments_are_fp32_for_bf16_parameters():
 
 
 def test_unknown_parts_are_named_together():
-    params = {"decoder": {"lora": jnp.zeros(2)}, "reader": {"base": jnp.zeros(2)}}
-    with pytest.raises(ValueError, match=r"decoder\.lora, reader\.base"):
+    params = {"decoder": {"adapter": jnp.zeros(2)}, "reader": {"base": jnp.zeros(2)}}
+    with pytest.raises(ValueError, match=r"decoder\.adapter, reader\.base"):
         optimizer(params)
 
 

@@ -18,17 +18,19 @@ _CHOICES = {
     "model.remat": ("none", "full"),
     "corpus.kind": ("stories", "stdlib", "text", "jsonl", "parquet", "huggingface"),
     "dump.dtype": ("float32", "bfloat16"),
-    "lens.train_decoder": ("full", "frozen"),
-    "lens.train_encoder": ("full", "frozen"),
+    "lens.train_decoder": ("full", "frozen", "lora"),
+    "lens.train_encoder": ("full", "frozen", "lora"),
     "loss.mse_kind": ("direction", "direction+norm", "raw"),
     "loss.lm_reference": ("text", "prompt", "warm"),
     "wandb.mode": ("disabled", "offline", "online"),
 }
+LORA_TARGETS = ("query", "key", "value", "attention_out", "gate", "up", "down")
 _AT_LEAST_ONE = (
     *(f"embedded.{name}" for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_mlp")),
     *(f"embedded.{name}" for name in ("vocab_size", "steps", "batch_size", "seq_len")),
     *(f"dump.{name}" for name in ("n_samples", "n_validation_samples", "positions_per_sequence")),
     *("dump.batch_size", "dump.rows_per_shard", "lens.text_len", "loss.kl_horizon"),
+    "lens.lora_rank",
     *("warm.batch_size", "warm.optimizer.accumulate", "warm.optimizer.max_bad_steps"),
     *("joint.batch_size", "joint.optimizer.accumulate", "joint.optimizer.max_bad_steps"),
     *("control.optimizer.accumulate", "control.optimizer.max_bad_steps"),
@@ -44,6 +46,7 @@ _AT_LEAST_ZERO = (
     *("warm.steps", "warm.before", "warm.after", "joint.steps", "control.steps", "baseline.steps"),
     *("train.seed", "train.n_verbose_samples", "checkpoint.keep_best", "mesh.data"),
     *("evaluate.rows", "evaluate.n_examples", "evaluate.seed", "embedded.copy_init"),
+    "lens.input_patches",
 )
 
 
@@ -64,6 +67,7 @@ def config_problems(config: ExperimentConfig) -> Iterator[str]:
             yield from _schedule_problems(name, value)
     yield from _shape_problems(config)
     yield from _prompt_problems(config.lens)
+    yield from _lora_problems(config.lens)
     yield from _prefix_problems(config)
     yield from _estimator_problems(config)
 
@@ -170,6 +174,19 @@ def _estimator_problems(config: ExperimentConfig) -> Iterator[str]:
             f"loss.sample_tau must be constant 1 for lens.estimator={config.lens.estimator!r}: "
             "only straight_through samples at another temperature"
         )
+
+
+def _lora_problems(lens: LensConfig) -> Iterator[str]:
+    names = lens.lora_target_names
+    unknown = [name for name in names if name not in LORA_TARGETS]
+    if unknown or len(set(names)) < len(names):
+        wrong = ", ".join(map(repr, unknown)) + " among them" if unknown else "one of them twice"
+        yield (
+            f"lens.lora_targets must be some of {', '.join(LORA_TARGETS)}, separated by commas, "
+            f"not {lens.lora_targets!r} ({wrong})"
+        )
+    if lens.lora_alpha <= 0:
+        yield f"lens.lora_alpha must be above 0, not {lens.lora_alpha}: it scales the adapters"
 
 
 def _prefix_problems(config: ExperimentConfig) -> Iterator[str]:

@@ -169,10 +169,18 @@ class LensConfig:
       encoder_prompt: text with exactly one ``<text>``, the place of the explanation; the
         reconstruction is read at the last position.
       soft_prompt_init: ``"text"`` starts trainable prompt vectors at the prompt's embeddings.
-      train_decoder, train_encoder: ``"full"`` trains a clone, ``"frozen"`` shares M's weights.
+      train_decoder, train_encoder: ``"full"`` trains a clone, ``"frozen"`` shares M's weights,
+        ``"lora"`` shares them too and trains low-rank adapters beside them.
       train_projections, train_soft_prompt, train_output_head: the other parts. A full decoder
-        of an untied model trains its head in any case; the switch gives a frozen or tied one a
-        head of its own.
+        of an untied model trains its head in any case; the switch gives any other one a head of
+        its own.
+      lora_rank, lora_alpha: an adapter adds (alpha / rank) · x·A·B to x·W, with A [inputs, rank]
+        and B [rank, outputs] (Hu et al. 2021).
+      lora_targets: which matrices of a layer have adapters, separated by commas. All of them by
+        default: a clone learns to write from and read into an activation, which is more than the
+        change of style that query and value suffice for, and the base stays shared either way.
+      input_patches: at the inputs of the decoder's layers 1 to this, a trained projection of the
+        activation is added at its slot (layer 0's input is the slot itself); 0: none.
       dual_path: swap in â + Δ with Δ = a' − E(D(a')) instead of â alone.
       stop_gradient_delta: no gradient through Δ.
       history_gradient: the straight-through gradient through the decoder's own sampled tokens:
@@ -190,10 +198,18 @@ class LensConfig:
     train_projections: bool = True
     train_soft_prompt: bool = True
     train_output_head: bool = False
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    lora_targets: str = "query,key,value,attention_out,gate,up,down"
+    input_patches: int = 0
     dual_path: bool = True
     stop_gradient_delta: bool = True
     history_gradient: str = "sweeps=1"
     estimator: str = "straight_through"
+
+    @property
+    def lora_target_names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.lora_targets.split(","))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,9 +250,10 @@ class OptimizerConfig:
 
     Attributes:
       learning_rate: of the decoder's and encoder's base weights, as a schedule.
-      projection_multiplier, soft_prompt_multiplier, head_multiplier, encoder_multiplier: the
-        learning rate of these parts is ``learning_rate`` times this (the encoder's multiplier
-        applies to all of the encoder, on top of the others).
+      projection_multiplier, soft_prompt_multiplier, head_multiplier, lora_multiplier,
+        patch_multiplier, encoder_multiplier: the learning rate of these parts is
+        ``learning_rate`` times this (the encoder's multiplier applies to all of the encoder, on
+        top of the others).
       accumulate: micro-batches per optimizer step.
       max_bad_steps: so many non-finite steps in a row stop the run.
     """
@@ -249,6 +266,8 @@ class OptimizerConfig:
     projection_multiplier: float = 3.0
     soft_prompt_multiplier: float = 3.0
     head_multiplier: float = 1.0
+    lora_multiplier: float = 1.0
+    patch_multiplier: float = 3.0
     encoder_multiplier: float = 1.0
     accumulate: int = 1
     max_bad_steps: int = 10

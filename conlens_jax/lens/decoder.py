@@ -19,6 +19,7 @@ from conlens_jax.lens.gumbel import straight_through_embed
 from conlens_jax.lens.spec import Decoder, LensSpec, around, normalise, project
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import (
+    Patches,
     all_positions,
     embed_tokens,
     empty_cache,
@@ -33,6 +34,24 @@ def prompt_embeddings(
     """``left <embed> right`` with the projected activation in the slot."""
     slot_BD = project(normalise(activation_BD, decoder.statistics), decoder.projection)
     return around(decoder.prompt_pD, slot_BD[:, None], len(spec.decoder_left))
+
+
+def slot_patches(
+    decoder: Decoder, activation_BD: Float[Array, "B D"], spec: LensSpec
+) -> Patches | None:
+    """What the activation's slot receives at the inputs of layers 1, 2, …: a projection each.
+
+    Layers without one receive zeros: a scan over all layers reads the stacked weights where they
+    are, two scans over parts of them would copy them.
+    """
+    if decoder.input_patches is None:
+        return None
+    kernel, bias = decoder.input_patches["kernel"], decoder.input_patches["bias"]
+    normal_BD = normalise(activation_BD, decoder.statistics).astype(kernel.dtype)
+    patch_nBD = jnp.einsum("bd,nde->nbe", normal_BD, kernel) + bias[:, None]
+    behind = spec.model.n_layers - 1 - len(bias)
+    patch_NBD = jnp.pad(patch_nBD, ((1, behind), (0, 0), (0, 0)))
+    return Patches(patch_NBD, jnp.int32(len(spec.decoder_left)))
 
 
 def generate(
@@ -58,6 +77,7 @@ def generate(
         config=spec.model,
         cache=cache,
         slot=jnp.int32(0),
+        patches=slot_patches(decoder, activation_BD, spec),
     )
 
     def choose(x_BD: Array, step: Array) -> Int[Array, "B"]:
@@ -96,7 +116,13 @@ def forced_logits(
     """Logits of all T tokens, given the embeddings of the first T − 1; one parallel pass."""
     prompt_BpD = prompt_embeddings(decoder, activation_BD, spec)
     x = jnp.concatenate([prompt_BpD, history_BtD.astype(prompt_BpD.dtype)], axis=1)
-    x, _ = run_layers(decoder.base["layers"], x, all_positions(*x.shape[:2]), config=spec.model)
+    x, _ = run_layers(
+        decoder.base["layers"],
+        x,
+        all_positions(*x.shape[:2]),
+        config=spec.model,
+        patches=slot_patches(decoder, activation_BD, spec),
+    )
     return _logits(decoder, x[:, prompt_BpD.shape[1] - 1 :], spec)
 
 

@@ -2,11 +2,14 @@
 
 ``trainable`` holds only what the optimizer changes. ``frozen`` holds the original model, the parts
 that are not trained, and the activation statistics. A part is looked up in ``trainable`` first;
-a base that is not there is the original's own arrays, so frozen weights exist once.
+a base that is not there is the original's own arrays, so frozen weights exist once. Low-rank
+adapters (``lora``) lie beside such a base and are applied inside its layers.
 
-    trainable = {"decoder": {"base", "projection", "soft_prompt", "output_head"},
-                 "encoder": {"base", "projection", "soft_prompt"}}
-    frozen    = {"original", "decoder": {...}, "encoder": {...}, "statistics": {"mean", "scale"}}
+    trainable = {"decoder": {"base" or "lora", "projection", "soft_prompt", "output_head",
+                             "input_patches"},
+                 "encoder": {"base" or "lora", "projection", "soft_prompt"}}
+    frozen    = {"original", "decoder": {...}, "encoder": {...}, "statistics": {"mean", "scale"},
+                 "lora_scale"}
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from jaxtyping import Array, Float
 
 from conlens_jax.config import LensConfig
 from conlens_jax.data.tokenizer import Tokenizer
+from conlens_jax.models.adapters import init_adapters, with_adapters
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import embed_tokens, output_head, slice_layers
 from conlens_jax.models.transformer_config import TransformerConfig
@@ -65,6 +69,11 @@ def make_spec(
         raise ValueError(
             f"model.layer={layer} is out of range: the model has layers 0 to {model.n_layers - 1}"
         )
+    if lens.input_patches >= model.n_layers:
+        raise ValueError(
+            f"lens.input_patches={lens.input_patches} must be at most {model.n_layers - 1}: the "
+            f"model has {model.n_layers} layers, and the first one's input is the slot itself"
+        )
     start = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
     pieces = []
     for field, slot in (("decoder_prompt", "<embed>"), ("encoder_prompt", "<text>")):
@@ -96,6 +105,7 @@ class Decoder(NamedTuple):
     prompt_pD: Float[Array, "p D"]
     head_DV: Float[Array, "D V"]
     statistics: Params
+    input_patches: Params | None
 
 
 class Encoder(NamedTuple):
@@ -109,16 +119,24 @@ class Encoder(NamedTuple):
 
 def decoder_of(trainable: Params, frozen: Params) -> Decoder:
     parts = {**frozen["decoder"], **trainable["decoder"]}
-    base = parts.get("base", frozen["original"])
+    base = _adapted(parts.get("base", frozen["original"]), parts, frozen)
     head = parts.get("output_head", output_head(base))
-    prompt_pD = _prompt(parts, base)
-    return Decoder(base, parts["projection"], prompt_pD, head, frozen["statistics"])
+    prompt_pD, patches = _prompt(parts, base), parts.get("input_patches")
+    return Decoder(base, parts["projection"], prompt_pD, head, frozen["statistics"], patches)
 
 
 def encoder_of(trainable: Params, frozen: Params, spec: LensSpec) -> Encoder:
     parts = {**frozen["encoder"], **trainable["encoder"]}
     base = parts.get("base") or _encoder_base(frozen["original"], spec)
+    base = _adapted(base, parts, frozen)
     return Encoder(base, parts["projection"], _prompt(parts, base), frozen["statistics"])
+
+
+def _adapted(base: Params, parts: Params, frozen: Params) -> Params:
+    """The base with the part's adapters beside its layers' own arrays."""
+    if "lora" not in parts:
+        return base
+    return {**base, "layers": with_adapters(base["layers"], parts["lora"], frozen["lora_scale"])}
 
 
 def _prompt(parts: Params, base: Params) -> Float[Array, "p D"]:
@@ -135,13 +153,15 @@ def _encoder_base(original: Params, spec: LensSpec) -> Params:
 
 
 def init_lens(
-    original: Params, spec: LensSpec, mean_D: np.ndarray, scale: float
+    original: Params, spec: LensSpec, mean_D: np.ndarray, scale: float, *, seed: int = 0
 ) -> tuple[Params, Params]:
-    """The lens before any training: identity projections, prompts at their text's embeddings.
+    """The lens before any training: identity projections, prompts at their text's embeddings,
+    adapters and patches that change nothing yet.
 
     Args:
       original: parameters of M; shared, never copied where a clone stays frozen.
       mean_D, scale: of the training activations; see :func:`normalise`.
+      seed: of the adapters' random half.
 
     Returns:
       (trainable, frozen).
@@ -194,6 +214,20 @@ def init_lens(
     if lens.train_output_head and not (lens.train_decoder == "full" and "output_head" in original):
         # A trained head of its own: of a frozen decoder, or untied from a trained embedding.
         trainable["decoder"]["output_head"] = jnp.copy(output_head(original))
+    if lens.input_patches:
+        n = lens.input_patches
+        trainable["decoder"]["input_patches"] = {
+            "kernel": jnp.zeros((n, width, width), dtype),
+            "bias": jnp.zeros((n, width), dtype),
+        }
+    depths = {"decoder": spec.model.n_layers, "encoder": spec.layer + 1}
+    sides = [side for side in depths if getattr(lens, f"train_{side}") == "lora"]
+    keys = dict(zip(depths, jax.random.split(jax.random.key(seed)), strict=True))
+    for side in sides:
+        trainable[side]["lora"] = init_adapters(
+            spec.model, depths[side], lens.lora_target_names, lens.lora_rank, keys[side]
+        )
+        frozen["lora_scale"] = jnp.float32(lens.lora_alpha / lens.lora_rank)
     return trainable, frozen
 
 

@@ -62,7 +62,7 @@ class ParamRow:
         """Shape of one tensor of the file."""
         sizes = dict(zip(self.layer_dims, self.layer_shape(config), strict=True))
         if self.layout == "linear":
-            inputs, outputs = self._split()
+            inputs, outputs = self.matrix_dims
             return (
                 math.prod(sizes[dim] for dim in outputs),
                 math.prod(sizes[dim] for dim in inputs),
@@ -83,7 +83,8 @@ class ParamRow:
         outputs, inputs = self.hf_shape(config)
         return np.ascontiguousarray(param.reshape(inputs, outputs).T)
 
-    def _split(self) -> tuple[str, str]:
+    @property
+    def matrix_dims(self) -> tuple[str, str]:
         """Input and output letters of a matrix: HX, KX and F go out of D or come back to it."""
         dims = self.layer_dims
         return (dims[:1], dims[1:]) if dims.startswith("D") else (dims[:-1], dims[-1:])

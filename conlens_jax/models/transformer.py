@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from conlens_jax.models import rope
+from conlens_jax.models.adapters import LORA_IN, LORA_OUT, low_rank
 from conlens_jax.models.families import family_of
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer_config import ACTIVATIONS, TransformerConfig, array_dtype
@@ -28,6 +29,13 @@ class KVCache(NamedTuple):
     keys: Float[Array, "n B C K X"]
     values: Float[Array, "n B C K X"]
     positions_BC: Int[Array, "B C"]
+
+
+class Patches(NamedTuple):
+    """Vectors to add to the residual stream at the input of each of n layers, at one place."""
+
+    vectors: Float[Array, "n B D"]
+    at: Int[Array, ""]
 
 
 def empty_cache(config: TransformerConfig, n_layers: int, batch: int, slots: int) -> KVCache:
@@ -44,18 +52,24 @@ def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float) ->
 
 
 class Block(nn.Module):
-    """Pre-norm attention and gated MLP. Its parameters are the ``layers`` rows of the table."""
+    """Pre-norm attention and gated MLP. Its parameters are the ``layers`` rows of the table, and
+    the adapters of these where there are any."""
 
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BSD, past, rotation, mask_BSC, slot):
+    def __call__(self, x_BSD, past, patch_BD, rotation, mask_BSC, slot, patch_at):
         config = self.config
         weights = {
             row.path[-1]: self.param(row.path[-1], row.initial, config, row.layer_shape(config))
             for row in family_of(config).param_table(config)
             if row.stacked
         }
+        for name in [name + end for name in weights for end in (LORA_IN, LORA_OUT)]:
+            if self.has_variable("params", name):
+                weights[name] = self.get_variable("params", name)
+        if patch_BD is not None:
+            x_BSD = x_BSD.at[:, patch_at].add(patch_BD.astype(x_BSD.dtype))
         attended, present = self._attention(weights, x_BSD, past, rotation, mask_BSC, slot)
         x_BSD = x_BSD + attended
         x_BSD = x_BSD + self._mlp(weights, x_BSD)
@@ -84,6 +98,8 @@ class Block(nn.Module):
 
 def _project(equation: str, x: Array, weights: Params, name: str) -> Array:
     out = jnp.einsum(equation, x, weights[name])
+    if name + LORA_IN in weights:
+        out += low_rank(equation, x, weights[name + LORA_IN], weights[name + LORA_OUT])
     bias = weights.get(name + "_bias")
     return out if bias is None else out + bias
 
@@ -108,6 +124,7 @@ def run_layers(
     cache: KVCache | None = None,
     slot: Int[Array, ""] | Int[Array, " B"] | None = None,
     keep_cache: bool = False,
+    patches: Patches | None = None,
 ) -> tuple[Float[Array, "B S D"], KVCache | None]:
     """Runs the residual stream through a stack of layers.
 
@@ -118,6 +135,7 @@ def run_layers(
       cache: keys and values of tokens already seen; the new ones are written into it.
       slot: where the new tokens begin in the cache.
       keep_cache: return the new keys and values where no cache was given.
+      patches: what is added to the residual stream at the input of each layer.
 
     Returns:
       The residual stream at the output of the last layer, and the cache (None if not kept).
@@ -138,11 +156,14 @@ def run_layers(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        in_axes=(0, 0, *(nn.broadcast,) * 4),
         length=n_layers,
         unroll=config.unroll or n_layers,
     )(config)
-    x_BSD, present = scanned.apply({"params": layers}, x_BSD, past, rotation, mask_BSC, slot)
+    patch_NBD, patch_at = (None, None) if patches is None else patches
+    x_BSD, present = scanned.apply(
+        {"params": layers}, x_BSD, past, patch_NBD, rotation, mask_BSC, slot, patch_at
+    )
     return x_BSD, KVCache(*present, key_positions) if keep else None
 
 

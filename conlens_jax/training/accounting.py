@@ -1,4 +1,4 @@
-"""What is trained, what is frozen, and how many bytes each part takes."""
+"""What is trained, what is frozen, what is shared, and how many bytes each part takes."""
 
 from __future__ import annotations
 
@@ -7,32 +7,51 @@ from collections.abc import Iterator
 
 import jax
 
+from conlens_jax.lens.spec import LensSpec
 from conlens_jax.models.param_table import Params
 
-MIB = 2.0**20
+SIDES = ("decoder", "encoder")
 
 
-def parameter_table(trainable: Params, frozen: Params) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: part, trained or frozen, parameters, MiB."""
+def parameter_table(
+    trainable: Params, frozen: Params, spec: LensSpec
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: part, how it is kept, parameters, bytes.
+
+    A base that is shared is the original's own arrays: it has parameters, but takes no bytes.
+    """
     rows = [
         [f"{side} {name}", "trained", *_size(part)]
-        for side in ("decoder", "encoder")
+        for side in SIDES
         for name, part in sorted(trainable[side].items())
     ]
     rows += [[name, "frozen", *_size(part)] for name, part in _frozen_parts(frozen)]
+    rows += [
+        [f"{side} base", "shared with the original", _count(frozen["original"], side, spec), "0"]
+        for side in SIDES
+        if "base" not in trainable[side]
+    ]
     rows.append(["total trained", "", *_size(trainable)])
-    return ["part", "", "parameters", "MiB"], rows
+    return ["part", "", "parameters", "bytes"], rows
 
 
 def _frozen_parts(frozen: Params) -> Iterator[tuple[str, Params]]:
     yield "original model", frozen["original"]
-    for side in ("decoder", "encoder"):
+    for side in SIDES:
         for name, part in sorted(frozen[side].items()):
             yield f"{side} {name}", part
+
+
+def _count(original: Params, side: str, spec: LensSpec) -> str:
+    """Parameters of the original that a side uses; the encoder ends behind the lens's layer."""
+    if side == "decoder":
+        return _size(original)[0]
+    layers = jax.tree.leaves(original["layers"])
+    per_layer = sum(math.prod(leaf.shape[1:]) for leaf in layers)
+    return f"{original['embedding'].size + (spec.layer + 1) * per_layer:,}"
 
 
 def _size(tree: Params) -> tuple[str, str]:
     leaves = jax.tree.leaves(tree)
     count = sum(math.prod(leaf.shape) for leaf in leaves)
-    size = sum(leaf.nbytes for leaf in leaves)
-    return f"{count:,}", f"{size / MIB:,.1f}"
+    return f"{count:,}", f"{sum(leaf.nbytes for leaf in leaves):,}"

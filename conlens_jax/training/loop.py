@@ -96,13 +96,17 @@ def train_lens(setting: Setting) -> Path:
     tracker = WandbRun(config.wandb, folder, to_json_dict(config), console=console)
     run = Run(setting, folder, train, validation, reference, setting.measurer(), tracker)
     trainable, frozen = init_lens(
-        setting.model.params, setting.spec, reference.mean_D, reference.scale
+        setting.model.params,
+        setting.spec,
+        reference.mean_D,
+        reference.scale,
+        seed=config.train.seed,
     )
     trainable = placed(trainable, setting)
     initial = trainable
     if config.train.init_from:
         trainable = load_lens(config.train.init_from, trainable)
-    console.table("lens", *parameter_table(trainable, frozen))
+    console.table("lens", *parameter_table(trainable, frozen, setting.spec))
     warm = Stage("warm", config.warm.steps, config.warm.batch_size, config.warm.optimizer)
     joint = Stage(
         "joint",
@@ -185,7 +189,8 @@ def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Para
 
 def placed(tree: Any, setting: Setting) -> Any:
     """A lens or its train state on the mesh: clones and their moments are split like the model's
-    parameters. What is restored into such a tree is on the mesh too."""
+    parameters, and small parts (adapters too) are whole on every device. What is restored into
+    such a tree is on the mesh too."""
     model, mesh = setting.model.config, setting.mesh
     table = family_of(model).param_table(model)
     shardings = shardings_like(tree, param_shardings(table, model, mesh), mesh)

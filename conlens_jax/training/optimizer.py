@@ -1,7 +1,8 @@
 """AdamW with a learning-rate multiplier for each part of the lens, safe against bad steps.
 
 The trainable tree has the top-level keys ``"decoder"`` and ``"encoder"``, each with some of
-``"base"``, ``"projection"``, ``"soft_prompt"`` and ``"output_head"``; the multipliers of
+``"base"``, ``"lora"``, ``"projection"``, ``"soft_prompt"``, ``"output_head"`` and
+``"input_patches"``; the multipliers of
 :class:`~conlens_jax.config.OptimizerConfig` follow these names.
 """
 
@@ -75,6 +76,8 @@ def learning_rate_multipliers(config: OptimizerConfig, params: Params) -> Params
         "projection": config.projection_multiplier,
         "soft_prompt": config.soft_prompt_multiplier,
         "output_head": config.head_multiplier,
+        "lora": config.lora_multiplier,
+        "input_patches": config.patch_multiplier,
     }
     unknown: set[str] = set()
 

@@ -16,8 +16,12 @@ CONTROL, BASELINE = "control", "baseline"
 
 # Fields that may differ between a run and its resumption: they change no loss.
 _FREE = ("run_dir", "train.resume", "train.log_every", "train.sample_every", "wandb", "evaluate")
-_FREE += ("train.compile_cache",)
-_FREE += ("train.n_verbose_samples", "checkpoint.keep_latest", "checkpoint.keep_best")
+_FREE += (
+    "train.compile_cache",
+    "train.n_verbose_samples",
+    "checkpoint.keep_latest",
+    "checkpoint.keep_best",
+)
 
 
 def claim_folder(folder: Path, config: ExperimentConfig) -> None:

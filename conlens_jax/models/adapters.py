@@ -1,0 +1,71 @@
+"""Low-rank adapters of the layers' matrices (LoRA, Hu et al. 2021, arXiv:2106.09685).
+
+A matrix W of a layer is used as W + s·A·B with A [inputs, r], B [r, outputs], r small and
+s = alpha / r. The sum is never formed: :class:`~conlens_jax.models.transformer.Block` adds
+s·(x·A)·B to x·W wherever it finds ``query_lora_in`` (A) and ``query_lora_out`` (s·B) beside
+``query``. So W can stay an array that others share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from conlens_jax.models.families import family_of
+from conlens_jax.models.param_table import Params
+from conlens_jax.models.transformer_config import TransformerConfig, array_dtype
+
+LORA_IN, LORA_OUT = "_lora_in", "_lora_out"
+
+
+def init_adapters(
+    config: TransformerConfig, n_layers: int, targets: Sequence[str], rank: int, key: jax.Array
+) -> Params:
+    """Adapters that change nothing yet: A normal, B zero.
+
+    A's deviation is 1/√inputs, so that x·A is as large as x whatever the width.
+
+    Args:
+      n_layers: how many layers have adapters, the first ones of the model.
+      targets: names of layer matrices, such as ``query``.
+
+    Returns:
+      ``{target: {"in": [N, *inputs, r], "out": [N, r, *outputs]}}``, in ``config.dtype``.
+    """
+    rows = {row.path[-1]: row for row in family_of(config).param_table(config) if row.stacked}
+    dtype, sizes = array_dtype(config), config.dim_sizes
+    adapters = {}
+    for target, target_key in zip(targets, jax.random.split(key, len(targets)), strict=True):
+        inputs, outputs = ([sizes[dim] for dim in dims] for dims in rows[target].matrix_dims)
+        draw = jax.random.normal(target_key, (n_layers, *inputs, rank), jnp.float32)
+        adapters[target] = {
+            "in": (draw / math.sqrt(math.prod(inputs))).astype(dtype),
+            "out": jnp.zeros((n_layers, rank, *outputs), dtype),
+        }
+    return adapters
+
+
+def with_adapters(layers: Params, adapters: Params, scale: Float[Array, ""]) -> Params:
+    """The layers' own arrays with the adapters beside them, as ``Block`` looks for them."""
+    beside = {}
+    for target, adapter in adapters.items():
+        out = adapter["out"]
+        beside[target + LORA_IN] = adapter["in"]
+        # s·B is as small as B; scaling W's output instead would cost an activation's worth.
+        beside[target + LORA_OUT] = (out.astype(jnp.float32) * scale).astype(out.dtype)
+    return {**layers, **beside}
+
+
+def low_rank(equation: str, x: Array, lora_in: Array, lora_out: Array) -> Array:
+    """(x·A)·B for the einsum ``equation`` of x·W, for example ``"bsd,dhx->bshx"``."""
+    operands, output = equation.split("->")
+    inputs, matrix = operands.split(",")
+    contracted = "".join(dim for dim in matrix if dim in inputs)
+    batch = "".join(dim for dim in inputs if dim not in matrix)
+    produced = "".join(dim for dim in matrix if dim not in inputs)
+    low = jnp.einsum(f"{inputs},{contracted}r->{batch}r", x, lora_in)
+    return jnp.einsum(f"{batch}r,r{produced}->{output}", low, lora_out)
