@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from pipeline import TINY, child_settings, open_world
 
 from conlens_jax.config import ConfigError, ExperimentConfig, from_config_dict, to_json_dict
@@ -151,6 +152,7 @@ def test_compiled_programs_are_kept_where_asked(tmp_path):
     before = {name: getattr(jax.config, name) for name in names}
     use_compilation_cache("")
     assert {name: getattr(jax.config, name) for name in names} == before
+    jax.block_until_ready(jax.jit(lambda x: x + 2)(jnp.arange(5.0)))  # JAX has begun without one
     try:
         use_compilation_cache(str(tmp_path / "programs"), least_seconds=0.0)
         jax.block_until_ready(jax.jit(lambda x: jnp.sin(x) * 3)(jnp.arange(7.0)))
@@ -158,3 +160,4 @@ def test_compiled_programs_are_kept_where_asked(tmp_path):
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+        compilation_cache.reset_cache()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 _GIB = 1 << 30
@@ -36,9 +37,11 @@ def keep_freed_memory() -> bool:
 def use_compilation_cache(folder: str, least_seconds: float = 1.0) -> None:
     """Keeps compiled programs in ``folder`` for later runs; an empty name changes nothing.
 
-    Programs that compile in less than ``least_seconds`` are not kept. Call it before the first
-    program is compiled.
+    Programs that compile in less than ``least_seconds`` are not kept. Programs that
+    were compiled before are not in it.
     """
     if folder:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
+        # JAX settles at its first compilation whether there is a cache; let it look again.
+        compilation_cache.reset_cache()
