@@ -1,0 +1,158 @@
+"""The least matrix-product FLOPs a joint step needs, phase by phase (m×k by k×n: 2 m k n).
+
+With W the weights of a layer's matrices, W_kv those of its key and value, H X the attention's
+width, a stack of n layers over s new tokens costs
+
+    2 [(n − 1) s W + s W_kv + r (W − W_kv)]  +  4 H X [(n − 1) q + q_r]
+
+where r of the tokens are read at its end (the last layer of the others ends with key and value),
+q counts pairs of a query and a key that it may see, and q_r those of the r read tokens. Nothing
+behind P + h − 1 is needed. Backward, the gradient to the inputs costs as much as the forward pass,
+that of trained weights as much again; attention's backward is twice its forward. The history's
+gradient costs nothing further: token by token from the last to the first, one backward pass is
+exact. ``re-forward`` is counted, since text is sampled first and differentiated second; work that
+is no matrix product (softmax over the vocabulary, noise, optimizer) is not. Adapters of low rank
+and input patches are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from conlens_jax.benchmark.shapes import Workload
+from conlens_jax.models.families import family_of
+from conlens_jax.models.transformer_config import TransformerConfig
+
+_KEY_VALUE = ("key", "value")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """FLOPs: of products with weights, and of attention's products."""
+
+    weights: float = 0.0
+    attention: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.weights + other.weights, self.attention + other.attention)
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.attention
+
+    def backward(self, trained: bool) -> float:
+        return self.weights * (2 if trained else 1) + 2 * self.attention
+
+
+def stack_cost(
+    config: TransformerConfig,
+    n_layers: int,
+    tokens: float,
+    pairs: float,
+    read: float,
+    read_pairs: float,
+) -> Cost:
+    """The formula above, for counts summed over the batch."""
+    if n_layers == 0:
+        return Cost()
+    sizes = {
+        row.path[-1]: math.prod(row.layer_shape(config))
+        for row in family_of(config).param_table(config)
+        if row.stacked and len(row.layer_shape(config)) > 1 and not row.path[-1].endswith("_bias")
+    }
+    every, key_value = sum(sizes.values()), sum(sizes[name] for name in _KEY_VALUE)
+    weights = (n_layers - 1) * tokens * every + tokens * key_value + read * (every - key_value)
+    width = config.n_heads * config.head_dim
+    return Cost(2.0 * weights, 4.0 * width * ((n_layers - 1) * pairs + read_pairs))
+
+
+def causal(first: float, count: float) -> float:
+    """Pairs of ``count`` tokens with all keys up to their own, ``first`` keys before them."""
+    return count * first + count * (count + 1) / 2
+
+
+def text_cost(config: TransformerConfig, n_layers: int, prompt: int, text: int, read: int) -> Cost:
+    """One row of ``prompt + text`` tokens, of which the last ``read`` are read at the end."""
+    length = prompt + text
+    pairs, unread = causal(0, length), causal(0, length - read)
+    return stack_cost(config, n_layers, length, pairs, read, pairs - unread)
+
+
+def step_flops(work: Workload) -> dict[str, float]:
+    """FLOPs of each phase, and their ``total``."""
+    spec, objective = work.spec, work.objective
+    config, lens, layer = spec.model, spec.lens, spec.layer
+    rows, text_len = len(work.batch.positions_B), spec.text_len
+    horizon = objective.loss.kl_horizon
+    head = Cost(2.0 * config.d_model * config.vocab_size)
+    square = Cost(2.0 * config.d_model**2)
+    prompt = len(spec.decoder_left) + 1 + len(spec.decoder_right)
+    around = len(spec.encoder_left) + len(spec.encoder_right)
+
+    written = text_cost(config, config.n_layers, prompt, text_len - 1, text_len)
+    heads = Cost(text_len * head.total)
+    read_back = text_cost(config, layer + 1, around, text_len, 1)
+    before = np.asarray(work.batch.positions_B, np.float64)
+    upper = config.n_layers - layer - 1
+    context = Cost()
+    for length in before:  # rows of the batch
+        window = causal(length, horizon)
+        whole = causal(0, length + horizon)
+        # The layers above read all of what is below them; without any, only the window is read.
+        read = (length + horizon, whole) if upper else (horizon, window)
+        context += stack_cost(config, layer + 1, length + horizon, whole, *read)
+        context += stack_cost(config, upper, length + horizon, whole, horizon, window)
+        context += Cost(horizon * head.total)
+    swap = Cost(rows * horizon * head.total)
+    for length in before:
+        window = causal(length, horizon)
+        swap += stack_cost(config, upper, horizon, window, horizon, window)
+
+    full_decoder, full_encoder = lens.train_decoder == "full", lens.train_encoder == "full"
+    head_trained = full_decoder or lens.train_output_head
+    backward = (
+        written.backward(full_decoder)
+        + heads.backward(head_trained)
+        + read_back.backward(full_encoder)
+        + 2 * square.backward(lens.train_projections)
+        # E ē of every token (encoder's table) and of those with a successor (decoder's table).
+        + (2 * text_len - 1) * head.total
+    )
+    if objective.loss.lm_reference == "warm":
+        reference = written.total + heads.total
+    else:
+        start = 0 if spec.bos is None else 1
+        if objective.loss.lm_reference == "prompt":
+            start = prompt - 1
+        reference = text_cost(config, config.n_layers, start, text_len - 1, text_len).total
+        reference += heads.total
+    found = {
+        "decode": rows * (written.total + heads.total + square.total),
+        "re-forward": rows * (written.total + heads.total + square.total),
+        "reference": rows * reference,
+        "encode": rows * (read_back.total + square.total),
+        "prefix pass": context.total,
+        "swap": swap.total,
+        "backward": rows * backward + swap.backward(trained=False),
+    }
+    if objective.uses("text"):
+        found["text anchor"] = rows * (
+            written.total + written.backward(full_decoder)
+            + heads.total + heads.backward(head_trained)
+            + read_back.total + read_back.backward(full_encoder)
+        )  # fmt: skip
+    return {**found, "total": sum(found.values())}
+
+
+def dump_flops(work: Workload) -> dict[str, float]:
+    """FLOPs of a batch of the dump (to the output of block L), and of the whole forward pass."""
+    config, layer = work.spec.model, work.spec.layer
+    rows, length = work.batch.tokens_BS.shape
+    pairs = causal(0, length)
+    lower = stack_cost(config, layer + 1, length, pairs, length, pairs)
+    every = stack_cost(config, config.n_layers, length, pairs, length, pairs)
+    head = 2.0 * config.d_model * config.vocab_size * length
+    return {"dump": rows * lower.total, "full": rows * (every.total + head)}

@@ -1,0 +1,90 @@
+"""Time and memory of compiled programs, and the rate of matrix products on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+MATRIX_SIZES = {"cpu": (1024, 2048, 3072), "gpu": (4096, 8192), "tpu": (4096, 8192)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Of one program.
+
+    Attributes:
+      seconds: best of the repetitions, the first run apart.
+      temp_bytes: XLA's temporary memory (None where the backend does not tell).
+      output_bytes: what it hands on, for a forward pass its residuals too.
+      compile_seconds: tracing and compiling it.
+    """
+
+    seconds: float
+    temp_bytes: int | None
+    output_bytes: int | None
+    compile_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """How programs are compiled and run: the best of ``repeat`` runs counts."""
+
+    repeat: int
+    compiler_options: dict[str, Any] | None = None
+
+    def measure(self, function: Callable, *inputs: Any) -> tuple[Any, Measured]:
+        """``function`` as a program of its own; (its outputs, what it took)."""
+        compiled, compiling = self._compiled(jax.jit(function), *inputs)
+        outputs = jax.block_until_ready(compiled(*inputs))
+        seconds = []
+        for _ in range(self.repeat):
+            started = time.perf_counter()
+            jax.block_until_ready(compiled(*inputs))
+            seconds.append(time.perf_counter() - started)
+        return outputs, Measured(min(seconds), *memory_of(compiled), compiling)
+
+    def measure_step(self, step: Callable, state: Any, *inputs: Any) -> Measured:
+        """A jitted step that donates its state and returns (new state, anything)."""
+        compiled, compiling = self._compiled(step, state, *inputs)
+        state, _ = jax.block_until_ready(compiled(state, *inputs))
+        seconds = []
+        for _ in range(self.repeat):
+            started = time.perf_counter()
+            state, _ = jax.block_until_ready(compiled(state, *inputs))
+            seconds.append(time.perf_counter() - started)
+        return Measured(min(seconds), *memory_of(compiled), compiling)
+
+    def _compiled(self, jitted: Any, *inputs: Any) -> tuple[jax.stages.Compiled, float]:
+        started = time.perf_counter()
+        compiled = jitted.lower(*inputs).compile(compiler_options=self.compiler_options)
+        return compiled, time.perf_counter() - started
+
+
+def memory_of(compiled: jax.stages.Compiled) -> tuple[int | None, int | None]:
+    """(temporary bytes, output bytes) of a compiled program."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None, None
+    return int(analysis.temp_size_in_bytes), int(analysis.output_size_in_bytes)
+
+
+def matmul_rate(dtype: str, repeat: int) -> float:
+    """FLOP/s of the best of several large square products in ``dtype``.
+
+    With JAX's default precision, as the model's own products: on a GPU fp32 may mean TF32.
+    """
+    best = 0.0
+    multiply = jax.jit(jnp.matmul)
+    for size in MATRIX_SIZES.get(jax.default_backend(), MATRIX_SIZES["gpu"]):
+        left = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
+        jax.block_until_ready(multiply(left, left))
+        for _ in range(repeat):
+            started = time.perf_counter()
+            jax.block_until_ready(multiply(left, left))
+            best = max(best, 2.0 * size**3 / (time.perf_counter() - started))
+    return best

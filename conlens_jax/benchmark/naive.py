@@ -1,0 +1,162 @@
+"""The joint step in its plainest form: what the cheap one is measured, and held, against.
+
+The same loss and the same exact gradient, without any of the shortcuts: no cache (each token is
+written by a pass over the whole prefix), everything differentiated where it stands (tokens are
+one-hot vectors ``hard + soft − stop_gradient(soft)``), the other activation a' sent through D and E
+by itself, and a swap that runs the whole context again, logits at every position.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from conlens_jax.lens.batch import Batch
+from conlens_jax.lens.decoder import prompt_embeddings, slot_patches
+from conlens_jax.lens.encoder import encode_embeddings
+from conlens_jax.lens.losses import entropy, kl_divergence, reconstruction_error
+from conlens_jax.lens.original import capture
+from conlens_jax.lens.spec import Decoder, LensSpec, decoder_of, encoder_of
+from conlens_jax.models.param_table import Params
+from conlens_jax.models.transformer import (
+    all_positions,
+    forward,
+    positions_of,
+    rms_norm,
+    run_layers,
+    slice_layers,
+    unembed,
+)
+from conlens_jax.training.objective import TERMS, Objective, reference_logits, warm_loss
+
+
+def write_text(
+    decoder: Decoder,
+    activation_BD: Float[Array, "B D"],
+    noise_BTV: Float[Array, "B T V"],
+    tau: Float[Array, ""],
+    *,
+    spec: LensSpec,
+) -> tuple[Float[Array, "B T V"], Float[Array, "B T V"]]:
+    """(logits, straight-through one-hot tokens), one pass over the whole prefix a token."""
+    table_VD = decoder.base["embedding"]
+    patches = slot_patches(decoder, activation_BD, spec)
+    x_BsD = prompt_embeddings(decoder, activation_BD, spec)
+    logits, choices = [], []
+    for step in range(spec.text_len):
+        state, _ = run_layers(
+            decoder.base["layers"],
+            x_BsD,
+            all_positions(*x_BsD.shape[:2]),
+            config=spec.model,
+            patches=patches,
+        )
+        normed_BD = rms_norm(state[:, -1], decoder.base["final_norm"], spec.model.norm_eps)
+        logits_BV = jnp.matmul(normed_BD, decoder.head_DV).astype(jnp.float32)
+        noisy_BV = logits_BV + noise_BTV[:, step]
+        hard = jax.nn.one_hot(jnp.argmax(noisy_BV, axis=-1), noisy_BV.shape[-1])
+        soft = jax.nn.softmax(noisy_BV / tau)
+        choice_BV = hard + soft - jax.lax.stop_gradient(soft)
+        next_BD = jnp.matmul(choice_BV.astype(table_VD.dtype), table_VD)
+        x_BsD = jnp.concatenate([x_BsD, next_BD[:, None].astype(x_BsD.dtype)], axis=1)
+        logits.append(logits_BV)
+        choices.append(choice_BV)
+    return jnp.stack(logits, axis=1), jnp.stack(choices, axis=1)
+
+
+def round_trip(
+    trainable: Params,
+    frozen: Params,
+    activation_BD: Array,
+    noise_BTV: Array,
+    tau: Array,
+    spec: LensSpec,
+) -> tuple[Array, Array, Array]:
+    """(reconstruction, D's logits, tokens) of activations."""
+    decoder, encoder = decoder_of(trainable, frozen), encoder_of(trainable, frozen, spec)
+    logits_BTV, choice_BTV = write_text(decoder, activation_BD, noise_BTV, tau, spec=spec)
+    table_VD = encoder.base["embedding"]
+    text_BTD = jnp.matmul(choice_BTV.astype(table_VD.dtype), table_VD)
+    reconstruction_BD = encode_embeddings(encoder, text_BTD, spec=spec)
+    return reconstruction_BD, logits_BTV, jnp.argmax(choice_BTV, axis=-1).astype(jnp.int32)
+
+
+def target_logits(original: Params, batch: Batch, *, spec: LensSpec) -> Float[Array, "B S V"]:
+    """M's logits over the whole context."""
+    return forward(original, batch.tokens_BS, config=spec.model, mask_BS=batch.mask_BS)
+
+
+def swapped_logits(
+    original: Params, batch: Batch, vector_BD: Float[Array, "B D"], *, spec: LensSpec
+) -> Float[Array, "B S V"]:
+    """M's logits over the whole context, run again with the vector at P."""
+    x_BSD = capture(original, batch.tokens_BS, batch.mask_BS, spec=spec)
+    rows = jnp.arange(len(vector_BD))
+    x_BSD = x_BSD.at[rows, batch.positions_B].set(vector_BD.astype(x_BSD.dtype))
+    upper = slice_layers(original["layers"], spec.layer + 1, spec.model.n_layers)
+    x_BSD, _ = run_layers(upper, x_BSD, positions_of(batch.mask_BS), config=spec.model)
+    return unembed(original, x_BSD, config=spec.model)
+
+
+def naive_loss(
+    trainable: Params,
+    frozen: Params,
+    batch: Batch,
+    noise_BTV: Float[Array, "B T V"],
+    weights: dict[str, Float[Array, ""]],
+    tau: Float[Array, ""],
+    *,
+    objective: Objective,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The value of ``joint_loss`` for the dual path and the straight-through estimator, everything
+    inside; differentiated, its gradient through the sampled history is the exact one."""
+    spec, original = objective.spec, frozen["original"]
+    there = round_trip(trainable, frozen, batch.activation_BD, noise_BTV, tau, spec)
+    reconstruction_BD, logits_BTV, text_BT = there
+    other_BD = jnp.roll(batch.activation_BD, 1, axis=0)
+    other_noise_BTV = jnp.roll(noise_BTV, 1, axis=0)
+    guess_BD, _, _ = round_trip(trainable, frozen, other_BD, other_noise_BTV, tau, spec)
+    delta_BD = jax.lax.stop_gradient(other_BD.astype(jnp.float32) - guess_BD)
+    terms = loss_terms(
+        reconstruction_BD,
+        batch,
+        logits_BTV,
+        reference_logits(frozen, batch.activation_BD, text_BT, objective),
+        target_logits(original, batch, spec=spec),
+        swapped_logits(original, batch, reconstruction_BD + delta_BD, spec=spec),
+        frozen["statistics"],
+        objective=objective,
+    )
+    if objective.uses("text"):
+        terms["text"], _ = warm_loss(trainable, frozen, batch, objective=objective)
+    sign = {"entropy": -1.0}
+    used = [name for name in TERMS if name in terms and objective.uses(name)]
+    total = sum(sign.get(name, 1.0) * weights[name] * terms[name] for name in used)
+    return jnp.asarray(total, jnp.float32), terms
+
+
+def loss_terms(
+    reconstruction_BD,
+    batch: Batch,
+    logits_BTV,
+    reference_BTV,
+    target_BSV,
+    swapped_BSV,
+    statistics: Params,
+    *,
+    objective: Objective,
+) -> dict[str, Array]:
+    """Every term; the KL at P..P+h−1 is picked from logits of the whole context."""
+    rows_B1 = jnp.arange(target_BSV.shape[0])[:, None]
+    window_Bh = batch.positions_B[:, None] + jnp.arange(objective.loss.kl_horizon)
+    kl_Bh = kl_divergence(target_BSV[rows_B1, window_Bh], swapped_BSV[rows_B1, window_Bh])
+    error_B = reconstruction_error(
+        reconstruction_BD, batch.activation_BD, statistics, objective.loss.mse_kind
+    )
+    return {
+        "kl": jnp.mean(kl_Bh),
+        "mse": jnp.mean(error_B),
+        "lm": jnp.mean(kl_divergence(jax.lax.stop_gradient(reference_BTV), logits_BTV)),
+        "entropy": jnp.mean(entropy(logits_BTV)),
+    }

@@ -1,0 +1,220 @@
+"""What is measured: a model shape with random weights (or a model's folder), a lens, a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from conlens_jax.config import (
+    EMBEDDED_MODEL,
+    ConfigError,
+    ExperimentConfig,
+    from_config_dict,
+    schedule,
+    to_config_dict,
+)
+from conlens_jax.lens.batch import Batch
+from conlens_jax.lens.original import capture
+from conlens_jax.lens.spec import LensSpec, init_lens, make_spec
+from conlens_jax.models import llama
+from conlens_jax.models.model import load_model
+from conlens_jax.models.param_table import Params, init_params
+from conlens_jax.models.transformer_config import TransformerConfig
+from conlens_jax.training.objective import Objective
+
+# Llama's rule for the mlp, 2/3 · 4 d rounded up to a multiple of 256, gives 768 at d = 256.
+SHAPES = {
+    "tiny": dict(d_model=32, n_layers=3, n_heads=2, d_mlp=64, vocab_size=96, tied=False),
+    "S": dict(d_model=256, n_layers=6, n_heads=4, d_mlp=768, vocab_size=4096, tied=False),
+    # GPT-2 small's sizes, and like it with tied embeddings; a gated mlp has 1.5 times the weights.
+    "M": dict(d_model=768, n_layers=12, n_heads=12, d_mlp=3072, vocab_size=50_257, tied=True),
+}
+MIN_POSITION = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One training step's inputs, and what kind of step it is."""
+
+    name: str
+    config: ExperimentConfig
+    objective: Objective
+    trainable: Params
+    frozen: Params
+    batch: Batch
+
+    @property
+    def spec(self) -> LensSpec:
+        return self.objective.spec
+
+
+def model_shape(name: str, max_positions: int, **run: object) -> TransformerConfig:
+    """A shape of :data:`SHAPES`; ``run`` are fields that say how it is run (dtype, unroll …)."""
+    values = SHAPES[name]
+    return TransformerConfig(
+        family=llama.MODEL_TYPE,
+        vocab_size=values["vocab_size"],
+        d_model=values["d_model"],
+        n_layers=values["n_layers"],
+        n_heads=values["n_heads"],
+        n_kv_heads=values["n_heads"],
+        head_dim=values["d_model"] // values["n_heads"],
+        d_mlp=values["d_mlp"],
+        tied_embeddings=values["tied"],
+        max_positions=max_positions,
+        **run,
+    )
+
+
+def comparable(config: ExperimentConfig) -> tuple[ExperimentConfig, list[str]]:
+    """The config without what the naive step does not have, and which fields that changed.
+
+    KL, MSE and the LM term are all switched on where their weight is zero.
+    """
+    changes: dict[str, object] = {
+        "lens.estimator": "straight_through",
+        "lens.dual_path": True,
+        "lens.stop_gradient_delta": True,
+        "loss.prefix_share": 0.0,
+        "joint.optimizer.accumulate": 1,
+    }
+    defaults = {"kl": 0.1, "mse": 1.0, "lm": 0.003}
+    for term, weight in defaults.items():
+        if getattr(config.loss, term).start == 0:
+            changes |= {
+                f"loss.{term}.{key}": value for key, value in schedule("constant", weight).items()
+            }
+    editable = to_config_dict(config)
+    before = editable.to_dict()
+    editable.update_from_flattened_dict(changes)
+    changed = [name for name, value in changes.items() if _lookup(before, name) != value]
+    return from_config_dict(editable.to_dict()), changed
+
+
+def shape_workload(
+    shape: str,
+    config: ExperimentConfig,
+    *,
+    batch: int,
+    context: int,
+    model: TransformerConfig | None = None,
+) -> Workload:
+    """Random weights in a shape; L is the middle layer, prompts are as long as the default ones."""
+    if model is None:
+        model = model_shape(
+            shape,
+            context,
+            dtype=config.model.dtype,
+            unroll=config.model.unroll,
+            remat=config.model.remat,
+        )
+    # "<bos> Short explanation of <embed>:" and "<bos> <text>", as ids.
+    spec = LensSpec(
+        model=model,
+        layer=model.n_layers // 2,
+        lens=config.lens,
+        decoder_left=(1, 5, 6, 7),
+        decoder_right=(8,),
+        encoder_left=(1,),
+        encoder_right=(),
+        bos=1,
+    )
+    rows = llama.param_table(model)
+    original = jax.jit(lambda key: init_params(rows, model, key))(jax.random.key(0))
+    return _workload(shape, config, spec, original, batch, context)
+
+
+def config_workload(path: str, config: ExperimentConfig, *, batch: int, context: int) -> Workload:
+    """The model and lens of a config file; the embedded model's shape gets random weights."""
+    if config.model.path == EMBEDDED_MODEL:
+        sizes = config.embedded
+        model = TransformerConfig(
+            family=llama.MODEL_TYPE,
+            vocab_size=sizes.vocab_size,
+            d_model=sizes.d_model,
+            n_layers=sizes.n_layers,
+            n_heads=sizes.n_heads,
+            n_kv_heads=sizes.n_kv_heads,
+            head_dim=sizes.d_model // sizes.n_heads,
+            d_mlp=sizes.d_mlp,
+            max_positions=context,
+            dtype=config.model.dtype,
+            unroll=config.model.unroll,
+            remat=config.model.remat,
+        )
+        work = shape_workload(path, config, batch=batch, context=context, model=model)
+        spec = dataclasses.replace(work.spec, layer=config.model.layer)
+        return _workload(path, config, spec, work.frozen["original"], batch, context)
+    loaded = load_model(
+        config.model.path,
+        dtype=config.model.dtype,
+        revision=config.model.revision,
+        unroll=config.model.unroll,
+        remat=config.model.remat,
+    )
+    spec = make_spec(loaded.config, config.model.layer, config.lens, loaded.tokenizer)
+    return _workload(path, config, spec, loaded.params, batch, context)
+
+
+def read_config_file(path: str) -> ExperimentConfig:
+    """The validated settings of a config file.
+
+    Raises:
+      ConfigError: the file is not there, or has no ``get_config()``.
+    """
+    if not Path(path).is_file():
+        raise ConfigError([f"--config={path!r}: there is no such file"])
+    names = runpy.run_path(path)
+    if "get_config" not in names:
+        raise ConfigError([f"--config={path!r} has no get_config()"])
+    return from_config_dict(names["get_config"]().to_dict())
+
+
+def _workload(
+    name: str,
+    config: ExperimentConfig,
+    spec: LensSpec,
+    original: Params,
+    batch_size: int,
+    context: int,
+) -> Workload:
+    objective = Objective(config.loss, config.warm, spec)
+    after, first = config.loss.kl_horizon, MIN_POSITION
+    if objective.uses("text"):
+        after, first = max(after, config.warm.after), max(first, config.warm.before)
+    if context <= first + after:
+        raise ConfigError(
+            [f"context length {context} is too short: positions begin at {first}, and {after} "
+             "tokens are read behind them"]
+        )  # fmt: skip
+    rng = np.random.default_rng(0)
+    tokens_BS = rng.integers(0, spec.model.vocab_size, (batch_size, context)).astype(np.int32)
+    positions_B = rng.integers(first, context - after, batch_size).astype(np.int32)
+    mask_BS = np.ones(tokens_BS.shape, bool)
+    read = jax.jit(capture, static_argnames="spec")
+    states_BSD = read(original, tokens_BS, mask_BS, spec=spec)
+    activation_BD = states_BSD[np.arange(batch_size), positions_B].astype(jnp.float32)
+    mean_D = np.asarray(jnp.mean(activation_BD, axis=0))
+    scale = float(jnp.std(activation_BD - mean_D))
+    trainable, frozen = init_lens(original, spec, mean_D, scale)
+    # The step donates what it trains; the reference stays.
+    frozen |= {"warm_decoder": jax.tree.map(jnp.copy, trainable["decoder"])}
+    batch = Batch(
+        activation_BD,
+        jnp.asarray(tokens_BS),
+        jnp.full(batch_size, context, jnp.int32),
+        jnp.asarray(positions_B),
+        jnp.arange(batch_size, dtype=jnp.int32),
+    )
+    return Workload(name, config, objective, trainable, frozen, batch)
+
+
+def _lookup(values: dict, name: str) -> object:
+    for key in name.split("."):
+        values = values[key]
+    return values

@@ -1,0 +1,221 @@
+"""What a joint training step costs: each phase, the plainest implementation, the machine's limit.
+
+Command:  python scripts/benchmark_step.py --shape=S --text-len=8 --batch=32 --context=64
+          python scripts/benchmark_step.py --config=configs/quickstart.py
+Time:     about 4 minutes for S at T = 8 with --unroll=1 on 2 CPU cores, most of it compiling the
+          naive step; --no-naive and --no-phases leave parts out.
+
+One run prints, for this implementation and for the naive one (``conlens_jax/benchmark/naive.py``:
+the same loss and exact gradient, no cache, no shortcut), the time and XLA's temporary memory of
+every phase as a program of its own and of the whole step; the least matrix-product FLOPs of each
+phase (``conlens_jax/benchmark/flops.py`` has the formula) and the time they take at the rate of
+large matrix products in the same dtype, measured before and after; and the ratios naive / ours
+and ours / limit. ``step exact`` is our step with the naive one's gradient
+(``lens.history_gradient="exact"``); ``step`` has what ``--history`` or the config says, by default
+one sweep.
+
+Shapes S (d 256, 6 layers, mlp 768, V 4,096), M (GPT-2 small's sizes in the Llama family) and tiny
+have random weights and L in the middle; ``--config`` takes model, lens and loss of a config file.
+Nothing else may run on the machine meanwhile: beside a test run the step took twice as long.
+
+Measured: shape S, batch 32, context 64, fp32, --unroll=1, 2 CPU cores at 214 GFLOP/s:
+
+    T    step    step exact   naive   limit   naive/ours   naive/exact   ours/limit
+    8    500 ms      867 ms  1,708 ms  180 ms        3.4           2.0          2.8
+    32 1,383 ms    5,228 ms         -  482 ms          -             -          2.9
+
+Temporary memory at T = 8: 213 MiB, the naive step 835; at T = 32: 534 MiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from conlens_jax.benchmark.flops import step_flops
+from conlens_jax.benchmark.measure import Measured, Runner, matmul_rate
+from conlens_jax.benchmark.phases import (
+    naive_phases,
+    naive_step,
+    our_phases,
+    our_step,
+    with_history,
+)
+from conlens_jax.benchmark.shapes import (
+    SHAPES,
+    Workload,
+    comparable,
+    config_workload,
+    read_config_file,
+    shape_workload,
+)
+from conlens_jax.config import ExperimentConfig, from_config_dict, to_config_dict
+from conlens_jax.parallel.host import keep_freed_memory
+
+MIB = 1 << 20
+
+
+def main(
+    arguments: Sequence[str] | None = None, compiler_options: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    options = _parser().parse_args(arguments)
+    keep_freed_memory()
+    work, runner = workload_of(options), Runner(options.repeat, compiler_options)
+    rate = matmul_rate(work.config.model.dtype, options.repeat)
+    if options.phases:
+        ours = our_phases(work, runner)
+        plain = naive_phases(work, runner) if options.naive else {}
+    else:
+        ours = {"step": our_step(work, runner)}
+        plain = {"step": naive_step(work, runner)} if options.naive else {}
+    exact = our_step(with_history(work, "exact"), runner)
+    rate = max(rate, matmul_rate(work.config.model.dtype, options.repeat))
+    result = {
+        "workload": _description(work),
+        "matmul_flops_per_s": rate,
+        "ours": _plain(ours | {"step exact": exact}),
+        "naive": _plain(plain),
+        "least_flops": step_flops(work),
+    }
+    result["limit_seconds"] = result["least_flops"]["total"] / rate
+    result["ratios"] = {"ours / limit": ours["step"].seconds / result["limit_seconds"]}
+    if options.naive:
+        seconds, temp_bytes = plain["step"].seconds, plain["step"].temp_bytes
+        result["ratios"] |= {
+            "naive / ours": seconds / ours["step"].seconds,
+            "naive / ours exact": seconds / exact.seconds,
+            "naive / ours, temporary memory": _ratio(temp_bytes, ours["step"].temp_bytes),
+        }
+    print(report(result))
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def workload_of(options: argparse.Namespace) -> Workload:
+    config = read_config_file(options.config) if options.config else ExperimentConfig()
+    changes = {
+        "lens.text_len": options.text_len,
+        "lens.train_decoder": options.train,
+        "lens.train_encoder": options.train,
+        "lens.history_gradient": options.history,
+        "model.dtype": options.dtype,
+        "model.unroll": options.unroll,
+        "model.remat": options.remat,
+        "joint.batch_size": options.batch,
+        "dump.seq_len": options.context,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if options.text_len is not None:  # the warm start's window has the text's length
+        changes |= {"warm.before": options.text_len - 1, "warm.after": 1}
+        changes["dump.min_position"] = max(config.dump.min_position, options.text_len)
+    editable = to_config_dict(config)
+    editable.update_from_flattened_dict(changes)
+    config, changed = comparable(from_config_dict(editable.to_dict()))
+    if changed:
+        print(f"for the comparison with the naive step, changed: {', '.join(changed)}")
+    sizes = {"batch": config.joint.batch_size, "context": config.dump.seq_len}
+    if options.config:
+        return config_workload(options.config, config, **sizes)
+    return shape_workload(options.shape, config, **sizes)
+
+
+def report(result: dict[str, Any]) -> str:
+    work, rate, least = result["workload"], result["matmul_flops_per_s"], result["least_flops"]
+    lines = [
+        ", ".join(f"{name} {value}" for name, value in work.items()),
+        f"matrix products: {rate / 1e9:.1f} GFLOP/s",
+        "",
+        "| phase | ms | temp MiB | least GFLOP | limit ms | ms / limit | naive ms | temp MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    ours, plain = result["ours"], result["naive"]
+    for name in [*ours, *(name for name in plain if name not in ours)]:
+        flops = least["total"] if name in ("step", "step exact") else least.get(name)
+        limit = None if flops is None else flops / rate
+        mine, other = ours.get(name, {}), plain.get(name, {})
+        cells = [
+            _cell(mine.get("seconds"), 1e-3),
+            _cell(mine.get("temp_bytes"), MIB),
+            _cell(flops, 1e9, 2),
+            _cell(limit, 1e-3),
+            _cell(mine["seconds"] / limit if mine and limit else None, 1.0),
+            _cell(other.get("seconds"), 1e-3),
+            _cell(other.get("temp_bytes"), MIB),
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for side in ("ours", "naive"):
+        if "forward" in result[side]:
+            kept = result[side]["forward"]["output_bytes"] or 0
+            lines.append(f"{side}: forward hands {kept / MIB:.0f} MiB on to backward")
+    lines += ["", *(f"{name}: {value:.2f}" for name, value in result["ratios"].items())]
+    return "\n".join(lines)
+
+
+def _cell(value: float | None, unit: float, digits: int = 1) -> str:
+    return "" if value is None else f"{value / unit:.{digits}f}"
+
+
+def _ratio(over: float | None, under: float | None) -> float:
+    return over / under if over and under else math.nan
+
+
+def _plain(phases: dict[str, Measured]) -> dict[str, dict[str, Any]]:
+    return {name: dataclasses.asdict(measured) for name, measured in phases.items()}
+
+
+def _description(work: Workload) -> dict[str, Any]:
+    spec, lens = work.spec, work.spec.lens
+    return {
+        "shape": work.name,
+        "T": spec.text_len,
+        "batch": len(work.batch.positions_B),
+        "context": work.batch.tokens_BS.shape[1],
+        "mean P": float(work.batch.positions_B.mean()),
+        "L": spec.layer,
+        "horizon": work.objective.loss.kl_horizon,
+        "decoder": lens.train_decoder,
+        "encoder": lens.train_encoder,
+        "history": lens.history_gradient,
+        "dtype": spec.model.dtype,
+        "unroll": spec.model.unroll,
+        "remat": spec.model.remat,
+        "device": jax.devices()[0].device_kind,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+        "jax": jax.__version__,
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="", help="a config file: its model, lens and loss")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="S")
+    parser.add_argument("--text-len", type=int, help="T; without --config 8")
+    parser.add_argument("--batch", type=int, help="rows; without --config 32")
+    parser.add_argument("--context", type=int, help="S; without --config 64")
+    parser.add_argument("--train", choices=("full", "frozen"), help="both clones, or only prompts")
+    parser.add_argument("--history", help="lens.history_gradient of our step; default: config's")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--unroll", type=int, help="model.unroll of both implementations")
+    parser.add_argument("--remat", choices=("none", "full"))
+    parser.add_argument("--repeat", type=int, default=3, help="the best of so many runs counts")
+    parser.add_argument("--json", default="", help="file for all numbers")
+    parser.add_argument(
+        "--no-phases", dest="phases", action="store_false", help="the whole steps alone"
+    )
+    parser.add_argument(
+        "--no-naive", dest="naive", action="store_false", help="this implementation alone"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    main()

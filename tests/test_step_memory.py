@@ -1,0 +1,89 @@
+"""What a joint step costs the compiler's memory as the text grows, and that it compiles once."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_lens import fast_jit, plain_text, tiny_batch, tiny_lens, tiny_spec
+
+from conlens_jax.config import ExperimentConfig, LossConfig, WarmConfig
+from conlens_jax.training.objective import TERMS, Objective, joint_loss, prepare
+from conlens_jax.training.state import Stage, init_state, make_step, stage_optimizer
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+def lens_for(text_len: int, history_gradient: str):
+    """(trainable, frozen, batch, objective); every term of the loss but the anchor is on."""
+    spec = tiny_spec(text_len=text_len, history_gradient=history_gradient)
+    trainable, frozen = tiny_lens(spec)
+    frozen |= {"warm_decoder": jax.tree.map(jnp.copy, trainable["decoder"])}
+    batch = tiny_batch(spec, frozen["original"])
+    warm = WarmConfig(before=text_len - 1, after=1)
+    return trainable, frozen, batch, Objective(LossConfig(), warm, spec)
+
+
+def temporary_bytes(text_len: int, *, plain: bool = False) -> int:
+    """XLA's temporary memory for the gradient of the joint loss, text and context included; with
+    ``plain``, for that of a text written by a pass over everything a token."""
+    trainable, frozen, batch, objective = lens_for(text_len, "sweeps=1")
+    spec = objective.spec
+    noise = jnp.zeros((len(batch.lengths_B), text_len, spec.model.vocab_size))
+    weights, tau = {name: jnp.float32(1) for name in TERMS}, jnp.float32(1)
+
+    def ours(trainable, frozen, batch, noise):
+        prepared = prepare(trainable, frozen, batch, noise, objective=objective)
+        inputs = (trainable, frozen, batch, prepared, weights, tau)
+        return jax.grad(joint_loss, has_aux=True)(*inputs, objective=objective)[0]
+
+    def oracle(trainable, frozen, batch, noise):
+        write = lambda trainable: jnp.sum(
+            plain_text(trainable, frozen, batch.activation_BD, noise, tau, spec)[0] ** 2
+        )
+        return jax.grad(write)(trainable)
+
+    program = fast_jit(oracle if plain else ours).lower(trainable, frozen, batch, noise)
+    analysis = program.compile().memory_analysis()
+    if analysis is None:
+        pytest.skip("this backend does not tell its memory")
+    return analysis.temp_size_in_bytes
+
+
+def test_memory_grows_linearly_with_the_text():
+    used = [temporary_bytes(text_len) for text_len in (4, 8, 16, 32)]
+    assert used[3] < 2.3 * used[2], used
+    # When T doubles, the increase of a straight line doubles and that of a parabola is fourfold.
+    # Attention's T² weights are a visible share in a model as narrow as this one.
+    first, second, third = np.diff(used)
+    assert second < 3 * first and third < 3 * second, used
+
+
+def test_the_same_measurement_sees_a_parabola():
+    used = [temporary_bytes(text_len, plain=True) for text_len in (16, 32)]
+    assert used[1] > 2.8 * used[0], used
+
+
+def test_a_step_compiles_once():
+    trainable, frozen, batch, objective = lens_for(4, "sweeps=1")
+    config = ExperimentConfig()
+    stage = Stage("joint", 10, len(batch.lengths_B), config.joint.optimizer)
+    optimizer, learning_rate = stage_optimizer(stage, trainable, stage.batch_size)
+    step = make_step(stage, config, objective, optimizer, learning_rate, stage.batch_size)
+    batches = [tiny_batch(objective.spec, frozen["original"], seed=seed) for seed in range(4)]
+    state = init_state(trainable, optimizer)
+    compiled = []
+    listener = lambda name, seconds, **_: compiled.append(name) if name == COMPILED else None
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        counts, losses = [], []
+        for batch in batches:
+            before = len(compiled)
+            state, metrics = jax.block_until_ready(step(state, frozen, batch))
+            counts.append(len(compiled) - before)
+            losses.append(metrics["loss"])
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert counts == [1, 0, 0, 0]
+    assert len({float(loss) for loss in losses}) == len(losses)

@@ -1,0 +1,137 @@
+"""The cheap swap against the whole context run again, for every family, layer, position, padding.
+
+``tests/test_original.py`` holds it against ``LanguageModel.swap`` at three positions of one family.
+Here the oracle is written by hand (the residual stream replaced between two blocks), P is every
+position that the horizon allows, and what is differentiated is a loss: the KL from M's own
+predictions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_lens import fast_jit, relative_error, tiny_spec
+from tiny_models import TINY, random_params, random_tokens
+
+from conlens_jax.lens.losses import kl_divergence
+from conlens_jax.lens.original import read_context, swapped_logits
+from conlens_jax.lens.spec import LensSpec
+from conlens_jax.models.families import FAMILIES, config_from_hf
+from conlens_jax.models.transformer import (
+    embed_tokens,
+    positions_of,
+    run_layers,
+    slice_layers,
+    unembed,
+)
+
+LENGTH, LAYERS = 9, TINY["num_hidden_layers"]
+# (first valid token, one behind the last): no padding, left, right, both.
+SPANS = ((0, LENGTH), (3, LENGTH), (0, LENGTH - 2), (2, LENGTH - 1))
+# A family whose config.json has keys of its own says here what its tiny model looks like.
+SHAPES = {name: TINY | {"model_type": name} for name in FAMILIES}
+VARIANTS = [
+    *((name, {}) for name in FAMILIES),
+    ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+]
+CASES = [
+    pytest.param(*variant, layer, horizon, id=f"{variant[0]}{len(variant[1])}-{layer}-{horizon}")
+    for variant in VARIANTS
+    for layer in (0, LAYERS // 2, LAYERS - 1)
+    for horizon in (1, 3)
+]
+
+
+@functools.cache
+def model_of(family: str, changes: tuple):
+    config = dataclasses.replace(config_from_hf(SHAPES[family] | dict(changes)), unroll=1)
+    params = random_params(config)
+    return config, params | {"embedding": 4 * params["embedding"]}
+
+
+def spec_of(config, layer: int) -> LensSpec:
+    return dataclasses.replace(tiny_spec(layer=layer), model=config)
+
+
+@functools.cache
+def rows_for(horizon: int):
+    """(tokens, mask, P), one row for every position of every padding."""
+    places = [
+        (first, stop, index) for first, stop in SPANS for index in range(first, stop - horizon + 1)
+    ]
+    place = np.arange(LENGTH)
+    mask = np.array([(place >= first) & (place < stop) for first, stop, _ in places])
+    tokens = np.where(mask, random_tokens(len(places), LENGTH), 0).astype(np.int32)
+    return tokens, mask, np.array([index for *_, index in places], np.int32)
+
+
+def replaced(params, tokens, mask, indices, vector, layer, config):
+    """(logits everywhere, the residual stream at P behind ``layer``), block by block.
+
+    Where ``layer`` is an array, one compiled function serves all layers.
+    """
+    rows, x, captured = jnp.arange(len(tokens)), embed_tokens(params, tokens), None
+    for number in range(config.n_layers):
+        block = slice_layers(params["layers"], number, number + 1)
+        x, _ = run_layers(block, x, positions_of(mask), config=config)
+        here = layer == number
+        state = x[rows, indices]
+        captured = state if captured is None else jnp.where(here, state, captured)
+        x = x.at[rows, indices].set(jnp.where(here, vector, state))
+    return unembed(params, x, config=config), captured
+
+
+@functools.partial(fast_jit, static_argnames=("config", "horizon"))
+def by_hand(params, tokens, mask, indices, vector, layer, *, config, horizon):
+    run = lambda vector, layer: replaced(params, tokens, mask, indices, vector, layer, config)
+    clean, _ = run(vector, -1)  # no layer has this number: nothing is replaced
+    window = jnp.arange(len(tokens))[:, None], indices[:, None] + jnp.arange(horizon)
+
+    def loss(vector):
+        logits = run(vector, layer)[0][window]
+        return jnp.sum(kl_divergence(clean[window], logits)), logits
+
+    gradient, logits = jax.grad(loss, has_aux=True)(vector)
+    return clean[window], run(vector, layer)[1], logits, gradient
+
+
+@functools.partial(fast_jit, static_argnames=("spec", "horizon"))
+def cheap(params, tokens, mask, indices, vector, *, spec, horizon):
+    context = read_context(params, tokens, mask, indices, horizon=horizon, spec=spec)
+
+    def loss(vector):
+        logits = swapped_logits(params, context, vector, spec=spec)
+        return jnp.sum(kl_divergence(context.logits_BhV, logits)), logits
+
+    gradient, logits = jax.grad(loss, has_aux=True)(vector)
+    own = swapped_logits(params, context, context.residual_BhD[:, 0], spec=spec)
+    return context.logits_BhV, context.residual_BhD[:, 0], logits, gradient, own
+
+
+@pytest.mark.parametrize(("family", "changes", "layer", "horizon"), CASES)
+def test_swap_at_every_position(family, changes, layer, horizon):
+    config, params = model_of(family, tuple(changes.items()))
+    tokens, mask, indices = rows_for(horizon)
+    rng = np.random.default_rng(1)
+    vector = jnp.asarray(rng.standard_normal((len(tokens), config.d_model)), jnp.float32)
+    inputs = (params, tokens, mask, indices, vector)
+    spec = spec_of(config, layer)
+    *found, own = cheap(*inputs, spec=spec, horizon=horizon)
+    expected = by_hand(*inputs, jnp.int32(layer), config=config, horizon=horizon)
+    names = ("clean logits", "captured", "swapped logits", "gradient")
+    # Row by row: one wrong position would drown in the mean over all of them.
+    errors = {
+        name: relative_error(list(mine), list(oracle))
+        for name, mine, oracle in zip(names, found, expected, strict=True)
+    }
+    assert max(errors.values()) < 1e-5, errors
+    clean, _, swapped, _ = found
+    # The captured value put back changes nothing; another vector does, at every position.
+    assert relative_error(list(own), list(clean)) < 1e-5
+    moved = np.abs(np.asarray(swapped - clean)).max(axis=(1, 2))
+    assert moved.min() > 0.01
