@@ -19,7 +19,7 @@ from conlens_jax.training.run_folder import checkpoint_of
 from conlens_jax.training.setting import open_setting
 
 _CONFIG = cli.define_config()
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run folder, or a checkpoint in it.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run folder, or a checkpoint in it.")
 
 
 def recorded_config(checkpoint: str) -> ExperimentConfig:
@@ -38,12 +38,12 @@ def recorded_config(checkpoint: str) -> ExperimentConfig:
 def main() -> None:
     if _CONFIG.value is not None:
         config = cli.load_config(_CONFIG)
-    elif _CHECKPOINT.value:
-        config = recorded_config(_CHECKPOINT.value)
+    elif CHECKPOINT.value:
+        config = recorded_config(CHECKPOINT.value)
     else:
         raise ConfigError(["give --checkpoint=<run folder> or --config=configs/<file>.py"])
     setting = open_setting(config, Console())
-    print(evaluate_run(setting, _CHECKPOINT.value or config.run_dir))
+    print(evaluate_run(setting, CHECKPOINT.value or config.run_dir))
 
 
 if __name__ == "__main__":

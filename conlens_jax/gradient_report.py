@@ -2,27 +2,47 @@
 
 On a toy whose true gradient is known (see :mod:`conlens_jax.evaluation.gradients`). Prints the
 table and writes ``gradients.json`` and ``gradients.html`` to ``--out``. About a minute.
+
+With ``--checkpoint=runs/quickstart`` the same for the decoder of a trained lens (see
+:mod:`conlens_jax.evaluation.lens_gradients`): ``lens_gradients.json`` and ``lens_gradients.html``.
+``--draws`` is then of the toy, ``--lens_draws`` of the lens, ``--rows`` the rows of its batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from conlens_jax import cli
+from conlens_jax.evaluate import CHECKPOINT, recorded_config
+from conlens_jax.evaluation import lens_gradients
 from conlens_jax.evaluation.gradients import build_report, measure
-from conlens_jax.evaluation.report import write_report
+from conlens_jax.evaluation.markup import format_interval
+from conlens_jax.evaluation.report import Report, write_report
 from conlens_jax.training.console import Console
+from conlens_jax.training.setting import open_setting
 
 _OUT = flags.DEFINE_string("out", "runs/gradient_report", "Folder for the report.")
 _DRAWS = flags.DEFINE_integer("draws", 100_000, "Draws an estimator.", lower_bound=2)
 _SEED = flags.DEFINE_integer("seed", 0, "Which toy.")
+_LENS_DRAWS = flags.DEFINE_integer(
+    "lens_draws", 64, "Draws an estimator on the lens; the reference has 8 times as many.", 2
+)
+_ROWS = flags.DEFINE_integer("rows", 16, "Rows of the lens's batch.", lower_bound=2)
 
 
 def main() -> None:
+    report_toy()
+    if CHECKPOINT.value:
+        report_lens(CHECKPOINT.value)
+
+
+def report_toy() -> None:
     found = measure(_DRAWS.value, _SEED.value)
     columns = [field.name for field in dataclasses.fields(next(iter(found.values())))]
     rows = [
@@ -30,12 +50,43 @@ def main() -> None:
         for name, quality in found.items()
     ]
     Console().table(f"gradient estimators, {_DRAWS.value} draws", ["estimator", *columns], rows)
+    numbers = {name: dataclasses.asdict(quality) for name, quality in found.items()}
+    _write("gradients", numbers, build_report(found, _DRAWS.value, _SEED.value))
+
+
+def report_lens(checkpoint: str) -> None:
+    console = Console()
+    setting = open_setting(recorded_config(checkpoint), console)
+    problem = lens_gradients.open_problem(setting, checkpoint, _ROWS.value)
+    n_draws, n_reference = _LENS_DRAWS.value, 8 * _LENS_DRAWS.value
+    found = lens_gradients.measure_lens(problem, n_draws, n_reference)
+    columns = list(next(iter(found.values())))
+    rows = [[name, *map(_shown, quality.values())] for name, quality in found.items()]
+    console.table(f"on {checkpoint}, {n_draws} draws", ["estimator", *columns], rows)
+    facts = {
+        "model": setting.model.model_id,
+        "rows": _ROWS.value,
+        "draws": n_draws,
+        "draws of the reference": f"{n_reference} of {lens_gradients.REFERENCE}",
+        "lens.history_gradient": setting.spec.lens.history_gradient,
+    }
+    numbers = {
+        name: {key: dataclasses.asdict(interval) for key, interval in quality.items()}
+        for name, quality in found.items()
+    }
+    _write("lens_gradients", numbers, lens_gradients.build_lens_report(found, list(facts.items())))
+
+
+def _shown(interval: lens_gradients.Interval) -> str:
+    value, ends = format_interval(interval)
+    return f"{value} [{ends}]"
+
+
+def _write(name: str, numbers: Mapping[str, Any], report: Report) -> None:
     folder = Path(_OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = {name: dataclasses.asdict(quality) for name, quality in found.items()}
-    (folder / "gradients.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    report = build_report(found, _DRAWS.value, _SEED.value)
-    print(write_report(report, folder / "gradients.html").absolute())
+    (folder / f"{name}.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    print(write_report(report, folder / f"{name}.html").absolute())
 
 
 if __name__ == "__main__":

@@ -46,10 +46,11 @@ class Toy:
         hidden = jnp.tanh(embedded_2D.reshape(-1) @ self.mixing)
         return jnp.sum(hidden**2) + hidden[0] * hidden[1] - hidden[2]
 
-    def expected_cost(self, policy: Policy) -> Float[Array, ""]:
-        """Over all 25 texts, differentiable: the truth."""
-        first_V = jax.nn.softmax(policy["first"])
-        second_VV = jax.nn.softmax(self.table_VD @ policy["next"] + policy["bias"], axis=-1)
+    def expected_cost(self, policy: Policy, sample_tau: float = 1.0) -> Float[Array, ""]:
+        """Over all 25 texts, sampled at that temperature; differentiable: the truth."""
+        first_V = jax.nn.softmax(policy["first"] / sample_tau)
+        second_VV = self.table_VD @ policy["next"] + policy["bias"]
+        second_VV = jax.nn.softmax(second_VV / sample_tau, axis=-1)
         pairs = jnp.stack(jnp.meshgrid(*[jnp.arange(VOCAB)] * 2, indexing="ij"), axis=-1)
         costs_VV = jax.vmap(jax.vmap(lambda pair: self.cost(self.table_VD[pair])))(pairs)
         return jnp.sum(first_V[:, None] * second_VV * costs_VV)
@@ -69,11 +70,16 @@ def make_toy(seed: int = 0) -> tuple[Toy, Policy]:
 
 
 def relaxed_cost(
-    policy: Policy, toy: Toy, key: Key[Array, ""], tau: Float[Array, ""], estimator: Estimator
+    policy: Policy,
+    toy: Toy,
+    key: Key[Array, ""],
+    tau: Float[Array, ""],
+    sample_tau: Float[Array, ""],
+    estimator: Estimator,
 ) -> Float[Array, ""]:
     """The cost of one sampled text, with the estimator's gradient to the policy."""
     noise_key, own_key = jax.random.split(key)
-    noise_2V = jax.random.gumbel(noise_key, (2, VOCAB), jnp.float32)
+    noise_2V = sample_tau * jax.random.gumbel(noise_key, (2, VOCAB), jnp.float32)
     own_keys = jax.random.split(own_key, 2)
 
     def write(logits_V: Array, step: int) -> Array:
@@ -94,10 +100,15 @@ def relaxed_cost(
 
 
 def score_function_cost(
-    policy: Policy, toy: Toy, key: Key[Array, ""], tau: Float[Array, ""], estimator: Estimator
+    policy: Policy,
+    toy: Toy,
+    key: Key[Array, ""],
+    tau: Float[Array, ""],
+    sample_tau: Float[Array, ""],
+    estimator: Estimator,
 ) -> Float[Array, ""]:
-    """The surrogate of a group of sampled texts; ``tau`` is not used."""
-    del tau
+    """The surrogate of a group of texts, sampled at temperature 1; neither tau is used."""
+    del tau, sample_tau
 
     def write(key: Array) -> tuple[Int[Array, "2"], Float[Array, ""]]:
         first_key, second_key = jax.random.split(key)
@@ -131,26 +142,33 @@ class Quality:
     spread: float
 
 
-def true_gradient(toy: Toy, policy: Policy) -> np.ndarray:
-    return _flat(jax.grad(toy.expected_cost)(policy))
+def true_gradient(toy: Toy, policy: Policy, sample_tau: float = 1.0) -> np.ndarray:
+    """[parameters], of the expected cost of texts sampled at that temperature."""
+    return _flat(jax.grad(toy.expected_cost)(policy, sample_tau))
 
 
 def draw_gradients(
-    toy: Toy, policy: Policy, estimator: Estimator, tau: float, n_draws: int, seed: int = 0
+    toy: Toy,
+    policy: Policy,
+    estimator: Estimator,
+    tau: float,
+    n_draws: int,
+    seed: int = 0,
+    sample_tau: float = 1.0,
 ) -> np.ndarray:
     """Gradients [n_draws, parameters] of independent draws."""
-    return np.asarray(
-        _draws(toy.table_VD, toy.mixing, policy, jnp.float32(tau), estimator, n_draws, seed),
-        np.float64,
-    )
+    taus = jnp.float32(tau), jnp.float32(sample_tau)
+    draws = _draws(toy.table_VD, toy.mixing, policy, *taus, estimator, n_draws, seed)
+    return np.asarray(draws, np.float64)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def _draws(table_VD, mixing, policy, tau, estimator, n_draws, seed):
+@functools.partial(jax.jit, static_argnums=(5, 6, 7))
+def _draws(table_VD, mixing, policy, tau, sample_tau, estimator, n_draws, seed):
     cost = score_function_cost if estimator.kind in SCORE_FUNCTION else relaxed_cost
 
     def one(key):
-        gradient = jax.grad(cost)(policy, Toy(table_VD, mixing), key, tau, estimator)
+        toy = Toy(table_VD, mixing)
+        gradient = jax.grad(cost)(policy, toy, key, tau, sample_tau, estimator)
         return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
 
     return jax.vmap(one)(jax.random.split(jax.random.key(seed), n_draws))
@@ -170,16 +188,18 @@ def quality(draws: np.ndarray, truth: np.ndarray) -> Quality:
     )
 
 
+# Name, estimator, tau, and the temperature at which the text is sampled.
 CASES = (
-    ("straight-through, tau 0.5", "straight_through", 0.5),
-    ("straight-through, tau 1", "straight_through", 1.0),
-    ("straight-through, tau 2", "straight_through", 2.0),
-    ("Gumbel-Rao 4, tau 0.5", "gumbel_rao=4", 0.5),
-    ("Gumbel-Rao 16, tau 0.5", "gumbel_rao=16", 0.5),
-    ("ReinMax, tau 1", "reinmax", 1.0),
-    ("RLOO 2", "rloo=2", 1.0),
-    ("RLOO 4", "rloo=4", 1.0),
-    ("GRPO 4", "grpo=4", 1.0),
+    ("straight-through, tau 0.5", "straight_through", 0.5, 1.0),
+    ("straight-through, tau 1", "straight_through", 1.0, 1.0),
+    ("straight-through, tau 2", "straight_through", 2.0, 1.0),
+    ("straight-through, tau 1, sampled at 0.5", "straight_through", 1.0, 0.5),
+    ("Gumbel-Rao 4, tau 0.5", "gumbel_rao=4", 0.5, 1.0),
+    ("Gumbel-Rao 16, tau 0.5", "gumbel_rao=16", 0.5, 1.0),
+    ("ReinMax, tau 1", "reinmax", 1.0, 1.0),
+    ("RLOO 2", "rloo=2", 1.0, 1.0),
+    ("RLOO 4", "rloo=4", 1.0, 1.0),
+    ("GRPO 4", "grpo=4", 1.0, 1.0),
 )
 _TAUS = (0.25, 0.5, 1.0, 2.0, 4.0)
 _SWEPT = (("straight-through", "straight_through"), ("Gumbel-Rao 16", "gumbel_rao=16"))
@@ -195,12 +215,14 @@ _ROWS = (
 
 
 def measure(n_draws: int, seed: int = 0) -> dict[str, Quality]:
-    """Every case of :data:`CASES`."""
+    """Every case of :data:`CASES`, against the gradient of the cost of the texts it samples."""
     toy, policy = make_toy(seed)
-    truth = true_gradient(toy, policy)
     return {
-        name: quality(draw_gradients(toy, policy, parse_estimator(kind), tau, n_draws), truth)
-        for name, kind, tau in CASES
+        name: quality(
+            draw_gradients(toy, policy, parse_estimator(kind), tau, n_draws, sample_tau=sample_tau),
+            true_gradient(toy, policy, sample_tau),
+        )
+        for name, kind, tau, sample_tau in CASES
     }
 
 
@@ -241,7 +263,11 @@ def build_report(found: dict[str, Quality], n_draws: int, seed: int = 0) -> Repo
         histograms=[],
         examples=[],
         config={},
-        notes=["A score-function draw samples k texts, the others one."],
+        notes=[
+            "A score-function draw samples k texts, the others one.",
+            "Where the text is sampled at another temperature than 1, the true gradient is that "
+            "of the cost at that temperature.",
+        ],
     )
 
 

@@ -88,19 +88,31 @@ def _gumbel_rao(
 def conditional_gumbel(
     logits: Float[Array, "*B V"], tokens: Int[Array, "*B"], keys: Key[Array, "*B"]
 ) -> Float[Array, "*B V"]:
-    """A draw of logits + g given that its argmax is the token (Maddison et al. 2014, A* sampling).
-
-    With E_j ~ Exp(1) and Z = Σ exp(θ): the maximum is −ln E_y + ln Z, and every other entry
-    −ln(E_j / exp(θ_j) + E_y / Z).
-    """
+    """A draw of logits + g given that its argmax is the token; see :func:`condition_on_token`."""
     vocab_size = logits.shape[-1]
     draw = lambda key: jax.random.exponential(key, (vocab_size,), jnp.float32)
     spread = jax.vmap(draw)(keys.reshape(-1)).reshape(logits.shape)
-    log_spread = jnp.log(jnp.maximum(spread, jnp.finfo(jnp.float32).tiny))
+    return condition_on_token(
+        logits, tokens, -jnp.log(jnp.maximum(spread, jnp.finfo(jnp.float32).tiny))
+    )
+
+
+def condition_on_token(
+    logits: Float[Array, "*B V"], tokens: Int[Array, "*B"], noise: Float[Array, "*B V"]
+) -> Float[Array, "*B V"]:
+    """Free noise made into logits + g whose argmax is the token (Maddison et al. 2014, A*
+    sampling).
+
+    With free noise e and Z = Σ exp(θ): the maximum is m = e_y + ln Z, whatever the token is, and
+    every other entry is θ_j + e_j brought below it, −ln(exp(−θ_j − e_j) + exp(−m)).
+
+    Args:
+      noise: independent Gumbel(0, 1), drawn without regard to the tokens.
+    """
     log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    top = jnp.take_along_axis(log_spread, tokens[..., None], axis=-1) - log_z
-    others = -jnp.logaddexp(log_spread - logits, top)
-    return jnp.put_along_axis(others, tokens[..., None], -top, axis=-1, inplace=False)
+    top = jnp.take_along_axis(noise, tokens[..., None], axis=-1) + log_z
+    others = -jnp.logaddexp(-noise - logits, -top)
+    return jnp.put_along_axis(others, tokens[..., None], top, axis=-1, inplace=False)
 
 
 def token_keys(keys_B: Key[Array, "B"], text_len: int) -> Key[Array, "B T"]:

@@ -49,7 +49,10 @@ def straight_through_embed(
     Args:
       logits: what the tokens were drawn from; differentiable.
       noise: the Gumbel noise they were drawn with; zeros for greedy tokens. Not differentiable.
-        Noise multiplied by a number samples at that temperature, whatever ``tau`` is.
+        Noise multiplied by a number s samples at that temperature, whatever ``tau`` is:
+        argmax(logits + s g) = argmax(logits / s + g). Straight-through then takes the softmax of
+        (logits + s g) / tau, which is that of (logits / s + g) at tau / s: tau counts in units of
+        the logits. The other rules are for s = 1.
       tokens: argmax(logits + noise), already known from sampling.
       embedding_VD: the table that is looked up; differentiable.
       tau: temperature of the backward pass. Not differentiable.

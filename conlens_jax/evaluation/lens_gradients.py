@@ -1,0 +1,293 @@
+"""How good each gradient estimator is on a trained lens: the decoder's gradient through its text.
+
+The cost is w_mse L_MSE + w_kl L_KL of a few rows, with the weights that the run ended with. Texts
+cannot be listed here; what stands for the true gradient g is the mean of many RLOO draws, which is
+unbiased but noisy. So all draws are kept as means of blocks, and every product in the table is one
+of different blocks: their noise is independent and leaves no bias in it. The intervals come from
+leaving out one block after the other (jackknife).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from conlens_jax.config import ConfigError, LossConfig, constant
+from conlens_jax.evaluation.report import Interval, MetricGroup, MetricRow, Report
+from conlens_jax.lens.batch import Batch, make_batch
+from conlens_jax.lens.gumbel import example_keys, gumbel_noise
+from conlens_jax.lens.schedules import make_schedule
+from conlens_jax.lens.spec import init_lens
+from conlens_jax.models.param_table import Params
+from conlens_jax.parallel.mesh import batch_sharding
+from conlens_jax.training.loop import placed
+from conlens_jax.training.objective import TERMS, Objective, joint_loss, prepare
+from conlens_jax.training.run_folder import load_lens
+from conlens_jax.training.setting import Setting, open_caches, training_reference
+from conlens_jax.training.state import ESTIMATING, SAMPLING
+
+# Name, estimator, tau.
+Case = tuple[str, str, float]
+CASES: tuple[Case, ...] = (
+    ("straight-through, tau 0.5", "straight_through", 0.5),
+    ("straight-through, tau 1", "straight_through", 1.0),
+    ("straight-through, tau 2", "straight_through", 2.0),
+    ("Gumbel-Rao 4, tau 0.5", "gumbel_rao=4", 0.5),
+    ("Gumbel-Rao 16, tau 0.5", "gumbel_rao=16", 0.5),
+    ("ReinMax, tau 1", "reinmax", 1.0),
+    ("RLOO 4", "rloo=4", 1.0),
+)
+REFERENCE = "rloo=4"
+BLOCKS = 8
+_T_975 = 2.36  # of Student's t with BLOCKS − 1 degrees of freedom
+_ROWS = (
+    ("snr", "size of the mean over the spread of one draw", "higher"),
+    ("cosine", "of the mean to the true gradient", "higher"),
+    ("one_cosine", "of one draw to the true gradient, mean", "higher"),
+    ("size", "of the mean, as a share of the true gradient's", ""),
+    ("bias", "distance of the mean from the true gradient, as a share of it", "lower"),
+    ("spread", "standard deviation of one draw, as a share of the true gradient", "lower"),
+)
+Qualities = dict[str, Interval]
+
+
+class Draws(NamedTuple):
+    """What is kept of the draws e: means over each of K blocks.
+
+    ``mean_KP`` of e, ``direction_KP`` of e / ‖e‖, ``square_K`` of ‖e‖².
+    """
+
+    mean_KP: np.ndarray
+    direction_KP: np.ndarray
+    square_K: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A lens, the rows it is asked about, and the weights of the cost.
+
+    ``objective`` is the run's own; only its terms about the reconstruction count.
+    """
+
+    trainable: Params
+    frozen: Params
+    batch: Batch
+    objective: Objective
+    weights: dict[str, Float[Array, ""]]
+    seed: int = 0
+
+    def with_estimator(self, estimator: str) -> Objective:
+        """The objective of the cost alone, no gradient through another row's Δ: the score function
+        has none."""
+        spec = self.objective.spec
+        lens = dataclasses.replace(spec.lens, estimator=estimator, stop_gradient_delta=True)
+        return dataclasses.replace(
+            self.objective,
+            loss=cost_alone(self.objective.loss),
+            spec=dataclasses.replace(spec, lens=lens),
+        )
+
+
+def cost_alone(loss: LossConfig) -> LossConfig:
+    """The loss without the terms that are about D's distribution and not about its text."""
+    return dataclasses.replace(loss, lm=constant(0.0), entropy=constant(0.0), text=constant(0.0))
+
+
+def draw_blocks(
+    problem: Problem, estimator: str, tau: float, n_draws: int, first_draw: int = 0
+) -> Draws:
+    """Gradients to D's trained parts, one after the other, in :data:`BLOCKS` blocks.
+
+    Args:
+      n_draws: rounded up to whole blocks.
+      first_draw: number of the first draw; the same numbers give the same noise.
+    """
+    objective = problem.with_estimator(estimator)
+    per_block = -(-n_draws // BLOCKS)
+    blocks = []
+    for block in range(BLOCKS):
+        sums = None
+        for draw in range(first_draw + block * per_block, first_draw + (block + 1) * per_block):
+            found = _one_draw(
+                problem.trainable,
+                problem.frozen,
+                problem.batch,
+                problem.weights,
+                jnp.float32(tau),
+                jnp.int32(draw),
+                objective=objective,
+                seed=problem.seed,
+            )
+            sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
+        blocks.append([np.asarray(total, np.float64) / per_block for total in sums])
+    return Draws(*(np.stack(parts) for parts in zip(*blocks, strict=True)))
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "seed"))
+def _one_draw(
+    trainable: Params,
+    frozen: Params,
+    batch: Batch,
+    weights: dict[str, Array],
+    tau: Array,
+    draw: Array,
+    *,
+    objective: Objective,
+    seed: int,
+) -> tuple[Array, Array, Array]:
+    """(e, e / ‖e‖, ‖e‖²) of the draw with a number."""
+    spec, group = objective.spec, objective.texts_per_row
+    texts_B = (batch.examples_B[:, None] * group + jnp.arange(group)).reshape(-1)
+    keys_B = example_keys(seed, draw, texts_B, SAMPLING)
+    noise_BTV = gumbel_noise(keys_B, spec.text_len, spec.model.vocab_size)
+    own_keys_B = example_keys(seed, draw, texts_B, ESTIMATING)
+    prepared = prepare(trainable, frozen, batch, noise_BTV, own_keys_B, objective=objective)
+
+    def cost(decoder: Params) -> Array:
+        lens = {**trainable, "decoder": decoder}
+        total, _ = joint_loss(lens, frozen, batch, prepared, weights, tau, objective=objective)
+        return total
+
+    leaves = jax.tree.leaves(jax.grad(cost)(trainable["decoder"]))
+    gradient_P = jnp.concatenate([jnp.ravel(leaf).astype(jnp.float32) for leaf in leaves])
+    square = jnp.sum(jnp.square(gradient_P))
+    return gradient_P, gradient_P * jax.lax.rsqrt(square + 1e-30), square
+
+
+def quality(draws: Draws, reference: Draws) -> Qualities:
+    """The table's column of an estimator, with 95 % intervals; NaN where noise leaves no answer.
+
+    Args:
+      reference: unbiased draws, independent of ``draws``.
+    """
+    inner = _Inner(
+        draws.mean_KP @ draws.mean_KP.T,
+        reference.mean_KP @ reference.mean_KP.T,
+        draws.mean_KP @ reference.mean_KP.T,
+        draws.direction_KP @ reference.mean_KP.T,
+        draws.square_K,
+    )
+    blocks = np.arange(len(draws.square_K))
+    whole = inner.numbers(blocks)
+    left_out = [inner.numbers(np.delete(blocks, block)) for block in blocks]
+    n = len(blocks)
+    found = {}
+    for name, value in whole.items():
+        values = np.array([numbers[name] for numbers in left_out])
+        error = math.sqrt((n - 1) / n * np.sum((values - values.mean()) ** 2))
+        found[name] = Interval(value, value - _T_975 * error, value + _T_975 * error)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inner:
+    """Inner products of block means: of the draws, the reference, between them, and of the draws'
+    directions with the reference."""
+
+    own: np.ndarray
+    reference: np.ndarray
+    between: np.ndarray
+    direction: np.ndarray
+    square: np.ndarray
+
+    def numbers(self, blocks: np.ndarray) -> dict[str, float]:
+        kept = np.ix_(blocks, blocks)
+        mean_square, true_square = _across(self.own[kept]), _across(self.reference[kept])
+        product = float(np.mean(self.between[kept]))
+        variance = float(np.mean(self.square[blocks])) - mean_square
+        true_size, mean_size, spread = (
+            math.sqrt(x) if x > 0 else math.nan for x in (true_square, mean_square, variance)
+        )
+        bias_square = mean_square - 2 * product + true_square
+        return {
+            "snr": mean_size / spread,
+            "cosine": product / (mean_size * true_size),
+            "one_cosine": float(np.mean(self.direction[kept])) / true_size,
+            "size": mean_size / true_size,
+            # Noise can put the estimate of a vanishing square below 0.
+            "bias": math.sqrt(max(bias_square, 0.0)) / true_size,
+            "spread": spread / true_size,
+        }
+
+
+def _across(gram: np.ndarray) -> float:
+    """Mean product of two different blocks: of independent draws, so it is the mean's square."""
+    n = len(gram)
+    return float((gram.sum() - np.trace(gram)) / (n * (n - 1)))
+
+
+def measure_lens(
+    problem: Problem, n_draws: int, n_reference: int, cases: Sequence[Case] = CASES
+) -> dict[str, Qualities]:
+    """Every case against the mean of ``n_reference`` draws of :data:`REFERENCE`."""
+    # Numbers of their own: a case that is the reference's estimator must not meet its own noise.
+    reference = draw_blocks(problem, REFERENCE, 1.0, n_reference, first_draw=2**20)
+    return {
+        name: quality(draw_blocks(problem, kind, tau, n_draws), reference)
+        for name, kind, tau in cases
+    }
+
+
+def open_problem(setting: Setting, checkpoint: str | Path, n_rows: int) -> Problem:
+    """The lens of a run, and ``n_rows`` of the validation rows of its cache.
+
+    Raises:
+      ValueError: no such checkpoint, or a lens whose decoder gets no gradient through its text.
+    """
+    config = setting.config
+    train, validation = open_caches(setting)
+    reference = training_reference(train)
+    template, frozen = init_lens(
+        setting.model.params, setting.spec, reference.mean_D, reference.scale
+    )
+    if not template["decoder"]:
+        raise ConfigError([f"--checkpoint={checkpoint}: no part of its decoder is trained"])
+    value = lambda name: make_schedule(
+        getattr(config.loss, name),
+        stage_steps=config.joint.steps,
+        steps_per_epoch=len(train) / config.joint.batch_size,
+    )(config.joint.steps)
+    weights = {name: jnp.float32(value(name)) for name in TERMS}
+    if not (weights["mse"] or weights["kl"]):
+        raise ConfigError([f"--checkpoint={checkpoint}: both loss.mse and loss.kl end at 0"])
+    # Rows of one document are neighbours; spread over the split they are of different ones.
+    rows = validation.rows(np.linspace(0, len(validation) - 1, n_rows).astype(np.int64))
+    return Problem(
+        trainable=load_lens(checkpoint, placed(template, setting)),
+        frozen=frozen,
+        batch=make_batch(rows, batch_sharding(setting.mesh), n_rows),
+        objective=setting.objective,
+        weights=weights,
+    )
+
+
+def build_lens_report(found: dict[str, Qualities], facts: Sequence[tuple[str, object]]) -> Report:
+    """A page with the table."""
+    rows = [
+        MetricRow(name, text, better, [values[name] for values in found.values()])
+        for name, text, better in _ROWS
+    ]
+    return Report(
+        title="Gradient estimators on a trained lens",
+        summary=(
+            "The decoder's gradient of w_mse L_MSE + w_kl L_KL through its own sampled text; the "
+            "true gradient is the mean of many RLOO draws."
+        ),
+        facts=facts,
+        columns=list(found),
+        metric_groups=[MetricGroup("Estimators", "", rows)],
+        notes=[
+            "Intervals (95 %) are of the noise of the draws on these rows, not of other rows.",
+            "A score-function draw samples k texts a row, the others one.",
+            "bias is 0 where its estimate is below 0; n/a: the noise leaves no answer.",
+        ],
+    )
