@@ -9,22 +9,25 @@ input of step t + 1) by sweeps through that one pass.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from conlens_jax.config.estimator import parse_estimator
-from conlens_jax.lens.gumbel import straight_through_embed
+from conlens_jax.lens.estimators import logits_cotangent
 from conlens_jax.lens.spec import Decoder, LensSpec, around, normalise, project
+from conlens_jax.models.backward import TokenPullBack, keep_layers, pull_back_layers
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import (
     Patches,
     all_positions,
     embed_tokens,
-    empty_cache,
     rms_norm,
     run_layers,
+    with_room,
 )
 
 
@@ -68,17 +71,15 @@ def generate(
     prompt_BpD = prompt_embeddings(decoder, activation_BD, spec)
     batch, prompt_len, _ = prompt_BpD.shape
     layers = decoder.base["layers"]
-    n_layers = jax.tree.leaves(layers)[0].shape[0]
-    cache = empty_cache(spec.model, n_layers, batch, prompt_len + spec.text_len - 1)
     x_BpD, cache = run_layers(
         layers,
         prompt_BpD,
         all_positions(batch, prompt_len),
         config=spec.model,
-        cache=cache,
-        slot=jnp.int32(0),
+        keep_cache=True,
         patches=slot_patches(decoder, activation_BD, spec),
     )
+    cache = with_room(cache, spec.text_len - 1)
 
     def choose(x_BD: Array, step: Array) -> Int[Array, "B"]:
         logits_BV = _logits(decoder, x_BD, spec)
@@ -182,47 +183,112 @@ def _text_logits(decoder, activation_BD, tokens_BT, noise_BTV, tau, keys_BT, spe
 
 
 def _text_logits_forward(decoder, activation_BD, tokens_BT, noise_BTV, tau, keys_BT, spec):
-    history_BtD = embed_tokens(decoder.base, tokens_BT[:, :-1])
-    run = functools.partial(forced_logits, spec=spec)
-    logits_BTV, pull_back = jax.vjp(run, decoder, activation_BD, history_BtD)
-    table_VD = decoder.base["embedding"]
-    return logits_BTV, (pull_back, logits_BTV, tokens_BT, noise_BTV, tau, keys_BT, table_VD)
+    prompt_BpD, patches = _read_activation(decoder, activation_BD, spec)
+    history_BtD = embed_tokens(decoder.base, tokens_BT[:, :-1]).astype(prompt_BpD.dtype)
+    x = jnp.concatenate([prompt_BpD, history_BtD], axis=1)
+    x, kept = keep_layers(
+        decoder.base["layers"],
+        x,
+        all_positions(*x.shape[:2]),
+        config=spec.model,
+        patches=patches,
+    )
+    out_BTD = x[:, prompt_BpD.shape[1] - 1 :]
+    logits_BTV = _logits(decoder, out_BTD, spec)
+    inputs = (decoder, activation_BD, tokens_BT, noise_BTV, tau, keys_BT)
+    return logits_BTV, (inputs, kept, out_BTD, logits_BTV)
 
 
 def _text_logits_backward(spec, residuals, cotangent_BTV):
-    pull_back, logits_BTV, tokens_BT, noise_BTV, tau, keys_BT, table_VD = residuals
+    inputs, kept, out_BTD, logits_BTV = residuals
+    decoder, activation_BD, tokens_BT, noise_BTV, tau, keys_BT = inputs
+    layers, table_VD = decoder.base["layers"], decoder.base["embedding"]
+    length = kept.inputs_BSD.shape[2]
+    prompt_len = length - (spec.text_len - 1)
+    positions_BS = all_positions(len(tokens_BT), length)
     estimator = parse_estimator(spec.lens.estimator)
-    keys_Bt = None if keys_BT is None else keys_BT[:, :-1]
 
-    def through_tokens(history_bar_BtD: Array) -> tuple[Array, Array]:
-        """Cotangents of logits 1..T−1 and of the embedding table, from those of the history."""
-        lookup = lambda logits, table: straight_through_embed(
-            logits,
-            noise_BTV[:, :-1],
-            tokens_BT[:, :-1],
-            table,
-            tau,
-            estimator=estimator,
-            keys=keys_Bt,
+    def through_tokens(history_bar: Array, window: slice | Array) -> Array:
+        """From cotangents of the tokens' embeddings to those of what they were sampled from."""
+        pick = lambda array: array if array is None else array[:, window]
+        wanted = jnp.matmul(history_bar.astype(table_VD.dtype), table_VD.T)
+        drawn = map(pick, (logits_BTV, noise_BTV, tokens_BT))
+        return logits_cotangent(estimator, wanted, *drawn, tau, pick(keys_BT))
+
+    def pull_back(total_BTV: Array) -> tuple[Any, Params, Array, Array | None]:
+        """Cotangents of (norm, head, last states), layers, input embeddings, patches."""
+        run = lambda norm, head, out: _head_logits(norm, head, out, spec)
+        _, pull = jax.vjp(run, decoder.base["final_norm"], decoder.head_DV, out_BTD)
+        head_bars = pull(total_BTV)
+        patch_at = None if decoder.input_patches is None else jnp.int32(len(spec.decoder_left))
+        before = ((0, 0), (prompt_len - 1, 0), (0, 0))
+        out_bar = jnp.pad(head_bars[2], before)
+        return head_bars, *pull_back_layers(
+            layers, kept, out_bar, positions_BS, config=spec.model, patch_at=patch_at
         )
-        _, pull = jax.vjp(lookup, logits_BTV[:, :-1], table_VD)
-        return pull(history_bar_BtD.astype(table_VD.dtype))
+
+    def exact_total() -> Array:
+        """Token by token from the last to the first."""
+        tokens = TokenPullBack(layers, kept, positions_BS, prompt_len, spec.model)
+
+        def visit(carry, token):
+            sampled_bar_BV, later = carry
+            # This token's output is what the next one was sampled from.
+            at = lambda array: jax.lax.dynamic_index_in_dim(array, token + 1, 1, keepdims=False)
+            run = lambda out: _logits(decoder, out, spec)
+            _, pull = jax.vjp(run, at(out_BTD))
+            (out_bar_BD,) = pull(at(cotangent_BTV) + sampled_bar_BV)
+            history_bar_BD, later = tokens(token, out_bar_BD, later)
+            sampled_bar_BV = through_tokens(history_bar_BD[:, None], token[None])[:, 0]
+            return (sampled_bar_BV, later), sampled_bar_BV
+
+        start = jnp.zeros_like(cotangent_BTV[:, 0]), tokens.start()
+        visits = jnp.arange(spec.text_len - 1, dtype=jnp.int32)
+        _, sampled_bar_tBV = jax.lax.scan(visit, start, visits, reverse=True)
+        return cotangent_BTV + _before_last(sampled_bar_tBV.swapaxes(0, 1))
 
     total_BTV = cotangent_BTV
-    for _ in range(history_sweeps(spec.lens.history_gradient, spec.text_len)):
-        _, _, history_bar = pull_back(total_BTV)
-        logits_bar, _ = through_tokens(history_bar)
-        total_BTV = cotangent_BTV + jnp.pad(logits_bar, ((0, 0), (0, 1), (0, 0)))
-    decoder_bar, activation_bar, history_bar = pull_back(total_BTV)
-    _, table_bar = through_tokens(history_bar)
+    if spec.lens.history_gradient == "exact" and spec.text_len > 1:
+        total_BTV = exact_total()
+    else:
+        for _ in range(history_sweeps(spec.lens.history_gradient, spec.text_len)):
+            _, _, x_bar, _ = pull_back(total_BTV)
+            sampled_bar = through_tokens(x_bar[:, prompt_len:], slice(-1))
+            total_BTV = cotangent_BTV + _before_last(sampled_bar)
+    (norm_bar, head_bar, _), layers_bar, x_bar, patches_bar = pull_back(total_BTV)
+
+    reading = functools.partial(_read_activation, spec=spec)
+    (prompt_BpD, patches), pull = jax.vjp(reading, decoder, activation_BD)
+    if patches is not None:
+        patches = patches._replace(vectors=patches_bar, at=np.zeros((), jax.dtypes.float0))
+    decoder_bar, activation_bar = pull((x_bar[:, :prompt_len].astype(prompt_BpD.dtype), patches))
+    history_bar = x_bar[:, prompt_len:].astype(table_VD.dtype)
     base_bar: Params = dict(decoder_bar.base)
-    base_bar["embedding"] = base_bar["embedding"] + table_bar
-    return decoder_bar._replace(base=base_bar), activation_bar, None, None, None, None
+    base_bar["embedding"] = jnp.zeros_like(table_VD).at[tokens_BT[:, :-1]].add(history_bar)
+    base_bar |= {"layers": layers_bar, "final_norm": norm_bar}
+    decoder_bar = decoder_bar._replace(base=base_bar, head_DV=head_bar)
+    return decoder_bar, activation_bar, None, None, None, None
 
 
 _text_logits.defvjp(_text_logits_forward, _text_logits_backward)
 
 
+def _before_last(bar_BtV: Float[Array, "B T-1 V"]) -> Float[Array, "B T V"]:
+    """The last token is no input of D: nothing comes back through it."""
+    return jnp.pad(bar_BtV, ((0, 0), (0, 1), (0, 0)))
+
+
+def _read_activation(
+    decoder: Decoder, activation_BD: Array, spec: LensSpec
+) -> tuple[Array, Patches | None]:
+    prompt_BpD = prompt_embeddings(decoder, activation_BD, spec)
+    return prompt_BpD, slot_patches(decoder, activation_BD, spec)
+
+
 def _logits(decoder: Decoder, x: Float[Array, "*B D"], spec: LensSpec) -> Float[Array, "*B V"]:
-    normed = rms_norm(x, decoder.base["final_norm"], spec.model.norm_eps)
-    return jnp.matmul(normed, decoder.head_DV).astype(jnp.float32)
+    return _head_logits(decoder.base["final_norm"], decoder.head_DV, x, spec)
+
+
+def _head_logits(norm_D: Array, head_DV: Array, x: Array, spec: LensSpec) -> Array:
+    normed = rms_norm(x, norm_D, spec.model.norm_eps)
+    return jnp.matmul(normed, head_DV).astype(jnp.float32)

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from conlens_jax.models import rope
-from conlens_jax.models.adapters import LORA_IN, LORA_OUT, low_rank
+from conlens_jax.models.adapters import LORA_IN, LORA_OUT
+from conlens_jax.models.attention import attend
 from conlens_jax.models.families import family_of
 from conlens_jax.models.param_table import Params
+from conlens_jax.models.products import Products
 from conlens_jax.models.transformer_config import ACTIVATIONS, TransformerConfig, array_dtype
 
 NO_POSITION = jnp.iinfo(jnp.int32).max
@@ -36,6 +38,28 @@ class Patches(NamedTuple):
 
     vectors: Float[Array, "n B D"]
     at: Int[Array, ""]
+
+
+class Kept(NamedTuple):
+    """What a layer made on its way from input to output; stacked over n layers, ``n`` in front.
+
+    Attributes:
+      inputs_BSD: the residual stream at its input (with its patch).
+      products: the result of every matrix product, by the matrix's name.
+      keys: rotated.
+    """
+
+    inputs_BSD: Float[Array, "*n B S D"]
+    products: dict[str, Array]
+    keys: Float[Array, "*n B S K X"]
+    values: Float[Array, "*n B S K X"]
+
+
+# What ``model.remat`` keeps of a layer for its backward pass; "none" keeps everything.
+REMAT_POLICIES = {
+    "full": None,
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 def empty_cache(config: TransformerConfig, n_layers: int, batch: int, slots: int) -> KVCache:
@@ -58,7 +82,8 @@ class Block(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BSD, past, patch_BD, rotation, mask_BSC, slot, patch_at):
+    def __call__(self, x_BSD, past, patch_BD, known, rotation, mask_BSS, past_mask_BSC, patch_at):
+        """Returns the output, and what the layer made on its way (:class:`Kept`)."""
         config = self.config
         weights = {
             row.path[-1]: self.param(row.path[-1], row.initial, config, row.layer_shape(config))
@@ -70,38 +95,39 @@ class Block(nn.Module):
                 weights[name] = self.get_variable("params", name)
         if patch_BD is not None:
             x_BSD = x_BSD.at[:, patch_at].add(patch_BD.astype(x_BSD.dtype))
-        attended, present = self._attention(weights, x_BSD, past, rotation, mask_BSC, slot)
-        x_BSD = x_BSD + attended
-        x_BSD = x_BSD + self._mlp(weights, x_BSD)
-        return x_BSD, present
-
-    def _attention(self, weights, x_BSD, past, rotation, mask_BSC, slot):
-        x_BSD = rms_norm(x_BSD, weights["attention_norm"], self.config.norm_eps)
-        query = _project("bsd,dhx->bshx", x_BSD, weights, "query")
-        key = _project("bsd,dkx->bskx", x_BSD, weights, "key")
-        value = _project("bsd,dkx->bskx", x_BSD, weights, "value")
-        query, key = rope.rotate(query, rotation), rope.rotate(key, rotation)
-        if past is not None:
-            key, value = write_slots(past[0], key, slot), write_slots(past[1], value, slot)
-        # JAX's attention itself mixes bf16 and fp32, which strict dtype promotion forbids.
-        with jax.numpy_dtype_promotion("standard"):
-            attended = jax.nn.dot_product_attention(query, key, value, mask=mask_BSC[:, None])
-        return _project("bshx,hxd->bsd", attended, weights, "attention_out"), (key, value)
-
-    def _mlp(self, weights, x_BSD):
-        x_BSD = rms_norm(x_BSD, weights["mlp_norm"], self.config.norm_eps)
-        activation = ACTIVATIONS[self.config.activation]
-        hidden = activation(_project("bsd,df->bsf", x_BSD, weights, "gate"))
-        hidden = hidden * _project("bsd,df->bsf", x_BSD, weights, "up")
-        return _project("bsf,fd->bsd", hidden, weights, "down")
+        products = Products(weights, known)
+        query, key, value = attention_inputs(x_BSD, products, rotation, config)
+        attended = attend(query, (key, value), mask_BSS, past, past_mask_BSC)
+        out_BSD = layer_output(x_BSD, attended, products, config)
+        return out_BSD, Kept(x_BSD, products.made, key, value)
 
 
-def _project(equation: str, x: Array, weights: Params, name: str) -> Array:
-    out = jnp.einsum(equation, x, weights[name])
-    if name + LORA_IN in weights:
-        out += low_rank(equation, x, weights[name + LORA_IN], weights[name + LORA_OUT])
-    bias = weights.get(name + "_bias")
-    return out if bias is None else out + bias
+def attention_inputs(
+    x_BSD: Float[Array, "B S D"],
+    products: Products,
+    rotation: tuple[Array, Array],
+    config: TransformerConfig,
+) -> tuple[Float[Array, "B S H X"], Float[Array, "B S K X"], Float[Array, "B S K X"]]:
+    """Rotated queries and keys, and values; each token's from that token alone."""
+    x_BSD = rms_norm(x_BSD, products.weights["attention_norm"], config.norm_eps)
+    query = products("bsd,dhx->bshx", x_BSD, "query")
+    key = products("bsd,dkx->bskx", x_BSD, "key")
+    value = products("bsd,dkx->bskx", x_BSD, "value")
+    return rope.rotate(query, rotation), rope.rotate(key, rotation), value
+
+
+def layer_output(
+    x_BSD: Float[Array, "B S D"],
+    attended_BSHX: Float[Array, "B S H X"],
+    products: Products,
+    config: TransformerConfig,
+) -> Float[Array, "B S D"]:
+    """What follows attention; each token's from that token alone."""
+    x_BSD = x_BSD + products("bshx,hxd->bsd", attended_BSHX, "attention_out")
+    normed_BSD = rms_norm(x_BSD, products.weights["mlp_norm"], config.norm_eps)
+    hidden = ACTIVATIONS[config.activation](products("bsd,df->bsf", normed_BSD, "gate"))
+    hidden = hidden * products("bsd,df->bsf", normed_BSD, "up")
+    return x_BSD + products("bsf,fd->bsd", hidden, "down")
 
 
 def write_slots(
@@ -132,43 +158,91 @@ def run_layers(
       layers: stacked parameters of the n layers to run (a slice of the model's).
       x_BSD: residual stream at the input of the first of them.
       positions_BS: position of each token; :data:`NO_POSITION` for padding.
-      cache: keys and values of tokens already seen; the new ones are written into it.
-      slot: where the new tokens begin in the cache.
+      cache: keys and values of tokens already seen. The new tokens see those at positions before
+        the first of their own; what the cache holds from there on is hidden from them.
+      slot: where in the cache the new tokens' keys and values are written.
       keep_cache: return the new keys and values where no cache was given.
       patches: what is added to the residual stream at the input of each layer.
 
     Returns:
-      The residual stream at the output of the last layer, and the cache (None if not kept).
+      The residual stream at the output of the last layer, and the cache (None if not kept; as it
+      was, if no slot was given).
     """
-    n_layers = jax.tree.leaves(layers)[0].shape[0]
-    if n_layers == 0:
+    if jax.tree.leaves(layers)[0].shape[0] == 0:
         return x_BSD, cache
-    if cache is None:
-        past, key_positions = None, positions_BS
-    else:
-        past = (cache.keys, cache.values)
-        key_positions = write_slots(cache.positions_BC, positions_BS, slot)
-    mask_BSC: Bool[Array, "B S C"] = key_positions[:, None, :] <= positions_BS[:, :, None]
-    rotation = rope.rotations(_rope_positions(positions_BS), config.rope, config.head_dim)
-    keep = keep_cache or cache is not None
-    block = nn.remat(Block, prevent_cse=False) if config.remat == "full" else Block
+    x_BSD, kept = scan_layers(layers, x_BSD, positions_BS, config, cache, patches)
+    if cache is not None and slot is not None:
+        return x_BSD, _append(cache, kept.keys, kept.values, positions_BS, slot)
+    return x_BSD, KVCache(kept.keys, kept.values, positions_BS) if keep_cache else cache
+
+
+def scan_layers(
+    layers: Params,
+    x_BSD: Float[Array, "B S D"],
+    positions_BS: Int[Array, "B S"],
+    config: TransformerConfig,
+    cache: KVCache | None = None,
+    patches: Patches | None = None,
+) -> tuple[Float[Array, "B S D"], Kept]:
+    n_layers = jax.tree.leaves(layers)[0].shape[0]
+    past = None if cache is None else (cache.keys, cache.values)
+    patch_NBD, patch_at = (None, None) if patches is None else patches
+    block = Block
+    if config.remat in REMAT_POLICIES:
+        block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[config.remat])
     scanned = nn.scan(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(0, 0, *(nn.broadcast,) * 4),
+        in_axes=(0, 0, 0, *(nn.broadcast,) * 4),
         length=n_layers,
         unroll=config.unroll or n_layers,
     )(config)
-    patch_NBD, patch_at = (None, None) if patches is None else patches
-    x_BSD, present = scanned.apply(
-        {"params": layers}, x_BSD, past, patch_NBD, rotation, mask_BSC, slot, patch_at
+    masks = _masks(positions_BS, cache)
+    rotation = rotations_at(positions_BS, config)
+    return scanned.apply(
+        {"params": layers}, x_BSD, past, patch_NBD, None, rotation, *masks, patch_at
     )
-    return x_BSD, KVCache(*present, key_positions) if keep else None
 
 
-def _rope_positions(positions_BS: Array) -> Array:
-    return jnp.where(positions_BS == NO_POSITION, 0, positions_BS)
+def seen_keys(positions_BS: Int[Array, "B S"]) -> Bool[Array, "B S S"]:
+    """Which tokens (last axis) each token sees."""
+    return positions_BS[:, None, :] <= positions_BS[:, :, None]
+
+
+def _masks(positions_BS: Array, cache: KVCache | None) -> tuple[Array, Array | None]:
+    """Which new and which cached keys each new token sees."""
+    new_BSS = seen_keys(positions_BS)
+    if cache is None:
+        return new_BSS, None
+    earlier_BC = cache.positions_BC < jnp.min(positions_BS, axis=1, keepdims=True)
+    shape = (*positions_BS.shape, earlier_BC.shape[1])
+    return new_BSS, jnp.broadcast_to(earlier_BC[:, None], shape)
+
+
+def with_room(cache: KVCache, slots: int) -> KVCache:
+    """The cache with so many empty slots behind what it holds."""
+    room = lambda array: jnp.pad(array, ((0, 0), (0, 0), (0, slots), (0, 0), (0, 0)))
+    positions_BC = jnp.pad(cache.positions_BC, ((0, 0), (0, slots)), constant_values=NO_POSITION)
+    return KVCache(room(cache.keys), room(cache.values), positions_BC)
+
+
+def _append(
+    cache: KVCache, keys: Array, values: Array, positions_BS: Array, slot: Array
+) -> KVCache:
+    # All layers at once, behind the scan: so the cache is changed in place, not copied a layer.
+    write = jax.vmap(write_slots, in_axes=(0, 0, None))
+    return KVCache(
+        write(cache.keys, keys, slot),
+        write(cache.values, values, slot),
+        write_slots(cache.positions_BC, positions_BS, slot),
+    )
+
+
+def rotations_at(positions_BS: Int[Array, "B S"], config: TransformerConfig):
+    """cos and sin of the tokens' angles; padding has the angle of position 0."""
+    valid = jnp.where(positions_BS == NO_POSITION, 0, positions_BS)
+    return rope.rotations(valid, config.rope, config.head_dim)
 
 
 def positions_of(mask_BS: Bool[Array, "B S"]) -> Int[Array, "B S"]:

@@ -1,0 +1,206 @@
+"""The backward pass through a stack of layers by hand: all tokens at once, or one by one.
+
+:func:`keep_layers` is the forward pass that keeps, of each layer, its input and the results of
+its matrix products. From these :func:`pull_back_layers` makes the usual gradients. And
+:class:`TokenPullBack` goes back token by token, from the last to the first, as decoding went
+forward: where the cotangent of a token's output depends on the gradient at the tokens behind it
+(a sampled text is such a case), this is the exact gradient for the price of one backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from conlens_jax.models.attention import (
+    attention_scores,
+    attention_weights,
+    heads_first,
+    heads_last,
+    mix_values,
+)
+from conlens_jax.models.param_table import Params
+from conlens_jax.models.products import Products
+from conlens_jax.models.transformer import (
+    Block,
+    Kept,
+    Patches,
+    attention_inputs,
+    layer_output,
+    rotations_at,
+    scan_layers,
+    seen_keys,
+)
+from conlens_jax.models.transformer_config import TransformerConfig
+
+
+def keep_layers(
+    layers: Params,
+    x_BSD: Float[Array, "B S D"],
+    positions_BS: Int[Array, "B S"],
+    *,
+    config: TransformerConfig,
+    patches: Patches | None = None,
+) -> tuple[Float[Array, "B S D"], Kept]:
+    """:func:`~conlens_jax.models.transformer.run_layers`, and what the backward pass needs.
+
+    With ``config.remat="full"`` the products are made again there instead of being kept.
+    """
+    x_BSD, kept = scan_layers(layers, x_BSD, positions_BS, config, None, patches)
+    return x_BSD, kept._replace(products={}) if config.remat == "full" else kept
+
+
+def pull_back_layers(
+    layers: Params,
+    kept: Kept,
+    out_bar_BSD: Float[Array, "B S D"],
+    positions_BS: Int[Array, "B S"],
+    *,
+    config: TransformerConfig,
+    patch_at: Int[Array, ""] | None = None,
+) -> tuple[Params, Float[Array, "B S D"], Float[Array, "n B D"] | None]:
+    """Cotangents of the layers, of their input and (with ``patch_at``) of the patches."""
+    mask_BSS = seen_keys(positions_BS)
+    rotation = rotations_at(positions_BS, config)
+
+    def back(x_bar_BSD: Array, layer: tuple[Params, Kept]):
+        weights, kept = layer
+
+        def run(weights, x_BSD):
+            variables = {"params": weights}
+            constants = (rotation, mask_BSS, None, None)
+            out, _ = Block(config).apply(variables, x_BSD, None, None, kept.products, *constants)
+            return out
+
+        _, pull = jax.vjp(run, weights, kept.inputs_BSD)
+        weights_bar, x_bar_BSD = pull(x_bar_BSD)
+        # The patch was added to the input, which is what was kept.
+        patch_bar_BD = None if patch_at is None else x_bar_BSD[:, patch_at]
+        return x_bar_BSD, (weights_bar, patch_bar_BD)
+
+    x_bar_BSD, (layers_bar, patches_bar) = jax.lax.scan(
+        back, out_bar_BSD, (layers, kept), reverse=True, unroll=config.unroll or len(kept.keys)
+    )
+    return layers_bar, x_bar_BSD, patches_bar
+
+
+class Later(NamedTuple):
+    """What the tokens behind the present one want of its keys and values, for n layers; rows of t
+    queries, zero where they have not been visited yet.
+
+    Attributes:
+      weights, scores_bar: attention weights, and the cotangent of the scores.
+      mixed_bar: the cotangent of what attention gave.
+    """
+
+    weights: Float[Array, "n B K G t C"]
+    scores_bar: Float[Array, "n B K G t C"]
+    mixed_bar: Float[Array, "n B K G t X"]
+
+
+class TokenPullBack:
+    """Vector-Jacobian products of the last t tokens of a pass, from the last to the first.
+
+    Args:
+      kept: of the whole pass (:func:`keep_layers`).
+      first: index of the first of the t tokens.
+    """
+
+    def __init__(
+        self,
+        layers: Params,
+        kept: Kept,
+        positions_BS: Int[Array, "B S"],
+        first: int,
+        config: TransformerConfig,
+    ):
+        self.layers, self.config, self.first = layers, config, first
+        self.keys, self.values = kept.keys, kept.values
+        self.mask_BSS, self.rotation = seen_keys(positions_BS), rotations_at(positions_BS, config)
+        tail = lambda array: array[:, :, first:]
+        self.inputs, self.products = tail(kept.inputs_BSD), jax.tree.map(tail, kept.products)
+        rotation = jax.tree.map(lambda array: array[:, first:], self.rotation)
+
+        def queries(layer):
+            weights, x_BtD, products = layer
+            made = attention_inputs(x_BtD, Products(weights, products), rotation, config)
+            return heads_first(made[0], config.n_kv_heads)
+
+        self.queries = jax.lax.map(queries, (layers, self.inputs, self.products))
+
+    def start(self) -> Later:
+        """Nothing is wanted yet."""
+        n_layers, batch, n_kv_heads, group, tokens, width = self.queries.shape
+        shape = (n_layers, batch, n_kv_heads, group, tokens)
+        zeros = lambda last, dtype: jnp.zeros((*shape, last), dtype)
+        slots = self.keys.shape[2]
+        return Later(
+            zeros(slots, jnp.float32), zeros(slots, jnp.float32), zeros(width, self.values.dtype)
+        )
+
+    def __call__(
+        self, token: Int[Array, ""], out_bar_BD: Float[Array, "B D"], later: Later
+    ) -> tuple[Float[Array, "B D"], Later]:
+        """The cotangent of the token's input, once all tokens behind it have been visited.
+
+        Args:
+          token: 0 … t − 1; each once, from the last to the first.
+          out_bar_BD: the complete cotangent of its output.
+        """
+        at = self.first + token
+        pick = lambda array, axis, index=token: jax.lax.dynamic_slice_in_dim(array, index, 1, axis)
+        rotation = jax.tree.map(lambda array: pick(array, 1, at), self.rotation)
+        mask_B1C = pick(self.mask_BSS, 1, at)
+        config = self.config
+
+        def back(out_bar_B1D: Array, layer):
+            weights, x_B1D, products, query, keys, values, queries, later = layer
+            scores = attention_scores(query, keys)
+            mix, pull_weights = jax.vjp(lambda s: attention_weights(s, mask_B1C), scores)
+            attended = heads_last(mix_values(mix, values))
+            finish = lambda x, attended: layer_output(
+                x, attended, Products(weights, products), config
+            )
+            _, pull_output = jax.vjp(finish, x_B1D, attended)
+            x_bar, attended_bar = pull_output(out_bar_B1D)
+            mixed_bar = heads_first(attended_bar, config.n_kv_heads)
+            mix_bar = jnp.einsum(
+                "bkgsx,bckx->bkgsc", mixed_bar, values, preferred_element_type=jnp.float32
+            )
+            (scores_bar,) = pull_weights(mix_bar)
+            scaled = scores_bar / math.sqrt(query.shape[-1])
+            query_bar = mix_values(scaled, keys)
+            # This token's key and value, as the tokens behind it and it itself have used them.
+            own = lambda array: pick(array, 4, at)[..., 0].astype(keys.dtype)
+            collect = functools.partial(jnp.einsum, "bkgt,bkgtx->bkx")
+            key_bar = collect(own(later.scores_bar), queries) + collect(own(scaled), query)
+            value_bar = collect(own(later.weights), later.mixed_bar) + collect(own(mix), mixed_bar)
+            begin = lambda x: attention_inputs(x, Products(weights, products), rotation, config)
+            _, pull_inputs = jax.vjp(begin, x_B1D)
+            bars = heads_last(query_bar), key_bar[:, None], value_bar[:, None]
+            return x_bar + pull_inputs(bars)[0], Later(mix, scaled, mixed_bar)
+
+        stack = (
+            self.layers,
+            pick(self.inputs, 2),
+            jax.tree.map(lambda array: pick(array, 2), self.products),
+            pick(self.queries, 4),
+            self.keys,
+            self.values,
+            self.queries,
+            later,
+        )
+        x_bar, rows = jax.lax.scan(
+            back,
+            out_bar_BD[:, None],
+            stack,
+            reverse=True,
+            unroll=config.unroll or len(self.keys),
+        )
+        write = lambda all_rows, row: jax.lax.dynamic_update_slice_in_dim(all_rows, row, token, 4)
+        return x_bar[:, 0], jax.tree.map(write, later, rows)

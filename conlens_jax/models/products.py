@@ -1,0 +1,67 @@
+"""The matrix products of a layer: made once, and known again in the backward pass.
+
+A backward pass that is written by hand (:mod:`conlens_jax.models.backward`) needs a layer's
+derivative at one token, or at all of them, more than once. Only matrix products are dear, and a
+product is linear: with its result known, the derivative needs its matrix and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from conlens_jax.models.adapters import LORA_IN, LORA_OUT, low_rank
+from conlens_jax.models.param_table import Params
+
+
+class Products:
+    """``products(equation, x, name)`` is x times the layer's matrix ``name``, with its low-rank
+    adapter and its bias where it has them.
+
+    Args:
+      weights: parameters of one layer.
+      known: results by name, from a pass with the same inputs; what is not there is computed.
+
+    Attributes:
+      made: the results so far, by name.
+    """
+
+    def __init__(self, weights: Params, known: dict[str, Array] | None = None):
+        self.weights, self.known = weights, known or {}
+        self.made: dict[str, Array] = {}
+
+    def __call__(self, equation: str, x: Array, name: str) -> Array:
+        parts = (name, name + LORA_IN, name + LORA_OUT, name + "_bias")
+        weights = {part: self.weights[part] for part in parts if part in self.weights}
+        if name in self.known:
+            result = _recalled(equation, name, x, weights, self.known[name])
+        else:
+            result = _product(equation, name, x, weights)
+        self.made[name] = result
+        return result
+
+
+def _product(equation: str, name: str, x: Array, weights: Params) -> Array:
+    out = jnp.einsum(equation, x, weights[name])
+    if name + LORA_IN in weights:
+        out += low_rank(equation, x, weights[name + LORA_IN], weights[name + LORA_OUT])
+    bias = weights.get(name + "_bias")
+    return out if bias is None else out + bias
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _recalled(equation, name, x, weights, known):
+    """``known``, with the derivative of the product that it is the result of."""
+    del equation, name, x, weights
+    return known
+
+
+@_recalled.defjvp
+def _recalled_jvp(equation, name, primals, tangents):
+    x, weights, known = primals
+    product = functools.partial(_product, equation, name)
+    # The product itself, computed beside its derivative, is not used: XLA drops it.
+    return known, jax.jvp(product, (x, weights), tangents[:2])[1]
