@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     def full(original, tokens_BS, mask_BS):
         return forward(original, tokens_BS, config=spec.model, mask_BS=mask_BS)
 
-    inputs = (original, batch.tokens_BS, batch.mask_BS)
+    inputs = (original, batch.tokens_GS, batch.mask_GS)
     rate = matmul_rate(options.dtype, options.repeat)
     seconds = {
         name: Runner(options.repeat).measure(function, *inputs)[1].seconds

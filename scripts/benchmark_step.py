@@ -111,12 +111,16 @@ def workload_of(options: argparse.Namespace) -> Workload:
         "model.unroll": options.unroll,
         "model.remat": options.remat,
         "joint.batch_size": options.batch,
+        "joint.rows_per_document": options.rows_per_document,
         "dump.seq_len": options.context,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
     if options.text_len is not None:  # the warm start's window has the text's length
         changes |= {"warm.before": options.text_len - 1, "warm.after": 1}
         changes["dump.min_position"] = max(config.dump.min_position, options.text_len)
+    if options.rows_per_document:
+        shared = max(options.rows_per_document, config.dump.positions_per_sequence)
+        changes["dump.positions_per_sequence"] = shared
     editable = to_config_dict(config)
     editable.update_from_flattened_dict(changes)
     config, changed = comparable(from_config_dict(editable.to_dict()))
@@ -178,7 +182,8 @@ def _description(work: Workload) -> dict[str, Any]:
         "shape": work.name,
         "T": spec.text_len,
         "batch": len(work.batch.positions_B),
-        "context": work.batch.tokens_BS.shape[1],
+        "context": work.batch.tokens_GS.shape[1],
+        "rows a document": work.batch.rows_per_document,
         "mean P": float(work.batch.positions_B.mean()),
         "L": spec.layer,
         "horizon": work.objective.loss.kl_horizon,
@@ -201,6 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text-len", type=int, help="T; without --config 8")
     parser.add_argument("--batch", type=int, help="rows; without --config 32")
     parser.add_argument("--context", type=int, help="S; without --config 64")
+    parser.add_argument("--rows-per-document", type=int, help="rows that share a context; else 1")
     parser.add_argument("--train", choices=("full", "frozen"), help="both clones, or only prompts")
     parser.add_argument("--history", help="lens.history_gradient of our step; default: config's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from conlens_jax.config import ExperimentConfig, from_config_dict, to_config_dict
-from conlens_jax.data.batches import batch_indices, prefetch
+from conlens_jax.data.batches import grouped_batch, prefetch, read_groups
 from conlens_jax.evaluate import recorded_config
 from conlens_jax.evaluation import metrics
 from conlens_jax.lens.batch import make_batch
@@ -131,7 +131,10 @@ def train(bench: Bench, name: str, changes: dict[str, Any], budget: float, seeds
     batch_size = (config.warm if supervised else config.joint).batch_size
     optimizer_config = config.control.optimizer if supervised else config.joint.optimizer
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
-    n_rows, sharding = len(bench.caches[0]), batch_sharding(bench.setting.mesh)
+    sharding = batch_sharding(bench.setting.mesh)
+    shared = 1 if supervised else config.joint.rows_per_document
+    groups_nk = read_groups(bench.caches[0], shared)
+    n_rows = groups_nk.size
 
     def compiled(steps: int):
         stage = Stage("control" if supervised else "joint", steps, batch_size, optimizer_config)
@@ -142,8 +145,9 @@ def train(bench: Bench, name: str, changes: dict[str, Any], budget: float, seeds
         return step.lower(state, bench.frozen, read(0, 0)).compile(), optimizer
 
     def read(seed: int, index: int):
-        rows = bench.caches[0].rows(batch_indices(n_rows, batch_size, 1 + seed, index))
-        return make_batch(rows, sharding, batch_size, first_example=1_000_000 * (1 + seed))
+        rows = bench.caches[0].rows(grouped_batch(groups_nk, batch_size, 1 + seed, index))
+        first = 1_000_000 * (1 + seed)
+        return make_batch(rows, sharding, batch_size, first, rows_per_document=shared)
 
     def run(step, optimizer, steps: int, seed: int):
         state = init_state(jax.tree.map(jnp.copy, bench.start), optimizer)

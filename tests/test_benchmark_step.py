@@ -153,5 +153,5 @@ def test_config_file_gives_model_lens_and_loss(tmp_path):
     work = module.workload_of(parse([f"--config={file}", "--batch=2", "--context=24"]))
     assert (work.spec.model.d_model, work.spec.layer) == (32, 1)
     assert work.spec.lens.dual_path, "the naive step has the dual path"
-    assert work.batch.tokens_BS.shape == (2, 24)
+    assert work.batch.tokens_GS.shape == (2, 24)
     assert "text anchor" in step_flops(work)

@@ -118,7 +118,7 @@ def plain_warm(trainable, frozen, batch, spec):
     """(read_error, write_loss)."""
     rows = np.arange(BATCH)[:, None]
     place = np.asarray(batch.positions_B)[:, None] + np.arange(-BEFORE + 1, AFTER + 1)
-    window = np.asarray(batch.tokens_BS)[rows, place]
+    window = np.asarray(batch.tokens_GS)[rows, place]
     text_BTD = plain_encoder_table(trainable, frozen)[window]
     found = plain_reconstruction(trainable, frozen, text_BTD, spec)
     prompt = plain_prompt(trainable, frozen, batch.activation_BD, spec)
@@ -141,7 +141,7 @@ def plain_terms(trainable, frozen, batch, noise_BTV, spec, through_delta):
     delta = stopped + through_delta * (delta - stopped)
     partner = (np.arange(BATCH) - 1) % BATCH
     swapped = plain_swap(frozen["original"], batch, found + delta[partner], spec)
-    clean = forward(frozen["original"], batch.tokens_BS, config=spec.model, mask_BS=batch.mask_BS)
+    clean = forward(frozen["original"], batch.tokens_GS, config=spec.model, mask_BS=batch.mask_GS)
     rows = np.arange(BATCH)[:, None]
     window = np.asarray(batch.positions_B)[:, None] + np.arange(HORIZON)
     text_BT = jnp.argmax(choice, axis=-1)
@@ -291,7 +291,7 @@ def test_reference_of_the_language_loss(kind):
     """M on the text alone, M under the text prompt, or the decoder as the warm start left it."""
     trainable, frozen, batch, _ = setting()
     spec, original = tiny_spec(), frozen["original"]
-    text_BT = batch.tokens_BS[:, :TEXT_LEN]
+    text_BT = batch.tokens_GS[:, :TEXT_LEN]
     objective = objective_of(dataclasses.replace(ALL_TERMS, lm_reference=kind))
     make = fast_jit(functools.partial(reference_logits, objective=objective))
     found = make(frozen, batch.activation_BD, text_BT)
@@ -313,7 +313,7 @@ def test_reference_of_the_language_loss(kind):
 def test_reference_without_a_first_token_is_uniform_there():
     _, frozen, batch, _ = setting()
     spec = tiny_spec(bos=None)
-    text_BT = batch.tokens_BS[:, :TEXT_LEN]
+    text_BT = batch.tokens_GS[:, :TEXT_LEN]
     alone = fast_jit(lambda original: text_logits_alone(original, text_BT, (), spec))
     found = alone(frozen["original"])
     assert np.ptp(found[:, 0]) == 0
@@ -378,7 +378,7 @@ def compiled_step(stage, config, state, frozen, batch):
 def warm_loss_that_can_overflow(trainable, frozen, batch, *, objective):
     """Infinite, with finite gradients, where the first length is negative; else the warm loss."""
     total, terms = warm_loss(trainable, frozen, batch, objective=objective)
-    return total + jnp.where(batch.lengths_B[0] < 0, jnp.inf, 0.0), terms
+    return total + jnp.where(batch.lengths_G[0] < 0, jnp.inf, 0.0), terms
 
 
 @functools.cache
@@ -483,7 +483,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     not_a_number = batch.activation_BD.at[2, 3].set(jnp.nan)
     broken_batches = (
         dataclasses.replace(batch, activation_BD=not_a_number),
-        dataclasses.replace(batch, lengths_B=batch.lengths_B.at[0].set(-1)),
+        dataclasses.replace(batch, lengths_G=batch.lengths_G.at[0].set(-1)),
     )
     for bad_steps, broken in enumerate(broken_batches, start=1):
         state, metrics = step(state, frozen, broken)

@@ -56,7 +56,7 @@ def test_prefix_share_mixes_the_mean_error_of_shorter_texts():
         objective = Objective(LossConfig(prefix_share=share), warm, spec)
         _, terms = warm_loss(trainable, frozen, batch, objective=objective)
         read_error[share] = float(terms["read_error"])
-    window = source_window(batch.tokens_BS, batch.positions_B, 3, 1)
+    window = source_window(batch.tokens_GS, batch.positions_B, 3, 1)
     encoder = encoder_of(trainable, frozen, spec)
     errors = [
         float(

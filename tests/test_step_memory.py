@@ -30,7 +30,7 @@ def temporary_bytes(text_len: int, *, plain: bool = False) -> int:
     ``plain``, for that of a text written by a pass over everything a token."""
     trainable, frozen, batch, objective = lens_for(text_len, "sweeps=1")
     spec = objective.spec
-    noise = jnp.zeros((len(batch.lengths_B), text_len, spec.model.vocab_size))
+    noise = jnp.zeros((len(batch.lengths_G), text_len, spec.model.vocab_size))
     weights, tau = {name: jnp.float32(1) for name in TERMS}, jnp.float32(1)
 
     def ours(trainable, frozen, batch, noise):
@@ -68,7 +68,7 @@ def test_the_same_measurement_sees_a_parabola():
 def test_a_step_compiles_once():
     trainable, frozen, batch, objective = lens_for(4, "sweeps=1")
     config = ExperimentConfig()
-    stage = Stage("joint", 10, len(batch.lengths_B), config.joint.optimizer)
+    stage = Stage("joint", 10, len(batch.lengths_G), config.joint.optimizer)
     optimizer, learning_rate = stage_optimizer(stage, trainable, stage.batch_size)
     step = make_step(stage, config, objective, optimizer, learning_rate, stage.batch_size)
     batches = [tiny_batch(objective.spec, frozen["original"], seed=seed) for seed in range(4)]

@@ -215,10 +215,10 @@ def plain_reconstruction(trainable: Params, frozen: Params, text_BTD, spec: Lens
 
 def plain_swap(original: Params, batch: Batch, vector_BD, spec: LensSpec) -> jax.Array:
     """M's logits everywhere, the whole context run again with the vector at P."""
-    positions_BS = positions_of(batch.mask_BS)
+    positions_BS = positions_of(batch.mask_GS)
     lower = jax.tree.map(lambda leaf: leaf[: spec.layer + 1], original["layers"])
     upper = jax.tree.map(lambda leaf: leaf[spec.layer + 1 :], original["layers"])
-    x_BSD = original["embedding"][batch.tokens_BS]
+    x_BSD = original["embedding"][batch.tokens_GS]
     x_BSD, _ = run_layers(lower, x_BSD, positions_BS, config=spec.model)
     x_BSD = x_BSD.at[jnp.arange(len(vector_BD)), batch.positions_B].set(vector_BD)
     x_BSD, _ = run_layers(upper, x_BSD, positions_BS, config=spec.model)

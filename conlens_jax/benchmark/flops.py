@@ -98,14 +98,15 @@ def step_flops(work: Workload) -> dict[str, float]:
     before = np.asarray(work.batch.positions_B, np.float64)
     upper = config.n_layers - layer - 1
     context = Cost()
-    for length in before:  # rows of the batch
-        window = causal(length, horizon)
-        whole = causal(0, length + horizon)
-        # The layers above read all of what is below them; without any, only the window is read.
-        read = (length + horizon, whole) if upper else (horizon, window)
-        context += stack_cost(config, layer + 1, length + horizon, whole, *read)
-        context += stack_cost(config, upper, length + horizon, whole, horizon, window)
-        context += Cost(horizon * head.total)
+    for rows_before in before.reshape(-1, work.batch.rows_per_document):  # documents of the batch
+        length, read_tokens = max(rows_before) + horizon, horizon * len(rows_before)
+        whole = causal(0, length)
+        windows = sum(causal(first, horizon) for first in rows_before)
+        # The layers above read all of what is below them; without any, only the windows are read.
+        read = (length, whole) if upper else (read_tokens, windows)
+        context += stack_cost(config, layer + 1, length, whole, *read)
+        context += stack_cost(config, upper, length, whole, read_tokens, windows)
+        context += Cost(read_tokens * head.total)
     swap = Cost(rows * horizon * head.total)
     for length in before:
         window = causal(length, horizon)
@@ -150,7 +151,7 @@ def step_flops(work: Workload) -> dict[str, float]:
 def dump_flops(work: Workload) -> dict[str, float]:
     """FLOPs of a batch of the dump (to the output of block L), and of the whole forward pass."""
     config, layer = work.spec.model, work.spec.layer
-    rows, length = work.batch.tokens_BS.shape
+    rows, length = work.batch.tokens_GS.shape
     pairs = causal(0, length)
     lower = stack_cost(config, layer + 1, length, pairs, length, pairs)
     every = stack_cost(config, config.n_layers, length, pairs, length, pairs)

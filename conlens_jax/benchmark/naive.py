@@ -82,20 +82,28 @@ def round_trip(
     return reconstruction_BD, logits_BTV, jnp.argmax(choice_BTV, axis=-1).astype(jnp.int32)
 
 
+def contexts_of(batch: Batch) -> tuple[Array, Array]:
+    """(tokens, mask) [B, S]: every row with a context of its own."""
+    each = lambda array: jnp.repeat(array, batch.rows_per_document, axis=0)
+    return each(batch.tokens_GS), each(batch.mask_GS)
+
+
 def target_logits(original: Params, batch: Batch, *, spec: LensSpec) -> Float[Array, "B S V"]:
     """M's logits over the whole context."""
-    return forward(original, batch.tokens_BS, config=spec.model, mask_BS=batch.mask_BS)
+    tokens_BS, mask_BS = contexts_of(batch)
+    return forward(original, tokens_BS, config=spec.model, mask_BS=mask_BS)
 
 
 def swapped_logits(
     original: Params, batch: Batch, vector_BD: Float[Array, "B D"], *, spec: LensSpec
 ) -> Float[Array, "B S V"]:
     """M's logits over the whole context, run again with the vector at P."""
-    x_BSD = capture(original, batch.tokens_BS, batch.mask_BS, spec=spec)
+    tokens_BS, mask_BS = contexts_of(batch)
+    x_BSD = capture(original, tokens_BS, mask_BS, spec=spec)
     rows = jnp.arange(len(vector_BD))
     x_BSD = x_BSD.at[rows, batch.positions_B].set(vector_BD.astype(x_BSD.dtype))
     upper = slice_layers(original["layers"], spec.layer + 1, spec.model.n_layers)
-    x_BSD, _ = run_layers(upper, x_BSD, positions_of(batch.mask_BS), config=spec.model)
+    x_BSD, _ = run_layers(upper, x_BSD, positions_of(mask_BS), config=spec.model)
     return unembed(original, x_BSD, config=spec.model)
 
 

@@ -96,15 +96,15 @@ def our_phases(work: Workload, runner: Runner) -> Phases:
     def prefix(original, batch):
         return read_context(
             original,
-            batch.tokens_BS,
-            batch.mask_BS,
+            batch.tokens_GS,
+            batch.mask_GS,
             batch.positions_B,
             horizon=objective.loss.kl_horizon,
             spec=spec,
         )
 
     def swap(original, context, reconstruction_BD, activation_BD):
-        vector_BD = swap_vector(reconstruction_BD, activation_BD, spec)
+        vector_BD = swap_vector(reconstruction_BD, activation_BD, spec, batch.rows_per_document)
         return swapped_logits(original, context, vector_BD, spec=spec)
 
     def losses(reconstruction_BD, activation_BD, logits, reference, target, swapped, statistics):

@@ -193,12 +193,14 @@ def _workload(
              "tokens are read behind them"]
         )  # fmt: skip
     rng = np.random.default_rng(0)
-    tokens_BS = rng.integers(0, spec.model.vocab_size, (batch_size, context)).astype(np.int32)
+    shared = config.joint.rows_per_document
+    shape = (batch_size // shared, context)
+    tokens_GS = rng.integers(0, spec.model.vocab_size, shape).astype(np.int32)
     positions_B = rng.integers(first, context - after, batch_size).astype(np.int32)
-    mask_BS = np.ones(tokens_BS.shape, bool)
     read = jax.jit(capture, static_argnames="spec")
-    states_BSD = read(original, tokens_BS, mask_BS, spec=spec)
-    activation_BD = states_BSD[np.arange(batch_size), positions_B].astype(jnp.float32)
+    states_GSD = read(original, tokens_GS, np.ones(shape, bool), spec=spec)
+    documents_B = np.arange(batch_size) // shared
+    activation_BD = states_GSD[documents_B, positions_B].astype(jnp.float32)
     mean_D = np.asarray(jnp.mean(activation_BD, axis=0))
     scale = float(jnp.std(activation_BD - mean_D))
     trainable, frozen = init_lens(original, spec, mean_D, scale)
@@ -206,8 +208,8 @@ def _workload(
     frozen |= {"warm_decoder": jax.tree.map(jnp.copy, trainable["decoder"])}
     batch = Batch(
         activation_BD,
-        jnp.asarray(tokens_BS),
-        jnp.full(batch_size, context, jnp.int32),
+        jnp.asarray(tokens_GS),
+        jnp.full(len(tokens_GS), context, jnp.int32),
         jnp.asarray(positions_B),
         jnp.arange(batch_size, dtype=jnp.int32),
     )

@@ -32,7 +32,12 @@ _AT_LEAST_ONE = (
     *("dump.batch_size", "dump.rows_per_shard", "lens.text_len", "loss.kl_horizon"),
     "lens.lora_rank",
     *("warm.batch_size", "warm.optimizer.accumulate", "warm.optimizer.max_bad_steps"),
-    *("joint.batch_size", "joint.optimizer.accumulate", "joint.optimizer.max_bad_steps"),
+    *(
+        "joint.batch_size",
+        "joint.rows_per_document",
+        "joint.optimizer.accumulate",
+        "joint.optimizer.max_bad_steps",
+    ),
     *("control.optimizer.accumulate", "control.optimizer.max_bad_steps"),
     *("baseline.batch_size", "baseline.optimizer.accumulate", "baseline.optimizer.max_bad_steps"),
     *(f"train.{name}" for name in ("log_every", "validate_every", "sample_every")),
@@ -155,8 +160,29 @@ def _shape_problems(config: ExperimentConfig) -> Iterator[str]:
                 f"{stage}.batch_size={batch} must be a multiple of "
                 f"{stage}.optimizer.accumulate={accumulate}"
             )
-        if stage == "joint" and lens.dual_path and accumulate > 0 and batch // accumulate < 2:
-            yield "joint.batch_size / accumulate must be at least 2 where lens.dual_path is on"
+    yield from _shared_document_problems(config)
+
+
+def _shared_document_problems(config: ExperimentConfig) -> Iterator[str]:
+    joint = config.joint
+    shared, parts = joint.rows_per_document, joint.optimizer.accumulate
+    if shared < 1 or parts < 1:
+        return
+    if joint.batch_size % (shared * parts):
+        yield (
+            f"joint.batch_size={joint.batch_size} must be a multiple of joint.rows_per_document="
+            f"{shared} times joint.optimizer.accumulate={parts}"
+        )
+    elif config.lens.dual_path and joint.batch_size // (shared * parts) < 2:
+        yield (
+            "joint.batch_size / (rows_per_document · accumulate) must be at least 2 where "
+            "lens.dual_path is on: the other activation is of another document"
+        )
+    if shared > config.dump.positions_per_sequence:
+        yield (
+            f"joint.rows_per_document={shared} must be at most dump.positions_per_sequence="
+            f"{config.dump.positions_per_sequence}, the rows that a document has"
+        )
 
 
 def _estimator_problems(config: ExperimentConfig) -> Iterator[str]:

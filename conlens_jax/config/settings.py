@@ -204,7 +204,7 @@ class LensConfig:
     input_patches: int = 0
     dual_path: bool = True
     stop_gradient_delta: bool = True
-    history_gradient: str = "sweeps=1"
+    history_gradient: str = "exact"
     estimator: str = "straight_through"
 
     @property
@@ -291,10 +291,18 @@ class WarmConfig:
 
 @dataclasses.dataclass(frozen=True)
 class JointConfig:
-    """The joint stage: the loss of the lens through D's own text."""
+    """The joint stage: the loss of the lens through D's own text.
+
+    Attributes:
+      batch_size: rows of a step.
+      rows_per_document: so many rows of a batch, one behind the other, are of one document, and M
+        reads its context once for all of them. ``batch_size`` must be a multiple of it, and
+        ``dump.positions_per_sequence`` too, or a document's last rows are never read.
+    """
 
     steps: int = 300
     batch_size: int = 64
+    rows_per_document: int = 1
     optimizer: OptimizerConfig = OptimizerConfig()
 
 

@@ -10,11 +10,22 @@ import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
+from conlens_jax.data.rows import Rows
+
 Item = TypeVar("Item")
+_ROWS_AT_A_TIME = 16_384
+
+
+class ReadsRows(Protocol):
+    """A cache of activations."""
+
+    def __len__(self) -> int: ...
+    def rows(self, indices: np.ndarray, /) -> Rows: ...
+
 
 # Keeps this stream of random numbers apart from others that are keyed by the same seed.
 _PURPOSE = 0x0DE2
@@ -61,6 +72,49 @@ def batch_indices(n_rows: int, batch_size: int, seed: int, step: int) -> np.ndar
     epoch, number = divmod(step, per_epoch)
     order = _epoch_order(n_rows, seed, epoch)
     return order[number * batch_size : (number + 1) * batch_size].astype(np.int64)
+
+
+def document_groups(documents_N: np.ndarray, size: int) -> np.ndarray:
+    """Rows that share a document, ``size`` neighbours at a time; int64 of shape ``[n, size]``.
+
+    A document's last rows that do not fill a group are left out.
+    """
+    new = np.flatnonzero(np.diff(documents_N, prepend=documents_N[:1] - 1))
+    counts = np.diff(new, append=len(documents_N))
+    starts = [
+        np.arange(first, first + count - size + 1, size)
+        for first, count in zip(new, counts, strict=True)
+    ]
+    firsts = np.concatenate([np.zeros(0, np.int64), *starts]).astype(np.int64)
+    return firsts[:, None] + np.arange(size)
+
+
+def read_groups(cache: ReadsRows, size: int) -> np.ndarray:
+    """:func:`document_groups` of a whole cache; single rows where ``size`` is 1.
+
+    Raises:
+      ValueError: no document has so many rows.
+    """
+    if size == 1:
+        return np.arange(len(cache))[:, None]
+    pieces = range(0, len(cache), _ROWS_AT_A_TIME)
+    documents = [
+        cache.rows(np.arange(start, min(start + _ROWS_AT_A_TIME, len(cache)))).documents_N
+        for start in pieces
+    ]
+    groups_nk = document_groups(np.concatenate(documents), size)
+    if not len(groups_nk):
+        raise ValueError(
+            f"joint.rows_per_document={size}: no document of the cache has so many rows; lower it "
+            "or dump again with a larger dump.positions_per_sequence"
+        )
+    return groups_nk
+
+
+def grouped_batch(groups_nk: np.ndarray, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """The rows of a step, whole groups one behind the other; see :func:`batch_indices`."""
+    n_groups, size = groups_nk.shape
+    return groups_nk[batch_indices(n_groups, batch_size // size, seed, step)].reshape(-1)
 
 
 def shard_of_batch(indices: np.ndarray, process_index: int, process_count: int) -> np.ndarray:

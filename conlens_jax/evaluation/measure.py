@@ -186,10 +186,10 @@ def _context(
 ) -> tuple[Context, jax.Array, Effect]:
     """The context of a batch, the true next tokens, and M's predictions without a swap."""
     context = read_context(
-        original, batch.tokens_BS, batch.mask_BS, batch.positions_B, horizon=horizon, spec=spec
+        original, batch.tokens_GS, batch.mask_GS, batch.positions_B, horizon=horizon, spec=spec
     )
-    rows_B = jnp.arange(batch.tokens_BS.shape[0])
-    next_token_B = batch.tokens_BS[rows_B, batch.positions_B + 1]
+    rows_B = jnp.arange(batch.tokens_GS.shape[0])
+    next_token_B = batch.tokens_GS[rows_B, batch.positions_B + 1]
     return context, next_token_B, _describe(context, next_token_B, context.logits_BhV)
 
 

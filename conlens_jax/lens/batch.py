@@ -13,31 +13,53 @@ from conlens_jax.data.rows import Rows
 
 @flax.struct.dataclass
 class Batch:
-    """Rows of the cache on the device; ``examples_B`` numbers them within the global batch."""
+    """Rows of the cache on the device.
+
+    Where rows share a document its context is there once: ``tokens_GS`` and ``lengths_G`` have a
+    row a document, and B / G rows, one behind the other, belong to each. ``examples_B`` numbers
+    the rows within the global batch.
+    """
 
     activation_BD: Float[Array, "B D"]
-    tokens_BS: Int[Array, "B S"]
-    lengths_B: Int[Array, "B"]
+    tokens_GS: Int[Array, "G S"]
+    lengths_G: Int[Array, "G"]
     positions_B: Int[Array, "B"]
     examples_B: Int[Array, "B"]
 
     @property
-    def mask_BS(self) -> Bool[Array, "B S"]:
-        return jnp.arange(self.tokens_BS.shape[1]) < self.lengths_B[:, None]
+    def mask_GS(self) -> Bool[Array, "G S"]:
+        return jnp.arange(self.tokens_GS.shape[1]) < self.lengths_G[:, None]
+
+    @property
+    def rows_per_document(self) -> int:
+        return len(self.positions_B) // len(self.lengths_G)
 
 
 def make_batch(
-    rows: Rows, sharding: jax.sharding.Sharding, batch_size: int, first_example: int = 0
+    rows: Rows,
+    sharding: jax.sharding.Sharding,
+    batch_size: int,
+    first_example: int = 0,
+    rows_per_document: int = 1,
 ) -> Batch:
-    """Rows on the device, filled up to ``batch_size`` by repeating the last one."""
-    arrays = (
-        np.asarray(rows.activations_ND, np.float32),
-        rows.tokens_NS,
-        rows.lengths_N,
-        rows.positions_N,
-        np.arange(first_example, first_example + len(rows), dtype=np.int32),
+    """Rows on the device, filled up to ``batch_size`` by repeating the last one.
+
+    Raises:
+      ValueError: ``rows_per_document`` neighbours are not of one document.
+    """
+    if np.any(
+        rows.documents_N != np.repeat(rows.documents_N[::rows_per_document], rows_per_document)
+    ):
+        raise ValueError(f"every {rows_per_document} rows must be of one document")
+    put = lambda array, size: jax.device_put(filled(array, size), sharding)
+    a_document = lambda array: put(array[::rows_per_document], batch_size // rows_per_document)
+    return Batch(
+        put(np.asarray(rows.activations_ND, np.float32), batch_size),
+        a_document(rows.tokens_NS),
+        a_document(rows.lengths_N),
+        put(rows.positions_N, batch_size),
+        put(np.arange(first_example, first_example + len(rows), dtype=np.int32), batch_size),
     )
-    return Batch(*(jax.device_put(filled(array, batch_size), sharding) for array in arrays))
 
 
 def filled(array: np.ndarray, size: int) -> np.ndarray:

@@ -33,14 +33,12 @@ class Context(NamedTuple):
       residual_BhD: residual stream at the output of block L, indices P..P+h−1.
       logits_BhV: the true logits there, fp32.
       positions_Bh: their rotary positions.
-      slots_B: P as an index into the sequence.
       cache: keys and values of the layers above L (None if L is the last).
     """
 
     residual_BhD: Float[Array, "B h D"]
     logits_BhV: Float[Array, "B h V"]
     positions_Bh: Int[Array, "B h"]
-    slots_B: Int[Array, "B"]
     cache: KVCache | None
 
 
@@ -60,27 +58,31 @@ def capture(
 
 def read_context(
     original: Params,
-    tokens_BS: Int[Array, "B S"],
-    mask_BS: Bool[Array, "B S"],
+    tokens_GS: Int[Array, "G S"],
+    mask_GS: Bool[Array, "G S"],
     indices_B: Int[Array, "B"],
     *,
     horizon: int,
     spec: LensSpec,
 ) -> Context:
-    """One pass over the context. ``indices_B`` is P as an index into the sequence; P + horizon − 1
-    must lie inside it (``dump.after`` sees to that)."""
-    positions_BS = positions_of(mask_BS)
+    """One pass over each context, whichever number of positions is read from it.
+
+    Args:
+      indices_B: P as an index into the sequence, B / G neighbours for each context; P + horizon − 1
+        must lie inside it (``dump.after`` sees to that).
+    """
+    positions_GS = positions_of(mask_GS)
     window_Bh = indices_B[:, None] + jnp.arange(horizon, dtype=jnp.int32)
-    rows_B1 = jnp.arange(tokens_BS.shape[0])[:, None]
-    lower_BSD = capture(original, tokens_BS, mask_BS, spec=spec)
+    rows_per_document = len(indices_B) // len(tokens_GS)
+    documents_B1 = (jnp.arange(len(indices_B)) // rows_per_document)[:, None]
+    lower_GSD = capture(original, tokens_GS, mask_GS, spec=spec)
     upper = slice_layers(original["layers"], spec.layer + 1, spec.model.n_layers)
-    x_BSD, cache = run_layers(upper, lower_BSD, positions_BS, config=spec.model, keep_cache=True)
+    x_GSD, cache = run_layers(upper, lower_GSD, positions_GS, config=spec.model, keep_cache=True)
     return Context(
-        residual_BhD=lower_BSD[rows_B1, window_Bh],
-        logits_BhV=unembed(original, x_BSD[rows_B1, window_Bh], config=spec.model),
-        positions_Bh=positions_BS[rows_B1, window_Bh],
-        slots_B=indices_B,
-        cache=cache,
+        residual_BhD=lower_GSD[documents_B1, window_Bh],
+        logits_BhV=unembed(original, x_GSD[documents_B1, window_Bh], config=spec.model),
+        positions_Bh=positions_GS[documents_B1, window_Bh],
+        cache=_repeat_cache(cache, rows_per_document),
     )
 
 
@@ -88,12 +90,16 @@ def repeat_context(context: Context, count: int) -> Context:
     """Every row ``count`` times, one behind the other; the pass over it was made once."""
     if count == 1:
         return context
-    rows = lambda array, axis=0: jnp.repeat(array, count, axis=axis)
-    cache = context.cache
-    if cache is not None:
-        cache = KVCache(rows(cache.keys, 1), rows(cache.values, 1), rows(cache.positions_BC))
     arrays = (getattr(context, name) for name in Context._fields if name != "cache")
-    return Context(*map(rows, arrays), cache=cache)
+    repeated = (jnp.repeat(array, count, axis=0) for array in arrays)
+    return Context(*repeated, cache=_repeat_cache(context.cache, count))
+
+
+def _repeat_cache(cache: KVCache | None, count: int) -> KVCache | None:
+    if cache is None or count == 1:
+        return cache
+    rows = lambda array, axis: jnp.repeat(array, count, axis=axis)
+    return KVCache(rows(cache.keys, 1), rows(cache.values, 1), rows(cache.positions_BC, 0))
 
 
 def swapped_logits(
@@ -115,7 +121,6 @@ def swapped_logits(
         context.positions_Bh,
         config=spec.model,
         cache=context.cache,
-        slot=context.slots_B,
     )
     return unembed(original, x_BhD, config=spec.model)
 

@@ -16,9 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from conlens_jax.config import ExperimentConfig, to_json_dict
-from conlens_jax.data.batches import batch_indices, prefetch, steps_per_epoch
+from conlens_jax.data.batches import grouped_batch, prefetch, read_groups, steps_per_epoch
 from conlens_jax.evaluation.measure import Measurer, Reference
 from conlens_jax.lens.batch import make_batch
 from conlens_jax.lens.spec import init_lens
@@ -114,6 +115,7 @@ def train_lens(setting: Setting) -> Path:
         config.joint.batch_size,
         config.joint.optimizer,
         first_step=warm.steps,
+        rows_per_document=config.joint.rows_per_document,
     )
     try:
         trainable = run_stage(run, warm, trainable, frozen)
@@ -154,7 +156,8 @@ def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Para
     if stage.steps == 0:
         return trainable
     config, console = run.config, run.console
-    n_rows = len(run.train)
+    groups_nk = read_groups(run.train, stage.rows_per_document)
+    n_rows = groups_nk.size
     steps_per_epoch(n_rows, stage.batch_size)  # raises where there is not one batch
     optimizer, learning_rate = stage_optimizer(stage, trainable, n_rows)
     state = placed(init_state(jax.tree.map(jnp.copy, trainable), optimizer), run.setting)
@@ -180,7 +183,7 @@ def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Para
             n_rows,
             state_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
         )
-        loop = _StageLoop(run, stage, checkpoints, log, frozen, seconds)
+        loop = _StageLoop(run, stage, checkpoints, log, frozen, groups_nk, seconds)
         state = loop.run(step, state)
         loop.wait_for_checkpoints()
     console.line(stage.name, finished=last_step, train_seconds=loop.seconds)
@@ -211,10 +214,11 @@ class _StageLoop:
         checkpoints: Checkpoints,
         log: MetricsFile,
         frozen: Params,
+        groups_nk: np.ndarray,
         seconds: float,
     ):
         self.run_, self.stage, self.checkpoints, self.log = run, stage, checkpoints, log
-        self.frozen, self.seconds = frozen, seconds
+        self.frozen, self.groups_nk, self.seconds = frozen, groups_nk, seconds
         self.config, self.console = run.config, run.console
         self.sharding = batch_sharding(run.setting.mesh)
         self._clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
@@ -242,9 +246,10 @@ class _StageLoop:
 
     def _read(self, index: int):
         seed, here = self.config.train.seed, self.stage.first_step + index
-        indices = batch_indices(len(self.run_.train), self.stage.batch_size, seed, here)
-        rows = self.run_.train.rows(indices)
-        return make_batch(rows, self.sharding, self.stage.batch_size)
+        size = self.stage.batch_size
+        rows = self.run_.train.rows(grouped_batch(self.groups_nk, size, seed, here))
+        shared = self.stage.rows_per_document
+        return make_batch(rows, self.sharding, size, rows_per_document=shared)
 
     def _pauses(self, here: int) -> bool:
         """Whether the host has something to do behind this step."""

@@ -83,12 +83,12 @@ def _always_zero(schedule: ScheduleConfig) -> bool:
 
 
 def source_window(
-    tokens_BS: Int[Array, "B S"], positions_B: Int[Array, "B"], before: int, after: int
+    tokens_GS: Int[Array, "G S"], positions_B: Int[Array, "B"], before: int, after: int
 ) -> Int[Array, "B T"]:
     """The last ``before`` tokens up to and including P and the next ``after``."""
     offsets = jnp.arange(1 - before, after + 1, dtype=jnp.int32)
-    rows = jnp.arange(tokens_BS.shape[0])[:, None]
-    return tokens_BS[rows, positions_B[:, None] + offsets]
+    documents = jnp.arange(len(positions_B)) // (len(positions_B) // len(tokens_GS))
+    return tokens_GS[documents[:, None], positions_B[:, None] + offsets]
 
 
 def warm_loss(
@@ -97,7 +97,7 @@ def warm_loss(
     """E's error on real windows plus, where any of D is trained, its cross-entropy of writing
     them."""
     spec, warm = objective.spec, objective.warm
-    window_BT = source_window(batch.tokens_BS, batch.positions_B, warm.before, warm.after)
+    window_BT = source_window(batch.tokens_GS, batch.positions_B, warm.before, warm.after)
     encoder = encoder_of(trainable, frozen, spec)
     window_BTD = embed_tokens(encoder.base, window_BT)
     _, error_B = _read_back(encoder, window_BTD, batch.activation_BD, objective)
@@ -133,8 +133,8 @@ def prepare(
     if objective.uses("kl"):
         context = original_model.read_context(
             original,
-            batch.tokens_BS,
-            batch.mask_BS,
+            batch.tokens_GS,
+            batch.mask_GS,
             batch.positions_B,
             horizon=objective.loss.kl_horizon,
             spec=spec,
@@ -210,7 +210,9 @@ def joint_loss(
         "entropy": jnp.mean(entropy(logits_BTV)),
     }
     if prepared.context is not None:
-        swapped_in = swap_vector(reconstruction_BD, activation_BD, spec, group)
+        swapped_in = swap_vector(
+            reconstruction_BD, activation_BD, spec, group * batch.rows_per_document
+        )
         swapped = original_model.swapped_logits(
             frozen["original"], prepared.context, swapped_in, spec=spec
         )
@@ -260,17 +262,17 @@ def swap_vector(
     reconstruction_BD: Float[Array, "B D"],
     activation_BD: Float[Array, "B D"],
     spec: LensSpec,
-    texts_per_row: int = 1,
+    texts_per_document: int = 1,
 ) -> Float[Array, "B D"]:
     """ã: what is put into M. With the dual path â + Δ, Δ = a' − â' of another row.
 
-    The partner is the row before in the batch: rows are shuffled, so it is a random other
-    activation, and its way through D and E has already been gone.
+    The partner is of the document before in the batch: documents are shuffled, so it is a random
+    other activation, and its way through D and E has already been gone.
     """
     if not spec.lens.dual_path:
         return reconstruction_BD
     error_BD = activation_BD.astype(jnp.float32) - reconstruction_BD
-    delta_BD = jnp.roll(error_BD, texts_per_row, axis=0)
+    delta_BD = jnp.roll(error_BD, texts_per_document, axis=0)
     if spec.lens.stop_gradient_delta:
         delta_BD = jax.lax.stop_gradient(delta_BD)
     return reconstruction_BD + delta_BD

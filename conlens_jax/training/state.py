@@ -63,6 +63,7 @@ class Stage:
       batch_size: rows of a step, over all micro-batches.
       optimizer: its settings.
       first_step: steps of the stages before it in this run (the x axis of the curves).
+      rows_per_document: rows of a batch that share a context.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Stage:
     batch_size: int
     optimizer: OptimizerConfig
     first_step: int = 0
+    rows_per_document: int = 1
 
     @property
     def supervised(self) -> bool:
