@@ -22,7 +22,8 @@ from tiny_lens import (
     tiny_spec,
 )
 
-from conlens_jax.lens.decoder import generate, history_sweeps, teacher_forced_logits, text_logits
+from conlens_jax.lens.decoder import generate, teacher_forced_logits
+from conlens_jax.lens.history import history_sweeps, text_logits
 from conlens_jax.lens.spec import decoder_of
 
 VARIANTS = {"untied": False, "tied": True}

@@ -24,7 +24,8 @@ from tiny_models import random_tokens, write_tokenizer
 
 from conlens_jax.config import LensConfig, OptimizerConfig
 from conlens_jax.data.tokenizer import Tokenizer
-from conlens_jax.lens.decoder import generate, teacher_forced_logits, text_logits
+from conlens_jax.lens.decoder import generate, teacher_forced_logits
+from conlens_jax.lens.history import text_logits
 from conlens_jax.lens.spec import decoder_of, init_lens, make_spec
 from conlens_jax.models.transformer import all_positions, rms_norm, run_layers, slice_layers
 from conlens_jax.training.optimizer import decay_mask, learning_rate_multipliers

@@ -33,8 +33,9 @@ from conlens_jax.config import (
     from_config_dict,
     to_config_dict,
 )
-from conlens_jax.lens.decoder import generate, teacher_forced_logits, text_logits
+from conlens_jax.lens.decoder import generate, teacher_forced_logits
 from conlens_jax.lens.encoder import encode_tokens
+from conlens_jax.lens.history import text_logits
 from conlens_jax.lens.spec import decoder_of, encoder_of, init_lens
 from conlens_jax.models.llama import param_table
 from conlens_jax.models.sharding import param_shardings

@@ -38,7 +38,7 @@ from conlens_jax.config import (
     constant,
 )
 from conlens_jax.lens.gumbel import example_keys, gumbel_noise
-from conlens_jax.lens.original import text_logits_alone
+from conlens_jax.lens.original import text_alone
 from conlens_jax.models.transformer import forward
 from conlens_jax.parallel.mesh import AXES, batch_sharding, replicated
 from conlens_jax.training import state as training_state
@@ -47,7 +47,7 @@ from conlens_jax.training.objective import (
     Objective,
     joint_loss,
     prepare,
-    reference_logits,
+    reference_text,
     source_window,
     swap_vector,
     warm_loss,
@@ -219,14 +219,14 @@ def test_dual_path_with_a_perfect_partner_changes_nothing():
 
 def test_a_term_of_weight_zero_is_not_computed():
     trainable, frozen, batch, noise = setting()
-    used = {"kl": {"context"}, "lm": {"reference_BTV"}, "text": set(), "mse": set()}
+    used = {"kl": {"context"}, "lm": {"reference"}, "text": set(), "mse": set()}
     for name, fields in used.items():
         others = {other: constant(0.0) for other in TERMS if other != name}
         objective = objective_of(LossConfig(**others, **{name: constant(0.5)}, lm_reference="text"))
         assert {term for term in TERMS if objective.uses(term)} == {name}
         make = functools.partial(prepare, objective=objective)
         prepared = jax.eval_shape(make, trainable, frozen, batch, noise)
-        found = {f for f in ("context", "reference_BTV") if getattr(prepared, f) is not None}
+        found = {f for f in ("context", "reference") if getattr(prepared, f) is not None}
         assert found == fields
         loss = functools.partial(joint_loss, objective=objective)
         _, terms = jax.eval_shape(
@@ -293,7 +293,7 @@ def test_reference_of_the_language_loss(kind):
     spec, original = tiny_spec(), frozen["original"]
     text_BT = batch.tokens_GS[:, :TEXT_LEN]
     objective = objective_of(dataclasses.replace(ALL_TERMS, lm_reference=kind))
-    make = fast_jit(functools.partial(reference_logits, objective=objective))
+    make = fast_jit(lambda *inputs: reference_text(*inputs, objective).logits())
     found = make(frozen, batch.activation_BD, text_BT)
 
     def direct():
@@ -314,7 +314,7 @@ def test_reference_without_a_first_token_is_uniform_there():
     _, frozen, batch, _ = setting()
     spec = tiny_spec(bos=None)
     text_BT = batch.tokens_GS[:, :TEXT_LEN]
-    alone = fast_jit(lambda original: text_logits_alone(original, text_BT, (), spec))
+    alone = fast_jit(lambda original: text_alone(original, text_BT, (), spec).logits())
     found = alone(frozen["original"])
     assert np.ptp(found[:, 0]) == 0
     whole = fast_jit(lambda original: forward(original, text_BT, config=spec.model))

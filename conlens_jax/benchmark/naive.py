@@ -28,7 +28,7 @@ from conlens_jax.models.transformer import (
     slice_layers,
     unembed,
 )
-from conlens_jax.training.objective import TERMS, Objective, reference_logits, warm_loss
+from conlens_jax.training.objective import TERMS, Objective, reference_text, warm_loss
 
 
 def write_text(
@@ -130,7 +130,7 @@ def naive_loss(
         reconstruction_BD,
         batch,
         logits_BTV,
-        reference_logits(frozen, batch.activation_BD, text_BT, objective),
+        reference_text(frozen, batch.activation_BD, text_BT, objective).logits(),
         target_logits(original, batch, spec=spec),
         swapped_logits(original, batch, reconstruction_BD + delta_BD, spec=spec),
         frozen["statistics"],

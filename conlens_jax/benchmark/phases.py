@@ -30,7 +30,7 @@ from conlens_jax.training.objective import (
     TERMS,
     joint_loss,
     prepare,
-    reference_logits,
+    reference_text,
     swap_vector,
 )
 from conlens_jax.training.optimizer import apply_updates, poison_if_not_finite
@@ -118,7 +118,7 @@ def our_phases(work: Workload, runner: Runner) -> Phases:
     activation_BD = batch.activation_BD
     text_BT = timed("decode", decode, trainable, frozen, activation_BD, noise)
     if objective.uses("lm"):
-        refer = functools.partial(reference_logits, objective=objective)
+        refer = lambda *inputs: reference_text(*inputs, objective).logits()
         reference = timed("reference", refer, frozen, activation_BD, text_BT)
     context = timed("prefix pass", prefix, original, batch)
     logits = timed("re-forward", forward_again, trainable, frozen, activation_BD, text_BT)
@@ -168,7 +168,7 @@ def naive_phases(work: Workload, runner: Runner) -> Phases:
     activation_BD = batch.activation_BD
     (logits, choice), other = timed("decode", decode, trainable, frozen, activation_BD, noise, tau)
     text_BT = jnp.argmax(choice, axis=-1).astype(jnp.int32)
-    refer = functools.partial(reference_logits, objective=objective)
+    refer = lambda *inputs: reference_text(*inputs, objective).logits()
     reference = timed("reference", refer, frozen, activation_BD, text_BT)
     target = timed(
         "prefix pass", functools.partial(naive.target_logits, spec=spec), original, batch

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from conlens_jax.config import ConfigError, LossConfig, constant
 from conlens_jax.evaluation.report import Interval, MetricGroup, MetricRow, Report
 from conlens_jax.lens.batch import Batch, make_batch
-from conlens_jax.lens.gumbel import example_keys, gumbel_noise
+from conlens_jax.lens.gumbel import drawn_noise, example_keys
 from conlens_jax.lens.schedules import make_schedule
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.models.param_table import Params
@@ -148,9 +148,9 @@ def _one_draw(
     spec, group = objective.spec, objective.texts_per_row
     texts_B = (batch.examples_B[:, None] * group + jnp.arange(group)).reshape(-1)
     keys_B = example_keys(seed, draw, texts_B, SAMPLING)
-    noise_BTV = gumbel_noise(keys_B, spec.text_len, spec.model.vocab_size)
+    noise = drawn_noise(keys_B, spec.text_len)
     own_keys_B = example_keys(seed, draw, texts_B, ESTIMATING)
-    prepared = prepare(trainable, frozen, batch, noise_BTV, own_keys_B, objective=objective)
+    prepared = prepare(trainable, frozen, batch, noise, own_keys_B, objective=objective)
 
     def cost(decoder: Params) -> Array:
         lens = {**trainable, "decoder": decoder}

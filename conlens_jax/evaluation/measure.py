@@ -22,15 +22,16 @@ from conlens_jax.evaluation import metrics
 from conlens_jax.lens.batch import Batch, filled, make_batch
 from conlens_jax.lens.decoder import generate
 from conlens_jax.lens.encoder import encode_prefixes, encode_tokens
-from conlens_jax.lens.gumbel import example_keys, gumbel_noise
+from conlens_jax.lens.gumbel import drawn_noise, example_keys
 from conlens_jax.lens.losses import cross_entropy, direction_error, kl_divergence
 from conlens_jax.lens.original import (
     Context,
     read_context,
     swapped_logits,
-    text_logits_alone,
+    text_alone,
 )
 from conlens_jax.lens.spec import LensSpec, decoder_of, encoder_of
+from conlens_jax.lens.vocabulary import text_terms
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import embed_tokens
 from conlens_jax.parallel.mesh import batch_sharding
@@ -161,8 +162,8 @@ def _explain(
     """Texts [B, T], reconstructions [B, D], and their cosines by prefix [B, T] (or [B, 0])."""
     decoder, encoder = decoder_of(trainable, frozen), encoder_of(trainable, frozen, spec)
     keys_B = example_keys(seed, jnp.int32(0), batch.examples_B, SAMPLING)
-    noise_BTV = noise_scale * gumbel_noise(keys_B, spec.text_len, spec.model.vocab_size)
-    text_BT = generate(decoder, batch.activation_BD, noise_BTV, spec=spec)
+    noise = drawn_noise(keys_B, spec.text_len, noise_scale)
+    text_BT = generate(decoder, batch.activation_BD, noise, spec=spec)
     if spec.encoder_right:
         no_prefixes = jnp.zeros((text_BT.shape[0], 0), jnp.float32)
         return text_BT, encode_tokens(encoder, text_BT, spec=spec), no_prefixes
@@ -177,8 +178,8 @@ def _read(trainable: Params, frozen: Params, text_BT: jax.Array, *, spec: LensSp
 
 def _text_nll(original: Params, text_BT: jax.Array, *, spec: LensSpec):
     start = () if spec.bos is None else (spec.bos,)
-    logits_BTV = text_logits_alone(original, text_BT, start, spec)
-    return jnp.mean(cross_entropy(logits_BTV, text_BT), axis=-1)
+    alone = text_alone(original, text_BT, start, spec)
+    return jnp.mean(text_terms(alone.head, alone.state_BTD, text_BT)["nll"], axis=-1)
 
 
 def _context(

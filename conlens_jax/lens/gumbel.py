@@ -9,21 +9,62 @@ file is never a [.., V] one-hot vector but the token's row of an embedding table
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from conlens_jax.config.estimator import Estimator
-from conlens_jax.lens.estimators import logits_cotangent
+from conlens_jax.lens.estimators import logits_cotangent, token_keys
 
 STRAIGHT_THROUGH = Estimator()
 
 
+class Noise(NamedTuple):
+    """fp32 Gumbel noise of texts: as it stands, or as a key a token that draws it when it is
+    looked at, so that it is never there for all tokens at once.
+
+    Attributes:
+      array: the noise, where it is given.
+      keys: one a token, where it is drawn.
+      scale: one number a token; noise is drawn times this.
+    """
+
+    array: Float[Array, "B T V"] | None = None
+    keys: Key[Array, "B T"] | None = None
+    scale: Float[Array, "B T"] | None = None
+
+    def values(self, vocab_size: int) -> Float[Array, "B T V"]:
+        if self.keys is None:
+            return self.array
+        draw = lambda key: jax.random.gumbel(key, (vocab_size,), jnp.float32)
+        drawn = jax.vmap(draw)(self.keys.reshape(-1)).reshape(*self.keys.shape, vocab_size)
+        return drawn if self.scale is None else drawn * self.scale[..., None]
+
+    def at(self, index: Int[Array, ""]) -> Noise:
+        """That of one token, [B, 1, …]."""
+        pick = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1, axis=1)
+        return jax.tree.map(pick, self)
+
+
+def as_noise(noise: Noise | Float[Array, "B T V"]) -> Noise:
+    return noise if isinstance(noise, Noise) else Noise(noise)
+
+
+def drawn_noise(
+    keys_B: Key[Array, "B"], text_len: int, scale: Float[Array, ""] | float | None = None
+) -> Noise:
+    """Noise from one key an example, so that it does not depend on the batch around it."""
+    keys_BT = token_keys(keys_B, text_len)
+    if scale is not None:
+        scale = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), keys_BT.shape)
+    return Noise(None, keys_BT, scale)
+
+
 def gumbel_noise(keys_B: Key[Array, "B"], text_len: int, vocab_size: int) -> Float[Array, "B T V"]:
-    """fp32 noise, one key an example, so that it does not depend on the batch around it."""
-    draw = lambda key: jax.random.gumbel(key, (text_len, vocab_size), jnp.float32)
-    return jax.vmap(draw)(keys_B)
+    """:func:`drawn_noise` of all tokens."""
+    return drawn_noise(keys_B, text_len).values(vocab_size)
 
 
 def example_keys(

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from conlens_jax.lens.spec import LensSpec
+from conlens_jax.lens.vocabulary import Head, Reference
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import (
     KVCache,
+    all_positions,
     embed_tokens,
-    forward,
+    output_head,
     positions_of,
     run_layers,
     slice_layers,
@@ -125,16 +127,18 @@ def swapped_logits(
     return unembed(original, x_BhD, config=spec.model)
 
 
-def text_logits_alone(
+def text_alone(
     original: Params, text_BT: Int[Array, "B T"], start: tuple[int, ...], spec: LensSpec
-) -> Float[Array, "B T V"]:
-    """M's logits of each token of a text that stands behind the tokens ``start``.
+) -> Reference:
+    """M's predictions of each token of a text that stands behind the tokens ``start``.
 
     Without a start there is nothing to predict the first token from; its logits are uniform.
     """
     prefix = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (text_BT.shape[0], len(start)))
     tokens = jnp.concatenate([prefix, text_BT[:, :-1]], axis=1)
-    if not start:
-        logits = forward(original, tokens, config=spec.model)
-        return jnp.pad(logits, ((0, 0), (1, 0), (0, 0)))
-    return forward(original, tokens, config=spec.model)[:, len(start) - 1 :]
+    positions = all_positions(*tokens.shape)
+    x = embed_tokens(original, tokens)
+    x, _ = run_layers(original["layers"], x, positions, config=spec.model)
+    state_BTD = x[:, len(start) - 1 :] if start else jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
+    head = Head(original["final_norm"], output_head(original), spec.model.norm_eps)
+    return Reference(head, state_BTD)

@@ -21,19 +21,16 @@ from conlens_jax.config import LossConfig, ScheduleConfig, WarmConfig
 from conlens_jax.config.estimator import SCORE_FUNCTION, Estimator, parse_estimator
 from conlens_jax.lens import original as original_model
 from conlens_jax.lens.batch import Batch
-from conlens_jax.lens.decoder import generate, teacher_forced_logits, text_logits
+from conlens_jax.lens.decoder import generate, head_of, teacher_forced_states
 from conlens_jax.lens.encoder import encode_embeddings, encode_prefixes
 from conlens_jax.lens.estimators import token_keys
-from conlens_jax.lens.gumbel import straight_through_embed
-from conlens_jax.lens.losses import (
-    cross_entropy,
-    entropy,
-    kl_divergence,
-    reconstruction_error,
-)
+from conlens_jax.lens.gumbel import Noise, as_noise
+from conlens_jax.lens.history import text_states
+from conlens_jax.lens.losses import kl_divergence, reconstruction_error
 from conlens_jax.lens.original import Context
 from conlens_jax.lens.policy import policy_loss
 from conlens_jax.lens.spec import Decoder, Encoder, LensSpec, decoder_of, encoder_of
+from conlens_jax.lens.vocabulary import Reference, sampled_embeddings, text_terms
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import embed_tokens
 
@@ -45,9 +42,9 @@ class Prepared(NamedTuple):
     """What the joint loss looks at without differentiating it."""
 
     text_BT: Int[Array, "B T"]
-    noise_BTV: Float[Array, "B T V"]
+    noise: Noise
     context: Context | None
-    reference_BTV: Float[Array, "B T V"] | None
+    reference: Reference | None
     keys_BT: Key[Array, "B T"] | None
 
 
@@ -105,8 +102,8 @@ def warm_loss(
     if not trainable["decoder"]:
         return read_error, {"read_error": read_error}
     decoder = decoder_of(trainable, frozen)
-    logits = teacher_forced_logits(decoder, batch.activation_BD, window_BT, spec=spec)
-    write_loss = jnp.mean(cross_entropy(logits, window_BT))
+    states = teacher_forced_states(decoder, batch.activation_BD, window_BT, spec=spec)
+    write_loss = jnp.mean(text_terms(head_of(decoder, spec), states, window_BT)["nll"])
     return read_error + write_loss, {"read_error": read_error, "write_loss": write_loss}
 
 
@@ -114,7 +111,7 @@ def prepare(
     trainable: Params,
     frozen: Params,
     batch: Batch,
-    noise_BTV: Float[Array, "B T V"],
+    noise: Noise | Float[Array, "B T V"],
     keys_B: Key[Array, "B"] | None = None,
     *,
     objective: Objective,
@@ -125,10 +122,10 @@ def prepare(
     then counts B = rows · G, the texts of one row one behind the other. ``keys_B`` are for an
     estimator that draws noise of its own in the backward pass.
     """
-    spec, original = objective.spec, frozen["original"]
+    spec, original, noise = objective.spec, frozen["original"], as_noise(noise)
     decoder, group = decoder_of(trainable, frozen), objective.texts_per_row
     activation_BD = repeat_rows(batch.activation_BD, group)
-    text_BT = generate(decoder, activation_BD, noise_BTV, spec=spec)
+    text_BT = generate(decoder, activation_BD, noise, spec=spec)
     context = None
     if objective.uses("kl"):
         context = original_model.read_context(
@@ -142,25 +139,26 @@ def prepare(
         context = original_model.repeat_context(context, group)
     reference = None
     if objective.uses("lm"):
-        reference = reference_logits(frozen, activation_BD, text_BT, objective)
+        reference = reference_text(frozen, activation_BD, text_BT, objective)
     keys_BT = None
     if objective.estimator.kind == "gumbel_rao" and keys_B is not None:
         keys_BT = token_keys(keys_B, spec.text_len)
-    return Prepared(text_BT, noise_BTV, context, reference, keys_BT)
+    return Prepared(text_BT, noise, context, reference, keys_BT)
 
 
-def reference_logits(
+def reference_text(
     frozen: Params, activation_BD: Array, text_BT: Int[Array, "B T"], objective: Objective
-) -> Float[Array, "B T V"]:
-    """The next-token logits that L_LM compares D's with; see ``loss.lm_reference``."""
+) -> Reference:
+    """The next-token predictions that L_LM compares D's with; see ``loss.lm_reference``."""
     spec, original = objective.spec, frozen["original"]
     if objective.loss.lm_reference == "warm":
         warm: Decoder = decoder_of({"decoder": frozen["warm_decoder"]}, frozen)
-        return teacher_forced_logits(warm, activation_BD, text_BT, spec=spec)
+        states = teacher_forced_states(warm, activation_BD, text_BT, spec=spec)
+        return Reference(head_of(warm, spec), states)
     start = () if spec.bos is None else (spec.bos,)
     if objective.loss.lm_reference == "prompt":
         start = spec.decoder_left + spec.decoder_right or start
-    return original_model.text_logits_alone(original, text_BT, start, spec)
+    return original_model.text_alone(original, text_BT, start, spec)
 
 
 def joint_loss(
@@ -186,28 +184,31 @@ def joint_loss(
     spec = objective.spec
     decoder = decoder_of(trainable, frozen)
     encoder = encoder_of(trainable, frozen, spec)
+    head, text_BT = head_of(decoder, spec), prepared.text_BT
     group, kind = objective.texts_per_row, objective.estimator.kind
     activation_BD = repeat_rows(batch.activation_BD, group)
     if kind in SCORE_FUNCTION:  # no gradient through the tokens themselves
-        logits_BTV = teacher_forced_logits(decoder, activation_BD, prepared.text_BT, spec=spec)
-        text_BTD = embed_tokens(encoder.base, prepared.text_BT)
+        state_BTD = teacher_forced_states(decoder, activation_BD, text_BT, spec=spec)
+        text_BTD = embed_tokens(encoder.base, text_BT)
     else:
-        text_BT, noise_BTV, keys_BT = prepared.text_BT, prepared.noise_BTV, prepared.keys_BT
-        logits_BTV = text_logits(decoder, activation_BD, text_BT, noise_BTV, tau, spec, keys_BT)
-        text_BTD = straight_through_embed(
-            logits_BTV,
-            noise_BTV,
+        noise, keys_BT = prepared.noise, prepared.keys_BT
+        state_BTD = text_states(decoder, activation_BD, text_BT, noise, tau, spec, keys_BT)
+        text_BTD = sampled_embeddings(
+            head,
+            state_BTD,
+            noise,
             text_BT,
             encoder.base["embedding"],
             tau,
             estimator=objective.estimator,
-            keys=keys_BT,
+            keys_BT=keys_BT,
         )
+    of_text = text_terms(head, state_BTD, text_BT, prepared.reference)
     reconstruction_BD, error_B = _read_back(encoder, text_BTD, activation_BD, objective)
     cost_B = weights["mse"] * error_B
     terms: Metrics = {
         "mse": jnp.mean(error_B),
-        "entropy": jnp.mean(entropy(logits_BTV)),
+        "entropy": jnp.mean(of_text["entropy"]),
     }
     if prepared.context is not None:
         swapped_in = swap_vector(
@@ -219,8 +220,8 @@ def joint_loss(
         kl_B = jnp.mean(kl_divergence(prepared.context.logits_BhV, swapped), axis=-1)
         terms["kl"] = jnp.mean(kl_B)
         cost_B += weights["kl"] * kl_B
-    if prepared.reference_BTV is not None:
-        terms["lm"] = jnp.mean(kl_divergence(prepared.reference_BTV, logits_BTV))
+    if prepared.reference is not None:
+        terms["lm"] = jnp.mean(of_text["lm"])
     if objective.uses("text"):
         terms["text"], anchor = warm_loss(trainable, frozen, batch, objective=objective)
     else:
@@ -232,7 +233,7 @@ def joint_loss(
         if name in terms and objective.uses(name)
     )
     if kind in SCORE_FUNCTION:
-        log_p_B = -jnp.sum(cross_entropy(logits_BTV, prepared.text_BT), axis=-1)
+        log_p_B = -jnp.sum(of_text["nll"], axis=-1)
         total += policy_loss(cost_B, log_p_B, group, kind)
     return jnp.asarray(total, jnp.float32), {**terms, **anchor}
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 
 from conlens_jax.config import ExperimentConfig, OptimizerConfig
 from conlens_jax.lens.batch import Batch
-from conlens_jax.lens.gumbel import example_keys, gumbel_noise
+from conlens_jax.lens.gumbel import drawn_noise, example_keys
 from conlens_jax.lens.schedules import Schedule, make_schedule
 from conlens_jax.models.param_table import Params
 from conlens_jax.training.objective import (
@@ -135,11 +135,10 @@ def make_step(
         group = objective.texts_per_row
         texts_B = (batch.examples_B[:, None] * group + jnp.arange(group)).reshape(-1)
         keys_B = example_keys(config.train.seed, step, texts_B, SAMPLING)
-        noise_BTV = gumbel_noise(keys_B, objective.spec.text_len, objective.spec.model.vocab_size)
         # argmax(logits / s + g) = argmax(logits + s g): scaled noise samples at temperature s.
-        noise_BTV *= sample_tau
+        noise = drawn_noise(keys_B, objective.spec.text_len, sample_tau)
         own_keys_B = example_keys(config.train.seed, step, texts_B, ESTIMATING)
-        prepared = prepare(trainable, frozen, batch, noise_BTV, own_keys_B, objective=objective)
+        prepared = prepare(trainable, frozen, batch, noise, own_keys_B, objective=objective)
         loss = functools.partial(joint_loss, objective=objective)
         (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(
             trainable, frozen, batch, prepared, current, tau

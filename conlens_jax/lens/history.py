@@ -1,0 +1,199 @@
+"""The gradient through D's own text: token t is an input of token t + 1.
+
+The values of :func:`text_states` are those of the parallel pass over the text. Backward, the
+cotangent of each state is completed by what reaches it through the token that was sampled from it.
+Token t depends on the tokens before it only, so one visit of the tokens from the last to the first
+is exact (``lens.history_gradient="exact"``). Cheaper or simpler: ``"sweeps=k"`` takes k
+vector-Jacobian products of the whole pass (T − 1 of them are exact too), ``"detached"`` none.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from conlens_jax.config.estimator import parse_estimator
+from conlens_jax.lens.decoder import (
+    head_of,
+    prompt_embeddings,
+    slot_patches,
+    teacher_forced_states,
+)
+from conlens_jax.lens.estimators import logits_cotangent
+from conlens_jax.lens.gumbel import Noise, as_noise
+from conlens_jax.lens.spec import Decoder, LensSpec
+from conlens_jax.lens.vocabulary import chunks_of, sampled_embeddings
+from conlens_jax.models.backward import TokenPullBack, keep_layers, pull_back_layers
+from conlens_jax.models.param_table import Params
+from conlens_jax.models.transformer import Patches, all_positions, embed_tokens
+
+
+def history_sweeps(history_gradient: str, text_len: int) -> int:
+    """How many backward sweeps a setting of ``lens.history_gradient`` asks for.
+
+    The backward system is strictly triangular: T − 1 sweeps solve it exactly.
+    """
+    if history_gradient == "exact":
+        return text_len - 1
+    if history_gradient == "detached":
+        return 0
+    return min(int(history_gradient.removeprefix("sweeps=")), text_len - 1)
+
+
+def text_states(
+    decoder: Decoder,
+    activation_BD: Float[Array, "B D"],
+    tokens_BT: Int[Array, "B T"],
+    noise: Noise | Float[Array, "B T V"],
+    tau: Float[Array, ""],
+    spec: LensSpec,
+    keys_BT: Key[Array, "B T"] | None = None,
+) -> Float[Array, "B T D"]:
+    """States that D's own tokens were sampled from, with the gradient through the sampled history.
+
+    Args:
+      tokens_BT: what :func:`~conlens_jax.lens.decoder.generate` wrote with ``noise``.
+      tau: temperature of the backward pass.
+      keys_BT: for an estimator (``lens.estimator``) that draws noise of its own.
+    """
+    return _text_states(decoder, activation_BD, tokens_BT, as_noise(noise), tau, keys_BT, spec)
+
+
+def text_logits(
+    decoder: Decoder,
+    activation_BD: Float[Array, "B D"],
+    tokens_BT: Int[Array, "B T"],
+    noise: Noise | Float[Array, "B T V"],
+    tau: Float[Array, ""],
+    spec: LensSpec,
+    keys_BT: Key[Array, "B T"] | None = None,
+) -> Float[Array, "B T V"]:
+    """Logits of :func:`text_states`."""
+    states = text_states(decoder, activation_BD, tokens_BT, noise, tau, spec, keys_BT)
+    return head_of(decoder, spec).logits(states)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _text_states(decoder, activation_BD, tokens_BT, noise, tau, keys_BT, spec):
+    del noise, tau, keys_BT
+    return teacher_forced_states(decoder, activation_BD, tokens_BT, spec=spec)
+
+
+def _forward(decoder, activation_BD, tokens_BT, noise, tau, keys_BT, spec):
+    prompt_BpD, patches = _read_activation(decoder, activation_BD, spec)
+    history_BtD = embed_tokens(decoder.base, tokens_BT[:, :-1]).astype(prompt_BpD.dtype)
+    x = jnp.concatenate([prompt_BpD, history_BtD], axis=1)
+    positions = all_positions(*x.shape[:2])
+    x, kept = keep_layers(decoder.base["layers"], x, positions, config=spec.model, patches=patches)
+    state_BTD = x[:, prompt_BpD.shape[1] - 1 :]
+    inputs = (decoder, activation_BD, tokens_BT, noise, tau, keys_BT)
+    return state_BTD, (inputs, kept, state_BTD)
+
+
+def _backward(spec, residuals, wanted_BTD):
+    inputs, kept, state_BTD = residuals
+    decoder, activation_BD, tokens_BT, noise, tau, keys_BT = inputs
+    layers, table_VD = decoder.base["layers"], decoder.base["embedding"]
+    length = kept.inputs_BSD.shape[2]
+    prompt_len = length - (spec.text_len - 1)
+    positions_BS = all_positions(len(tokens_BT), length)
+    estimator = parse_estimator(spec.lens.estimator)
+
+    def pull_tokens(history_bar: Array):
+        """Cotangents of (norm, head, states) through the tokens that were sampled from them."""
+
+        def embed(norm_D, head_DV, state):
+            head = head_of(decoder, spec).replace(norm_D=norm_D, matrix_DV=head_DV)
+            rest = (noise, tokens_BT, table_VD, tau)
+            return sampled_embeddings(head, state, *rest, estimator=estimator, keys_BT=keys_BT)
+
+        _, pull = jax.vjp(embed, decoder.base["final_norm"], decoder.head_DV, state_BTD)
+        # The last token is no input of D: nothing comes back through it.
+        return pull(jnp.pad(history_bar.astype(table_VD.dtype), ((0, 0), (0, 1), (0, 0))))
+
+    def pull_back(total_BTD: Array):
+        """Cotangents of layers, input embeddings and patches."""
+        patch_at = None if decoder.input_patches is None else jnp.int32(len(spec.decoder_left))
+        out_bar = jnp.pad(total_BTD, ((0, 0), (prompt_len - 1, 0), (0, 0)))
+        return pull_back_layers(
+            layers, kept, out_bar, positions_BS, config=spec.model, patch_at=patch_at
+        )
+
+    sweeps = history_sweeps(spec.lens.history_gradient, spec.text_len)
+    total_BTD = wanted_BTD
+    norm_bar, head_bar = jax.tree.map(jnp.zeros_like, (decoder.base["final_norm"], decoder.head_DV))
+    if spec.lens.history_gradient == "exact" and sweeps:
+        history_bar = _visit_tokens(residuals, wanted_BTD, positions_BS, spec)
+        norm_bar, head_bar, through = pull_tokens(history_bar)
+        total_BTD = wanted_BTD + through
+    else:
+        for _ in range(sweeps):
+            _, x_bar, _ = pull_back(total_BTD)
+            norm_bar, head_bar, through = pull_tokens(x_bar[:, prompt_len:])
+            total_BTD = wanted_BTD + through
+    layers_bar, x_bar, patches_bar = pull_back(total_BTD)
+
+    reading = functools.partial(_read_activation, spec=spec)
+    (prompt_BpD, patches), pull = jax.vjp(reading, decoder, activation_BD)
+    if patches is not None:
+        patches = Patches(patches_bar, np.zeros((), jax.dtypes.float0))
+    decoder_bar, activation_bar = pull((x_bar[:, :prompt_len].astype(prompt_BpD.dtype), patches))
+    history_bar = x_bar[:, prompt_len:].astype(table_VD.dtype)
+    base_bar: Params = dict(decoder_bar.base)
+    base_bar["embedding"] = jnp.zeros_like(table_VD).at[tokens_BT[:, :-1]].add(history_bar)
+    base_bar |= {"layers": layers_bar, "final_norm": norm_bar}
+    decoder_bar = decoder_bar._replace(base=base_bar, head_DV=head_bar)
+    return decoder_bar, activation_bar, None, None, None, None
+
+
+_text_states.defvjp(_forward, _backward)
+
+
+def _visit_tokens(residuals, wanted_BTD: Array, positions_BS: Array, spec: LensSpec):
+    """Exact cotangents [B, T−1, D] of the embeddings of all tokens but the last."""
+    inputs, kept, state_BTD = residuals
+    decoder, _, tokens_BT, noise, tau, keys_BT = inputs
+    head, table_VD = head_of(decoder, spec), decoder.base["embedding"]
+    first = positions_BS.shape[1] - (spec.text_len - 1)
+    go_back = TokenPullBack(decoder.base["layers"], kept, positions_BS, first, spec.model)
+    estimator = parse_estimator(spec.lens.estimator)
+    at = lambda array, index: jax.lax.dynamic_slice_in_dim(array, index, 1, axis=1)
+    # A product of B rows is far from the rate of one of B T rows: made together where there is
+    # room for it.
+    one_chunk = chunks_of(*tokens_BT.shape, head.vocab_size) == 1
+    logits_BTV = head.logits(state_BTD) if one_chunk else None
+
+    def visit(carry, token):
+        through_B1D, later = carry
+        # The state behind this token is what the next one was sampled from.
+        out_bar_B1D = at(wanted_BTD, token + 1) + through_B1D
+        history_bar_BD, later = go_back(token, out_bar_B1D[:, 0], later)
+        wanted = jnp.matmul(history_bar_BD[:, None].astype(table_VD.dtype), table_VD.T)
+        state_B1D = at(state_BTD, token)
+        logits, pull_head = jax.vjp(head.logits, state_B1D)
+        logits_bar = logits_cotangent(
+            estimator,
+            wanted,
+            at(logits_BTV, token) if one_chunk else logits,
+            noise.at(token).values(head.vocab_size),
+            at(tokens_BT, token),
+            tau,
+            None if keys_BT is None else at(keys_BT, token),
+        )
+        return (pull_head(logits_bar)[0], later), history_bar_BD
+
+    start = jnp.zeros_like(wanted_BTD[:, :1]), go_back.start()
+    visits = jnp.arange(spec.text_len - 1, dtype=jnp.int32)
+    _, history_bar_tBD = jax.lax.scan(visit, start, visits, reverse=True)
+    return history_bar_tBD.swapaxes(0, 1)
+
+
+def _read_activation(
+    decoder: Decoder, activation_BD: Array, spec: LensSpec
+) -> tuple[Array, Patches | None]:
+    prompt_BpD = prompt_embeddings(decoder, activation_BD, spec)
+    return prompt_BpD, slot_patches(decoder, activation_BD, spec)

@@ -1,0 +1,124 @@
+"""Everything that has the vocabulary as a dimension: logits, losses over them, sampled tokens.
+
+Logits of a batch of texts, [B, T, V] in fp32, are by far the largest array of a step. So what is
+handed around is the state behind the last layer, [B, T, D], and logits are made from it where they
+are looked at: a few tokens of each text at a time, made again in the backward pass. Where all of
+them fit into :data:`LOGITS_AT_ONCE` they are made once and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from conlens_jax.config.estimator import Estimator
+from conlens_jax.lens.gumbel import Noise, straight_through_embed
+from conlens_jax.lens.losses import cross_entropy, entropy, kl_divergence
+from conlens_jax.models.transformer import rms_norm
+
+LOGITS_AT_ONCE = 1 << 24  # 64 MiB in fp32
+
+
+@flax.struct.dataclass
+class Head:
+    """From the state behind the last layer to logits: norm (with its ε) and matrix."""
+
+    norm_D: Float[Array, " D"]
+    matrix_DV: Float[Array, "D V"]
+    eps: float = flax.struct.field(pytree_node=False)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.matrix_DV.shape[1]
+
+    def logits(self, state: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """fp32."""
+        normed = rms_norm(state, self.norm_D, self.eps)
+        return jnp.matmul(normed, self.matrix_DV).astype(jnp.float32)
+
+
+def chunks_of(batch: int, text_len: int, vocab_size: int) -> int:
+    """Into how many equal parts the tokens of a text are cut."""
+    divisors = (n for n in range(1, text_len + 1) if text_len % n == 0)
+    fits = (n for n in divisors if batch * (text_len // n) * vocab_size <= LOGITS_AT_ONCE)
+    return next(fits, text_len)
+
+
+def in_chunks(function: Callable[..., Any], arrays: Any, n_chunks: int) -> Any:
+    """``function(arrays)`` for arrays [B, T, …] and results [B, T, …], T / n tokens at a time.
+
+    With one chunk it is called as it stands. With more, what it makes on its way is not kept for
+    the backward pass.
+    """
+    if n_chunks == 1:
+        return function(arrays)
+    split = lambda leaf: jnp.moveaxis(
+        leaf.reshape(leaf.shape[0], n_chunks, -1, *leaf.shape[2:]), 1, 0
+    )
+    join = lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(
+        leaf.shape[1], n_chunks * leaf.shape[2], *leaf.shape[3:]
+    )
+    parts = jax.lax.map(jax.checkpoint(function), jax.tree.map(split, arrays))
+    return jax.tree.map(join, parts)
+
+
+def sampled_embeddings(
+    head: Head,
+    state_BTD: Float[Array, "B T D"],
+    noise: Noise,
+    tokens_BT: Int[Array, "B T"],
+    table_VD: Float[Array, "V D"],
+    tau: Float[Array, ""],
+    *,
+    estimator: Estimator,
+    keys_BT: Key[Array, "B T"] | None = None,
+) -> Float[Array, "B T D"]:
+    """:func:`~conlens_jax.lens.gumbel.straight_through_embed` of tokens that were sampled from
+    ``head.logits(state_BTD)``; differentiable in head, state and table."""
+
+    def embed(arrays):
+        state, noise, tokens, keys = arrays
+        values = noise.values(head.vocab_size)
+        logits = head.logits(state)
+        return straight_through_embed(
+            logits, values, tokens, table_VD, tau, estimator=estimator, keys=keys
+        )
+
+    arrays = (state_BTD, noise, tokens_BT, keys_BT)
+    return in_chunks(embed, arrays, chunks_of(*tokens_BT.shape, head.vocab_size))
+
+
+class Reference(NamedTuple):
+    """Logits to compare with, as states and a head. A state of zeros has uniform logits."""
+
+    head: Head
+    state_BTD: Float[Array, "B T D"]
+
+    def logits(self) -> Float[Array, "B T V"]:
+        return self.head.logits(self.state_BTD)
+
+
+def text_terms(
+    head: Head,
+    state_BTD: Float[Array, "B T D"],
+    tokens_BT: Int[Array, "B T"],
+    reference: Reference | None = None,
+) -> dict[str, Float[Array, "B T"]]:
+    """``entropy`` of the logits, ``nll`` of the tokens and, with a reference, ``lm``, the KL from
+    it; of every token, in nats. What is not used costs nothing under ``jit``."""
+
+    def terms(arrays):
+        state, tokens, reference_state = arrays
+        logits = head.logits(state)
+        found = {"entropy": entropy(logits), "nll": cross_entropy(logits, tokens)}
+        if reference is not None:
+            found["lm"] = kl_divergence(reference.head.logits(reference_state), logits)
+        return found
+
+    arrays = (state_BTD, tokens_BT, None if reference is None else reference.state_BTD)
+    return in_chunks(terms, arrays, chunks_of(*tokens_BT.shape, head.vocab_size))

@@ -1,0 +1,87 @@
+"""Logits in chunks of tokens: the same numbers, and never all of them at once."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_lens import BATCH, TEXT_LEN, fast_jit, relative_error, tiny_batch, tiny_lens, tiny_spec
+
+from conlens_jax.config import LossConfig, WarmConfig
+from conlens_jax.config.settings import ScheduleConfig
+from conlens_jax.lens import vocabulary
+from conlens_jax.lens.gumbel import drawn_noise, gumbel_noise
+from conlens_jax.training.objective import TERMS, Objective, joint_loss, prepare
+
+VOCAB = 48
+
+
+def joint_step(history_gradient: str = "exact", estimator: str = "straight_through"):
+    """(function, its inputs): loss terms and gradient of everything, noise from keys."""
+    spec = tiny_spec(history_gradient=history_gradient, estimator=estimator)
+    trainable, frozen = tiny_lens(spec)
+    frozen |= {"warm_decoder": jax.tree.map(lambda leaf: 1.1 * leaf, trainable["decoder"])}
+    loss = LossConfig(text=ScheduleConfig("constant", 1.0))
+    objective = Objective(loss, WarmConfig(before=3, after=1), spec)
+    keys_B = jax.random.split(jax.random.key(3), BATCH * objective.texts_per_row)
+    weights, tau = {name: jnp.float32(1) for name in TERMS}, jnp.float32(0.7)
+
+    def run(trainable, frozen, batch):
+        noise = drawn_noise(keys_B, TEXT_LEN, 1.0)
+        prepared = prepare(trainable, frozen, batch, noise, keys_B, objective=objective)
+        inputs = (trainable, frozen, batch, prepared, weights, tau)
+        return jax.value_and_grad(joint_loss, has_aux=True)(*inputs, objective=objective)
+
+    return run, (trainable, frozen, tiny_batch(spec, frozen["original"]))
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"history_gradient": "sweeps=1"}, {"estimator": "gumbel_rao=2"}], ids=str
+)
+def test_chunks_change_no_loss_and_no_gradient(kind, monkeypatch):
+    run, inputs = joint_step(**kind)
+    (total, terms), expected = fast_jit(run)(*inputs)
+    monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", BATCH * VOCAB)
+    run, inputs = joint_step(**kind)
+    (chunked_total, chunked_terms), gradient = fast_jit(run)(*inputs)
+    assert relative_error((chunked_total, chunked_terms), (total, terms)) < 1e-5
+    moved = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if np.any(leaf)]
+    assert relative_error(moved(gradient), moved(expected)) < 2e-5
+
+
+def largest_vocabulary_array(run, inputs) -> int:
+    """Elements of the largest fp32 array of a program that has the vocabulary as a dimension, the
+    model's own tables apart."""
+    text = fast_jit(run).lower(*inputs).compile().as_text()
+    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
+    width = inputs[1]["original"]["embedding"].shape[1]
+    found = [shape for shape in shapes if VOCAB in shape and width not in shape]
+    return max(math.prod(shape) for shape in found)
+
+
+def test_logits_of_all_tokens_are_never_there(monkeypatch):
+    whole = BATCH * TEXT_LEN * VOCAB
+    assert largest_vocabulary_array(*joint_step()) >= whole
+    monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", BATCH * VOCAB)
+    assert largest_vocabulary_array(*joint_step()) <= BATCH * VOCAB
+
+
+def test_number_of_chunks():
+    assert vocabulary.chunks_of(32, 8, 4096) == 1
+    assert vocabulary.chunks_of(32, 32, 50_257) == 4
+    assert vocabulary.chunks_of(4096, 6, 50_257) == 6  # a token of each text is the least
+
+
+def test_drawn_noise_is_the_same_wherever_it_is_drawn():
+    keys_B = jax.random.split(jax.random.key(0), 3)
+    whole = gumbel_noise(keys_B, 4, 7)
+    noise = drawn_noise(keys_B, 4, 0.5)
+    for step in range(4):
+        one = noise.at(jnp.int32(step)).values(7)
+        np.testing.assert_array_equal(one[:, 0], 0.5 * whole[:, step])
+    # An example's noise depends on its own key alone.
+    np.testing.assert_array_equal(gumbel_noise(keys_B[1:], 4, 7), whole[1:])
