@@ -90,12 +90,12 @@ def setting():
 
 
 @functools.partial(fast_jit, static_argnames="objective")
-def joint(trainable, frozen, batch, noise_BTV, weights, *, objective):
+def joint(trainable, frozen, batch, noise_BTV, weights, tau=TAU, *, objective):
     """(total, terms), gradient."""
     prepared = prepare(trainable, frozen, batch, noise_BTV, objective=objective)
     loss = functools.partial(joint_loss, objective=objective)
     return jax.value_and_grad(loss, has_aux=True)(
-        trainable, frozen, batch, prepared, weights, jnp.float32(TAU)
+        trainable, frozen, batch, prepared, weights, jnp.float32(tau)
     )
 
 
@@ -130,9 +130,9 @@ def plain_warm(trainable, frozen, batch, spec):
     return plain_error(found, batch.activation_BD), -jnp.mean(written)
 
 
-def plain_terms(trainable, frozen, batch, noise_BTV, spec, through_delta):
+def plain_terms(trainable, frozen, batch, noise_BTV, spec, through_delta, tau):
     logits, choice = plain_text(
-        trainable, frozen, batch.activation_BD, noise_BTV, jnp.float32(TAU), spec
+        trainable, frozen, batch.activation_BD, noise_BTV, jnp.float32(tau), spec
     )
     text_BTD = choice @ plain_encoder_table(trainable, frozen)
     found = plain_reconstruction(trainable, frozen, text_BTD, spec)
@@ -160,11 +160,11 @@ def plain_terms(trainable, frozen, batch, noise_BTV, spec, through_delta):
 
 
 @fast_jit
-def plain_joint(trainable, frozen, noise_BTV, weights, through_delta):
+def plain_joint(trainable, frozen, noise_BTV, weights, through_delta, tau=TAU):
     spec, (_, _, batch, _) = tiny_spec(), setting()
 
     def total(trainable):
-        terms = plain_terms(trainable, frozen, batch, noise_BTV, spec, through_delta)
+        terms = plain_terms(trainable, frozen, batch, noise_BTV, spec, through_delta, tau)
         return sum(SIGNS[name] * weights[name] * terms[name] for name in terms), terms
 
     return jax.value_and_grad(total, has_aux=True)(trainable)
@@ -192,6 +192,17 @@ def test_joint_loss_and_gradient_equal_the_direct_formulation(stop):
     # The switch matters: with the other setting the comparison would fail.
     _, other = plain_joint(trainable, frozen, noise, weights_of(), jnp.float32(stop))
     assert relative_error(gradient, other) > 1e-2
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.5, 1.0, 2.0])
+def test_gradient_of_every_part_at_every_temperature(tau):
+    """Both clones, projections and prompts, through the whole loss."""
+    trainable, frozen, batch, noise = setting()
+    inputs = (noise, weights_of())
+    _, gradient = joint(trainable, frozen, batch, *inputs, tau, objective=objective_of())
+    _, oracle = plain_joint(trainable, frozen, *inputs, jnp.float32(0), tau)
+    assert set(gradient["decoder"]) == set(gradient["encoder"])
+    assert relative_error(gradient, oracle) < 1e-5
 
 
 @pytest.mark.parametrize("dual, stop", [(False, True), (True, True), (True, False)])
