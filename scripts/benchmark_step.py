@@ -41,7 +41,7 @@ from typing import Any
 import jax
 
 from conlens_jax.benchmark.flops import step_flops
-from conlens_jax.benchmark.measure import Measured, Runner, matmul_rate
+from conlens_jax.benchmark.measure import Measured, Runner, matmul_rate, row_rate
 from conlens_jax.benchmark.phases import (
     naive_phases,
     naive_step,
@@ -76,12 +76,20 @@ def main(
     else:
         ours = {"step": our_step(work, runner)}
         plain = {"step": naive_step(work, runner)} if options.naive else {}
-    exact = our_step(with_history(work, "exact"), runner)
+    for kind in {"exact", "detached"} - {work.spec.lens.history_gradient}:
+        ours[f"step {kind}"] = our_step(with_history(work, kind), runner)
+    exact = ours.get("step exact", ours["step"])
     rate = max(rate, matmul_rate(work.config.model.dtype, options.repeat))
     result = {
         "workload": _description(work),
         "matmul_flops_per_s": rate,
-        "ours": _plain(ours | {"step exact": exact}),
+        "row_flops_per_s": row_rate(
+            work.config.model.dtype,
+            len(work.batch.positions_B),
+            work.spec.model.d_model,
+            5 * options.repeat,
+        ),
+        "ours": _plain(ours),
         "naive": _plain(plain),
         "least_flops": step_flops(work),
     }
@@ -136,14 +144,15 @@ def report(result: dict[str, Any]) -> str:
     work, rate, least = result["workload"], result["matmul_flops_per_s"], result["least_flops"]
     lines = [
         ", ".join(f"{name} {value}" for name, value in work.items()),
-        f"matrix products: {rate / 1e9:.1f} GFLOP/s",
+        f"matrix products: {rate / 1e9:.1f} GFLOP/s; of a token of each text with one matrix after "
+        f"another: {result['row_flops_per_s'] / 1e9:.1f}",
         "",
         "| phase | ms | temp MiB | least GFLOP | limit ms | ms / limit | naive ms | temp MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     ours, plain = result["ours"], result["naive"]
     for name in [*ours, *(name for name in plain if name not in ours)]:
-        flops = least["total"] if name in ("step", "step exact") else least.get(name)
+        flops = least["total"] if name.startswith("step") else least.get(name)
         limit = None if flops is None else flops / rate
         mine, other = ours.get(name, {}), plain.get(name, {})
         cells = [
@@ -207,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, help="rows; without --config 32")
     parser.add_argument("--context", type=int, help="S; without --config 64")
     parser.add_argument("--rows-per-document", type=int, help="rows that share a context; else 1")
-    parser.add_argument("--train", choices=("full", "frozen"), help="both clones, or only prompts")
+    parser.add_argument("--train", choices=("full", "lora", "frozen"), help="both clones")
     parser.add_argument("--history", help="lens.history_gradient of our step; default: config's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--unroll", type=int, help="model.unroll of both implementations")

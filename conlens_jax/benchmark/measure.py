@@ -73,6 +73,32 @@ def memory_of(compiled: jax.stages.Compiled) -> tuple[int | None, int | None]:
     return int(analysis.temp_size_in_bytes), int(analysis.output_size_in_bytes)
 
 
+def row_rate(dtype: str, rows: int, width: int, repeat: int) -> float:
+    """FLOP/s of products of ``rows`` vectors with a row of matrices [width, 4 width]: what one
+    token of each text can reach, where weights are read for few rows."""
+    count = 8
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (rows, width), (count, width, 4 * width), (count, 4 * width, width)
+    x, up, down = (
+        jax.random.normal(key, shape, jnp.dtype(dtype)) / shape[-2] ** 0.5
+        for key, shape in zip(keys, shapes, strict=True)
+    )
+
+    @jax.jit
+    def chain(x, up, down):
+        for layer in range(count):
+            x = (x @ up[layer]) @ down[layer]
+        return x
+
+    jax.block_until_ready(chain(x, up, down))
+    best = 0.0
+    for _ in range(repeat):
+        started = time.perf_counter()
+        jax.block_until_ready(chain(x, up, down))
+        best = max(best, 16.0 * rows * width**2 * count / (time.perf_counter() - started))
+    return best
+
+
 def matmul_rate(dtype: str, repeat: int) -> float:
     """FLOP/s of the best of several large square products in ``dtype``.
 

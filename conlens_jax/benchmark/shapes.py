@@ -33,6 +33,13 @@ SHAPES = {
     "S": dict(d_model=256, n_layers=6, n_heads=4, d_mlp=768, vocab_size=4096, tied=False),
     # GPT-2 small's sizes, and like it with tied embeddings; a gated mlp has 1.5 times the weights.
     "M": dict(d_model=768, n_layers=12, n_heads=12, d_mlp=3072, vocab_size=50_257, tied=True),
+    # Llama 3.2 1B and Llama 3.1 8B.
+    "1B": dict(
+        d_model=2048, n_layers=16, n_heads=32, kv=8, d_mlp=8192, vocab_size=128_256, tied=True
+    ),
+    "8B": dict(
+        d_model=4096, n_layers=32, n_heads=32, kv=8, d_mlp=14_336, vocab_size=128_256, tied=False
+    ),
 }
 MIN_POSITION = 8
 
@@ -62,7 +69,7 @@ def model_shape(name: str, max_positions: int, **run: object) -> TransformerConf
         d_model=values["d_model"],
         n_layers=values["n_layers"],
         n_heads=values["n_heads"],
-        n_kv_heads=values["n_heads"],
+        n_kv_heads=values.get("kv", values["n_heads"]),
         head_dim=values["d_model"] // values["n_heads"],
         d_mlp=values["d_mlp"],
         tied_embeddings=values["tied"],
