@@ -20,9 +20,10 @@ _CONFIG = cli.define_config(str(Path(__file__).parents[1] / "configs" / "quickst
 
 
 def run_quickstart(config: ExperimentConfig, console: Console) -> Path:
-    """dump → train → evaluate; returns the path of the report."""
+    """dump (unless rows are streamed) → train → evaluate; returns the path of the report."""
     setting = open_setting(config, console)
-    dump_activations(config, setting.model, setting.spec, setting.mesh, console)
+    if config.data.source == "cache":
+        dump_activations(config, setting.model, setting.spec, setting.mesh, console)
     folder = train_lens(setting)
     return evaluate_run(setting, folder)
 

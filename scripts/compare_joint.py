@@ -50,6 +50,14 @@ def _rate(value: float) -> dict[str, float]:
     return {f"{name}.start": value, f"{name}.end": value / 10}
 
 
+# E learns to read D's own text; D goes on with the warm start's objective.
+_ON_POLICY = {
+    "lens.estimator": "detached",
+    "loss.entropy.start": 0.0,
+    "loss.kl.start": 0.0,
+    "loss.mse.start": 1.0,
+    **_rate(1e-3),
+}
 _RLOO = {"lens.estimator": "rloo=4", "joint.batch_size": 16, "loss.entropy.start": 0.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "supervised": {},
@@ -72,6 +80,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rloo 4, KL to warm": {**_RLOO, "loss.text.start": 0.0, "loss.lm.start": 0.1},
     "rloo 4, fast": {**_RLOO, **_rate(5e-4)},
     "grpo 4": {**_RLOO, "lens.estimator": "grpo=4"},
+    "E on D's text": _ON_POLICY,
+    "E on D's text, cooler": {**_ON_POLICY, "loss.sample_tau.start": 0.5},
+    "E on D's text, kl": {**_ON_POLICY, "loss.kl.start": 0.5},
+    "st, warm rate": {**_rate(1e-3), "loss.entropy.start": 0.0},
+    "st, warm rate, cooler": {
+        **_rate(1e-3),
+        "loss.entropy.start": 0.0,
+        "loss.kl.start": 0.0,
+        "loss.sample_tau.start": 0.5,
+    },
 }
 
 

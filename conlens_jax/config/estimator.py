@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 SCORE_FUNCTION = ("rloo", "grpo")
-FORMS = "'straight_through', 'reinmax', 'gumbel_rao=k', 'rloo=k' or 'grpo=k'"
+# No gradient comes back through the tokens themselves.
+TOKENS_ARE_CONSTANT = (*SCORE_FUNCTION, "detached")
+# Texts may be sampled at another temperature than 1.
+ANY_SAMPLE_TAU = ("straight_through", "detached")
+FORMS = "'straight_through', 'reinmax', 'gumbel_rao=k', 'rloo=k', 'grpo=k' or 'detached'"
 _LEAST_SAMPLES = {"gumbel_rao": 1, "rloo": 2, "grpo": 2}
 
 
@@ -20,7 +24,7 @@ class Estimator:
 def parse_estimator(text: str) -> Estimator:
     """Raises ValueError with the allowed forms."""
     kind, _, count = text.partition("=")
-    if text in ("straight_through", "reinmax"):
+    if text in ("straight_through", "reinmax", "detached"):
         return Estimator(kind)
     if not (kind in _LEAST_SAMPLES and count.isdigit() and int(count) >= _LEAST_SAMPLES[kind]):
         raise ValueError(f"lens.estimator must be {FORMS} (k ≥ 2 for rloo and grpo), not {text!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from conlens_jax.config.estimator import parse_estimator
+from conlens_jax.config.estimator import ANY_SAMPLE_TAU, parse_estimator
 from conlens_jax.config.fields import field_names, lookup
 from conlens_jax.config.settings import (
     EMBEDDED_MODEL,
@@ -147,6 +147,8 @@ def _shape_problems(config: ExperimentConfig) -> Iterator[str]:
     if config.embedded.copy_weight <= 0:
         yield f"embedded.copy_weight must be above 0, not {config.embedded.copy_weight}"
     control = config.control
+    if config.data.source not in ("cache", "stream"):
+        yield f"data.source must be 'cache' or 'stream', not {config.data.source!r}"
     if control.enabled and config.joint.steps and not (control.steps or config.warm.steps):
         yield (
             "control.steps must be given where warm.steps is 0: a matched number of steps follows "
@@ -192,13 +194,18 @@ def _estimator_problems(config: ExperimentConfig) -> Iterator[str]:
         yield str(error)
         return
     sample_tau = config.loss.sample_tau
-    if estimator.kind != "straight_through" and (sample_tau.kind, sample_tau.start) != (
+    if estimator.kind not in ANY_SAMPLE_TAU and (sample_tau.kind, sample_tau.start) != (
         "constant",
         1.0,
     ):
         yield (
             f"loss.sample_tau must be constant 1 for lens.estimator={config.lens.estimator!r}: "
-            "only straight_through samples at another temperature"
+            f"only {' and '.join(ANY_SAMPLE_TAU)} sample at another temperature"
+        )
+    if estimator.kind == "detached" and config.joint.steps and config.loss.text.start == 0:
+        yield (
+            "loss.text must be above 0 for lens.estimator='detached': the anchor is all that "
+            "teaches the decoder"
         )
 
 

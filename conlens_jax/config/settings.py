@@ -98,6 +98,20 @@ class CorpusConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where training reads its rows.
+
+    Attributes:
+      source: ``"cache"``, the folder that ``conlens_jax.dump`` made; or ``"stream"``, the corpus
+        itself: the same rows (``dump`` says which), their tokens kept in memory, and each step
+        captures its activations from M. Nothing is written, and a step costs M's pass up to block
+        L besides. Held-out rows are captured when a run begins.
+    """
+
+    source: str = "cache"
+
+
+@dataclasses.dataclass(frozen=True)
 class DumpConfig:
     """Corpus to activation cache.
 
@@ -188,6 +202,8 @@ class LensConfig:
       estimator: which gradient comes back through the sampled tokens: ``"straight_through"``,
         ``"reinmax"``, ``"gumbel_rao=k"`` (k draws of the noise), or by score function, with k
         texts a row: ``"rloo=k"``, ``"grpo=k"`` (the cost is w_mse L_MSE + w_kl L_KL of each text).
+        ``"detached"``: none; E learns to read what D writes, and D learns from the anchor
+        (``loss.text``) alone.
     """
 
     text_len: int = 8
@@ -403,6 +419,7 @@ class ExperimentConfig:
     model: ModelConfig = ModelConfig()
     embedded: EmbeddedConfig = EmbeddedConfig()
     corpus: CorpusConfig = CorpusConfig()
+    data: DataConfig = DataConfig()
     dump: DumpConfig = DumpConfig()
     lens: LensConfig = LensConfig()
     loss: LossConfig = LossConfig()

@@ -54,7 +54,7 @@ def dump_activations(
             console.line("dump", split=split, found=root / split)
             continue
         writer = CacheWriter(root / split, metadata, config.dump.rows_per_shard)
-        extractor = _Extractor(config.dump, model, spec, mesh, corpus, split)
+        extractor = Extractor(config.dump, model, spec, mesh, corpus, split)
         _dump_split(extractor, writer, wanted[split], console)
     return root
 
@@ -80,7 +80,7 @@ def _metadata(
     )
 
 
-def _dump_split(extractor: _Extractor, writer: CacheWriter, wanted: int, console: Console) -> None:
+def _dump_split(extractor: Extractor, writer: CacheWriter, wanted: int, console: Console) -> None:
     started, before = time.time(), writer.rows_written
     split = extractor.split
     if before:
@@ -112,7 +112,7 @@ def _dump_split(extractor: _Extractor, writer: CacheWriter, wanted: int, console
     )
 
 
-class _Extractor:
+class Extractor:
     """Turns the documents of a split into batches of rows."""
 
     def __init__(
@@ -134,10 +134,28 @@ class _Extractor:
         start, skip = (cursor[0], cursor[1] + 1) if cursor else (0, 0)
         documents = self._usable(start)
         while batch := list(itertools.islice(documents, self.config.batch_size)):
-            rows = self._rows(batch)
+            rows = self._captured(*self._draw(batch))
             cursors = [[batch[0][0].index, number] for number in range(len(rows))]
             yield rows.take(slice(skip, None)), cursors[skip:]
             skip = 0
+
+    def tokens_of(self, wanted: int) -> Iterator[Rows]:
+        """The first ``wanted`` rows, document batch by document batch, with activations of width
+        0: nothing runs through M."""
+        documents, room = self._usable(0), wanted
+        while room > 0 and (batch := list(itertools.islice(documents, self.config.batch_size))):
+            rows = self._draw(batch)[0].take(slice(room))
+            room -= len(rows)
+            yield rows
+
+    def captured(self, wanted: int) -> Iterator[Rows]:
+        """The first ``wanted`` rows as the dump writes them."""
+        room = wanted
+        for rows, _ in self.batches(None):
+            yield rows.take(slice(room))
+            room -= len(rows)
+            if room <= 0:
+                return
 
     def nothing_message(self) -> str:
         return (
@@ -161,7 +179,8 @@ class _Extractor:
                 else:
                     self.too_short += 1
 
-    def _rows(self, batch: list[tuple[Document, list[int]]]) -> Rows:
+    def _draw(self, batch: list[tuple[Document, list[int]]]) -> tuple[Rows, np.ndarray]:
+        """Rows without activations, and each row's document as an index into the batch."""
         config = self.config
         tokens_BS, lengths_B = pad_tokens(
             [tokens for _, tokens in batch], config.seq_len, self.model.tokenizer.pad_id
@@ -171,30 +190,36 @@ class _Extractor:
             for (document, _), length in zip(batch, lengths_B, strict=True)
         ]
         row_of = np.repeat(np.arange(len(batch)), [len(positions) for positions in chosen])
-        positions_N = np.concatenate(chosen).astype(np.int32)
-        filled = np.zeros((config.batch_size, config.positions_per_sequence), np.int32)
-        valid = np.zeros(filled.shape, bool)
-        for row, positions in enumerate(chosen):
-            filled[row, : len(positions)], valid[row, : len(positions)] = positions, True
-        padding = config.batch_size - len(batch)
+        rows = Rows(
+            activations_ND=np.zeros((len(row_of), 0), np.float32),
+            tokens_NS=tokens_BS[row_of],
+            positions_N=np.concatenate(chosen).astype(np.int32),
+            lengths_N=lengths_B[row_of],
+            documents_N=np.asarray([document.index for document, _ in batch], np.int64)[row_of],
+        )
+        return rows, row_of
+
+    def _captured(self, rows: Rows, row_of: np.ndarray) -> Rows:
+        """The rows of one batch of documents with their activations; M reads a document once."""
+        size, per_document = self.config.batch_size, self.config.positions_per_sequence
+        documents, first = np.unique(row_of, return_index=True)
+        number = np.arange(len(row_of)) - first[row_of]
+        positions_Bk = np.zeros((size, per_document), np.int32)
+        positions_Bk[row_of, number] = rows.positions_N
+        padding = ((0, size - len(documents)), (0, 0))
         activations_BkD = self._capture(
             self.model.params,
             *(
                 jax.device_put(array, self.sharding)
                 for array in (
-                    np.pad(tokens_BS, ((0, padding), (0, 0))),
-                    np.pad(lengths_B, (0, padding)),
-                    filled,
+                    np.pad(rows.tokens_NS[first], padding),
+                    np.pad(rows.lengths_N[first], padding[0]),
+                    positions_Bk,
                 )
             ),
         )
-        return Rows(
-            activations_ND=np.asarray(activations_BkD)[valid],
-            tokens_NS=tokens_BS[row_of],
-            positions_N=positions_N,
-            lengths_N=lengths_B[row_of],
-            documents_N=np.asarray([document.index for document, _ in batch], np.int64)[row_of],
-        )
+        activations_ND = np.asarray(activations_BkD)[row_of, number]
+        return dataclasses.replace(rows, activations_ND=activations_ND)
 
     def _positions(self, document: int, length: int) -> np.ndarray:
         """Distinct random positions in the valid range, in rising order."""

@@ -9,6 +9,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from conlens_jax.data.rows import Rows
+from conlens_jax.lens.original import capture
+from conlens_jax.lens.spec import LensSpec
+from conlens_jax.models.param_table import Params
 
 
 @flax.struct.dataclass
@@ -33,6 +36,17 @@ class Batch:
     @property
     def rows_per_document(self) -> int:
         return len(self.positions_B) // len(self.lengths_G)
+
+
+def with_activations(batch: Batch, original: Params, spec: LensSpec) -> Batch:
+    """The batch with its activations captured from M where it came without (``data.source=stream``:
+    they have the width 0)."""
+    if batch.activation_BD.shape[1]:
+        return batch
+    states_GSD = capture(original, batch.tokens_GS, batch.mask_GS, spec=spec)
+    documents_B = jnp.arange(len(batch.positions_B)) // batch.rows_per_document
+    activation_BD = states_GSD[documents_B, batch.positions_B].astype(jnp.float32)
+    return batch.replace(activation_BD=activation_BD)
 
 
 def make_batch(

@@ -18,7 +18,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from conlens_jax.config import LossConfig, ScheduleConfig, WarmConfig
-from conlens_jax.config.estimator import SCORE_FUNCTION, Estimator, parse_estimator
+from conlens_jax.config.estimator import (
+    SCORE_FUNCTION,
+    TOKENS_ARE_CONSTANT,
+    Estimator,
+    parse_estimator,
+)
 from conlens_jax.lens import original as original_model
 from conlens_jax.lens.batch import Batch
 from conlens_jax.lens.decoder import generate, head_of, teacher_forced_states
@@ -187,7 +192,7 @@ def joint_loss(
     head, text_BT = head_of(decoder, spec), prepared.text_BT
     group, kind = objective.texts_per_row, objective.estimator.kind
     activation_BD = repeat_rows(batch.activation_BD, group)
-    if kind in SCORE_FUNCTION:  # no gradient through the tokens themselves
+    if kind in TOKENS_ARE_CONSTANT:
         state_BTD = teacher_forced_states(decoder, activation_BD, text_BT, spec=spec)
         text_BTD = embed_tokens(encoder.base, text_BT)
     else:
@@ -206,10 +211,9 @@ def joint_loss(
     of_text = text_terms(head, state_BTD, text_BT, prepared.reference)
     reconstruction_BD, error_B = _read_back(encoder, text_BTD, activation_BD, objective)
     cost_B = weights["mse"] * error_B
-    terms: Metrics = {
-        "mse": jnp.mean(error_B),
-        "entropy": jnp.mean(of_text["entropy"]),
-    }
+    terms: Metrics = {"mse": jnp.mean(error_B)}
+    if kind != "detached" or objective.uses("entropy"):  # else nothing else looks at the states
+        terms["entropy"] = jnp.mean(of_text["entropy"])
     if prepared.context is not None:
         swapped_in = swap_vector(
             reconstruction_BD, activation_BD, spec, group * batch.rows_per_document

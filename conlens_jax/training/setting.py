@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from conlens_jax.config import EMBEDDED_MODEL, ConfigError, ExperimentConfig
 from conlens_jax.data.cache import ActivationCache
 from conlens_jax.data.legacy import LegacyCache, open_cache
+from conlens_jax.data.stream import CapturedRows, TokenStream, open_stream
 from conlens_jax.evaluation.measure import Measurer, Reference, reference_of
 from conlens_jax.lens.spec import LensSpec, make_spec
 from conlens_jax.models.model import LanguageModel, load_model
@@ -20,7 +21,7 @@ from conlens_jax.training.console import Console
 from conlens_jax.training.language_model import ensure_language_model
 from conlens_jax.training.objective import Objective
 
-Cache = ActivationCache | LegacyCache
+Cache = ActivationCache | LegacyCache | TokenStream | CapturedRows
 _REFERENCE_ROWS = 16_384
 
 
@@ -106,6 +107,11 @@ def open_caches(setting: Setting) -> tuple[Cache, Cache]:
     Raises:
       ValueError: not there, damaged, or made with another model, layer or tokenizer.
     """
+    if setting.config.data.source == "stream":
+        train, validation = open_stream(setting.config, setting.model, setting.spec, setting.mesh)
+        _check_rows(setting.config, train)
+        setting.console.line("stream", rows=len(train), validation_rows=len(validation))
+        return train, validation
     root = Path(setting.config.dump.cache_dir)
     caches = []
     for split in ("train", "validation"):
@@ -154,4 +160,6 @@ def _check_rows(config: ExperimentConfig, cache: Cache) -> None:
 def training_reference(cache: Cache) -> Reference:
     """Mean, scale and R of (up to 16,384 of) the training activations."""
     count = min(len(cache), _REFERENCE_ROWS)
+    if isinstance(cache, TokenStream):
+        return reference_of(cache.captured(count).activations_ND)
     return reference_of(cache.rows(np.arange(count)).activations_ND)

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Int
 
 from conlens_jax.config import ExperimentConfig, OptimizerConfig
-from conlens_jax.lens.batch import Batch
+from conlens_jax.lens.batch import Batch, with_activations
 from conlens_jax.lens.gumbel import drawn_noise, example_keys
 from conlens_jax.lens.schedules import Schedule, make_schedule
 from conlens_jax.models.param_table import Params
@@ -126,6 +126,7 @@ def make_step(
     }
 
     def gradients(trainable: Params, frozen: Params, batch: Batch, step: Array):
+        batch = with_activations(batch, frozen["original"], objective.spec)
         if stage.supervised:
             loss = functools.partial(warm_loss, objective=objective)
             (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch)

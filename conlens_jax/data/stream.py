@@ -1,0 +1,94 @@
+"""Rows straight from the corpus: no activations on disk (``data.source=stream``).
+
+They are the rows that a dump with the same settings would write, in the same order. Only tokens and
+positions are kept; activations are captured where they are used
+(:func:`conlens_jax.lens.batch.with_activations`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from conlens_jax.config import ExperimentConfig
+from conlens_jax.data.corpus import CorpusError, open_corpus
+from conlens_jax.data.extract import Extractor
+from conlens_jax.data.rows import Rows, checked_indices
+from conlens_jax.lens.spec import LensSpec
+from conlens_jax.models.model import LanguageModel
+
+
+class TokenStream:
+    """Training rows whose activations have the width 0; otherwise as an activation cache.
+
+    Contexts are kept once a document, so that the rows of a document cost one context.
+    """
+
+    def __init__(self, extractor: Extractor, wanted: int):
+        self._extractor = extractor
+        parts = list(extractor.tokens_of(wanted))
+        if not parts:
+            raise CorpusError(extractor.nothing_message())
+        contexts, others, documents = [], [], 0
+        for part in parts:
+            _, first, of_row = np.unique(part.documents_N, return_index=True, return_inverse=True)
+            contexts.append((part.tokens_NS[first], part.lengths_N[first], part.documents_N[first]))
+            others.append((of_row + documents, part.positions_N))
+            documents += len(first)
+        self._tokens_GS, self._lengths_G, self._documents_G = map(
+            np.concatenate, zip(*contexts, strict=True)
+        )
+        self._document_of_N, self._positions_N = map(np.concatenate, zip(*others, strict=True))
+
+    def __len__(self) -> int:
+        return len(self._positions_N)
+
+    def rows(self, indices: np.ndarray | Sequence[int]) -> Rows:
+        """The rows at ``indices``, in that order, without activations."""
+        indices = checked_indices(indices, len(self))
+        documents = self._document_of_N[indices]
+        return Rows(
+            activations_ND=np.zeros((len(indices), 0), np.float32),
+            tokens_NS=self._tokens_GS[documents],
+            positions_N=self._positions_N[indices],
+            lengths_N=self._lengths_G[documents],
+            documents_N=self._documents_G[documents],
+        )
+
+    def captured(self, count: int) -> Rows:
+        """The first ``count`` rows with their activations."""
+        return Rows.concatenate(list(self._extractor.captured(count)))
+
+
+class CapturedRows:
+    """Rows with their activations, in memory."""
+
+    def __init__(self, rows: Rows):
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def rows(self, indices: np.ndarray | Sequence[int]) -> Rows:
+        """The rows at ``indices``, in that order."""
+        return self._rows.take(checked_indices(indices, len(self)))
+
+
+def open_stream(
+    config: ExperimentConfig, model: LanguageModel, spec: LensSpec, mesh: Mesh
+) -> tuple[TokenStream, CapturedRows]:
+    """The training and the validation rows of ``dump``'s settings.
+
+    Raises:
+      ValueError: a corpus without a usable document in one of its splits.
+    """
+    corpus = open_corpus(config.corpus)
+    extractor = lambda split: Extractor(config.dump, model, spec, mesh, corpus, split)
+    held_out = extractor("validation")
+    parts = list(held_out.captured(config.dump.n_validation_samples))
+    if not parts:
+        raise CorpusError(held_out.nothing_message())
+    train = TokenStream(extractor("train"), config.dump.n_samples)
+    return train, CapturedRows(Rows.concatenate(parts))

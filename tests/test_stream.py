@@ -1,0 +1,105 @@
+"""Rows straight from the corpus: those of the dump, and the same losses without a cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pipeline import WARM_STEPS, losses, open_world, with_changes
+
+from conlens_jax.config import ConfigError
+from conlens_jax.data.stream import open_stream
+from conlens_jax.lens.batch import make_batch, with_activations
+from conlens_jax.training import loop
+from conlens_jax.training.checkpoint import all_steps
+from conlens_jax.training.loop import train_lens
+from conlens_jax.training.setting import open_caches, training_reference
+from conlens_jax.training.validation import Validation
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    with open_world(tmp_path_factory) as world:
+        yield world
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    score = Validation({"kl_at_sampled": 1.0}, common_tokens="")
+    monkeypatch.setattr(loop, "validate", lambda run, trainable, frozen: score)
+
+
+def streamed(world, tmp_path, **changes):
+    """The world's run with its rows from the corpus, and a cache folder that is not there."""
+    changes = {
+        "data.source": "stream",
+        "control.enabled": False,
+        "run_dir": str(tmp_path / "run"),
+        "dump.cache_dir": str(tmp_path / "no_cache"),
+    } | changes
+    return dataclasses.replace(world.setting, config=with_changes(world.setting.config, changes))
+
+
+def test_rows_are_those_of_the_dump(world, tmp_path):
+    setting = streamed(world, tmp_path)
+    stream, validation = open_caches(setting)
+    dumped = open_caches(world.setting)
+    assert (len(stream), len(validation)) == tuple(map(len, dumped))
+    order = np.random.default_rng(0).permutation(len(stream))
+    ours, theirs = stream.rows(order), dumped[0].rows(order)
+    for field in dataclasses.fields(ours):
+        if field.name != "activations_ND":
+            np.testing.assert_array_equal(getattr(ours, field.name), getattr(theirs, field.name))
+    assert ours.activations_ND.shape == (len(order), 0)
+    everything = np.arange(len(validation))
+    held_out = [cache.rows(everything).activations_ND for cache in (validation, dumped[1])]
+    np.testing.assert_allclose(*held_out, rtol=1e-5, atol=1e-6)
+    statistics = [training_reference(cache) for cache in (stream, dumped[0])]
+    np.testing.assert_allclose(statistics[0].mean_D, statistics[1].mean_D, rtol=1e-5, atol=1e-6)
+    assert statistics[0].scale == pytest.approx(statistics[1].scale, rel=1e-5)
+
+
+@pytest.mark.parametrize("rows_per_document", [1, 2])
+def test_a_batch_captures_what_the_dump_wrote(world, tmp_path, rows_per_document):
+    setting = streamed(world, tmp_path)
+    stream, _ = open_stream(setting.config, setting.model, setting.spec, setting.mesh)
+    cache, _ = open_caches(world.setting)
+    indices = np.arange(16)
+    put = lambda source: make_batch(
+        source.rows(indices), jax.devices()[0], 16, rows_per_document=rows_per_document
+    )
+    original = jax.device_put(setting.model.params, jax.devices()[0])
+    found = jax.jit(lambda batch: with_activations(batch, original, setting.spec))(put(stream))
+    expected = put(cache)
+    np.testing.assert_allclose(found.activation_BD, expected.activation_BD, rtol=1e-5, atol=1e-6)
+    assert with_activations(expected, original, setting.spec) is expected
+    assert jnp.array_equal(found.tokens_GS, expected.tokens_GS)
+
+
+def test_losses_are_those_of_the_cached_run(world, tmp_path):
+    """Both stages; and a run that lost its last steps goes on the same way."""
+    setting = streamed(world, tmp_path)
+    run = train_lens(setting)
+    found, expected = losses(run), losses(world.run)
+    assert [entry[:2] for entry in found] == [entry[:2] for entry in expected]
+    # The dump keeps fp32, and Adam enlarges what rounding leaves.
+    first, rest = slice(0, 1), slice(1, None)
+    values = lambda entries, part: [entry[2] for entry in entries][part]
+    np.testing.assert_allclose(values(found, first), values(expected, first), rtol=1e-6)
+    np.testing.assert_allclose(values(found, rest), values(expected, rest), rtol=1e-3)
+    assert not (tmp_path / "no_cache").exists()
+    for step in all_steps(run / "checkpoints"):
+        if step > WARM_STEPS:
+            shutil.rmtree(run / "checkpoints" / str(step))
+    train_lens(setting)
+    assert losses(run) == found
+
+
+def test_a_wrong_source_is_named(world):
+    with pytest.raises(ConfigError, match=r"data.source must be 'cache' or 'stream', not 'disk'"):
+        with_changes(world.setting.config, {"data.source": "disk"})
