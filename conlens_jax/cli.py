@@ -9,7 +9,13 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from conlens_jax.config import ConfigError, ExperimentConfig, field_names, from_config_dict
+from conlens_jax.config import (
+    ConfigError,
+    ExperimentConfig,
+    field_names,
+    field_types,
+    from_config_dict,
+)
 from conlens_jax.config import unknown_field_message as unknown_field
 from conlens_jax.parallel.host import keep_freed_memory
 from conlens_jax.training.loop import TrainingStopped
@@ -46,7 +52,21 @@ def run(main: Callable[[], None]) -> None:
     problems = _unknown_overrides(sys.argv[1:])
     if problems:
         _fail(problems)
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """absl's own answer to a value of the wrong type is a page of usage."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, TypeError, ValueError) as error:
+        match = re.match(r"flag --(?:config\.)?([\w.]+)=(.*?): ", str(error), re.DOTALL)
+        if not match:
+            _fail([str(error)])
+        name, value = match.groups()
+        kinds = {int: "a whole number", float: "a number", bool: "true or false"}
+        kind = kinds.get(field_types().get(name), "a value of another type")
+        _fail([f"{name} must be {kind}, not {value!r}"])
 
 
 def load_config(holder: flags.FlagHolder) -> ExperimentConfig:

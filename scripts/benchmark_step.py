@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--history", help="lens.history_gradient of our step; default: config's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--unroll", type=int, help="model.unroll of both implementations")
-    parser.add_argument("--remat", choices=("none", "full"))
+    parser.add_argument("--remat", choices=("none", "products", "full"))
     parser.add_argument("--repeat", type=int, default=3, help="the best of so many runs counts")
     parser.add_argument("--json", default="", help="file for all numbers")
     parser.add_argument(

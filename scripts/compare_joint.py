@@ -82,6 +82,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grpo 4": {**_RLOO, "lens.estimator": "grpo=4"},
     "E on D's text": _ON_POLICY,
     "E on D's text, cooler": {**_ON_POLICY, "loss.sample_tau.start": 0.5},
+    "E on D's text alone": {**_ON_POLICY, "loss.text_read": False},
+    "E on D's text alone, kl": {
+        **_ON_POLICY,
+        "loss.text_read": False,
+        "loss.kl.start": 0.1,
+        "joint.rows_per_document": 2,
+    },
+    "rloo 2, cheap": {
+        **_ON_POLICY,
+        "lens.estimator": "rloo=2",
+        "loss.text_read": False,
+        "loss.mse.start": 2.0,
+        "joint.batch_size": 32,
+    },
     "E on D's text, kl": {**_ON_POLICY, "loss.kl.start": 0.5},
     "st, warm rate": {**_rate(1e-3), "loss.entropy.start": 0.0},
     "st, warm rate, cooler": {

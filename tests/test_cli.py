@@ -66,6 +66,19 @@ def test_unknown_fields_name_the_nearest():
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("joint.steps=many", "joint.steps must be a whole number, not 'many'"),
+        ("warm.batch_size=1.5", "warm.batch_size must be a whole number, not '1.5'"),
+        ("loss.kl.start=low", "loss.kl.start must be a number, not 'low'"),
+        ("lens.dual_path=maybe", "lens.dual_path must be true or false, not 'maybe'"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(argument, message):
+    assert_refused(run("train", "--config=configs/quickstart.py", f"--config.{argument}"), message)
+
+
 def test_impossible_values_are_all_named():
     done = run(
         "dump",

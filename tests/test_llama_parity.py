@@ -238,6 +238,10 @@ def test_remat_and_scan_change_no_number(tiny):
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), actual, expected
     )
+    products = _loss_and_gradient(params, tokens, dataclasses.replace(scanned, remat="products"))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), products, expected
+    )
     # The two are not the same program: only one recomputes its layers.
     programs = [str(_loss_and_gradient.trace(params, tokens, c).jaxpr) for c in (config, scanned)]
     assert ["remat" in program or "checkpoint" in program for program in programs] == [False, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 
@@ -18,7 +19,7 @@ from conlens_jax.lens.losses import cross_entropy, kl_divergence, reconstruction
 from conlens_jax.lens.original import swapped_logits
 from conlens_jax.lens.policy import advantages, policy_loss
 from conlens_jax.lens.spec import decoder_of, encoder_of
-from conlens_jax.training.objective import Objective, joint_loss, prepare, swap_vector
+from conlens_jax.training.objective import Objective, joint_loss, prepare, swap_vector, warm_loss
 
 COSTS = np.array([0.3, -1.0, 2.0])
 GROUP = 2
@@ -124,6 +125,47 @@ def test_joint_loss_is_the_cost_and_its_gradient_that_of_the_policy(dual_path):
     expected, oracle = by_hand(trainable, frozen, batch, prepared, objective=objective)
     assert float(total) == pytest.approx(float(expected), rel=1e-5)
     assert relative_error(gradient, oracle) < 2e-5
+
+
+def test_without_a_gradient_through_the_text_each_side_learns_from_its_own():
+    """E from D's text (and the real windows), D from the real windows alone."""
+    spec = tiny_spec(estimator="detached", dual_path=False)
+    loss = LossConfig(
+        mse=constant(0.6), kl=constant(1.7), lm=constant(0), entropy=constant(0), text=constant(1)
+    )
+    objective = Objective(dataclasses.replace(loss, text_read=False), world(False)[0].warm, spec)
+    _, trainable, frozen, batch, noise = world(False)
+    weights = {name: jnp.float32(value) for name, value in (("mse", 0.6), ("kl", 1.7), ("text", 1))}
+
+    @fast_jit
+    def ours(trainable):
+        prepared = prepare(trainable, frozen, batch, noise[::GROUP], objective=objective)
+        rest = (frozen, batch, prepared, weights, jnp.float32(1.0))
+        run = functools.partial(joint_loss, objective=objective)
+        return jax.grad(run, has_aux=True)(trainable, *rest), prepared
+
+    (gradient, terms), prepared = ours(trainable)
+    assert {"mse", "kl", "text", "write_loss"} == set(terms)
+
+    @fast_jit
+    def decoder_side(decoder):
+        run = functools.partial(warm_loss, objective=objective, reads=False)
+        return run({**trainable, "decoder": decoder}, frozen, batch)[0]
+
+    @fast_jit
+    def encoder_side(part):
+        encoder = encoder_of({**trainable, "encoder": part}, frozen, spec)
+        found = encode_tokens(encoder, prepared.text_BT, spec=spec)
+        error = reconstruction_error(
+            found, batch.activation_BD, frozen["statistics"], "direction+norm"
+        )
+        swapped = swapped_logits(frozen["original"], prepared.context, found, spec=spec)
+        kl = kl_divergence(prepared.context.logits_BhV, swapped)[:, 0]
+        return jnp.mean(0.6 * error + 1.7 * kl)
+
+    assert relative_error(gradient["encoder"], jax.grad(encoder_side)(trainable["encoder"])) < 2e-5
+    expected = jax.grad(decoder_side)(trainable["decoder"])
+    assert relative_error(gradient["decoder"], expected) < 2e-5
 
 
 def test_texts_of_a_row_differ_and_stand_together():

@@ -155,6 +155,7 @@ def test_console_shows_parts_samples_and_tokens(world):
     printed = world.stream.getvalue()
     assert "decoder projection" in printed and "total trained" in printed
     assert f"samples at step {LAST_STEP}" in printed and "M predicts" in printed
+    assert printed.count("seconds_to_first_step=") >= 3  # warm start, joint stage, control
     assert "common=" in printed and "the:" in printed
 
 

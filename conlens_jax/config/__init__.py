@@ -15,7 +15,7 @@ from typing import Any
 
 import ml_collections
 
-from conlens_jax.config.fields import field_names, lookup, unknown_field_message
+from conlens_jax.config.fields import field_names, field_types, lookup, unknown_field_message
 from conlens_jax.config.rules import config_problems
 from conlens_jax.config.settings import (
     EMBEDDED_MODEL,
@@ -67,6 +67,7 @@ __all__ = [
     "config_problems",
     "constant",
     "field_names",
+    "field_types",
     "from_config_dict",
     "lookup",
     "schedule",

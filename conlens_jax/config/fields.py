@@ -11,14 +11,19 @@ from typing import Any
 from conlens_jax.config.settings import ExperimentConfig
 
 
-def field_names(kind: type = ExperimentConfig, prefix: str = "") -> Iterator[str]:
+def field_names() -> Iterator[str]:
     """Every dotted field name, for example ``"model.layer"``, and every section's."""
-    hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        name = prefix + field.name
-        yield name
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from field_names(hints[field.name], name + ".")
+    return iter(field_types())
+
+
+def field_types(kind: type = ExperimentConfig, prefix: str = "") -> dict[str, type]:
+    """The type of every field and section, by its dotted name."""
+    types = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        types[prefix + name] = hint
+        if dataclasses.is_dataclass(hint):
+            types |= field_types(hint, prefix + name + ".")
+    return types
 
 
 def unknown_field_message(name: str) -> str:

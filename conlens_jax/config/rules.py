@@ -15,7 +15,7 @@ from conlens_jax.config.settings import (
 
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "full"),
+    "model.remat": ("none", "products", "full"),
     "corpus.kind": ("stories", "stdlib", "text", "jsonl", "parquet", "huggingface"),
     "dump.dtype": ("float32", "bfloat16"),
     "lens.train_decoder": ("full", "frozen", "lora"),

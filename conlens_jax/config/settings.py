@@ -23,7 +23,8 @@ class ModelConfig:
       dtype: ``"float32"`` or ``"bfloat16"``.
       unroll: how many layers a step of the layer scan holds; 0 unrolls all of them, which is
         faster for small models on a CPU.
-      remat: ``"none"`` keeps a layer's activations for the backward pass, ``"full"`` recomputes.
+      remat: what is kept of a layer for its backward pass: ``"none"`` everything, ``"products"``
+        the results of its matrix products, ``"full"`` its input alone.
     """
 
     path: str = EMBEDDED_MODEL
@@ -245,6 +246,8 @@ class LossConfig:
         over all shorter prefixes of the text, so that the first words carry the most. Needs an
         ``encoder_prompt`` that ends with ``<text>``.
       text: weight of the supervised anchor, the warm start's own loss on real text windows.
+      text_read: whether the anchor has E read the real windows too; without, it is D's writing
+        alone, and E learns from D's own text.
     """
 
     lm: ScheduleConfig = constant(0.003)
@@ -258,6 +261,7 @@ class LossConfig:
     lm_reference: str = "warm"
     kl_horizon: int = 1
     prefix_share: float = 0.0
+    text_read: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

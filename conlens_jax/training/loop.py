@@ -227,12 +227,14 @@ class _StageLoop:
         stage, done = self.stage, int(state.step)
         started = time.time()
         step = step.lower(state, self.frozen, self._read(done)).compile()
-        self.console.line(stage.name, compiled_seconds=time.time() - started)
         batches = prefetch(self._read, range(done, stage.steps))
         with self.console.progress(stage.steps, stage.name, initial=done) as progress:
             mark = self._clock()
             for index, batch in batches:
                 state, metrics = step(state, self.frozen, batch)
+                if index == done:
+                    jax.block_until_ready(metrics)
+                    self.console.line(stage.name, seconds_to_first_step=time.time() - started)
                 here = index + 1
                 if not self._pauses(here):
                     progress.update(1)

@@ -94,22 +94,24 @@ def source_window(
 
 
 def warm_loss(
-    trainable: Params, frozen: Params, batch: Batch, *, objective: Objective
+    trainable: Params, frozen: Params, batch: Batch, *, objective: Objective, reads: bool = True
 ) -> tuple[Float[Array, ""], Metrics]:
-    """E's error on real windows plus, where any of D is trained, its cross-entropy of writing
-    them."""
+    """E's error on real windows (if it ``reads`` them) plus, where any of D is trained, its
+    cross-entropy of writing them."""
     spec, warm = objective.spec, objective.warm
     window_BT = source_window(batch.tokens_GS, batch.positions_B, warm.before, warm.after)
-    encoder = encoder_of(trainable, frozen, spec)
-    window_BTD = embed_tokens(encoder.base, window_BT)
-    _, error_B = _read_back(encoder, window_BTD, batch.activation_BD, objective)
-    read_error = jnp.mean(error_B)
-    if not trainable["decoder"]:
-        return read_error, {"read_error": read_error}
-    decoder = decoder_of(trainable, frozen)
-    states = teacher_forced_states(decoder, batch.activation_BD, window_BT, spec=spec)
-    write_loss = jnp.mean(text_terms(head_of(decoder, spec), states, window_BT)["nll"])
-    return read_error + write_loss, {"read_error": read_error, "write_loss": write_loss}
+    parts: Metrics = {}
+    if reads:
+        encoder = encoder_of(trainable, frozen, spec)
+        window_BTD = embed_tokens(encoder.base, window_BT)
+        _, error_B = _read_back(encoder, window_BTD, batch.activation_BD, objective)
+        parts["read_error"] = jnp.mean(error_B)
+    if trainable["decoder"]:
+        decoder = decoder_of(trainable, frozen)
+        states = teacher_forced_states(decoder, batch.activation_BD, window_BT, spec=spec)
+        terms = text_terms(head_of(decoder, spec), states, window_BT)
+        parts["write_loss"] = jnp.mean(terms["nll"])
+    return sum(parts.values(), jnp.float32(0)), parts
 
 
 def prepare(
@@ -227,7 +229,9 @@ def joint_loss(
     if prepared.reference is not None:
         terms["lm"] = jnp.mean(of_text["lm"])
     if objective.uses("text"):
-        terms["text"], anchor = warm_loss(trainable, frozen, batch, objective=objective)
+        terms["text"], anchor = warm_loss(
+            trainable, frozen, batch, objective=objective, reads=objective.loss.text_read
+        )
     else:
         anchor = {}
     sign = {"entropy": -1.0}
