@@ -40,7 +40,7 @@ from conlens_jax.training.run_folder import load_lens
 from conlens_jax.training.setting import Setting, open_caches, open_setting, training_reference
 from conlens_jax.training.state import Stage, init_state, make_step, stage_optimizer
 
-TIMED_STEPS = 4
+TIMED_STEPS = 16
 T_975 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)  # of Student's t, by n − 1
 SCORES = ("fve_nrm", "kl_frac", "sampled_fve_nrm", "sampled_kl_frac", "nll_text")
 
@@ -59,6 +59,7 @@ _ON_POLICY = {
     **_rate(1e-3),
 }
 _RLOO = {"lens.estimator": "rloo=4", "joint.batch_size": 16, "loss.entropy.start": 0.0}
+_FAST = {**_rate(5e-4), "loss.entropy.start": -1.0, "loss.kl.start": 1.5}
 VARIANTS: dict[str, dict[str, Any]] = {
     "supervised": {},
     "straight-through": {},
@@ -72,7 +73,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "loss.mse.start": 10.0,
         "loss.text.start": 2.0,
     },
-    "st, fast": {**_rate(5e-4), "loss.entropy.start": -1.0, "loss.kl.start": 1.5},
+    "st, fast": _FAST,
+    "st, fast, cheap": {
+        **_FAST,
+        "joint.rows_per_document": 2,
+        "lens.history_gradient": "detached",
+        "loss.text_read": False,
+    },
     "reinmax": {"lens.estimator": "reinmax", "loss.tau.start": 1.0},
     "gumbel-rao 4": {"lens.estimator": "gumbel_rao=4", "loss.tau.start": 1.0},
     "rloo 4": _RLOO,

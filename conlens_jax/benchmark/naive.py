@@ -122,8 +122,9 @@ def naive_loss(
     spec, original = objective.spec, frozen["original"]
     there = round_trip(trainable, frozen, batch.activation_BD, noise_BTV, tau, spec)
     reconstruction_BD, logits_BTV, text_BT = there
-    other_BD = jnp.roll(batch.activation_BD, 1, axis=0)
-    other_noise_BTV = jnp.roll(noise_BTV, 1, axis=0)
+    shift = batch.rows_per_document
+    other_BD = jnp.roll(batch.activation_BD, shift, axis=0)
+    other_noise_BTV = jnp.roll(noise_BTV, shift, axis=0)
     guess_BD, _, _ = round_trip(trainable, frozen, other_BD, other_noise_BTV, tau, spec)
     delta_BD = jax.lax.stop_gradient(other_BD.astype(jnp.float32) - guess_BD)
     terms = loss_terms(
