@@ -10,21 +10,16 @@ the same loss and exact gradient, no cache, no shortcut), the time and XLA's tem
 every phase as a program of its own and of the whole step; the least matrix-product FLOPs of each
 phase (``conlens_jax/benchmark/flops.py`` has the formula) and the time they take at the rate of
 large matrix products in the same dtype, measured before and after; and the ratios naive / ours
-and ours / limit. ``step exact`` is our step with the naive one's gradient
-(``lens.history_gradient="exact"``); ``step`` has what ``--history`` or the config says, by default
-one sweep.
+and ours / limit. ``step detached`` (or ``step exact``)
+is our step with that ``lens.history_gradient``; ``step`` has what ``--history`` or the config says, by
+default the exact one, which is also that of the naive step. The rate of products with one token of
+each text, weights read for few rows, is printed too: decoding cannot be faster than that.
 
-Shapes S (d 256, 6 layers, mlp 768, V 4,096), M (GPT-2 small's sizes in the Llama family) and tiny
-have random weights and L in the middle; ``--config`` takes model, lens and loss of a config file.
+Shapes S (d 256, 6 layers, mlp 768, V 4,096), M (GPT-2 small's sizes in the Llama family), 1B, 8B
+(Llama 3) and tiny have random weights and L in the middle; ``--config`` takes model, lens and loss of a config file.
 Nothing else may run on the machine meanwhile: beside a test run the step took twice as long.
 
-Measured: shape S, batch 32, context 64, fp32, --unroll=1, 2 CPU cores at 214 GFLOP/s:
-
-    T    step    step exact   naive   limit   naive/ours   naive/exact   ours/limit
-    8    500 ms      867 ms  1,708 ms  180 ms        3.4           2.0          2.8
-    32 1,383 ms    5,228 ms         -  482 ms          -             -          2.9
-
-Temporary memory at T = 8: 213 MiB, the naive step 835; at T = 32: 534 MiB.
+Measured: see ``scripts/README.md``.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from conlens_jax.config.estimator import Estimator
-from conlens_jax.lens.gumbel import Noise, straight_through_embed
+from conlens_jax.lens.gumbel import Noise, drawn_noise, straight_through_embed
 from conlens_jax.lens.losses import cross_entropy, entropy, kl_divergence
 from conlens_jax.models.transformer import rms_norm
 
@@ -47,6 +47,20 @@ def chunks_of(batch: int, text_len: int, vocab_size: int) -> int:
     divisors = (n for n in range(1, text_len + 1) if text_len % n == 0)
     fits = (n for n in divisors if batch * (text_len // n) * vocab_size <= LOGITS_AT_ONCE)
     return next(fits, text_len)
+
+
+def noise_of_texts(
+    keys_B: Key[Array, "B"],
+    text_len: int,
+    vocab_size: int,
+    scale: Float[Array, ""] | float | None = None,
+) -> Noise:
+    """:func:`~conlens_jax.lens.gumbel.drawn_noise`, drawn once where there is room for it: a step
+    looks at it four times, and drawing costs as much as a product with the head."""
+    noise = drawn_noise(keys_B, text_len, scale)
+    if chunks_of(len(keys_B), text_len, vocab_size) > 1:
+        return noise
+    return Noise(noise.values(vocab_size))
 
 
 def in_chunks(function: Callable[..., Any], arrays: Any, n_chunks: int) -> Any:

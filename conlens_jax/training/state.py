@@ -14,8 +14,9 @@ from jaxtyping import Array, Int
 
 from conlens_jax.config import ExperimentConfig, OptimizerConfig
 from conlens_jax.lens.batch import Batch, with_activations
-from conlens_jax.lens.gumbel import drawn_noise, example_keys
+from conlens_jax.lens.gumbel import example_keys
 from conlens_jax.lens.schedules import Schedule, make_schedule
+from conlens_jax.lens.vocabulary import noise_of_texts
 from conlens_jax.models.param_table import Params
 from conlens_jax.training.objective import (
     TERMS,
@@ -137,7 +138,8 @@ def make_step(
         texts_B = (batch.examples_B[:, None] * group + jnp.arange(group)).reshape(-1)
         keys_B = example_keys(config.train.seed, step, texts_B, SAMPLING)
         # argmax(logits / s + g) = argmax(logits + s g): scaled noise samples at temperature s.
-        noise = drawn_noise(keys_B, objective.spec.text_len, sample_tau)
+        spec = objective.spec
+        noise = noise_of_texts(keys_B, spec.text_len, spec.model.vocab_size, sample_tau)
         own_keys_B = example_keys(config.train.seed, step, texts_B, ESTIMATING)
         prepared = prepare(trainable, frozen, batch, noise, own_keys_B, objective=objective)
         loss = functools.partial(joint_loss, objective=objective)
