@@ -10,14 +10,14 @@ the same loss and exact gradient, no cache, no shortcut), the time and XLA's tem
 every phase as a program of its own and of the whole step; the least matrix-product FLOPs of each
 phase (``conlens_jax/benchmark/flops.py`` has the formula) and the time they take at the rate of
 large matrix products in the same dtype, measured before and after; and the ratios naive / ours
-and ours / limit. ``step detached`` (or ``step exact``)
-is our step with that ``lens.history_gradient``; ``step`` has what ``--history`` or the config says, by
-default the exact one, which is also that of the naive step. The rate of products with one token of
-each text, weights read for few rows, is printed too: decoding cannot be faster than that.
+and ours / limit. ``step detached`` (or ``step exact``) is our step with that
+``lens.history_gradient``; ``step`` has what ``--history`` or the config says, by default the exact
+one, which is also that of the naive step. The rate of products with one token of each text, weights
+read for few rows, is printed too: decoding cannot be faster than that.
 
 Shapes S (d 256, 6 layers, mlp 768, V 4,096), M (GPT-2 small's sizes in the Llama family), 1B, 8B
-(Llama 3) and tiny have random weights and L in the middle; ``--config`` takes model, lens and loss of a config file.
-Nothing else may run on the machine meanwhile: beside a test run the step took twice as long.
+(Llama 3) and tiny have random weights and L in the middle; ``--config`` takes model, lens and loss
+of a config file. Nothing else may run on the machine meanwhile: beside a test run the step took twice as long.
 
 Measured: see ``scripts/README.md``.
 """
