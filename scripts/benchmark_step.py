@@ -17,7 +17,8 @@ read for few rows, is printed too: decoding cannot be faster than that.
 
 Shapes S (d 256, 6 layers, mlp 768, V 4,096), M (GPT-2 small's sizes in the Llama family), 1B, 8B
 (Llama 3) and tiny have random weights and L in the middle; ``--config`` takes model, lens and loss
-of a config file. Nothing else may run on the machine meanwhile: beside a test run the step took twice as long.
+of a config file. Nothing else may run on the machine meanwhile: beside a test run the step took
+twice as long.
 
 Measured: see ``scripts/README.md``.
 """
