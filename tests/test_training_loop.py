@@ -35,6 +35,7 @@ from pipeline import (
 )
 
 from conlens_jax.config import ConfigError, to_json_dict
+from conlens_jax.data.batches import read_groups
 from conlens_jax.data.cache import CacheError
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.models.model import load_model
@@ -180,7 +181,8 @@ def test_control_begins_where_the_warm_start_ended(world):
         "control", CONTROL_STEPS, 16, setting.config.control.optimizer, first_step=WARM_STEPS
     )
     run = loop.Run(setting, world.run, train, None, None, None, None)
-    batch = loop._StageLoop(run, stage, None, None, None, 0.0)._read(0)
+    groups_nk = read_groups(train, stage.rows_per_document)
+    batch = loop._StageLoop(run, stage, None, None, None, groups_nk, 0.0)._read(0)
     compute = jax.jit(lambda *args: warm_loss(*args, objective=setting.objective)[0])
     _, frozen = lens_template(world)
     expected = float(compute(saved(world, world.run, WARM_STEPS), frozen, batch))
