@@ -54,6 +54,7 @@ def _rate(value: float) -> dict[str, float]:
 _ON_POLICY = {
     "lens.estimator": "detached",
     "loss.entropy.start": 0.0,
+    "loss.lm.start": 0.0,  # it would need D's pass over its own text, and the warm decoder's
     "loss.kl.start": 0.0,
     "loss.mse.start": 1.0,
     **_rate(1e-3),
