@@ -60,13 +60,16 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (flags.Error, TypeError, ValueError) as error:
-        match = re.match(r"flag --(?:config\.)?([\w.]+)=(.*?): ", str(error), re.DOTALL)
-        if not match:
-            _fail([str(error)])
-        name, value = match.groups()
-        kinds = {int: "a whole number", float: "a number", bool: "true or false"}
-        kind = kinds.get(field_types().get(name), "a value of another type")
-        _fail([f"{name} must be {kind}, not {value!r}"])
+        _fail([_wrong_value(str(error))])
+
+
+def _wrong_value(message: str) -> str:
+    """absl's message, or a better one where it is about a field of the config."""
+    match = re.match(r"flag --(?:config\.)?([\w.]+)=(.*?): ", message, re.DOTALL)
+    kinds = {int: "a whole number", float: "a number", bool: "true or false"}
+    if not match or (kind := kinds.get(field_types().get(match[1]))) is None:
+        return message
+    return f"{match[1]} must be {kind}, not {match[2]!r}"
 
 
 def load_config(holder: flags.FlagHolder) -> ExperimentConfig:

@@ -37,7 +37,7 @@ from conlens_jax.training.console import Console
 from conlens_jax.training.loop import placed
 from conlens_jax.training.objective import Objective
 from conlens_jax.training.run_folder import load_lens
-from conlens_jax.training.setting import Setting, open_caches, open_setting, training_reference
+from conlens_jax.training.setting import Setting, open_setting
 from conlens_jax.training.state import Stage, init_state, make_step, stage_optimizer
 
 TIMED_STEPS = 16
@@ -129,8 +129,7 @@ class Bench:
     @staticmethod
     def open(run: Path) -> Bench:
         setting = open_setting(recorded_config(str(run)), Console())
-        caches = open_caches(setting)
-        reference = training_reference(caches[0])
+        caches, reference = setting.caches, setting.reference
         template, frozen = init_lens(
             setting.model.params, setting.spec, reference.mean_D, reference.scale
         )

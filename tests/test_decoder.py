@@ -17,6 +17,7 @@ from tiny_lens import (
     plain_prompt,
     plain_text,
     relative_error,
+    text_logits,
     tiny_batch,
     tiny_lens,
     tiny_noise,
@@ -24,7 +25,7 @@ from tiny_lens import (
 )
 
 from conlens_jax.lens.decoder import generate, teacher_forced_logits
-from conlens_jax.lens.history import history_sweeps, text_logits
+from conlens_jax.lens.history import history_sweeps
 from conlens_jax.lens.spec import decoder_of
 from conlens_jax.models.transformer import all_positions, empty_cache, rms_norm, run_layers
 

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
-from tiny_lens import fast_jit, relative_error, tiny_batch, tiny_lens, tiny_noise, tiny_spec
+from tiny_lens import (
+    fast_jit,
+    relative_error,
+    text_logits,
+    tiny_batch,
+    tiny_lens,
+    tiny_noise,
+    tiny_spec,
+)
 
 from conlens_jax import gradient_report
 from conlens_jax.config import LossConfig, WarmConfig
@@ -30,10 +38,9 @@ from conlens_jax.evaluation.lens_gradients import (
     draw_blocks,
 )
 from conlens_jax.evaluation.lens_gradients import quality as lens_quality
-from conlens_jax.lens.decoder import forced_logits, generate
+from conlens_jax.lens.decoder import forced_states, generate, head_of
 from conlens_jax.lens.estimators import condition_on_token, conditional_gumbel, token_keys
 from conlens_jax.lens.gumbel import straight_through_embed
-from conlens_jax.lens.history import text_logits
 from conlens_jax.lens.spec import decoder_of
 from conlens_jax.training.objective import TERMS, Objective
 
@@ -231,7 +238,8 @@ def test_history_gradient_is_that_of_writing_token_by_token(kind):
         decoder = decoder_of(trainable, frozen)
         history = jnp.zeros((len(noise), spec.text_len - 1, spec.model.d_model))
         for t in range(spec.text_len):
-            logits = forced_logits(decoder, batch.activation_BD, history, spec=spec)
+            states = forced_states(decoder, batch.activation_BD, history, spec=spec)
+            logits = head_of(decoder, spec).logits(states)
             if t < spec.text_len - 1:
                 embedded = straight_through_embed(
                     logits[:, t],

@@ -14,6 +14,7 @@ from tiny_lens import (
     fast_jit,
     plain_prompt,
     relative_error,
+    text_logits,
     tiny_batch,
     tiny_lens,
     tiny_noise,
@@ -25,7 +26,6 @@ from tiny_models import random_tokens, write_tokenizer
 from conlens_jax.config import LensConfig, OptimizerConfig
 from conlens_jax.data.tokenizer import Tokenizer
 from conlens_jax.lens.decoder import generate, teacher_forced_logits
-from conlens_jax.lens.history import text_logits
 from conlens_jax.lens.spec import decoder_of, init_lens, make_spec
 from conlens_jax.models.transformer import all_positions, rms_norm, run_layers, slice_layers
 from conlens_jax.training.optimizer import decay_mask, learning_rate_multipliers

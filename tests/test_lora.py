@@ -15,6 +15,7 @@ from tiny_lens import (
     fast_jit,
     plain_text,
     relative_error,
+    text_logits,
     tiny_batch,
     tiny_lens,
     tiny_noise,
@@ -35,7 +36,6 @@ from conlens_jax.config import (
 )
 from conlens_jax.lens.decoder import generate, teacher_forced_logits
 from conlens_jax.lens.encoder import encode_tokens
-from conlens_jax.lens.history import text_logits
 from conlens_jax.lens.spec import decoder_of, encoder_of, init_lens
 from conlens_jax.models.llama import param_table
 from conlens_jax.models.sharding import param_shardings

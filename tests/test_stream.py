@@ -101,5 +101,5 @@ def test_losses_are_those_of_the_cached_run(world, tmp_path):
 
 
 def test_a_wrong_source_is_named(world):
-    with pytest.raises(ConfigError, match=r"data.source must be 'cache' or 'stream', not 'disk'"):
+    with pytest.raises(ConfigError, match="data.source must be one of cache, stream, not 'disk'"):
         with_changes(world.setting.config, {"data.source": "disk"})

@@ -2,7 +2,7 @@
 
 The oracle runs the whole prefix through the model for every token, samples with one-hot vectors
 ``hard + soft − stop_gradient(soft)``, and leaves every gradient to autodiff. It shares with the
-library only the transformer itself.
+library only the transformer itself. (:func:`text_logits` is the library's, for comparison.)
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from tiny_models import random_params, random_tokens, tiny_config
 
 from conlens_jax.config import LensConfig
 from conlens_jax.lens.batch import Batch
+from conlens_jax.lens.decoder import head_of
+from conlens_jax.lens.history import text_states
 from conlens_jax.lens.original import capture
 from conlens_jax.lens.spec import LensSpec, init_lens
 from conlens_jax.models.param_table import Params
@@ -113,6 +115,12 @@ def tiny_batch(spec: LensSpec, original: Params, batch: int = BATCH, seed: int =
         jnp.asarray(positions_B),
         jnp.arange(batch, dtype=jnp.int32),
     )
+
+
+def text_logits(decoder, activation_BD, text_BT, noise, tau, spec, keys_BT=None) -> jax.Array:
+    """Logits of D's own text, with the gradient through its sampled history."""
+    states = text_states(decoder, activation_BD, text_BT, noise, tau, spec, keys_BT)
+    return head_of(decoder, spec).logits(states)
 
 
 captured = fast_jit(capture, static_argnames="spec")

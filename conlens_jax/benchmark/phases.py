@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -77,10 +78,7 @@ def our_phases(work: Workload, runner: Runner) -> Phases:
     spec, objective = work.spec, work.objective
     trainable, frozen, batch = work.trainable, work.frozen, work.batch
     original, found = frozen["original"], {}
-
-    def timed(name, function, *inputs):
-        outputs, found[name] = runner.measure(function, *inputs)
-        return outputs
+    timed = _timer(runner, found)
 
     def decode(trainable, frozen, activation_BD, noise_BTV):
         return generate(decoder_of(trainable, frozen), activation_BD, noise_BTV, spec=spec)
@@ -143,10 +141,7 @@ def naive_phases(work: Workload, runner: Runner) -> Phases:
     spec, objective = work.spec, work.objective
     trainable, frozen, batch = work.trainable, work.frozen, work.batch
     original, found = frozen["original"], {}
-
-    def timed(name, function, *inputs):
-        outputs, found[name] = runner.measure(function, *inputs)
-        return outputs
+    timed = _timer(runner, found)
 
     def decode(trainable, frozen, activation_BD, noise_BTV, tau):
         decoder = decoder_of(trainable, frozen)
@@ -221,6 +216,16 @@ def _measured_step(step, optimizer, work: Workload, runner: Runner) -> Measured:
     # The step donates its state; the workload's own weights are needed again.
     state = init_state(jax.tree.map(jnp.copy, work.trainable), optimizer)
     return runner.measure_step(step, state, work.frozen, work.batch)
+
+
+def _timer(runner: Runner, found: Phases) -> Callable[..., Any]:
+    """``timed(name, function, *inputs)`` measures a phase and gives its outputs."""
+
+    def timed(name, function, *inputs):
+        outputs, found[name] = runner.measure(function, *inputs)
+        return outputs
+
+    return timed
 
 
 def _differentiated(timed, loss, trainable, *inputs) -> None:

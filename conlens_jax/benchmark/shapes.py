@@ -25,6 +25,7 @@ from conlens_jax.models import llama
 from conlens_jax.models.model import load_model
 from conlens_jax.models.param_table import Params, init_params
 from conlens_jax.models.transformer_config import TransformerConfig
+from conlens_jax.training.language_model import embedded_shape
 from conlens_jax.training.objective import Objective
 
 # Llama's rule for the mlp, 2/3 · 4 d rounded up to a multiple of 256, gives 768 at d = 256.
@@ -109,21 +110,31 @@ def shape_workload(
     *,
     batch: int,
     context: int,
-    model: TransformerConfig | None = None,
 ) -> Workload:
-    """Random weights in a shape; L is the middle layer, prompts are as long as the default ones."""
-    if model is None:
-        model = model_shape(
-            shape,
-            context,
-            dtype=config.model.dtype,
-            unroll=config.model.unroll,
-            remat=config.model.remat,
-        )
+    """Random weights in a shape; L is the middle layer."""
+    model = model_shape(shape, context, **_how_it_runs(config))
+    layer = model.n_layers // 2
+    return _random_workload(shape, config, model, layer, batch=batch, context=context)
+
+
+def _how_it_runs(config: ExperimentConfig) -> dict[str, object]:
+    return {name: getattr(config.model, name) for name in ("dtype", "unroll", "remat")}
+
+
+def _random_workload(
+    name: str,
+    config: ExperimentConfig,
+    model: TransformerConfig,
+    layer: int,
+    *,
+    batch: int,
+    context: int,
+) -> Workload:
+    """Random weights; prompts are as long as the default ones."""
     # "<bos> Short explanation of <embed>:" and "<bos> <text>", as ids.
     spec = LensSpec(
         model=model,
-        layer=model.n_layers // 2,
+        layer=layer,
         lens=config.lens,
         decoder_left=(1, 5, 6, 7),
         decoder_right=(8,),
@@ -133,36 +144,21 @@ def shape_workload(
     )
     rows = llama.param_table(model)
     original = jax.jit(lambda key: init_params(rows, model, key))(jax.random.key(0))
-    return _workload(shape, config, spec, original, batch, context)
+    return _workload(name, config, spec, original, batch, context)
 
 
 def config_workload(path: str, config: ExperimentConfig, *, batch: int, context: int) -> Workload:
     """The model and lens of a config file; the embedded model's shape gets random weights."""
     if config.model.path == EMBEDDED_MODEL:
-        sizes = config.embedded
-        model = TransformerConfig(
-            family=llama.MODEL_TYPE,
-            vocab_size=sizes.vocab_size,
-            d_model=sizes.d_model,
-            n_layers=sizes.n_layers,
-            n_heads=sizes.n_heads,
-            n_kv_heads=sizes.n_kv_heads,
-            head_dim=sizes.d_model // sizes.n_heads,
-            d_mlp=sizes.d_mlp,
-            max_positions=context,
-            dtype=config.model.dtype,
-            unroll=config.model.unroll,
-            remat=config.model.remat,
+        model = dataclasses.replace(
+            embedded_shape(config.embedded, config.embedded.vocab_size), **_how_it_runs(config)
         )
-        work = shape_workload(path, config, batch=batch, context=context, model=model)
-        spec = dataclasses.replace(work.spec, layer=config.model.layer)
-        return _workload(path, config, spec, work.frozen["original"], batch, context)
+        layer = config.model.layer
+        return _random_workload(path, config, model, layer, batch=batch, context=context)
     loaded = load_model(
         config.model.path,
-        dtype=config.model.dtype,
         revision=config.model.revision,
-        unroll=config.model.unroll,
-        remat=config.model.remat,
+        **_how_it_runs(config),
     )
     spec = make_spec(loaded.config, config.model.layer, config.lens, loaded.tokenizer)
     return _workload(path, config, spec, loaded.params, batch, context)

@@ -204,7 +204,7 @@ class LensConfig:
         ``"reinmax"``, ``"gumbel_rao=k"`` (k draws of the noise), or by score function, with k
         texts a row: ``"rloo=k"``, ``"grpo=k"`` (the cost is w_mse L_MSE + w_kl L_KL of each text).
         ``"detached"``: none; E learns to read what D writes, and D learns from the anchor
-        (``loss.text``) alone.
+        (``loss.text``) alone, or stays as it is without one.
     """
 
     text_len: int = 8

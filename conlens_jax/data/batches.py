@@ -10,22 +10,14 @@ import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-from conlens_jax.data.rows import Rows
+from conlens_jax.data.rows import RowSource
 
 Item = TypeVar("Item")
 _ROWS_AT_A_TIME = 16_384
-
-
-class ReadsRows(Protocol):
-    """A cache of activations."""
-
-    def __len__(self) -> int: ...
-    def rows(self, indices: np.ndarray, /) -> Rows: ...
-
 
 # Keeps this stream of random numbers apart from others that are keyed by the same seed.
 _PURPOSE = 0x0DE2
@@ -89,7 +81,7 @@ def document_groups(documents_N: np.ndarray, size: int) -> np.ndarray:
     return firsts[:, None] + np.arange(size)
 
 
-def read_groups(cache: ReadsRows, size: int) -> np.ndarray:
+def read_groups(cache: RowSource, size: int) -> np.ndarray:
     """:func:`document_groups` of a whole cache; single rows where ``size`` is 1.
 
     Raises:

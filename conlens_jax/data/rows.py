@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
@@ -73,6 +74,13 @@ class Rows:
                 for field in dataclasses.fields(Rows)
             )
         )
+
+
+class RowSource(Protocol):
+    """Where rows come from: a cache on disk, a corpus, or memory."""
+
+    def __len__(self) -> int: ...
+    def rows(self, indices: np.ndarray | Sequence[int]) -> Rows: ...
 
 
 def checked_indices(indices: np.ndarray | Sequence[int], n_rows: int) -> np.ndarray:

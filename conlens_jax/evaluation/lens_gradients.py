@@ -32,7 +32,7 @@ from conlens_jax.parallel.mesh import batch_sharding
 from conlens_jax.training.loop import placed
 from conlens_jax.training.objective import TERMS, Objective, joint_loss, prepare
 from conlens_jax.training.run_folder import load_lens
-from conlens_jax.training.setting import Setting, open_caches, training_reference
+from conlens_jax.training.setting import Setting
 from conlens_jax.training.state import ESTIMATING, SAMPLING
 
 # Name, estimator, tau.
@@ -244,8 +244,7 @@ def open_problem(setting: Setting, checkpoint: str | Path, n_rows: int) -> Probl
       ValueError: no such checkpoint, or a lens whose decoder gets no gradient through its text.
     """
     config = setting.config
-    train, validation = open_caches(setting)
-    reference = training_reference(train)
+    (train, validation), reference = setting.caches, setting.reference
     template, frozen = init_lens(
         setting.model.params, setting.spec, reference.mean_D, reference.scale
     )

@@ -20,7 +20,7 @@ from conlens_jax.training.checkpoint import all_steps, read_metadata
 from conlens_jax.training.language_model import STATISTICS_FILE
 from conlens_jax.training.loop import placed
 from conlens_jax.training.run_folder import BASELINE, CONTROL, checkpoint_of, load_lens
-from conlens_jax.training.setting import Setting, open_caches, training_reference
+from conlens_jax.training.setting import Setting
 from conlens_jax.training.tracking import read_metrics
 
 NAMES = {"warm": "warm start", "joint": "joint training", "control": "matched-compute control"}
@@ -59,8 +59,7 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
                 f"{metadata['model_id']}, whose weights are not those of {setting.model.model_id}"
             ]
         )
-    train, validation = open_caches(setting)
-    reference = training_reference(train)
+    (train, validation), reference = setting.caches, setting.reference
     count = min(config.evaluate.rows or len(validation), len(validation))
     tokenizer = setting.model.tokenizer
     template, frozen = init_lens(

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from conlens_jax.data.rows import Rows
-from conlens_jax.lens.original import capture
+from conlens_jax.lens.original import capture, documents_of
 from conlens_jax.lens.spec import LensSpec
 from conlens_jax.models.param_table import Params
 
@@ -44,7 +44,7 @@ def with_activations(batch: Batch, original: Params, spec: LensSpec) -> Batch:
     if batch.activation_BD.shape[1]:
         return batch
     states_GSD = capture(original, batch.tokens_GS, batch.mask_GS, spec=spec)
-    documents_B = jnp.arange(len(batch.positions_B)) // batch.rows_per_document
+    documents_B = documents_of(batch.positions_B, batch.tokens_GS)
     activation_BD = states_GSD[documents_B, batch.positions_B].astype(jnp.float32)
     return batch.replace(activation_BD=activation_BD)
 

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from conlens_jax.lens.gumbel import Noise, as_noise
 from conlens_jax.lens.spec import Decoder, LensSpec, around, normalise, project
-from conlens_jax.lens.vocabulary import Head
 from conlens_jax.models.transformer import (
+    Head,
     Patches,
     all_positions,
     embed_tokens,
@@ -25,6 +25,7 @@ from conlens_jax.models.transformer import (
 
 
 def head_of(decoder: Decoder, spec: LensSpec) -> Head:
+    """The base's norm, and the head that this decoder has."""
     return Head(decoder.base["final_norm"], decoder.head_DV, spec.model.norm_eps)
 
 
@@ -125,19 +126,6 @@ def forced_states(
         patches=slot_patches(decoder, activation_BD, spec),
     )
     return x[:, prompt_BpD.shape[1] - 1 :]
-
-
-def forced_logits(
-    decoder: Decoder,
-    activation_BD: Float[Array, "B D"],
-    history_BtD: Float[Array, "B T-1 D"],
-    *,
-    spec: LensSpec,
-) -> Float[Array, "B T V"]:
-    """Logits of :func:`forced_states`."""
-    return head_of(decoder, spec).logits(
-        forced_states(decoder, activation_BD, history_BtD, spec=spec)
-    )
 
 
 def teacher_forced_states(

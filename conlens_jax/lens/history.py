@@ -63,20 +63,6 @@ def text_states(
     return _text_states(decoder, activation_BD, tokens_BT, as_noise(noise), tau, keys_BT, spec)
 
 
-def text_logits(
-    decoder: Decoder,
-    activation_BD: Float[Array, "B D"],
-    tokens_BT: Int[Array, "B T"],
-    noise: Noise | Float[Array, "B T V"],
-    tau: Float[Array, ""],
-    spec: LensSpec,
-    keys_BT: Key[Array, "B T"] | None = None,
-) -> Float[Array, "B T V"]:
-    """Logits of :func:`text_states`."""
-    states = text_states(decoder, activation_BD, tokens_BT, noise, tau, spec, keys_BT)
-    return head_of(decoder, spec).logits(states)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _text_states(decoder, activation_BD, tokens_BT, noise, tau, keys_BT, spec):
     del noise, tau, keys_BT

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from conlens_jax.lens.spec import LensSpec
-from conlens_jax.lens.vocabulary import Head, Reference
+from conlens_jax.lens.vocabulary import Reference
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import (
     KVCache,
     all_positions,
     embed_tokens,
-    output_head,
+    head_of,
     positions_of,
     run_layers,
     slice_layers,
@@ -58,6 +58,11 @@ def capture(
     return x_BSD
 
 
+def documents_of(rows_B: Array, documents_G: Array) -> Int[Array, "B"]:
+    """Which of G documents each of B rows belongs to: B / G neighbours to each."""
+    return jnp.arange(len(rows_B)) // (len(rows_B) // len(documents_G))
+
+
 def read_context(
     original: Params,
     tokens_GS: Int[Array, "G S"],
@@ -75,8 +80,7 @@ def read_context(
     """
     positions_GS = positions_of(mask_GS)
     window_Bh = indices_B[:, None] + jnp.arange(horizon, dtype=jnp.int32)
-    rows_per_document = len(indices_B) // len(tokens_GS)
-    documents_B1 = (jnp.arange(len(indices_B)) // rows_per_document)[:, None]
+    documents_B1 = documents_of(indices_B, tokens_GS)[:, None]
     lower_GSD = capture(original, tokens_GS, mask_GS, spec=spec)
     upper = slice_layers(original["layers"], spec.layer + 1, spec.model.n_layers)
     x_GSD, cache = run_layers(upper, lower_GSD, positions_GS, config=spec.model, keep_cache=True)
@@ -84,7 +88,7 @@ def read_context(
         residual_BhD=lower_GSD[documents_B1, window_Bh],
         logits_BhV=unembed(original, x_GSD[documents_B1, window_Bh], config=spec.model),
         positions_Bh=positions_GS[documents_B1, window_Bh],
-        cache=_repeat_cache(cache, rows_per_document),
+        cache=_repeat_cache(cache, len(indices_B) // len(tokens_GS)),
     )
 
 
@@ -140,5 +144,4 @@ def text_alone(
     x = embed_tokens(original, tokens)
     x, _ = run_layers(original["layers"], x, positions, config=spec.model)
     state_BTD = x[:, len(start) - 1 :] if start else jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
-    head = Head(original["final_norm"], output_head(original), spec.model.norm_eps)
-    return Reference(head, state_BTD)
+    return Reference(head_of(original, spec.model), state_BTD)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
@@ -19,27 +18,9 @@ from jaxtyping import Array, Float, Int, Key
 from conlens_jax.config.estimator import Estimator
 from conlens_jax.lens.gumbel import Noise, drawn_noise, straight_through_embed
 from conlens_jax.lens.losses import cross_entropy, entropy, kl_divergence
-from conlens_jax.models.transformer import rms_norm
+from conlens_jax.models.transformer import Head
 
 LOGITS_AT_ONCE = 1 << 24  # 64 MiB in fp32
-
-
-@flax.struct.dataclass
-class Head:
-    """From the state behind the last layer to logits: norm (with its ε) and matrix."""
-
-    norm_D: Float[Array, " D"]
-    matrix_DV: Float[Array, "D V"]
-    eps: float = flax.struct.field(pytree_node=False)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.matrix_DV.shape[1]
-
-    def logits(self, state: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """fp32."""
-        normed = rms_norm(state, self.norm_D, self.eps)
-        return jnp.matmul(normed, self.matrix_DV).astype(jnp.float32)
 
 
 def chunks_of(batch: int, text_len: int, vocab_size: int) -> int:

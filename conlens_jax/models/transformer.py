@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -269,12 +270,33 @@ def output_head(params: Params) -> Float[Array, "D V"]:
     return params["embedding"].T if head is None else head
 
 
+@flax.struct.dataclass
+class Head:
+    """From the state behind the last layer to logits: norm (with its ε) and matrix."""
+
+    norm_D: Float[Array, " D"]
+    matrix_DV: Float[Array, "D V"]
+    eps: float = flax.struct.field(pytree_node=False)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.matrix_DV.shape[1]
+
+    def logits(self, state: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """fp32."""
+        normed = rms_norm(state, self.norm_D, self.eps)
+        return jnp.matmul(normed, self.matrix_DV).astype(jnp.float32)
+
+
+def head_of(params: Params, config: TransformerConfig) -> Head:
+    return Head(params["final_norm"], output_head(params), config.norm_eps)
+
+
 def unembed(
     params: Params, x: Float[Array, "*B D"], *, config: TransformerConfig
 ) -> Float[Array, "*B V"]:
     """Final norm and output head; logits in fp32."""
-    normed = rms_norm(x, params["final_norm"], config.norm_eps)
-    return jnp.matmul(normed, output_head(params)).astype(jnp.float32)
+    return head_of(params, config).logits(x)
 
 
 def forward(

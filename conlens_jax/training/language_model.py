@@ -85,7 +85,11 @@ def train_language_model(
     train = list(itertools.islice(source.documents("train"), wanted))
     held_out = list(itertools.islice(source.documents("validation"), 512))
     tokenizer = _train_tokenizer(corpus, config, train)
-    model = _model_config(config, tokenizer)
+    model = dataclasses.replace(
+        embedded_shape(config, tokenizer.vocab_size),
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+    )
     console.line("model", documents=len(train), vocabulary=tokenizer.vocab_size, corpus=source.name)
     rows = _TokenRows(tokenizer, train, config)
     optimizer = optax.chain(
@@ -129,10 +133,11 @@ def _train_tokenizer(
     return train_bpe_tokenizer(texts, config.vocab_size)
 
 
-def _model_config(config: EmbeddedConfig, tokenizer: Tokenizer) -> TransformerConfig:
+def embedded_shape(config: EmbeddedConfig, vocab_size: int) -> TransformerConfig:
+    """The shape that the settings of the embedded model ask for."""
     return TransformerConfig(
         family=llama.MODEL_TYPE,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=vocab_size,
         d_model=config.d_model,
         n_layers=config.n_layers,
         n_heads=config.n_heads,
@@ -142,8 +147,6 @@ def _model_config(config: EmbeddedConfig, tokenizer: Tokenizer) -> TransformerCo
         max_positions=max(2 * config.seq_len, 256),
         initializer_range=config.d_model**-0.5,
         rope=RopeConfig(theta=config.rope_theta),
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
     )
 
 

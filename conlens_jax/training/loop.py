@@ -20,6 +20,7 @@ import numpy as np
 
 from conlens_jax.config import ExperimentConfig, to_json_dict
 from conlens_jax.data.batches import grouped_batch, prefetch, read_groups, steps_per_epoch
+from conlens_jax.data.rows import RowSource
 from conlens_jax.evaluation.measure import Measurer, Reference
 from conlens_jax.lens.batch import make_batch
 from conlens_jax.lens.spec import init_lens
@@ -36,7 +37,7 @@ from conlens_jax.training.checkpoint import (
 )
 from conlens_jax.training.console import Console
 from conlens_jax.training.run_folder import BASELINE, CONTROL, claim_folder, load_lens
-from conlens_jax.training.setting import Cache, Setting, open_caches, training_reference
+from conlens_jax.training.setting import Setting
 from conlens_jax.training.state import (
     Stage,
     TrainState,
@@ -60,8 +61,8 @@ class Run:
 
     setting: Setting
     folder: Path
-    train: Cache
-    validation: Cache
+    train: RowSource
+    validation: RowSource
     reference: Reference
     measurer: Measurer
     tracker: WandbRun
@@ -92,8 +93,7 @@ def train_lens(setting: Setting) -> Path:
     config, console = setting.config, setting.console
     folder = Path(config.run_dir)
     claim_folder(folder, config)
-    train, validation = open_caches(setting)
-    reference = training_reference(train)
+    (train, validation), reference = setting.caches, setting.reference
     tracker = WandbRun(config.wandb, folder, to_json_dict(config), console=console)
     run = Run(setting, folder, train, validation, reference, setting.measurer(), tracker)
     trainable, frozen = init_lens(

@@ -89,8 +89,8 @@ def source_window(
 ) -> Int[Array, "B T"]:
     """The last ``before`` tokens up to and including P and the next ``after``."""
     offsets = jnp.arange(1 - before, after + 1, dtype=jnp.int32)
-    documents = jnp.arange(len(positions_B)) // (len(positions_B) // len(tokens_GS))
-    return tokens_GS[documents[:, None], positions_B[:, None] + offsets]
+    documents_B = original_model.documents_of(positions_B, tokens_GS)
+    return tokens_GS[documents_B[:, None], positions_B[:, None] + offsets]
 
 
 def warm_loss(

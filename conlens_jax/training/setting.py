@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
 
-from conlens_jax.config import EMBEDDED_MODEL, ConfigError, ExperimentConfig
-from conlens_jax.data.cache import ActivationCache
-from conlens_jax.data.legacy import LegacyCache, open_cache
-from conlens_jax.data.stream import CapturedRows, TokenStream, open_stream
+from conlens_jax.config import EMBEDDED_MODEL, ConfigError, ExperimentConfig, lookup
+from conlens_jax.data.legacy import open_cache
+from conlens_jax.data.rows import RowSource
+from conlens_jax.data.stream import TokenStream, open_stream
 from conlens_jax.evaluation.measure import Measurer, Reference, reference_of
 from conlens_jax.lens.spec import LensSpec, make_spec
 from conlens_jax.models.model import LanguageModel, load_model
@@ -21,7 +22,6 @@ from conlens_jax.training.console import Console
 from conlens_jax.training.language_model import ensure_language_model
 from conlens_jax.training.objective import Objective
 
-Cache = ActivationCache | LegacyCache | TokenStream | CapturedRows
 _REFERENCE_ROWS = 16_384
 
 
@@ -45,6 +45,16 @@ class Setting:
     spec: LensSpec
     objective: Objective
 
+    @functools.cached_property
+    def caches(self) -> tuple[RowSource, RowSource]:
+        """:func:`open_caches`, once: training and evaluation read the same rows."""
+        return open_caches(self)
+
+    @functools.cached_property
+    def reference(self) -> Reference:
+        """:func:`training_reference`, once."""
+        return training_reference(self.caches[0])
+
     def measurer(self) -> Measurer:
         evaluate = self.config.evaluate
         return Measurer(
@@ -65,8 +75,11 @@ def open_setting(config: ExperimentConfig, console: Console) -> Setting:
     use_compilation_cache(config.train.compile_cache)
     mesh = make_mesh(config.mesh)
     for name in ("dump.batch_size", "warm.batch_size", "joint.batch_size", "evaluate.batch_size"):
-        section, field = name.split(".")
-        check_batch(name, getattr(getattr(config, section), field), mesh)
+        check_batch(name, lookup(config, name), mesh)
+    shared = config.joint.rows_per_document
+    check_batch(
+        "joint.batch_size / joint.rows_per_document", config.joint.batch_size // shared, mesh
+    )
     path = config.model.path
     if path == EMBEDDED_MODEL:
         path = str(ensure_language_model(config, console))
@@ -101,7 +114,7 @@ def open_setting(config: ExperimentConfig, console: Console) -> Setting:
     return Setting(config, console, mesh, model, spec, Objective(config.loss, config.warm, spec))
 
 
-def open_caches(setting: Setting) -> tuple[Cache, Cache]:
+def open_caches(setting: Setting) -> tuple[RowSource, RowSource]:
     """The training and validation rows, checked against the model.
 
     Raises:
@@ -135,7 +148,7 @@ def open_caches(setting: Setting) -> tuple[Cache, Cache]:
     return caches[0], caches[1]
 
 
-def _check_rows(config: ExperimentConfig, cache: Cache) -> None:
+def _check_rows(config: ExperimentConfig, cache: RowSource) -> None:
     """The windows that training reads must lie inside every context."""
     rows = cache.rows(np.arange(len(cache)))
     after = max(config.warm.after, config.loss.kl_horizon - 1, config.evaluate.kl_horizon - 1, 1)
@@ -157,7 +170,7 @@ def _check_rows(config: ExperimentConfig, cache: Cache) -> None:
         raise ConfigError(problems)
 
 
-def training_reference(cache: Cache) -> Reference:
+def training_reference(cache: RowSource) -> Reference:
     """Mean, scale and R of (up to 16,384 of) the training activations."""
     count = min(len(cache), _REFERENCE_ROWS)
     if isinstance(cache, TokenStream):
