@@ -47,6 +47,7 @@ class TransformerConfig:
     head_dim: int
     d_mlp: int
     max_positions: int
+    n_experts: int = 0
     norm_eps: float = 1e-6
     activation: str = "silu"
     tied_embeddings: bool = False
@@ -71,6 +72,7 @@ class TransformerConfig:
             "K": self.n_kv_heads,
             "X": self.head_dim,
             "F": self.d_mlp,
+            "E": self.n_experts,
         }
 
 
