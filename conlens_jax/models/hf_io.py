@@ -1,60 +1,73 @@
-"""Reading and writing Hugging Face model folders: config.json, safetensors, no pickle."""
+"""Reading Hugging Face model folders: config.json, safetensors, no pickle, no remote code."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
+from tqdm import tqdm
 
 from conlens_jax.models.families import config_from_hf, family_of
-from conlens_jax.models.param_table import ParamRow, Params, build_tree, leaf
+from conlens_jax.models.hub import resolve_folder
+from conlens_jax.models.model_saving import save_model
+from conlens_jax.models.mxfp4 import MXFP4
+from conlens_jax.models.param_loading import CHUNK_BYTES, ParamReader
+from conlens_jax.models.param_table import Params, build_tree, count_params, leaf
 from conlens_jax.models.sharding import param_shardings
 from conlens_jax.models.tensor_files import FLOATS, TensorFiles, read_json, weight_files
-from conlens_jax.models.transformer_config import TransformerConfig
+from conlens_jax.models.transformer_config import TransformerConfig, array_dtype
 from conlens_jax.parallel.mesh import single_device_mesh
+
+__all__ = ["load_params", "read_config", "resolve_folder", "save_model", "weights_fingerprint"]
 
 _FINGERPRINT_BYTES = 4096
 
 
-def resolve_folder(path: str, revision: str = "") -> Path:
-    """The local folder of a model: ``path`` itself, or the download of a hub id.
+def read_config(folder: Path) -> TransformerConfig:
+    """The shape of the model in a folder.
 
     Raises:
-      ValueError: neither a folder nor a hub id that can be had.
+      ValueError: no supported model, or one that cannot be read as it is stored.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if path.count("/") > 1 or path.startswith((".", "/", "~")):
-        raise ValueError(f"model.path={path!r}: there is no such folder")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", "*token*", "vocab*"]
-    try:
-        return Path(snapshot_download(path, revision=revision or None, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises many kinds; all mean the same to the user
-        raise ValueError(
-            f"model.path={path!r} is not a folder, and the hub did not give it: "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
-
-
-def read_config(folder: Path) -> TransformerConfig:
-    """The shape of the model in a folder."""
-    return config_from_hf(read_json(folder / "config.json"))
+    values = dict(read_json(folder / "config.json"))
+    problems = []
+    if values.get("auto_map"):
+        problems.append(
+            f"auto_map={values['auto_map']!r}: the model brings its own Python code, which is "
+            "never run; use a model of a known family"
+        )
+    quantisation = values.pop("quantization_config", None)
+    method = (quantisation or {}).get("quant_method", "unknown")
+    if quantisation and method != MXFP4:
+        problems.append(
+            f"quantization_config.quant_method={method!r} is not supported (only {MXFP4} is); use "
+            "the unquantised model, with model.quantise='int8' to save memory"
+        )
+    if problems:
+        listing = "\n".join(f"  - {problem}" for problem in problems)
+        raise ValueError(f"model.path={folder}: config.json asks for what is not read:\n{listing}")
+    return config_from_hf(values)
 
 
-def load_params(folder: Path, config: TransformerConfig, mesh: Mesh | None = None) -> Params:
-    """Reads the weights onto a mesh, in ``config.dtype``.
+def load_params(
+    folder: Path,
+    config: TransformerConfig,
+    mesh: Mesh | None = None,
+    *,
+    progress: bool | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Params:
+    """Reads the weights onto a mesh, in ``config.dtype``; each device gets its slices alone.
 
-    Every tensor is checked by name and shape before the first is read.
+    Every tensor is checked by name, shape and the size of its file before the first is read.
+
+    Args:
+      progress: show a bar; None shows it where the standard error stream is a terminal.
+      chunk_bytes: how much of a parameter the host holds beside what its devices own.
 
     Raises:
       ValueError: missing, unexpected or misshaped tensors, all listed; damaged files.
@@ -67,29 +80,18 @@ def load_params(folder: Path, config: TransformerConfig, mesh: Mesh | None = Non
     tensors.take_names_of(family, expected)
     _check_tensors(tensors, expected, config, folder)
     shardings = param_shardings(table, config, mesh)
-
-    def read(row: ParamRow) -> jax.Array:
-        whole = np.empty(row.shape(config), config.dtype)
-        for index, name in row.tensor_names(config):
-            whole[index] = row.view(tensors.array(name), config)
-        return jax.device_put(whole, leaf(shardings, row.path))
-
-    return build_tree((row.path, read(row)) for row in table)
-
-
-def save_model(folder: Path, config: TransformerConfig, params: Params) -> None:
-    """Writes config.json and model.safetensors, which transformers loads as its own."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, np.ndarray] = {}
-    for row in family_of(config).param_table(config):
-        array = np.asarray(leaf(params, row.path))
-        for index, name in row.tensor_names(config):
-            # Rows that are pieces of one tensor write to the same array.
-            tensor = tensors.setdefault(name, np.empty(row.hf_shape(config), array.dtype))
-            row.view(tensor, config)[...] = array[index]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(family_of(config).config_to_hf(config), indent=2) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    total = count_params(table, config) * array_dtype(config).itemsize
+    bar = tqdm(
+        desc=f"loading {folder.name}",
+        total=total,
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        disable=None if progress is None else not progress,
+    )
+    reader = ParamReader(tensors, config, on_bytes=bar.update, chunk_bytes=chunk_bytes)
+    with bar, contextlib.closing(reader):
+        return build_tree((row.path, reader.load(row, leaf(shardings, row.path))) for row in table)
 
 
 def weights_fingerprint(folder: Path) -> str:
@@ -141,10 +143,3 @@ def _check_tensors(
         raise ValueError(
             f"model.path={folder}: the tensors do not fit config.json:\n{listing}{more}"
         )
-
-
-def with_execution(
-    config: TransformerConfig, *, dtype: str, unroll: int = 0, remat: str = "none"
-) -> TransformerConfig:
-    """The same model, run in another way."""
-    return dataclasses.replace(config, dtype=dtype, unroll=unroll, remat=remat)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -103,8 +103,11 @@ class ParamRow:
     def tensor_names(self, config: TransformerConfig) -> Iterator[tuple[tuple[int, ...], str]]:
         """The tensors of the file, each with its index into the leading dimensions of our array."""
         for index in np.ndindex(*_sizes(self.index_dims, config)):
-            of_dim = dict(zip(self.index_dims, index, strict=True))
-            yield index, self.hf_name.format(layer=of_dim.get("N"), expert=of_dim.get("E"))
+            yield index, self.tensor_name(index)
+
+    def tensor_name(self, index: Sequence[int]) -> str:
+        of_dim = dict(zip(self.index_dims, index, strict=True))
+        return self.hf_name.format(layer=of_dim.get("N"), expert=of_dim.get("E"))
 
     @property
     def matrix_dims(self) -> tuple[str, str]:
@@ -117,15 +120,31 @@ class ParamRow:
         return "E" if self.layer_dims.startswith("E") and len(self.layer_dims) > 1 else ""
 
     @property
+    def experts_in_tensor(self) -> bool:
+        """Whether one tensor of the file holds all experts, in front."""
+        return bool(self._experts) and "{expert}" not in self.hf_name
+
+    @property
     def _file_axes(self) -> list[str]:
         """The letters of each dimension of a tensor of the file; the last output one is joined."""
-        experts = [self._experts] if self._experts and "{expert}" not in self.hf_name else []
+        experts = ["E"] if self.experts_in_tensor else []
         if self.layout == "linear":
             return [*experts, *reversed(self.matrix_dims)]
         if self.layout == "conv1d":
             return [*experts, *self.matrix_dims]
         rest = self.layer_dims.removeprefix(self._experts)
         return [*experts, *([rest] if "X" in rest else rest)]
+
+    @property
+    def file_order(self) -> list[int]:
+        """Our dimensions of one tensor, in the order in which the file has them."""
+        return [self.tensor_dims.index(dim) for dim in "".join(self._file_axes)]
+
+    @property
+    def n_output_dims(self) -> int:
+        """How many dimensions of a ``"linear"`` tensor, in the file's order, come before those of
+        its inputs."""
+        return len("".join(self._file_axes[:-1]))
 
     @property
     def output_axis(self) -> int:
@@ -143,15 +162,19 @@ class ParamRow:
     def view(self, tensor: np.ndarray, config: TransformerConfig) -> np.ndarray:
         """This parameter within a tensor of the file, in our order of dimensions.
 
-        Nothing is copied: reading from the view loads the parameter, writing to it saves it.
+        Nothing is copied: reading from the view loads the parameter, writing to it saves it. A
+        tensor with some of the experts gives these.
         """
+        sizes = config.dim_sizes
+        if self.experts_in_tensor:
+            sizes["E"] = len(tensor)
         if self.piece:
-            groups, width, part = self.piece.place(config.dim_sizes)
+            groups, width, part = self.piece.place(sizes)
             shape, axis = list(tensor.shape), tensor.ndim + self.output_axis
             shape[axis : axis + 1] = groups, width
             tensor = tensor.reshape(shape)[(slice(None),) * (axis + 1) + (part,)]
         in_file = "".join(self._file_axes)
-        tensor = tensor.reshape(_sizes(in_file, config))
+        tensor = tensor.reshape([sizes[dim] for dim in in_file])
         return tensor.transpose([in_file.index(dim) for dim in self.tensor_dims])
 
     def initial(self, key: jax.Array, config: TransformerConfig, shape: tuple[int, ...]) -> Any:

@@ -9,14 +9,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import mmap
 import re
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from conlens_jax.models.mxfp4 import BLOCKS, MXFP4, SCALES, dequantise_mxfp4
 
 _DTYPES = {
     "F64": np.float64,
@@ -25,7 +29,8 @@ _DTYPES = {
     "BF16": ml_dtypes.bfloat16,
     "U8": np.uint8,
 }
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16", MXFP4)
+WHOLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 # The longest header that the format's own reader takes.
 _MAX_HEADER_BYTES = 100_000_000
@@ -52,8 +57,10 @@ class TensorFiles(Mapping[str, StoredTensor]):
     def __init__(self, folder: Path):
         self.folder = folder
         self.files = weight_files(folder)
-        self._mapped: dict[Path, np.memmap] = {}
+        self._mapped: dict[Path, mmap.mmap] = {}
+        self._lock = threading.Lock()
         self._tensors: dict[str, StoredTensor] = {}
+        self._parts: set[str] = set()
         for file in self.files:
             self._tensors |= _read_header(file)
         _check_index(folder, self.files, self._tensors)
@@ -61,19 +68,36 @@ class TensorFiles(Mapping[str, StoredTensor]):
     def __getitem__(self, name: str) -> StoredTensor:
         return self._tensors[name]
 
-    def __iter__(self):
-        return iter(self._tensors)
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._tensors if name not in self._parts)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._tensors) - len(self._parts)
 
-    def array(self, name: str) -> np.ndarray:
-        """A tensor as a view of its file; what is not looked at is not read."""
+    def array(self, name: str, part: slice = slice(None)) -> np.ndarray:
+        """A tensor, or a part of its first dimension, as a view of its file: what is not looked
+        at is not read. 4-bit tensors are made into floats."""
         tensor = self._tensors[name]
-        if tensor.file not in self._mapped:
-            self._mapped[tensor.file] = np.memmap(tensor.file, np.uint8, "r")
-        raw = self._mapped[tensor.file][tensor.start : tensor.stop]
-        return raw.view(np.ndarray).view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
+        if tensor.dtype == MXFP4:
+            return dequantise_mxfp4(
+                self.array(name + BLOCKS, part), self.array(name + SCALES, part)
+            )
+        raw = np.frombuffer(self._map(tensor.file), np.uint8)[tensor.start : tensor.stop]
+        whole = raw.view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
+        return whole[part] if whole.ndim else whole
+
+    def _map(self, file: Path) -> mmap.mmap:
+        with self._lock:
+            if file not in self._mapped:
+                with open(file, "rb") as stream:
+                    self._mapped[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            return self._mapped[file]
+
+    def release(self) -> None:
+        """Gives back the memory of what has been read; reading it again is possible."""
+        for mapped in self._mapped.values():
+            if hasattr(mapped, "madvise"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def take_names_of(self, family: ModuleType, expected: Iterable[str]) -> None:
         """Gives the tensors the names of a family's table, and forgets what the family ignores.
@@ -93,6 +117,18 @@ class TensorFiles(Mapping[str, StoredTensor]):
 
         kept = {name: tensor for name, tensor in self.items() if not ignored.fullmatch(name)}
         self._tensors = {renamed(name): tensor for name, tensor in kept.items()}
+        for name in [name for name in expected if name not in self and name + BLOCKS in self]:
+            self._join_mxfp4(name)
+
+    def _join_mxfp4(self, name: str) -> None:
+        """Makes the two tensors of a 4-bit matrix known by its own name."""
+        blocks = self._tensors[name + BLOCKS]
+        experts, outputs, n_blocks, n_bytes = blocks.shape
+        if name + SCALES not in self or self[name + SCALES].shape != blocks.shape[:-1]:
+            raise ValueError(f"{blocks.file}: {name + SCALES} does not fit {name + BLOCKS}")
+        shape = (experts, 2 * n_blocks * n_bytes, outputs)
+        self._tensors[name] = dataclasses.replace(blocks, dtype=MXFP4, shape=shape)
+        self._parts |= {name + BLOCKS, name + SCALES}
 
 
 # Buffers that old files of many families carry.
@@ -102,10 +138,10 @@ _IGNORED = (r".*\.rotary_emb\.inv_freq", r".*\.attn\.(masked_)?bias", r".*\.mask
 def weight_files(folder: Path) -> list[Path]:
     """As transformers chooses them: one whole file, or else what the index names. Adapters and
     other layouts often lie beside them."""
-    whole = folder / "model.safetensors"
+    whole = folder / WHOLE_FILE
     if whole.exists():
         return [whole]
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX_FILE
     if index.exists():
         names = sorted(set(read_json(index)["weight_map"].values()))
         missing = [name for name in names if not (folder / name).exists()]
@@ -161,8 +197,8 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
 
 def _check_index(folder: Path, files: list[Path], tensors: Mapping[str, StoredTensor]) -> None:
     """Every tensor that the index names must be in the file that it names."""
-    index = folder / "model.safetensors.index.json"
-    if files == [folder / "model.safetensors"] or not index.exists():
+    index = folder / INDEX_FILE
+    if files == [folder / WHOLE_FILE] or not index.exists():
         return
     missing = [
         f"{name} in {file}"
