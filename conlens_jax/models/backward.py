@@ -26,6 +26,7 @@ from conlens_jax.models.attention import (
 )
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.products import Products
+from conlens_jax.models.quantized import split_frozen
 from conlens_jax.models.transformer import (
     Block,
     Kept,
@@ -64,20 +65,23 @@ def pull_back_layers(
     config: TransformerConfig,
     patch_at: Int[Array, ""] | None = None,
 ) -> tuple[Params, Float[Array, "B S D"], Float[Array, "n B D"] | None]:
-    """Cotangents of the layers, of their input and (with ``patch_at``) of the patches."""
+    """Cotangents of the layers (None for what is int8), of their input and (with ``patch_at``) of
+    the patches."""
     mask_BSS = seen_keys(positions_BS)
     rotation = rotations_at(positions_BS, config)
 
     def back(x_bar_BSD: Array, layer: tuple[Params, Kept]):
         weights, kept = layer
 
-        def run(weights, x_BSD):
-            variables = {"params": weights}
+        trained, frozen = split_frozen(weights)
+
+        def run(trained, x_BSD):
+            variables = {"params": {**trained, **frozen}}
             constants = (rotation, mask_BSS, None, None)
             out, _ = Block(config).apply(variables, x_BSD, None, None, kept.products, *constants)
             return out
 
-        _, pull = jax.vjp(run, weights, kept.inputs_BSD)
+        _, pull = jax.vjp(run, trained, kept.inputs_BSD)
         weights_bar, x_bar_BSD = pull(x_bar_BSD)
         # The patch was added to the input, which is what was kept.
         patch_bar_BD = None if patch_at is None else x_bar_BSD[:, patch_at]
@@ -86,7 +90,8 @@ def pull_back_layers(
     x_bar_BSD, (layers_bar, patches_bar) = jax.lax.scan(
         back, out_bar_BSD, (layers, kept), reverse=True, unroll=config.unroll or len(kept.keys)
     )
-    return layers_bar, x_bar_BSD, patches_bar
+    _, frozen = split_frozen(layers)
+    return {**layers_bar, **dict.fromkeys(frozen)}, x_bar_BSD, patches_bar
 
 
 class Later(NamedTuple):

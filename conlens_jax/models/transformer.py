@@ -16,11 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from conlens_jax.models import rope
-from conlens_jax.models.adapters import LORA_IN, LORA_OUT
 from conlens_jax.models.attention import attend
-from conlens_jax.models.families import family_of
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.products import Products
+from conlens_jax.models.quantized import Matrix, matmul, take_rows
 from conlens_jax.models.transformer_config import ACTIVATIONS, TransformerConfig, array_dtype
 
 NO_POSITION = jnp.iinfo(jnp.int32).max
@@ -77,8 +76,8 @@ def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float) ->
 
 
 class Block(nn.Module):
-    """Pre-norm attention and gated MLP. Its parameters are the ``layers`` rows of the table, and
-    the adapters of these where there are any."""
+    """Pre-norm attention and gated MLP. Its parameters are whatever it is given: the ``layers``
+    rows of the table, and the adapters of these where there are any."""
 
     config: TransformerConfig
 
@@ -86,14 +85,7 @@ class Block(nn.Module):
     def __call__(self, x_BSD, past, patch_BD, known, rotation, mask_BSS, past_mask_BSC, patch_at):
         """Returns the output, and what the layer made on its way (:class:`Kept`)."""
         config = self.config
-        weights = {
-            row.path[-1]: self.param(row.path[-1], row.initial, config, row.layer_shape(config))
-            for row in family_of(config).param_table(config)
-            if row.stacked
-        }
-        for name in [name + end for name in weights for end in (LORA_IN, LORA_OUT)]:
-            if self.has_variable("params", name):
-                weights[name] = self.get_variable("params", name)
+        weights = dict(self.variables["params"])
         if patch_BD is not None:
             x_BSD = x_BSD.at[:, patch_at].add(patch_BD.astype(x_BSD.dtype))
         products = Products(weights, known)
@@ -261,10 +253,10 @@ def slice_layers(layers: Params, start: int, stop: int) -> Params:
 
 
 def embed_tokens(params: Params, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-    return jnp.take(params["embedding"], tokens, axis=0)
+    return take_rows(params["embedding"], tokens)
 
 
-def output_head(params: Params) -> Float[Array, "D V"]:
+def output_head(params: Params) -> Matrix:
     """The matrix from the normed residual stream to logits; the embedding's where tied."""
     head = params.get("output_head")
     return params["embedding"].T if head is None else head
@@ -275,7 +267,7 @@ class Head:
     """From the state behind the last layer to logits: norm (with its ε) and matrix."""
 
     norm_D: Float[Array, " D"]
-    matrix_DV: Float[Array, "D V"]
+    matrix_DV: Matrix
     eps: float = flax.struct.field(pytree_node=False)
 
     @property
@@ -285,7 +277,7 @@ class Head:
     def logits(self, state: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """fp32."""
         normed = rms_norm(state, self.norm_D, self.eps)
-        return jnp.matmul(normed, self.matrix_DV).astype(jnp.float32)
+        return matmul(normed, self.matrix_DV).astype(jnp.float32)
 
 
 def head_of(params: Params, config: TransformerConfig) -> Head:

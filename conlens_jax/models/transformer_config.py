@@ -36,7 +36,8 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes and switches; ``unroll``, ``remat`` and ``dtype`` say how it is run."""
+    """Sizes and switches; ``dtype``, ``unroll``, ``remat`` and ``quantise`` say how it
+    is run."""
 
     family: str
     vocab_size: int
@@ -60,6 +61,7 @@ class TransformerConfig:
     dtype: str = "float32"
     unroll: int = 0
     remat: str = "none"
+    quantise: str = ""
 
     @property
     def dim_sizes(self) -> dict[str, int]:
