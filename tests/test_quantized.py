@@ -184,12 +184,12 @@ def test_error_of_logits_and_kl(tied):
     assert 0 < np.mean(np.sum(np.exp(p) * (p - q), axis=-1)) < 1e-3
 
 
-@pytest.mark.parametrize("unroll", [0, 1])
 @pytest.mark.parametrize("remat", ["none", "products"])
-def test_backward_keeps_no_floats_of_the_matrices(unroll, remat):
-    """Wide layers and few tokens: what is not small in the compiled program is weights."""
+def test_backward_keeps_no_floats_of_the_matrices(remat):
+    """Wide layers and few tokens: what is not small in the compiled program is weights. (Unrolled,
+    a CPU program has a buffer of its own for every layer's floats, whatever is kept.)"""
     config = tiny_config(hidden_size=256, intermediate_size=512, num_hidden_layers=8, head_dim=64)
-    config = dataclasses.replace(config, unroll=unroll, remat=remat, quantise="int8")
+    config = dataclasses.replace(config, unroll=1, remat=remat, quantise="int8")
     table = family_of(config).param_table(config)
     layers = abstract_params(table, config)["layers"]
 
@@ -226,11 +226,15 @@ def reading(trainable, frozen, activation_BD, noise_BTV, *, spec):
     "spec",
     [
         lora_spec(),
-        lora_spec(tied=True, history_gradient="sweeps=2", remat="full"),
-        lora_spec(train_output_head=True, history_gradient="detached"),
-        tiny_spec(train_decoder="frozen", train_encoder="frozen", input_patches=1),
+        lora_spec("query,down", tied=True, history_gradient="sweeps=2", remat="full"),
+        tiny_spec(
+            train_decoder="frozen",
+            train_encoder="frozen",
+            train_output_head=True,
+            history_gradient="detached",
+        ),
     ],
-    ids=["lora", "tied, sweeps", "own head, detached", "frozen, patches"],
+    ids=["lora", "tied, sweeps", "frozen, own head, detached"],
 )
 def test_a_lens_on_an_int8_model_is_that_on_the_same_numbers_as_floats(spec):
     trainable, frozen = tiny_lens(spec)
