@@ -89,7 +89,8 @@ def our_phases(work: Workload, runner: Runner) -> Phases:
 
     def encode(trainable, frozen, text_BT):
         encoder = encoder_of(trainable, frozen, spec)
-        return encode_embeddings(encoder, embed_tokens(encoder.base, text_BT, spec.model), spec=spec)
+        text_BTD = embed_tokens(encoder.base, text_BT, spec.model)
+        return encode_embeddings(encoder, text_BTD, spec=spec)
 
     def prefix(original, batch):
         return read_context(

@@ -62,7 +62,7 @@ def pull_back_layers(
     config: TransformerConfig,
     patch_at: Int[Array, ""] | None = None,
 ) -> tuple[Params, Float[Array, "B S D"], Float[Array, "n B D"] | None]:
-    """Cotangents of the layers' parameters, of their input and (with ``patch_at``) of the patches."""
+    """Cotangents of the parameters, of the input and (with ``patch_at``) of the patches."""
     surroundings, place_N = surroundings_of(layers, positions_BS, None, config)
 
     def back(x_bar_BSD: Array, layer):

@@ -55,8 +55,8 @@ class LayerKind(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes and switches; the defaults of the switches are Llama's. ``dtype``, ``unroll``, ``remat``
-    and ``attention`` say how the network is run.
+    """Sizes and switches; the defaults of the switches are Llama's. ``dtype``, ``unroll``,
+    ``remat`` and ``attention`` say how the network is run.
 
     Attributes:
       norm: ``"rms"``, or ``"layer"`` (which also takes the mean away and may have a bias).
