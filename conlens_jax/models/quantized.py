@@ -26,6 +26,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -135,16 +136,21 @@ def take_rows(table_VD: Matrix, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"
 
 def take_rows_bar(
     table_VD: Matrix, tokens: Int[Array, "*B"], rows_bar: Float[Array, "*B D"]
-) -> Float[Array, "V D"] | None:
-    """The table's cotangent from that of its rows; None, no cotangent, for int8."""
-    return (
-        None if isinstance(table_VD, Int8Matrix) else zeros_bar(table_VD).at[tokens].add(rows_bar)
-    )
+) -> Matrix:
+    """The table's cotangent from that of its rows."""
+    zeros = zeros_bar(table_VD)
+    return zeros if isinstance(table_VD, Int8Matrix) else zeros.at[tokens].add(rows_bar)
 
 
-def zeros_bar(matrix: Matrix) -> Array | None:
-    """A cotangent of zeros; None for int8, which has none."""
-    return None if isinstance(matrix, Int8Matrix) else jnp.zeros_like(matrix)
+def zeros_bar(tree: Any) -> Any:
+    """A cotangent of zeros for a tree of weights; whole numbers have JAX's empty cotangent."""
+
+    def of_leaf(leaf: Array) -> Any:
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return jnp.zeros_like(leaf)
+        return np.zeros(leaf.shape, jax.dtypes.float0)
+
+    return jax.tree.map(of_leaf, tree)
 
 
 def split_frozen(weights: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
