@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from conlens_jax.config import ConfigError
+from conlens_jax.models.families import family_of
 from conlens_jax.models.param_table import (
     ParamRow,
     Params,
@@ -70,16 +71,16 @@ def bytes_per_device(
     }
 
 
-def loading_report(
-    table: list[ParamRow], config: TransformerConfig, mesh: Mesh
-) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: what the parameters are, how they are split, and their bytes."""
+def loading_report(config: TransformerConfig, mesh: Mesh) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: what a model's parameters are, how they are split, and their bytes."""
+    table = family_of(config).param_table(config)
     per_device = bytes_per_device(table, config, mesh)
     rows = []
     for row in table:
         stored = "int8" if row.is_int8(config) else config.dtype
         shape = " × ".join(f"{dim}={n}" for dim, n in zip(row.dims, row.shape(config), strict=True))
-        axes = ", ".join(sorted({AXIS_OF_DIM[dim] for dim in row.dims if dim in AXIS_OF_DIM}))
-        rows.append([".".join(row.path), shape, stored, axes, f"{per_device[row.path]:,}"])
+        axes = {AXIS_OF_DIM[dim] for dim in row.dims if dim in AXIS_OF_DIM}
+        split = ", ".join(axis for axis in mesh.axis_names if axis in axes and mesh.shape[axis] > 1)
+        rows.append([".".join(row.path), shape, stored, split, f"{per_device[row.path]:,}"])
     rows.append(["total", "", "", "", f"{sum(per_device.values()):,}"])
     return ["parameter", "shape", "stored as", "split over", "bytes per device"], rows
