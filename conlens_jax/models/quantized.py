@@ -15,7 +15,7 @@ and a whole Linen module rewritten by intercepting its products; AQT adds quanti
 floats of every layer, 1.26 times the fp32 weights in temporary memory against 0.26 here (of which
 most is one layer at work). And a matrix here must be cut into layers and split over a mesh by its
 dimension letters, be table and head at once, and take part in a backward pass that is written by
-hand (:mod:`conlens_jax.models.products`). That is this file; a dependency would not make it shorter.
+hand (:mod:`conlens_jax.models.products`). With a dependency this file would not be shorter.
 """
 
 from __future__ import annotations
