@@ -36,22 +36,14 @@ def read_config(folder: Path) -> TransformerConfig:
       ValueError: no supported model, or one that cannot be read as it is stored.
     """
     values = dict(read_json(folder / "config.json"))
-    problems = []
-    if values.get("auto_map"):
-        problems.append(
-            f"auto_map={values['auto_map']!r}: the model brings its own Python code, which is "
-            "never run; use a model of a known family"
-        )
     quantisation = values.pop("quantization_config", None)
     method = (quantisation or {}).get("quant_method", "unknown")
     if quantisation and method != MXFP4:
-        problems.append(
-            f"quantization_config.quant_method={method!r} is not supported (only {MXFP4} is); use "
-            "the unquantised model, with model.quantise='int8' to save memory"
+        raise ValueError(
+            f"model.path={folder}: quantization_config.quant_method={method!r} of config.json is "
+            f"not supported (only {MXFP4} is); use the unquantised model, with "
+            "model.quantise='int8' to save memory"
         )
-    if problems:
-        listing = "\n".join(f"  - {problem}" for problem in problems)
-        raise ValueError(f"model.path={folder}: config.json asks for what is not read:\n{listing}")
     return config_from_hf(values)
 
 
