@@ -24,7 +24,7 @@ from conlens_jax.lens.decoder import generate, head_of
 from conlens_jax.lens.encoder import encode_tokens
 from conlens_jax.lens.history import text_states
 from conlens_jax.lens.spec import decoder_of, encoder_of
-from conlens_jax.models.adapters import low_rank
+from conlens_jax.models.adapters import init_adapters, low_rank
 from conlens_jax.models.families import family_of
 from conlens_jax.models.hf_io import load_params, read_config, save_model
 from conlens_jax.models.param_table import abstract_params, leaf
@@ -112,7 +112,13 @@ def test_rows_of_a_table_and_its_transpose():
 def test_adapters_of_experts():
     x, down_in, down_out = normal(0, 2, 3, 3, 40), normal(1, 3, 40, 5), normal(2, 3, 5, 32)
     found = low_rank("bsef,efd->bsed", x, down_in, down_out)
-    np.testing.assert_allclose(found, jnp.einsum("bsef,efr,erd->bsed", x, down_in, down_out), 1e-4)
+    expected = jnp.einsum("bsef,efr,erd->bsed", x, down_in, down_out)
+    assert relative_error(found, expected) < 1e-5
+    config = tiny_config("mixtral")
+    adapters = init_adapters(config, 2, ("query", "down"), 5, jax.random.key(0))
+    assert adapters["query"]["in"].shape == (2, 32, 5)
+    assert adapters["down"]["in"].shape == (2, config.n_experts, 40, 5)
+    assert adapters["down"]["out"].shape == (2, config.n_experts, 5, 32)
 
 
 # --- loading ------------------------------------------------------------------------------------
@@ -205,6 +211,25 @@ def test_error_of_logits_and_kl(tied):
     assert 1e-3 < relative_error(rounded, exact) < 0.03
     p, q = jax.nn.log_softmax(exact), jax.nn.log_softmax(rounded)
     assert 0 < np.mean(np.sum(np.exp(p) * (p - q), axis=-1)) < 1e-3
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "mixtral", "gpt_oss"])
+def test_every_kind_of_matrix_of_a_family(family):
+    """Fused and stacked in the file, experts, a scaled table: here they are matrices alike."""
+    config = dataclasses.replace(tiny_config(family), unroll=1)
+    int8 = quantised_tree(random_params(config), config)
+    rounded = {path[0].key for path, _ in matrices_of(int8["layers"])}
+    assert {"query", "key", "value", "attention_out", "up", "down"} <= rounded
+    assert not {"router", "sinks", "position_embedding"} & rounded
+    tokens = random_tokens(2, 8)
+    run = fast_jit(functools.partial(forward, config=config))
+    assert relative_error(run(int8, tokens), run(as_floats(int8), tokens)) < 1e-5
+
+
+def matrices_of(tree):
+    is_int8 = lambda node: isinstance(node, Int8Matrix)
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_int8)
+    return [(path, node) for path, node in leaves if is_int8(node)]
 
 
 @pytest.mark.parametrize("remat", ["none", "products"])
