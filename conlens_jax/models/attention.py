@@ -1,7 +1,8 @@
 """Attention in three steps: scores, weights, mixing. The first and the last are linear.
 
-Heads come first inside ([B, K, G, S, X], G query heads for each of K key heads): then every matrix
-product is over contiguous memory, which on a CPU is 1.3 to 2.6 times as fast.
+Heads come first (queries [B, K, G, S, X], G query heads for each of K key heads; keys and values
+[B, K, C, X], in the cache too): then every matrix product is over contiguous memory. On a CPU that
+is 1.3 to 2.6 times as fast, and a token that is decoded does not turn the whole cache around.
 """
 
 from __future__ import annotations
@@ -19,17 +20,21 @@ def heads_first(x_BSHX: Float[Array, "B S H X"], n_kv_heads: int) -> Float[Array
     return grouped.transpose(0, 2, 3, 1, 4)
 
 
+def key_heads_first(x_BSKX: Float[Array, "B S K X"]) -> Float[Array, "B K S X"]:
+    return x_BSKX.transpose(0, 2, 1, 3)
+
+
 def heads_last(x_BKGSX: Float[Array, "B K G S X"]) -> Float[Array, "B S H X"]:
     batch, n_kv_heads, group, length, width = x_BKGSX.shape
     return x_BKGSX.transpose(0, 3, 1, 2, 4).reshape(batch, length, n_kv_heads * group, width)
 
 
 def attention_scores(
-    query_BKGSX: Float[Array, "B K G S X"], key_BCKX: Float[Array, "B C K X"]
+    query_BKGSX: Float[Array, "B K G S X"], key_BKCX: Float[Array, "B K C X"]
 ) -> Float[Array, "B K G S C"]:
     """⟨q, k⟩ / √X, fp32."""
     scores = jnp.einsum(
-        "bkgsx,bckx->bkgsc", query_BKGSX, key_BCKX, preferred_element_type=jnp.float32
+        "bkgsx,bkcx->bkgsc", query_BKGSX, key_BKCX, preferred_element_type=jnp.float32
     )
     return scores / math.sqrt(query_BKGSX.shape[-1])
 
@@ -43,16 +48,16 @@ def attention_weights(
 
 
 def mix_values(
-    weights: Float[Array, "B K G S C"], value_BCKX: Float[Array, "B C K X"]
+    weights: Float[Array, "B K G S C"], value_BKCX: Float[Array, "B K C X"]
 ) -> Float[Array, "B K G S X"]:
-    return jnp.einsum("bkgsc,bckx->bkgsx", weights.astype(value_BCKX.dtype), value_BCKX)
+    return jnp.einsum("bkgsc,bkcx->bkgsx", weights.astype(value_BKCX.dtype), value_BKCX)
 
 
 def attend(
-    query_BSHX: Float[Array, "B S H X"],
-    new: tuple[Float[Array, "B S K X"], Float[Array, "B S K X"]],
+    query: Float[Array, "B K G S X"],
+    new: tuple[Float[Array, "B K S X"], Float[Array, "B K S X"]],
     mask_BSS: Bool[Array, "B S S"],
-    past: tuple[Float[Array, "B C K X"], Float[Array, "B C K X"]] | None = None,
+    past: tuple[Float[Array, "B K C X"], Float[Array, "B K C X"]] | None = None,
     past_mask_BSC: Bool[Array, "B S C"] | None = None,
 ) -> Float[Array, "B S H X"]:
     """Attention of new tokens to themselves and to cached ones.
@@ -60,11 +65,10 @@ def attend(
     The cache is read where it is: joining it with the new keys would copy it for every token.
     """
     key, value = new
-    query = heads_first(query_BSHX, key.shape[2])
     scores, mask = attention_scores(query, key), mask_BSS
     if past is None:
         return heads_last(mix_values(attention_weights(scores, mask), value))
-    slots = past[0].shape[1]
+    slots = past[0].shape[2]
     scores = jnp.concatenate([attention_scores(query, past[0]), scores], axis=-1)
     weights = attention_weights(scores, jnp.concatenate([past_mask_BSC, mask], axis=-1))
     mixed = mix_values(weights[..., :slots], past[1]) + mix_values(weights[..., slots:], value)

@@ -129,7 +129,7 @@ class TokenPullBack:
         def queries(layer):
             weights, x_BtD, products = layer
             made = attention_inputs(x_BtD, Products(weights, products), rotation, config)
-            return heads_first(made[0], config.n_kv_heads)
+            return made[0]
 
         self.queries = jax.lax.map(queries, (layers, self.inputs, self.products))
 
@@ -138,7 +138,7 @@ class TokenPullBack:
         n_layers, batch, n_kv_heads, group, tokens, width = self.queries.shape
         shape = (n_layers, batch, n_kv_heads, group, tokens)
         zeros = lambda last, dtype: jnp.zeros((*shape, last), dtype)
-        slots = self.keys.shape[2]
+        slots = self.keys.shape[3]
         return Later(
             zeros(slots, jnp.float32), zeros(slots, jnp.float32), zeros(width, self.values.dtype)
         )
@@ -170,7 +170,7 @@ class TokenPullBack:
             x_bar, attended_bar = pull_output(out_bar_B1D)
             mixed_bar = heads_first(attended_bar, config.n_kv_heads)
             mix_bar = jnp.einsum(
-                "bkgsx,bckx->bkgsc", mixed_bar, values, preferred_element_type=jnp.float32
+                "bkgsx,bkcx->bkgsc", mixed_bar, values, preferred_element_type=jnp.float32
             )
             (scores_bar,) = pull_weights(mix_bar)
             scaled = scores_bar / math.sqrt(query.shape[-1])
@@ -182,7 +182,7 @@ class TokenPullBack:
             value_bar = collect(own(later.weights), later.mixed_bar) + collect(own(mix), mixed_bar)
             begin = lambda x: attention_inputs(x, Products(weights, products), rotation, config)
             _, pull_inputs = jax.vjp(begin, x_B1D)
-            bars = heads_last(query_bar), key_bar[:, None], value_bar[:, None]
+            bars = query_bar, key_bar[:, :, None], value_bar[:, :, None]
             return x_bar + pull_inputs(bars)[0], Later(mix, scaled, mixed_bar)
 
         stack = (

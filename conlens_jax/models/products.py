@@ -8,6 +8,7 @@ product is linear: with its result known, the derivative needs its matrix and no
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -45,11 +46,26 @@ class Products:
 
 
 def _product(equation: str, name: str, x: Array, weights: Params) -> Array:
-    out = jnp.einsum(equation, x, weights[name])
+    out = _as_matrices(equation, x, weights[name])
     if name + LORA_IN in weights:
         out += low_rank(equation, x, weights[name + LORA_IN], weights[name + LORA_OUT])
     bias = weights.get(name + "_bias")
     return out if bias is None else out + bias
+
+
+def _as_matrices(equation: str, x: Array, weight: Array) -> Array:
+    """``einsum(equation, x, weight)`` with the weight as one matrix [inputs, outputs].
+
+    Its transpose, in the backward pass, is then a matrix product too. Of a weight [D, H, X] XLA
+    would make a turned copy instead, for every token that is visited.
+    """
+    operands, _ = equation.split("->")
+    x_dims, weight_dims = operands.split(",")
+    contracted = sum(dim in x_dims for dim in weight_dims)
+    inputs, outputs = weight.shape[:contracted], weight.shape[contracted:]
+    batch = x.shape[: x.ndim - contracted]
+    matrix = weight.reshape(math.prod(inputs), math.prod(outputs))
+    return (x.reshape(*batch, -1) @ matrix).reshape(*batch, *outputs)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

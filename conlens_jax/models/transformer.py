@@ -7,6 +7,7 @@ be behind the query's, and unused slots carry :data:`NO_POSITION`.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from conlens_jax.models import rope
 from conlens_jax.models.adapters import LORA_IN, LORA_OUT
-from conlens_jax.models.attention import attend
+from conlens_jax.models.attention import attend, heads_first, key_heads_first
 from conlens_jax.models.families import family_of
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.products import Products
@@ -29,8 +30,8 @@ NO_POSITION = jnp.iinfo(jnp.int32).max
 class KVCache(NamedTuple):
     """Keys (already rotated) and values of n layers in C slots, and each slot's position."""
 
-    keys: Float[Array, "n B C K X"]
-    values: Float[Array, "n B C K X"]
+    keys: Float[Array, "n B K C X"]
+    values: Float[Array, "n B K C X"]
     positions_BC: Int[Array, "B C"]
 
 
@@ -52,8 +53,8 @@ class Kept(NamedTuple):
 
     inputs_BSD: Float[Array, "*n B S D"]
     products: dict[str, Array]
-    keys: Float[Array, "*n B S K X"]
-    values: Float[Array, "*n B S K X"]
+    keys: Float[Array, "*n B K S X"]
+    values: Float[Array, "*n B K S X"]
 
 
 # What ``model.remat`` keeps of a layer for its backward pass; "none" keeps everything.
@@ -64,7 +65,7 @@ REMAT_POLICIES = {
 
 
 def empty_cache(config: TransformerConfig, n_layers: int, batch: int, slots: int) -> KVCache:
-    shape = (n_layers, batch, slots, config.n_kv_heads, config.head_dim)
+    shape = (n_layers, batch, config.n_kv_heads, slots, config.head_dim)
     zeros = jnp.zeros(shape, array_dtype(config))
     return KVCache(zeros, zeros, jnp.full((batch, slots), NO_POSITION, jnp.int32))
 
@@ -108,13 +109,14 @@ def attention_inputs(
     products: Products,
     rotation: tuple[Array, Array],
     config: TransformerConfig,
-) -> tuple[Float[Array, "B S H X"], Float[Array, "B S K X"], Float[Array, "B S K X"]]:
+) -> tuple[Float[Array, "B K G S X"], Float[Array, "B K S X"], Float[Array, "B K S X"]]:
     """Rotated queries and keys, and values; each token's from that token alone."""
     x_BSD = rms_norm(x_BSD, products.weights["attention_norm"], config.norm_eps)
     query = products("bsd,dhx->bshx", x_BSD, "query")
     key = products("bsd,dkx->bskx", x_BSD, "key")
     value = products("bsd,dkx->bskx", x_BSD, "value")
-    return rope.rotate(query, rotation), rope.rotate(key, rotation), value
+    query = heads_first(rope.rotate(query, rotation), config.n_kv_heads)
+    return query, key_heads_first(rope.rotate(key, rotation)), key_heads_first(value)
 
 
 def layer_output(
@@ -132,13 +134,14 @@ def layer_output(
 
 
 def write_slots(
-    past: Array, new: Array, slot: Int[Array, ""] | Int[Array, " B"]
-) -> Float[Array, "B C ..."]:
-    """Writes ``new`` [B, s, …] into ``past`` [B, C, …] from ``slot`` on (one for all rows, or
-    one a row). A start too close to the end is moved back, as in ``dynamic_update_slice``."""
+    past: Array, new: Array, slot: Int[Array, ""] | Int[Array, " B"], axis: int
+) -> Float[Array, "B ..."]:
+    """Writes ``new`` into ``past`` from ``slot`` of ``axis`` on (one for all rows, or one a row).
+    A start too close to the end is moved back, as in ``dynamic_update_slice``."""
+    update = jax.lax.dynamic_update_slice_in_dim
     if slot.ndim == 0:
-        return jax.lax.dynamic_update_slice_in_dim(past, new.astype(past.dtype), slot, axis=1)
-    write = lambda row, piece, start: jax.lax.dynamic_update_slice_in_dim(row, piece, start, 0)
+        return update(past, new.astype(past.dtype), slot, axis)
+    write = lambda row, piece, start: update(row, piece, start, axis - 1)
     return jax.vmap(write)(past, new.astype(past.dtype), slot)
 
 
@@ -223,7 +226,7 @@ def _masks(positions_BS: Array, cache: KVCache | None) -> tuple[Array, Array | N
 
 def with_room(cache: KVCache, slots: int) -> KVCache:
     """The cache with so many empty slots behind what it holds."""
-    room = lambda array: jnp.pad(array, ((0, 0), (0, 0), (0, slots), (0, 0), (0, 0)))
+    room = lambda array: jnp.pad(array, ((0, 0), (0, 0), (0, 0), (0, slots), (0, 0)))
     positions_BC = jnp.pad(cache.positions_BC, ((0, 0), (0, slots)), constant_values=NO_POSITION)
     return KVCache(room(cache.keys), room(cache.values), positions_BC)
 
@@ -232,11 +235,11 @@ def _append(
     cache: KVCache, keys: Array, values: Array, positions_BS: Array, slot: Array
 ) -> KVCache:
     # All layers at once, behind the scan: so the cache is changed in place, not copied a layer.
-    write = jax.vmap(write_slots, in_axes=(0, 0, None))
+    write = jax.vmap(functools.partial(write_slots, axis=2), in_axes=(0, 0, None))
     return KVCache(
         write(cache.keys, keys, slot),
         write(cache.values, values, slot),
-        write_slots(cache.positions_BC, positions_BS, slot),
+        write_slots(cache.positions_BC, positions_BS, slot, axis=1),
     )
 
 
