@@ -10,7 +10,6 @@ forward: where the cotangent of a token's output depends on the gradient at the 
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -20,27 +19,28 @@ from jaxtyping import Array, Float, Int
 from conlens_jax.models.attention import (
     attention_scores,
     attention_weights,
+    cap_slope,
     heads_first,
     heads_last,
     mix_values,
+    scores_cotangent,
 )
-from conlens_jax.models.param_table import Params
-from conlens_jax.models.products import Products
-from conlens_jax.models.transformer import (
+from conlens_jax.models.block import (
     Block,
     Kept,
-    Patches,
     attention_inputs,
     layer_output,
-    rotations_at,
-    scan_layers,
-    seen_keys,
+    score_form,
 )
+from conlens_jax.models.layer_kinds import Layers, params_of, surroundings_of
+from conlens_jax.models.param_table import Params
+from conlens_jax.models.products import Products
+from conlens_jax.models.transformer import Patches, scan_layers
 from conlens_jax.models.transformer_config import TransformerConfig
 
 
 def keep_layers(
-    layers: Params,
+    layers: Layers,
     x_BSD: Float[Array, "B S D"],
     positions_BS: Int[Array, "B S"],
     *,
@@ -56,7 +56,7 @@ def keep_layers(
 
 
 def pull_back_layers(
-    layers: Params,
+    layers: Layers,
     kept: Kept,
     out_bar_BSD: Float[Array, "B S D"],
     positions_BS: Int[Array, "B S"],
@@ -64,18 +64,15 @@ def pull_back_layers(
     config: TransformerConfig,
     patch_at: Int[Array, ""] | None = None,
 ) -> tuple[Params, Float[Array, "B S D"], Float[Array, "n B D"] | None]:
-    """Cotangents of the layers, of their input and (with ``patch_at``) of the patches."""
-    mask_BSS = seen_keys(positions_BS)
-    rotation = rotations_at(positions_BS, config)
+    """Cotangents of the parameters, of the input and (with ``patch_at``) of the patches."""
+    surroundings, place_N = surroundings_of(layers, positions_BS, None, config)
 
-    def back(x_bar_BSD: Array, layer: tuple[Params, Kept]):
-        weights, kept = layer
+    def back(x_bar_BSD: Array, layer):
+        weights, kept, place = layer
 
         def run(weights, x_BSD):
-            variables = {"params": weights}
-            constants = (rotation, mask_BSS, None, None)
-            out, _ = Block(config).apply(variables, x_BSD, None, None, kept.products, *constants)
-            return out
+            inputs = (x_BSD, None, None, kept.products, place, surroundings, None)
+            return Block(config).apply({"params": weights}, *inputs)[0]
 
         _, pull = jax.vjp(run, weights, kept.inputs_BSD)
         weights_bar, x_bar_BSD = pull(x_bar_BSD)
@@ -83,8 +80,9 @@ def pull_back_layers(
         patch_bar_BD = None if patch_at is None else x_bar_BSD[:, patch_at]
         return x_bar_BSD, (weights_bar, patch_bar_BD)
 
+    stack = (params_of(layers), kept, place_N)
     x_bar_BSD, (layers_bar, patches_bar) = jax.lax.scan(
-        back, out_bar_BSD, (layers, kept), reverse=True, unroll=config.unroll or len(kept.keys)
+        back, out_bar_BSD, stack, reverse=True, unroll=config.unroll or len(kept.keys)
     )
     return layers_bar, x_bar_BSD, patches_bar
 
@@ -94,13 +92,24 @@ class Later(NamedTuple):
     queries, zero where they have not been visited yet.
 
     Attributes:
-      weights, scores_bar: attention weights, and the cotangent of the scores.
+      scores_bar: the cotangent of scale · ⟨q, k⟩, times the scale.
       mixed_bar: the cotangent of what attention gave.
     """
 
-    weights: Float[Array, "n B K G t C"]
     scores_bar: Float[Array, "n B K G t C"]
     mixed_bar: Float[Array, "n B K G t X"]
+
+
+class Read(NamedTuple):
+    """How t tokens read the keys: known for all of them before the first is visited.
+
+    Attributes:
+      slope: derivative of the scores' soft cap; None without one.
+    """
+
+    queries: Float[Array, "*n B K G t X"]
+    weights: Float[Array, "*n B K G t C"]
+    slope: Float[Array, "*n B K G t C"] | None
 
 
 class TokenPullBack:
@@ -113,34 +122,35 @@ class TokenPullBack:
 
     def __init__(
         self,
-        layers: Params,
+        layers: Layers,
         kept: Kept,
         positions_BS: Int[Array, "B S"],
         first: int,
         config: TransformerConfig,
     ):
-        self.layers, self.config, self.first = layers, config, first
+        self.layers, self.config, self.first = params_of(layers), config, first
         self.keys, self.values = kept.keys, kept.values
-        self.mask_BSS, self.rotation = seen_keys(positions_BS), rotations_at(positions_BS, config)
+        self.surroundings, self.place_N = surroundings_of(layers, positions_BS, None, config)
         tail = lambda array: array[:, :, first:]
         self.inputs, self.products = tail(kept.inputs_BSD), jax.tree.map(tail, kept.products)
-        rotation = jax.tree.map(lambda array: array[:, first:], self.rotation)
+        text = self.surroundings.at_queries(first, positions_BS.shape[1] - first)
 
-        def queries(layer):
-            weights, x_BtD, products = layer
-            made = attention_inputs(x_BtD, Products(weights, products), rotation, config)
-            return made[0]
+        def read(layer) -> Read:
+            weights, x_BtD, products, keys, place = layer
+            here, form = text.of(place), score_form(place, weights, config)
+            made = attention_inputs(x_BtD, Products(weights, products), here.rotation, config)
+            scores = attention_scores(made[0], keys, form)
+            mix = attention_weights(scores, here.mask, form)
+            return Read(made[0], mix, cap_slope(scores, form))
 
-        self.queries = jax.lax.map(queries, (layers, self.inputs, self.products))
+        stack = (self.layers, self.inputs, self.products, self.keys, self.place_N)
+        self.read = jax.lax.map(read, stack)
 
     def start(self) -> Later:
         """Nothing is wanted yet."""
-        n_layers, batch, n_kv_heads, group, tokens, width = self.queries.shape
-        shape = (n_layers, batch, n_kv_heads, group, tokens)
-        zeros = lambda last, dtype: jnp.zeros((*shape, last), dtype)
-        slots = self.keys.shape[3]
         return Later(
-            zeros(slots, jnp.float32), zeros(slots, jnp.float32), zeros(width, self.values.dtype)
+            jnp.zeros_like(self.read.weights),
+            jnp.zeros(self.read.queries.shape, self.values.dtype),
         )
 
     def __call__(
@@ -154,15 +164,12 @@ class TokenPullBack:
         """
         at = self.first + token
         pick = lambda array, axis, index=token: jax.lax.dynamic_slice_in_dim(array, index, 1, axis)
-        rotation = jax.tree.map(lambda array: pick(array, 1, at), self.rotation)
-        mask_B1C = pick(self.mask_BSS, 1, at)
-        config = self.config
+        config, surroundings = self.config, self.surroundings.at_queries(at, 1)
 
         def back(out_bar_B1D: Array, layer):
-            weights, x_B1D, products, query, keys, values, queries, later = layer
-            scores = attention_scores(query, keys)
-            mix, pull_weights = jax.vjp(lambda s: attention_weights(s, mask_B1C), scores)
-            attended = heads_last(mix_values(mix, values))
+            weights, x_B1D, products, own_read, keys, values, read, later, place = layer
+            here, form = surroundings.of(place), score_form(place, weights, config)
+            attended = heads_last(mix_values(own_read.weights, values))
             finish = lambda x, attended: layer_output(
                 x, attended, Products(weights, products), config
             )
@@ -172,28 +179,32 @@ class TokenPullBack:
             mix_bar = jnp.einsum(
                 "bkgsx,bkcx->bkgsc", mixed_bar, values, preferred_element_type=jnp.float32
             )
-            (scores_bar,) = pull_weights(mix_bar)
-            scaled = scores_bar / math.sqrt(query.shape[-1])
-            query_bar = mix_values(scaled, keys)
+            scores_bar = scores_cotangent(own_read.weights, mix_bar, own_read.slope) * form.scale
+            query_bar = mix_values(scores_bar, keys)
             # This token's key and value, as the tokens behind it and it itself have used them.
             own = lambda array: pick(array, 4, at)[..., 0].astype(keys.dtype)
             collect = functools.partial(jnp.einsum, "bkgt,bkgtx->bkx")
-            key_bar = collect(own(later.scores_bar), queries) + collect(own(scaled), query)
-            value_bar = collect(own(later.weights), later.mixed_bar) + collect(own(mix), mixed_bar)
-            begin = lambda x: attention_inputs(x, Products(weights, products), rotation, config)
+            key_bar = collect(own(later.scores_bar), read.queries)
+            key_bar += collect(own(scores_bar), own_read.queries)
+            value_bar = collect(own(read.weights), later.mixed_bar)
+            value_bar += collect(own(own_read.weights), mixed_bar)
+            begin = lambda x: attention_inputs(
+                x, Products(weights, products), here.rotation, config
+            )
             _, pull_inputs = jax.vjp(begin, x_B1D)
             bars = query_bar, key_bar[:, :, None], value_bar[:, :, None]
-            return x_bar + pull_inputs(bars)[0], Later(mix, scaled, mixed_bar)
+            return x_bar + pull_inputs(bars)[0], Later(scores_bar, mixed_bar)
 
         stack = (
             self.layers,
             pick(self.inputs, 2),
             jax.tree.map(lambda array: pick(array, 2), self.products),
-            pick(self.queries, 4),
+            jax.tree.map(lambda array: pick(array, 4), self.read),
             self.keys,
             self.values,
-            self.queries,
+            self.read,
             later,
+            self.place_N,
         )
         x_bar, rows = jax.lax.scan(
             back,

@@ -19,13 +19,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from conlens_jax.data.tokenizer import Tokenizer, check_vocabulary
 from conlens_jax.models import hf_io
+from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import (
     embed_tokens,
+    enter,
     forward,
     positions_of,
     run_layers,
-    slice_layers,
     unembed,
 )
 from conlens_jax.models.transformer_config import TransformerConfig
@@ -191,7 +192,8 @@ def _logits(params, tokens, mask, *, config):
 @functools.partial(jax.jit, static_argnames=("layers", "config"))
 def _capture(params, tokens, mask, *, layers, config):
     positions = positions_of(mask)
-    x_BSD, captured, start = embed_tokens(params, tokens), {}, 0
+    x_BSD = enter(params, embed_tokens(params, tokens, config), positions)
+    captured, start = {}, 0
     for stop in sorted({layer + 1 for layer in layers}):
         piece = slice_layers(params["layers"], start, stop)
         x_BSD, _ = run_layers(piece, x_BSD, positions, config=config)
@@ -202,7 +204,7 @@ def _capture(params, tokens, mask, *, layers, config):
 @functools.partial(jax.jit, static_argnames=("layer", "config"))
 def _swap(params, tokens, mask, positions, activations, *, layer, config):
     token_positions = positions_of(mask)
-    x_BSD = embed_tokens(params, tokens)
+    x_BSD = enter(params, embed_tokens(params, tokens, config), token_positions)
     lower = slice_layers(params["layers"], 0, layer + 1)
     upper = slice_layers(params["layers"], layer + 1, config.n_layers)
     x_BSD, _ = run_layers(lower, x_BSD, token_positions, config=config)
