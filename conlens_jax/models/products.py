@@ -11,7 +11,6 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from conlens_jax.models.adapters import LORA_IN, LORA_OUT, low_rank
