@@ -9,13 +9,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from family_cases import each_case
 from safetensors.numpy import load_file, save_file
 from tiny_models import (
     TINY,
-    hf_forward,
     hf_model,
     random_params,
-    random_tokens,
     tiny_config,
     write_tiny_folder,
 )
@@ -25,10 +24,11 @@ from conlens_jax.models.families.llama import config_to_hf
 from conlens_jax.models.hf_io import (
     load_params,
     read_config,
-    resolve_folder,
     save_model,
     weights_fingerprint,
 )
+from conlens_jax.models.mxfp4 import dequantise_mxfp4
+from conlens_jax.models.tensor_files import TensorFiles
 from conlens_jax.models.transformer_config import RopeConfig
 
 SMALL = {"num_hidden_layers": 2, "attention_bias": True, "mlp_bias": True}
@@ -53,6 +53,11 @@ def edit_tensors(folder, edit):
     save_file(tensors, folder / "model.safetensors")
 
 
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def load(folder, **changes):
     return load_params(folder, dataclasses.replace(read_config(folder), **changes))
 
@@ -68,26 +73,25 @@ def assert_same_bits(folder, other):
 # --- round trips ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [SMALL, {"tie_word_embeddings": True, "head_dim": 6, "num_key_value_heads": 1}],
-    ids=["biases", "tied"],
-)
-def test_from_transformers_and_back_is_bit_equal(tmp_path, changes):
+@each_case
+def test_from_transformers_and_back_is_bit_equal(tmp_path, case):
     pytest.importorskip("torch")
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
-    oracle = hf_model(**changes)
+    oracle = hf_model(case.family, **case.changes)
     oracle.save_pretrained(theirs)
     config = read_config(theirs)
     save_model(ours, config, load_params(theirs, config))
     assert_same_bits(ours, theirs)
     assert read_config(ours) == config
-    reloaded, report = LlamaForCausalLM.from_pretrained(ours, output_loading_info=True)
+    reloaded, report = AutoModelForCausalLM.from_pretrained(ours, output_loading_info=True)
+    assert type(reloaded) is type(oracle)
     assert not any(report.values()), report
-    tokens = random_tokens(2, 9)
-    np.testing.assert_array_equal(hf_forward(reloaded, tokens)[0], hf_forward(oracle, tokens)[0])
+    expected, found = oracle.state_dict(), reloaded.state_dict()
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert expected[name].equal(found[name]), name
 
 
 def test_params_survive_a_save_and_a_load(folder):
@@ -149,6 +153,74 @@ def test_a_tied_model_may_carry_its_head_twice(tmp_path):
     loaded = load(tmp_path)
     assert "output_head" not in loaded
     jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+
+
+# --- files of other shapes ------------------------------------------------------------------------
+
+
+def random_folder(folder, family, **changes):
+    config = tiny_config(family, **changes)
+    save_model(folder, config, random_params(config))
+    return load(folder)
+
+
+def test_mxfp4_experts_of_gpt_oss(tmp_path):
+    """The same model twice: experts in 4 bits, and in the floats that these stand for."""
+    exact = random_folder(tmp_path, "gpt_oss", intermediate_size=64)
+    rng, packed, floats = np.random.default_rng(0), {}, {}
+    for layer in range(3):
+        for name, outputs, inputs in (("gate_up_proj", 128, 32), ("down_proj", 32, 64)):
+            name = f"model.layers.{layer}.mlp.experts.{name}"
+            blocks = rng.integers(0, 256, (4, outputs, inputs // 32, 16), dtype=np.uint8)
+            scales = rng.integers(118, 124, blocks.shape[:-1], dtype=np.uint8)
+            packed |= {name + "_blocks": blocks, name + "_scales": scales}
+            # safetensors writes memory as it lies, whatever the strides.
+            floats[name] = dequantise_mxfp4(blocks, scales).astype(np.float32, order="C")
+    edit_tensors(tmp_path, lambda tensors: tensors.update(floats))
+    expected = load(tmp_path)
+
+    def pack(tensors):
+        for name in floats:
+            tensors.pop(name)
+        tensors.update(packed)
+
+    edit_tensors(tmp_path, pack)
+    edit_config(tmp_path, quantization_config={"quant_method": "mxfp4"})
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path), expected)
+    assert not np.array_equal(exact["layers"]["up"], expected["layers"]["up"])
+    edit_tensors(tmp_path, lambda tensors: tensors.pop(name + "_scales"))
+    with pytest.raises(ValueError, match=r"down_proj_scales does not fit"):
+        load(tmp_path)
+
+
+def test_old_gpt2_files_without_a_prefix_and_with_buffers(tmp_path):
+    expected = random_folder(tmp_path, "gpt2")
+
+    def age(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = np.ones((1, 1, 64, 64), np.float32)
+        tensors["h.0.attn.masked_bias"] = np.float32([-1e4])
+
+    edit_tensors(tmp_path, age)
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path), expected)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_a_multimodal_gemma_3(tmp_path, prefix):
+    expected = random_folder(tmp_path, "gemma3_text")
+    text = json.loads((tmp_path / "config.json").read_text())
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 16}
+    config = {"model_type": "gemma3", "text_config": text, "vision_config": vision}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def nest(tensors):
+        for name in list(tensors):
+            tensors[prefix + name.removeprefix("model.")] = tensors.pop(name)
+        tensors["vision_tower.vision_model.head"] = np.ones(3, np.float32)
+
+    edit_tensors(tmp_path, nest)
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path), expected)
 
 
 # --- config.json ----------------------------------------------------------------------------------
@@ -276,8 +348,7 @@ def test_missing_extra_and_misshaped_tensors_in_one_message(folder):
 
 
 def test_config_json_with_more_layers_than_the_weights(folder):
-    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 3}
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_config(folder, num_hidden_layers=3)
     with pytest.raises(ValueError, match=r"missing: model\.layers\.2\."):
         load(folder)
 
@@ -316,12 +387,83 @@ def test_missing_or_broken_config_json(folder):
         read_config(folder)
 
 
-def test_folder_that_is_not_there(tmp_path):
-    assert resolve_folder(str(tmp_path)) == tmp_path
-    with pytest.raises(ValueError, match=r"model\.path=.*no such folder"):
-        resolve_folder(str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match=r"model\.path='nobody/no-model' is not a folder"):
-        resolve_folder("nobody/no-model")
+def test_an_index_with_tensors_that_the_files_lack(folder):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "part.safetensors")
+    weight_map = dict.fromkeys([*tensors, "model.layers.9.up"], "part.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=r"not there: model\.layers\.9\.up in part\.safetensors"):
+        load(folder)
+
+
+def test_every_file_is_checked_before_the_first_is_read(folder, monkeypatch):
+    save_model(folder, read_config(folder), load(folder), max_file_bytes=20_000)
+    last = max(folder.glob("model-*.safetensors"))
+    last.write_bytes(last.read_bytes()[:-1])
+    monkeypatch.setattr(TensorFiles, "array", lambda *_: pytest.fail("a tensor was read"))
+    with pytest.raises(ValueError, match=rf"{last.name} is damaged or cut short.*there are"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"auto_map": {"AutoModel": "custom.Model"}}, "its own Python code, which is never run"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq' is not supported"),
+        ({"quantization_config": {"bits": 4}}, "'unknown' is not supported"),
+    ],
+    ids=["remote code", "gptq", "quantised somehow"],
+)
+def test_models_that_are_not_read_as_they_are_stored(folder, changes, message):
+    edit_config(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        read_config(folder)
+
+
+# --- saving ---------------------------------------------------------------------------------------
+
+
+def test_a_large_model_is_saved_in_several_files(folder, tmp_path):
+    config, ours = read_config(folder), tmp_path / "ours"
+    params = load_params(folder, config)
+    save_model(ours, config, params, max_file_bytes=20_000)
+    files = sorted(ours.glob("*.safetensors"))
+    assert [file.name for file in files] == [
+        f"model-{part + 1:05d}-of-{len(files):05d}.safetensors" for part in range(len(files))
+    ]
+    held = [load_file(file) for file in files]
+    sizes = [sum(tensor.nbytes for tensor in part.values()) for part in held]
+    assert len(files) > 2 and max(sizes) <= 20_000
+    index = json.loads((ours / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert index["weight_map"] == {
+        name: file.name for file, part in zip(files, held, strict=True) for name in part
+    }
+    jax.tree.map(np.testing.assert_array_equal, load_params(ours, config), params)
+    # In one file again: nothing of the old ones is left.
+    save_model(ours, config, params)
+    assert {file.name for file in ours.iterdir()} == {"config.json", "model.safetensors"}
+    assert_same_bits(ours, folder)
+
+
+def test_what_was_there_stays_until_all_is_written(folder, monkeypatch):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    config, params = read_config(folder), load(folder)
+    other = jax.tree.map(lambda leaf: leaf + 1, params)
+    calls = []
+
+    def full_disk(*given, **options):
+        calls.append(given)
+        if len(calls) == 2:
+            raise OSError("no space left on device")
+        save_file(*given, **options)
+
+    monkeypatch.setattr("conlens_jax.models.model_saving.save_file", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        save_model(folder, config, other, max_file_bytes=20_000)
+    after = {file.name: file.read_bytes() for file in folder.iterdir() if file.name in before}
+    assert after == before
 
 
 # --- fingerprint ----------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ _YARN = {
 }
 _EXPERTS = {"num_experts_per_tok": 2, "num_experts": 4}
 _GPT2 = {"vocab_size": 48, "n_embd": 32, "n_inner": 40, "n_layer": 3, "n_head": 4}
-_GPT_NEO = {"num_layers": 3, "num_heads": 4, "attention_types": [[["global", "local"], 1], [["global"], 1]]}
+_ATTENTION_TYPES = [[["global", "local"], 1], [["global"], 1]]
+_GPT_NEO = {"num_layers": 3, "num_heads": 4, "attention_types": _ATTENTION_TYPES}
 # What each family's tiny model has besides: the switches that make it that family are on.
 _TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_positions": 64, "layer_norm_epsilon": 1e-3, **_GPT2},
@@ -55,7 +56,9 @@ _TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
     "qwen3": {"head_dim": 12},
     "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": WINDOW}
-    | {"attn_logit_softcapping": 0.8, "final_logit_softcapping": 2.0, "tie_word_embeddings": True},
+    | {"attn_logit_softcapping": 0.8, "final_logit_softcapping": 2.0, "tie_word_embeddings": True}
+    # Its scaled embeddings are large beside a small ε.
+    | {"rms_norm_eps": 1e-2},
     "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": WINDOW}
     | {"sliding_window_pattern": 2, "tie_word_embeddings": True},
     "phi3": {"sliding_window": WINDOW},

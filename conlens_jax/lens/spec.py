@@ -89,6 +89,13 @@ def make_spec(
                     f"know ({text.strip()!r}); use words of the model's vocabulary or {slot} alone"
                 )
             pieces.append(ids)
+    written = len(start) + len(pieces[0]) + 1 + len(pieces[1]) + lens.text_len - 1
+    read = len(start) + len(pieces[2]) + lens.text_len + len(pieces[3])
+    if model.learned_positions and max(written, read) > model.max_positions:
+        raise ValueError(
+            f"lens.text_len={lens.text_len} and the prompts take {max(written, read)} positions; "
+            f"the model has learned {model.max_positions}"
+        )
     return LensSpec(
         model=model,
         layer=layer,
@@ -216,7 +223,8 @@ def init_lens(
         trainable["encoder"]["base"] = copy(_encoder_base(original, spec))
     if lens.train_output_head and not (lens.train_decoder == "full" and "output_head" in original):
         # A trained head of its own: of a frozen decoder, or untied from a trained embedding.
-        trainable["decoder"]["output_head"] = jnp.copy(output_head(original))
+        # As floats, where the original's is int8.
+        trainable["decoder"]["output_head"] = jnp.copy(output_head(original).astype(dtype))
     if lens.input_patches:
         n = lens.input_patches
         trainable["decoder"]["input_patches"] = {

@@ -13,6 +13,7 @@ import math
 import jax
 from jaxtyping import Array
 
+from conlens_jax.models import quantized
 from conlens_jax.models.adapters import LORA_IN, LORA_OUT, low_rank
 from conlens_jax.models.param_table import Params
 
@@ -52,12 +53,14 @@ def _product(equation: str, name: str, x: Array, weights: Params) -> Array:
     return out if bias is None else out + bias
 
 
-def _as_matrices(equation: str, x: Array, weight: Array) -> Array:
+def _as_matrices(equation: str, x: Array, weight: quantized.Matrix) -> Array:
     """``einsum(equation, x, weight)`` with the weight as one matrix [inputs, outputs].
 
     Its transpose, in the backward pass, is then a matrix product too. Of a weight [D, H, X] XLA
     would make a turned copy instead, for every token that is visited.
     """
+    if isinstance(weight, quantized.Int8Matrix):
+        return quantized.einsum(equation, x, weight)
     operands, _ = equation.split("->")
     x_dims, weight_dims = operands.split(",")
     contracted = sum(dim in x_dims for dim in weight_dims)

@@ -194,7 +194,8 @@ def placed(tree: Any, setting: Setting) -> Any:
     """A lens or its train state on the mesh: clones and their moments are split like the model's
     parameters, and small parts (adapters too) are whole on every device. What is restored into
     such a tree is on the mesh too."""
-    model, mesh = setting.model.config, setting.mesh
+    # Clones are floats, also where the original is int8.
+    model, mesh = dataclasses.replace(setting.model.config, quantise=""), setting.mesh
     table = family_of(model).param_table(model)
     shardings = shardings_like(tree, param_shardings(table, model, mesh), mesh)
     return jax.device_put(tree, shardings)

@@ -16,6 +16,7 @@ from conlens_jax.data.stream import TokenStream, open_stream
 from conlens_jax.evaluation.measure import Measurer, Reference, reference_of
 from conlens_jax.lens.spec import LensSpec, make_spec
 from conlens_jax.models.model import LanguageModel, load_model
+from conlens_jax.models.sharding import loading_report
 from conlens_jax.parallel.host import use_compilation_cache
 from conlens_jax.parallel.mesh import check_batch, make_mesh
 from conlens_jax.training.console import Console
@@ -90,6 +91,9 @@ def open_setting(config: ExperimentConfig, console: Console) -> Setting:
         revision=config.model.revision,
         unroll=config.model.unroll,
         remat=config.model.remat,
+        attention=config.model.attention,
+        quantise=config.model.quantise,
+        before_loading=lambda shape: console.table("model", *loading_report(shape, mesh)),
     )
     if config.model.path == EMBEDDED_MODEL:
         # The cache names the model by what the config calls it, not by a folder of this machine.
