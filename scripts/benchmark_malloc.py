@@ -23,7 +23,7 @@ def seconds_per_step() -> tuple[float, float]:
 
     from conlens_jax.config import EmbeddedConfig
     from conlens_jax.lens.losses import cross_entropy
-    from conlens_jax.models import llama
+    from conlens_jax.models.families import llama
     from conlens_jax.models.param_table import init_params
     from conlens_jax.models.transformer import forward
     from conlens_jax.models.transformer_config import TransformerConfig

@@ -27,7 +27,14 @@ from tiny_lens import (
 from conlens_jax.lens.decoder import generate, teacher_forced_logits
 from conlens_jax.lens.history import history_sweeps
 from conlens_jax.lens.spec import decoder_of
-from conlens_jax.models.transformer import all_positions, empty_cache, rms_norm, run_layers
+from conlens_jax.models.cache import empty_cache
+from conlens_jax.models.transformer import (
+    all_positions,
+    enter,
+    run_layers,
+    scale_embeddings,
+    unembed,
+)
 
 VARIANTS = {"untied": False, "tied": True}
 TEMPERATURES = (0.1, 0.5, 1.0, 2.0)
@@ -160,11 +167,12 @@ def cached_scan(trainable, frozen, activation_BD, noise_BTV, tau, cotangent, *, 
         parts = {"decoder": decoder}
         base, prompt = decoder["base"], plain_prompt(parts, frozen, activation_BD, spec)
         length, last = prompt.shape[1], TEXT_LEN - 1
-        head = base["embedding"].T if spec.model.tied_embeddings else base["output_head"]
-        logits_of = lambda x: rms_norm(x, base["final_norm"], spec.model.norm_eps) @ head
+        logits_of = lambda x: unembed(base, x, config=spec.model)
         start = empty_cache(spec.model, spec.model.n_layers, BATCH, length + last)
         run = functools.partial(run_layers, base["layers"], config=spec.model)
-        x, cache = run(prompt, all_positions(BATCH, length), cache=start, slot=jnp.int32(0))
+        positions = all_positions(BATCH, length)
+        prompt = enter(base, prompt, positions)
+        x, cache = run(prompt, positions, cache=start, slot=jnp.int32(0))
 
         def write(carry, step):
             state, cache = carry
@@ -174,9 +182,11 @@ def cached_scan(trainable, frozen, activation_BD, noise_BTV, tau, cotangent, *, 
             hard = jax.nn.one_hot(jnp.argmax(noisy, axis=-1), noisy.shape[-1])
             choice = hard + soft - jax.lax.stop_gradient(soft)
             slot = length + step
+            position = jnp.broadcast_to(slot, (BATCH, 1))
+            embedding = scale_embeddings(choice @ base["embedding"], spec.model)[:, None]
             x, cache = run(
-                (choice @ base["embedding"])[:, None],
-                jnp.broadcast_to(slot, (BATCH, 1)),
+                enter(base, embedding, position),
+                position,
                 cache=cache,
                 slot=slot,
             )

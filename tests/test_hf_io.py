@@ -21,6 +21,7 @@ from tiny_models import (
 )
 
 from conlens_jax.models.families import config_from_hf
+from conlens_jax.models.families.llama import config_to_hf
 from conlens_jax.models.hf_io import (
     load_params,
     read_config,
@@ -28,7 +29,6 @@ from conlens_jax.models.hf_io import (
     save_model,
     weights_fingerprint,
 )
-from conlens_jax.models.llama import config_to_hf
 from conlens_jax.models.transformer_config import RopeConfig
 
 SMALL = {"num_hidden_layers": 2, "attention_bias": True, "mlp_bias": True}
@@ -292,8 +292,9 @@ def test_truncated_safetensors(folder, kept):
 
 
 def test_integer_tensors_are_refused(folder):
-    edit_tensors(folder, lambda tensors: tensors.update(scale=np.zeros(2, np.int8)))
-    with pytest.raises(ValueError, match="tensor scale is stored as I8"):
+    norm = {"model.norm.weight": np.zeros(32, np.int8)}
+    edit_tensors(folder, lambda tensors: tensors.update(norm))
+    with pytest.raises(ValueError, match=r"unreadable: model\.norm\.weight is stored as I8"):
         load(folder)
 
 

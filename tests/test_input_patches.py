@@ -27,7 +27,8 @@ from conlens_jax.config import LensConfig, OptimizerConfig
 from conlens_jax.data.tokenizer import Tokenizer
 from conlens_jax.lens.decoder import generate, teacher_forced_logits
 from conlens_jax.lens.spec import decoder_of, init_lens, make_spec
-from conlens_jax.models.transformer import all_positions, rms_norm, run_layers, slice_layers
+from conlens_jax.models.layer_kinds import slice_layers
+from conlens_jax.models.transformer import all_positions, run_layers, unembed
 from conlens_jax.training.optimizer import decay_mask, learning_rate_multipliers
 
 SPEC = tiny_spec(train_decoder="frozen", input_patches=2)
@@ -58,7 +59,7 @@ def plain_logits(decoder, frozen, activation_BD, text_BT):
         one = slice_layers(original["layers"], layer, layer + 1)
         x, _ = run_layers(one, x, all_positions(*x.shape[:2]), config=SPEC.model)
     x = x[:, prompt_BpD.shape[1] - 1 :]
-    return rms_norm(x, original["final_norm"], SPEC.model.norm_eps) @ original["output_head"]
+    return unembed(original, x, config=SPEC.model)
 
 
 def our_logits(decoder, frozen, activation_BD, text_BT, spec=SPEC):

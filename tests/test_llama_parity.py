@@ -12,10 +12,10 @@ import pytest
 from tiny_models import hf_forward, hf_model, random_params, random_tokens, tiny_config
 
 from conlens_jax import LanguageModel, load_model
+from conlens_jax.models.cache import empty_cache
+from conlens_jax.models.layer_kinds import NO_POSITION
 from conlens_jax.models.transformer import (
-    NO_POSITION,
     embed_tokens,
-    empty_cache,
     forward,
     run_layers,
     unembed,
@@ -169,7 +169,7 @@ def tiny():
 
     @jax.jit
     def step(tokens_BS, positions_BS, cache, slot):
-        x_BSD = embed_tokens(params, tokens_BS)
+        x_BSD = embed_tokens(params, tokens_BS, config)
         x_BSD, cache = run_layers(
             params["layers"], x_BSD, positions_BS, config=config, cache=cache, slot=slot
         )
@@ -222,7 +222,7 @@ def test_the_kept_cache_is_the_written_one(tiny):
         tokens, positions, empty_cache(config, config.n_layers, batch, length), jnp.int32(0)
     )
     run = jax.jit(functools.partial(run_layers, config=config, keep_cache=True))
-    _, kept = run(params["layers"], embed_tokens(params, tokens), positions)
+    _, kept = run(params["layers"], embed_tokens(params, tokens, config), positions)
     assert kept.keys.shape == (2, batch, length, config.n_kv_heads, config.head_dim)
     for ours, theirs in zip(kept, written, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)

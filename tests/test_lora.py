@@ -37,7 +37,7 @@ from conlens_jax.config import (
 from conlens_jax.lens.decoder import generate, teacher_forced_logits
 from conlens_jax.lens.encoder import encode_tokens
 from conlens_jax.lens.spec import decoder_of, encoder_of, init_lens
-from conlens_jax.models.llama import param_table
+from conlens_jax.models.families.llama import param_table
 from conlens_jax.models.sharding import param_shardings
 from conlens_jax.parallel.mesh import make_mesh, replicated, shardings_like
 from conlens_jax.training.accounting import parameter_table

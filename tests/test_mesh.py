@@ -10,7 +10,7 @@ from tiny_models import random_tokens, tiny_config, write_tiny_folder
 
 import conlens_jax
 from conlens_jax.config import ConfigError, MeshConfig
-from conlens_jax.models.llama import param_table
+from conlens_jax.models.families.llama import param_table
 from conlens_jax.models.sharding import param_shardings
 from conlens_jax.parallel.mesh import (
     AXES,

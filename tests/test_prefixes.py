@@ -31,7 +31,7 @@ def test_each_prefix_reads_as_if_the_text_ended_there():
     spec, trainable, frozen = setting()
     encoder = encoder_of(trainable, frozen, spec)
     text = random_tokens(3, TEXT_LEN)
-    prefixes = encode_prefixes(encoder, embed_tokens(encoder.base, text), spec=spec)
+    prefixes = encode_prefixes(encoder, embed_tokens(encoder.base, text, spec.model), spec=spec)
     for k in range(1, TEXT_LEN + 1):
         alone = encode_tokens(encoder, text[:, :k], spec=spec)
         np.testing.assert_allclose(prefixes[:, k - 1], alone, rtol=1e-4, atol=1e-5)

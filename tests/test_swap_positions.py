@@ -22,11 +22,12 @@ from conlens_jax.lens.losses import kl_divergence
 from conlens_jax.lens.original import read_context, swapped_logits
 from conlens_jax.lens.spec import LensSpec
 from conlens_jax.models.families import FAMILIES, config_from_hf
+from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.transformer import (
     embed_tokens,
+    enter,
     positions_of,
     run_layers,
-    slice_layers,
     unembed,
 )
 
@@ -75,7 +76,8 @@ def replaced(params, tokens, mask, indices, vector, layer, config):
 
     Where ``layer`` is an array, one compiled function serves all layers.
     """
-    rows, x, captured = jnp.arange(len(tokens)), embed_tokens(params, tokens), None
+    rows, captured = jnp.arange(len(tokens)), None
+    x = enter(params, embed_tokens(params, tokens, config), positions_of(mask))
     for number in range(config.n_layers):
         block = slice_layers(params["layers"], number, number + 1)
         x, _ = run_layers(block, x, positions_of(mask), config=config)

@@ -22,8 +22,17 @@ from conlens_jax.lens.decoder import head_of
 from conlens_jax.lens.history import text_states
 from conlens_jax.lens.original import capture
 from conlens_jax.lens.spec import LensSpec, init_lens
+from conlens_jax.models import transformer
+from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
-from conlens_jax.models.transformer import all_positions, positions_of, rms_norm, run_layers
+from conlens_jax.models.transformer import (
+    all_positions,
+    enter,
+    positions_of,
+    run_layers,
+    scale_embeddings,
+    unembed,
+)
 
 TEXT_LEN, LAYER, BATCH, CONTEXT = 4, 1, 8, 12
 
@@ -169,10 +178,10 @@ def plain_predictions(trainable: Params, frozen: Params, x_BSD, spec: LensSpec) 
     """The decoder's logits at every position of an input of embeddings."""
     parts = {**frozen["decoder"], **trainable["decoder"]}
     base = parts.get("base", frozen["original"])
-    head = base["embedding"].T if spec.model.tied_embeddings else base["output_head"]
-    head = parts.get("output_head", head)
-    x_BSD, _ = run_layers(base["layers"], x_BSD, all_positions(*x_BSD.shape[:2]), config=spec.model)
-    return rms_norm(x_BSD, base["final_norm"], spec.model.norm_eps) @ head
+    positions_BS = all_positions(*x_BSD.shape[:2])
+    x_BSD = enter(base, x_BSD, positions_BS)
+    x_BSD, _ = run_layers(base["layers"], x_BSD, positions_BS, config=spec.model)
+    return transformer.head_of(base, spec.model, parts.get("output_head")).logits(x_BSD)
 
 
 def plain_text(
@@ -194,7 +203,7 @@ def plain_text(
         hard = jax.nn.one_hot(jnp.argmax(noisy_BV, axis=-1), noisy_BV.shape[-1])
         soft = jax.nn.softmax(noisy_BV / tau)
         slope = soft - jax.lax.stop_gradient(soft)
-        seen_BD = (hard + history * slope) @ table_VD
+        seen_BD = scale_embeddings((hard + history * slope) @ table_VD, spec.model)
         return x_BSD.at[:, last + 1 + step].set(seen_BD), (logits_BV, hard + slope)
 
     x_BSD = jnp.pad(prompt_BpD, ((0, 0), (0, text_len), (0, 0)))
@@ -208,13 +217,15 @@ def plain_encoder_table(trainable: Params, frozen: Params) -> jax.Array:
 
 def plain_reconstruction(trainable: Params, frozen: Params, text_BTD, spec: LensSpec) -> jax.Array:
     parts = {**frozen["encoder"], **trainable["encoder"]}
-    layers = parts.get("base", frozen["original"])["layers"]
-    lower = jax.tree.map(lambda leaf: leaf[: spec.layer + 1], layers)
+    base = parts.get("base", frozen["original"])
+    lower = slice_layers(base["layers"], 0, spec.layer + 1)
     n_left = len(spec.encoder_left)
     repeat = lambda vectors: jnp.stack([vectors] * len(text_BTD))
     left, right = parts["soft_prompt"][:n_left], parts["soft_prompt"][n_left:]
     x_BSD = jnp.concatenate([repeat(left), text_BTD, repeat(right)], axis=1)
-    x_BSD, _ = run_layers(lower, x_BSD, all_positions(*x_BSD.shape[:2]), config=spec.model)
+    positions_BS = all_positions(*x_BSD.shape[:2])
+    x_BSD = enter(base, x_BSD, positions_BS)
+    x_BSD, _ = run_layers(lower, x_BSD, positions_BS, config=spec.model)
     mean, scale = frozen["statistics"]["mean"], frozen["statistics"]["scale"]
     normal_BD = (x_BSD[:, -1] - mean) / scale
     projected = normal_BD @ parts["projection"]["kernel"] + parts["projection"]["bias"]
@@ -224,11 +235,11 @@ def plain_reconstruction(trainable: Params, frozen: Params, text_BTD, spec: Lens
 def plain_swap(original: Params, batch: Batch, vector_BD, spec: LensSpec) -> jax.Array:
     """M's logits everywhere, the whole context run again with the vector at P."""
     positions_BS = positions_of(batch.mask_GS)
-    lower = jax.tree.map(lambda leaf: leaf[: spec.layer + 1], original["layers"])
-    upper = jax.tree.map(lambda leaf: leaf[spec.layer + 1 :], original["layers"])
-    x_BSD = original["embedding"][batch.tokens_GS]
+    lower = slice_layers(original["layers"], 0, spec.layer + 1)
+    upper = slice_layers(original["layers"], spec.layer + 1, spec.model.n_layers)
+    x_BSD = scale_embeddings(original["embedding"][batch.tokens_GS], spec.model)
+    x_BSD = enter(original, x_BSD, positions_BS)
     x_BSD, _ = run_layers(lower, x_BSD, positions_BS, config=spec.model)
     x_BSD = x_BSD.at[jnp.arange(len(vector_BD)), batch.positions_B].set(vector_BD)
     x_BSD, _ = run_layers(upper, x_BSD, positions_BS, config=spec.model)
-    head = original["embedding"].T if spec.model.tied_embeddings else original["output_head"]
-    return rms_norm(x_BSD, original["final_norm"], spec.model.norm_eps) @ head
+    return unembed(original, x_BSD, config=spec.model)

@@ -12,7 +12,7 @@ that of trained weights as much again; attention's backward is twice its forward
 gradient costs nothing further: token by token from the last to the first, one backward pass is
 exact. ``re-forward`` is counted, since text is sampled first and differentiated second; work that
 is no matrix product (softmax over the vocabulary, noise, optimizer) is not. Adapters of low rank
-and input patches are left out.
+and input patches are left out. Of a mixture of experts the chosen ones are counted.
 """
 
 from __future__ import annotations
@@ -61,8 +61,12 @@ def stack_cost(
     sizes = {
         row.path[-1]: math.prod(row.layer_shape(config))
         for row in family_of(config).param_table(config)
-        if row.stacked and len(row.layer_shape(config)) > 1 and not row.path[-1].endswith("_bias")
+        if row.stacked
+        and len(row.layer_shape(config)) > 1
+        and not row.path[-1].endswith(("_bias", "_norm"))
     }
+    for name in ("gate", "up", "down") if config.n_experts else ():
+        sizes[name] = sizes[name] * config.experts_per_token // config.n_experts
     every, key_value = sum(sizes.values()), sum(sizes[name] for name in _KEY_VALUE)
     weights = (n_layers - 1) * tokens * every + tokens * key_value + read * (every - key_value)
     width = config.n_heads * config.head_dim

@@ -13,19 +13,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from conlens_jax.lens.batch import Batch
-from conlens_jax.lens.decoder import prompt_embeddings, slot_patches
+from conlens_jax.lens.decoder import head_of, prompt_embeddings, slot_patches
 from conlens_jax.lens.encoder import encode_embeddings
 from conlens_jax.lens.losses import entropy, kl_divergence, reconstruction_error
 from conlens_jax.lens.original import capture
 from conlens_jax.lens.spec import Decoder, LensSpec, decoder_of, encoder_of
+from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import (
     all_positions,
+    enter,
     forward,
     positions_of,
-    rms_norm,
     run_layers,
-    slice_layers,
+    scale_embeddings,
     unembed,
 )
 from conlens_jax.training.objective import TERMS, Objective, reference_text, warm_loss
@@ -45,20 +46,20 @@ def write_text(
     x_BsD = prompt_embeddings(decoder, activation_BD, spec)
     logits, choices = [], []
     for step in range(spec.text_len):
+        positions_Bs = all_positions(*x_BsD.shape[:2])
         state, _ = run_layers(
             decoder.base["layers"],
-            x_BsD,
-            all_positions(*x_BsD.shape[:2]),
+            enter(decoder.base, x_BsD, positions_Bs),
+            positions_Bs,
             config=spec.model,
             patches=patches,
         )
-        normed_BD = rms_norm(state[:, -1], decoder.base["final_norm"], spec.model.norm_eps)
-        logits_BV = jnp.matmul(normed_BD, decoder.head_DV).astype(jnp.float32)
+        logits_BV = head_of(decoder, spec).logits(state[:, -1])
         noisy_BV = logits_BV + noise_BTV[:, step]
         hard = jax.nn.one_hot(jnp.argmax(noisy_BV, axis=-1), noisy_BV.shape[-1])
         soft = jax.nn.softmax(noisy_BV / tau)
         choice_BV = hard + soft - jax.lax.stop_gradient(soft)
-        next_BD = jnp.matmul(choice_BV.astype(table_VD.dtype), table_VD)
+        next_BD = scale_embeddings(choice_BV.astype(table_VD.dtype) @ table_VD, spec.model)
         x_BsD = jnp.concatenate([x_BsD, next_BD[:, None].astype(x_BsD.dtype)], axis=1)
         logits.append(logits_BV)
         choices.append(choice_BV)
@@ -77,7 +78,7 @@ def round_trip(
     decoder, encoder = decoder_of(trainable, frozen), encoder_of(trainable, frozen, spec)
     logits_BTV, choice_BTV = write_text(decoder, activation_BD, noise_BTV, tau, spec=spec)
     table_VD = encoder.base["embedding"]
-    text_BTD = jnp.matmul(choice_BTV.astype(table_VD.dtype), table_VD)
+    text_BTD = scale_embeddings(choice_BTV.astype(table_VD.dtype) @ table_VD, spec.model)
     reconstruction_BD = encode_embeddings(encoder, text_BTD, spec=spec)
     return reconstruction_BD, logits_BTV, jnp.argmax(choice_BTV, axis=-1).astype(jnp.int32)
 

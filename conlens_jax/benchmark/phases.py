@@ -26,7 +26,7 @@ from conlens_jax.lens.losses import entropy, kl_divergence, reconstruction_error
 from conlens_jax.lens.original import read_context, swapped_logits
 from conlens_jax.lens.schedules import make_schedule
 from conlens_jax.lens.spec import decoder_of, encoder_of
-from conlens_jax.models.transformer import embed_tokens
+from conlens_jax.models.transformer import embed_tokens, scale_embeddings
 from conlens_jax.training.objective import (
     TERMS,
     joint_loss,
@@ -89,7 +89,8 @@ def our_phases(work: Workload, runner: Runner) -> Phases:
 
     def encode(trainable, frozen, text_BT):
         encoder = encoder_of(trainable, frozen, spec)
-        return encode_embeddings(encoder, embed_tokens(encoder.base, text_BT), spec=spec)
+        text_BTD = embed_tokens(encoder.base, text_BT, spec.model)
+        return encode_embeddings(encoder, text_BTD, spec=spec)
 
     def prefix(original, batch):
         return read_context(
@@ -152,8 +153,9 @@ def naive_phases(work: Workload, runner: Runner) -> Phases:
     def encode(trainable, frozen, choice_BTV, other_BTV):
         encoder = encoder_of(trainable, frozen, spec)
         table_VD = encoder.base["embedding"]
+        rows = lambda choice: jnp.matmul(choice.astype(table_VD.dtype), table_VD)
         read = lambda choice: encode_embeddings(
-            encoder, jnp.matmul(choice.astype(table_VD.dtype), table_VD), spec=spec
+            encoder, scale_embeddings(rows(choice), spec.model), spec=spec
         )
         return read(choice_BTV), read(other_BTV)
 

@@ -21,7 +21,7 @@ from conlens_jax.config import (
 from conlens_jax.lens.batch import Batch
 from conlens_jax.lens.original import capture
 from conlens_jax.lens.spec import LensSpec, init_lens, make_spec
-from conlens_jax.models import llama
+from conlens_jax.models.families import llama
 from conlens_jax.models.model import load_model
 from conlens_jax.models.param_table import Params, init_params
 from conlens_jax.models.transformer_config import TransformerConfig

@@ -167,7 +167,9 @@ def _explain(
     if spec.encoder_right:
         no_prefixes = jnp.zeros((text_BT.shape[0], 0), jnp.float32)
         return text_BT, encode_tokens(encoder, text_BT, spec=spec), no_prefixes
-    prefixes_BTD = encode_prefixes(encoder, embed_tokens(encoder.base, text_BT), spec=spec)
+    prefixes_BTD = encode_prefixes(
+        encoder, embed_tokens(encoder.base, text_BT, spec.model), spec=spec
+    )
     cos_BT = 1 - direction_error(prefixes_BTD, batch.activation_BD[:, None]) / 2
     return text_BT, prefixes_BTD[:, -1], cos_BT
 

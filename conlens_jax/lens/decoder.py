@@ -14,19 +14,21 @@ from jaxtyping import Array, Float, Int
 
 from conlens_jax.lens.gumbel import Noise, as_noise
 from conlens_jax.lens.spec import Decoder, LensSpec, around, normalise, project
+from conlens_jax.models import transformer
+from conlens_jax.models.cache import with_room
 from conlens_jax.models.transformer import (
     Head,
     Patches,
     all_positions,
     embed_tokens,
+    enter,
     run_layers,
-    with_room,
 )
 
 
 def head_of(decoder: Decoder, spec: LensSpec) -> Head:
     """The base's norm, and the head that this decoder has."""
-    return Head(decoder.base["final_norm"], decoder.head_DV, spec.model.norm_eps)
+    return transformer.head_of(decoder.base, spec.model, decoder.head_DV)
 
 
 def prompt_embeddings(
@@ -70,11 +72,11 @@ def generate(
     head = head_of(decoder, spec)
     prompt_BpD = prompt_embeddings(decoder, activation_BD, spec)
     batch, prompt_len, _ = prompt_BpD.shape
-    layers = decoder.base["layers"]
+    layers, positions_Bp = decoder.base["layers"], all_positions(batch, prompt_len)
     x_BpD, cache = run_layers(
         layers,
-        prompt_BpD,
-        all_positions(batch, prompt_len),
+        enter(decoder.base, prompt_BpD, positions_Bp),
+        positions_Bp,
         config=spec.model,
         keep_cache=True,
         patches=slot_patches(decoder, activation_BD, spec),
@@ -90,10 +92,12 @@ def generate(
     def write_next(carry, step):
         token_B, cache = carry
         slot = prompt_len + step - 1
+        position_B1 = jnp.broadcast_to(slot, (batch, 1))
+        embedding_B1D = embed_tokens(decoder.base, token_B, spec.model)[:, None]
         x_B1D, cache = run_layers(
             layers,
-            embed_tokens(decoder.base, token_B)[:, None],
-            jnp.broadcast_to(slot, (batch, 1)),
+            enter(decoder.base, embedding_B1D, position_B1),
+            position_B1,
             config=spec.model,
             cache=cache,
             slot=slot,
@@ -118,10 +122,11 @@ def forced_states(
     the first T − 1; one parallel pass."""
     prompt_BpD = prompt_embeddings(decoder, activation_BD, spec)
     x = jnp.concatenate([prompt_BpD, history_BtD.astype(prompt_BpD.dtype)], axis=1)
+    positions = all_positions(*x.shape[:2])
     x, _ = run_layers(
         decoder.base["layers"],
-        x,
-        all_positions(*x.shape[:2]),
+        enter(decoder.base, x, positions),
+        positions,
         config=spec.model,
         patches=slot_patches(decoder, activation_BD, spec),
     )
@@ -136,7 +141,7 @@ def teacher_forced_states(
     spec: LensSpec,
 ) -> Float[Array, "B T D"]:
     """States of given text, with its plain gradient (the text is a constant)."""
-    history_BtD = embed_tokens(decoder.base, tokens_BT[:, :-1])
+    history_BtD = embed_tokens(decoder.base, tokens_BT[:, :-1], spec.model)
     return forced_states(decoder, activation_BD, history_BtD, spec=spec)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int
 
 from conlens_jax.lens.spec import Encoder, LensSpec, around, denormalise, normalise, project
-from conlens_jax.models.transformer import all_positions, embed_tokens, run_layers
+from conlens_jax.models.transformer import all_positions, embed_tokens, enter, run_layers
 
 
 def encode_embeddings(
@@ -14,8 +14,9 @@ def encode_embeddings(
     """The reconstruction â, fp32, in the units of the activation.
 
     Args:
-      text_BTD: embeddings of the text in the encoder's own table (straight-through ones, where
-        gradient is to reach the decoder).
+      text_BTD: embeddings of the text in the encoder's own table, as
+        :func:`~conlens_jax.models.transformer.embed_tokens` gives them (straight-through ones,
+        where gradient is to reach the decoder).
     """
     return _reconstruct(encoder, _states(encoder, text_BTD, spec)[:, -1])
 
@@ -38,7 +39,9 @@ def encode_prefixes(
 
 def _states(encoder: Encoder, text_BTD: Array, spec: LensSpec) -> Float[Array, "B n D"]:
     x = around(encoder.prompt_pD, text_BTD, len(spec.encoder_left))
-    x, _ = run_layers(encoder.base["layers"], x, all_positions(*x.shape[:2]), config=spec.model)
+    positions = all_positions(*x.shape[:2])
+    x = enter(encoder.base, x, positions)
+    x, _ = run_layers(encoder.base["layers"], x, positions, config=spec.model)
     return x
 
 
@@ -52,4 +55,4 @@ def encode_tokens(
     encoder: Encoder, tokens_BT: Int[Array, "B T"], *, spec: LensSpec
 ) -> Float[Array, "B D"]:
     """The reconstruction from given text."""
-    return encode_embeddings(encoder, embed_tokens(encoder.base, tokens_BT), spec=spec)
+    return encode_embeddings(encoder, embed_tokens(encoder.base, tokens_BT, spec.model), spec=spec)

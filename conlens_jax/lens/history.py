@@ -29,7 +29,13 @@ from conlens_jax.lens.spec import Decoder, LensSpec
 from conlens_jax.lens.vocabulary import chunks_of, sampled_embeddings
 from conlens_jax.models.backward import TokenPullBack, keep_layers, pull_back_layers
 from conlens_jax.models.param_table import Params
-from conlens_jax.models.transformer import Patches, all_positions, embed_tokens
+from conlens_jax.models.transformer import (
+    Patches,
+    all_positions,
+    embed_tokens,
+    enter,
+    scale_embeddings,
+)
 
 
 def history_sweeps(history_gradient: str, text_len: int) -> int:
@@ -71,9 +77,10 @@ def _text_states(decoder, activation_BD, tokens_BT, noise, tau, keys_BT, spec):
 
 def _forward(decoder, activation_BD, tokens_BT, noise, tau, keys_BT, spec):
     prompt_BpD, patches = _read_activation(decoder, activation_BD, spec)
-    history_BtD = embed_tokens(decoder.base, tokens_BT[:, :-1]).astype(prompt_BpD.dtype)
-    x = jnp.concatenate([prompt_BpD, history_BtD], axis=1)
+    history_BtD = embed_tokens(decoder.base, tokens_BT[:, :-1], spec.model)
+    x = jnp.concatenate([prompt_BpD, history_BtD.astype(prompt_BpD.dtype)], axis=1)
     positions = all_positions(*x.shape[:2])
+    x = enter(decoder.base, x, positions)
     x, kept = keep_layers(decoder.base["layers"], x, positions, config=spec.model, patches=patches)
     state_BTD = x[:, prompt_BpD.shape[1] - 1 :]
     inputs = (decoder, activation_BD, tokens_BT, noise, tau, keys_BT)
@@ -87,17 +94,17 @@ def _backward(spec, residuals, wanted_BTD):
     length = kept.inputs_BSD.shape[2]
     prompt_len = length - (spec.text_len - 1)
     positions_BS = all_positions(len(tokens_BT), length)
-    estimator = parse_estimator(spec.lens.estimator)
+    estimator, head = parse_estimator(spec.lens.estimator), head_of(decoder, spec)
 
     def pull_tokens(history_bar: Array):
-        """Cotangents of (norm, head, states) through the tokens that were sampled from them."""
+        """Cotangents of (head, states) through the tokens that were sampled from them."""
 
-        def embed(norm_D, head_DV, state):
-            head = head_of(decoder, spec).replace(norm_D=norm_D, matrix_DV=head_DV)
+        def embed(head, state):
             rest = (noise, tokens_BT, table_VD, tau)
-            return sampled_embeddings(head, state, *rest, estimator=estimator, keys_BT=keys_BT)
+            rows = sampled_embeddings(head, state, *rest, estimator=estimator, keys_BT=keys_BT)
+            return scale_embeddings(rows, spec.model)
 
-        _, pull = jax.vjp(embed, decoder.base["final_norm"], decoder.head_DV, state_BTD)
+        _, pull = jax.vjp(embed, head, state_BTD)
         # The last token is no input of D: nothing comes back through it.
         return pull(jnp.pad(history_bar.astype(table_VD.dtype), ((0, 0), (0, 1), (0, 0))))
 
@@ -111,15 +118,15 @@ def _backward(spec, residuals, wanted_BTD):
 
     sweeps = history_sweeps(spec.lens.history_gradient, spec.text_len)
     total_BTD = wanted_BTD
-    norm_bar, head_bar = jax.tree.map(jnp.zeros_like, (decoder.base["final_norm"], decoder.head_DV))
+    head_bar = jax.tree.map(jnp.zeros_like, head)
     if spec.lens.history_gradient == "exact" and sweeps:
         history_bar = _visit_tokens(residuals, wanted_BTD, positions_BS, spec)
-        norm_bar, head_bar, through = pull_tokens(history_bar)
+        head_bar, through = pull_tokens(history_bar)
         total_BTD = wanted_BTD + through
     else:
         for _ in range(sweeps):
             _, x_bar, _ = pull_back(total_BTD)
-            norm_bar, head_bar, through = pull_tokens(x_bar[:, prompt_len:])
+            head_bar, through = pull_tokens(x_bar[:, prompt_len:])
             total_BTD = wanted_BTD + through
     layers_bar, x_bar, patches_bar = pull_back(total_BTD)
 
@@ -128,11 +135,14 @@ def _backward(spec, residuals, wanted_BTD):
     if patches is not None:
         patches = Patches(patches_bar, np.zeros((), jax.dtypes.float0))
     decoder_bar, activation_bar = pull((x_bar[:, :prompt_len].astype(prompt_BpD.dtype), patches))
-    history_bar = x_bar[:, prompt_len:].astype(table_VD.dtype)
+    history_bar = scale_embeddings(x_bar[:, prompt_len:].astype(table_VD.dtype), spec.model)
     base_bar: Params = dict(decoder_bar.base)
     base_bar["embedding"] = jnp.zeros_like(table_VD).at[tokens_BT[:, :-1]].add(history_bar)
-    base_bar |= {"layers": layers_bar, "final_norm": norm_bar}
-    decoder_bar = decoder_bar._replace(base=base_bar, head_DV=head_bar)
+    if "position_embedding" in base_bar:
+        in_order = jnp.sum(x_bar, axis=0).astype(table_VD.dtype)
+        base_bar["position_embedding"] = base_bar["position_embedding"].at[:length].add(in_order)
+    base_bar |= {"layers": layers_bar, **head_bar.norm}
+    decoder_bar = decoder_bar._replace(base=base_bar, head_DV=head_bar.matrix_DV)
     return decoder_bar, activation_bar, None, None, None, None
 
 
@@ -158,7 +168,8 @@ def _visit_tokens(residuals, wanted_BTD: Array, positions_BS: Array, spec: LensS
         # The state behind this token is what the next one was sampled from.
         out_bar_B1D = at(wanted_BTD, token + 1) + through_B1D
         history_bar_BD, later = go_back(token, out_bar_B1D[:, 0], later)
-        wanted = jnp.matmul(history_bar_BD[:, None].astype(table_VD.dtype), table_VD.T)
+        row_bar_B1D = scale_embeddings(history_bar_BD[:, None].astype(table_VD.dtype), spec.model)
+        wanted = jnp.matmul(row_bar_B1D, table_VD.T)
         state_B1D = at(state_BTD, token)
         logits, pull_head = jax.vjp(head.logits, state_B1D)
         logits_bar = logits_cotangent(

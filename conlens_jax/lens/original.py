@@ -15,15 +15,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from conlens_jax.lens.spec import LensSpec
 from conlens_jax.lens.vocabulary import Reference
+from conlens_jax.models.cache import KVCache
+from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import (
-    KVCache,
     all_positions,
     embed_tokens,
+    enter,
     head_of,
     positions_of,
     run_layers,
-    slice_layers,
     unembed,
 )
 
@@ -53,8 +54,9 @@ def capture(
 ) -> Float[Array, "B S D"]:
     """The residual stream at the output of block L, all positions; stops there."""
     layers = slice_layers(original["layers"], 0, spec.layer + 1)
-    x_BSD = embed_tokens(original, tokens_BS)
-    x_BSD, _ = run_layers(layers, x_BSD, positions_of(mask_BS), config=spec.model)
+    positions_BS = positions_of(mask_BS)
+    x_BSD = enter(original, embed_tokens(original, tokens_BS, spec.model), positions_BS)
+    x_BSD, _ = run_layers(layers, x_BSD, positions_BS, config=spec.model)
     return x_BSD
 
 
@@ -141,7 +143,7 @@ def text_alone(
     prefix = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (text_BT.shape[0], len(start)))
     tokens = jnp.concatenate([prefix, text_BT[:, :-1]], axis=1)
     positions = all_positions(*tokens.shape)
-    x = embed_tokens(original, tokens)
+    x = enter(original, embed_tokens(original, tokens, spec.model), positions)
     x, _ = run_layers(original["layers"], x, positions, config=spec.model)
     state_BTD = x[:, len(start) - 1 :] if start else jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
     return Reference(head_of(original, spec.model), state_BTD)

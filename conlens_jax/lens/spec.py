@@ -25,9 +25,13 @@ from jaxtyping import Array, Float
 from conlens_jax.config import LensConfig
 from conlens_jax.data.tokenizer import Tokenizer
 from conlens_jax.models.adapters import init_adapters, with_adapters
+from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
-from conlens_jax.models.transformer import embed_tokens, output_head, slice_layers
+from conlens_jax.models.transformer import embed_tokens, output_head, scale_embeddings
 from conlens_jax.models.transformer_config import TransformerConfig
+
+# Rows of a model's table that the residual stream at the input of the first layer is made of.
+BELOW_THE_LAYERS = ("embedding", "position_embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +113,7 @@ class Decoder(NamedTuple):
 
 
 class Encoder(NamedTuple):
-    """The encoder's weights; ``base`` holds the embedding and the layers up to the lens's."""
+    """The encoder's weights; ``base`` holds what is below the layers and these up to the lens's."""
 
     base: Params
     projection: Params
@@ -146,10 +150,8 @@ def _prompt(parts: Params, base: Params) -> Float[Array, "p D"]:
 
 
 def _encoder_base(original: Params, spec: LensSpec) -> Params:
-    return {
-        "embedding": original["embedding"],
-        "layers": slice_layers(original["layers"], 0, spec.layer + 1),
-    }
+    below = {name: original[name] for name in BELOW_THE_LAYERS if name in original}
+    return {**below, "layers": slice_layers(original["layers"], 0, spec.layer + 1)}
 
 
 def init_lens(
@@ -168,12 +170,13 @@ def init_lens(
     """
     lens, width = spec.lens, spec.model.d_model
     dtype = original["embedding"].dtype
-    embedding_rms = jnp.sqrt(jnp.mean(jnp.square(original["embedding"].astype(jnp.float32))))
+    rows_rms = jnp.sqrt(jnp.mean(jnp.square(original["embedding"].astype(jnp.float32))))
+    embedding_rms = scale_embeddings(rows_rms, spec.model)
 
     def soft_prompt(tokens: tuple[int, ...]) -> Params:
         # Orbax cannot store an empty array: a side without a prompt has no such part.
         ids = jnp.asarray(tokens, jnp.int32)
-        return {"soft_prompt": embed_tokens(original, ids)} if tokens else {}
+        return {"soft_prompt": embed_tokens(original, ids, spec.model)} if tokens else {}
 
     def projection(gain: Array) -> Params:
         identity = jnp.eye(width, dtype=dtype) * gain.astype(dtype)

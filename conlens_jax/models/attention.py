@@ -6,7 +6,7 @@ product is over contiguous memory, which on a CPU is 1.3 to 2.6 times as fast.
 
 from __future__ import annotations
 
-import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,22 +24,45 @@ def heads_last(x_BKGSX: Float[Array, "B K G S X"]) -> Float[Array, "B S H X"]:
     return x_BKGSX.transpose(0, 3, 1, 2, 4).reshape(batch, length, n_kv_heads * group, width)
 
 
+class ScoreForm(NamedTuple):
+    """How a layer goes from ⟨q, k⟩ to weights.
+
+    Attributes:
+      scale: factor of ⟨q, k⟩.
+      soft_cap: c in c·tanh(s / c), or 0 for s as it is (Gemma 2, arXiv:2408.00118).
+      sinks_H: a logit a head that takes its share of the softmax and brings no value, or None
+        (Xiao et al. 2023, arXiv:2309.17453; learned as in gpt-oss).
+    """
+
+    scale: float | Float[Array, ""]
+    soft_cap: float = 0.0
+    sinks_H: Float[Array, " H"] | None = None
+
+
 def attention_scores(
-    query_BKGSX: Float[Array, "B K G S X"], key_BCKX: Float[Array, "B C K X"]
+    query_BKGSX: Float[Array, "B K G S X"], key_BCKX: Float[Array, "B C K X"], form: ScoreForm
 ) -> Float[Array, "B K G S C"]:
-    """⟨q, k⟩ / √X, fp32."""
+    """scale · ⟨q, k⟩, fp32; linear in each of them."""
     scores = jnp.einsum(
         "bkgsx,bckx->bkgsc", query_BKGSX, key_BCKX, preferred_element_type=jnp.float32
     )
-    return scores / math.sqrt(query_BKGSX.shape[-1])
+    return scores * form.scale
 
 
 def attention_weights(
-    scores: Float[Array, "B K G S C"], mask_BSC: Bool[Array, "B S C"]
+    scores: Float[Array, "B K G S C"], mask_BSC: Bool[Array, "B S C"], form: ScoreForm
 ) -> Float[Array, "B K G S C"]:
     """Softmax over the keys that a query may see, fp32; every query must see one."""
-    hidden = jnp.finfo(jnp.float32).min
-    return jax.nn.softmax(jnp.where(mask_BSC[:, None, None], scores, hidden), axis=-1)
+    if form.soft_cap:
+        scores = form.soft_cap * jnp.tanh(scores / form.soft_cap)
+    scores = jnp.where(mask_BSC[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if form.sinks_H is None:
+        return weights
+    # Σ e^s / (Σ e^s + e^sink): what the keys get of a softmax that the sink is part of.
+    total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+    sinks = form.sinks_H.astype(jnp.float32).reshape(*scores.shape[1:3], 1, 1)
+    return weights * jax.nn.sigmoid(total - sinks)
 
 
 def mix_values(
@@ -52,6 +75,7 @@ def attend(
     query_BSHX: Float[Array, "B S H X"],
     new: tuple[Float[Array, "B S K X"], Float[Array, "B S K X"]],
     mask_BSS: Bool[Array, "B S S"],
+    form: ScoreForm,
     past: tuple[Float[Array, "B C K X"], Float[Array, "B C K X"]] | None = None,
     past_mask_BSC: Bool[Array, "B S C"] | None = None,
 ) -> Float[Array, "B S H X"]:
@@ -61,11 +85,12 @@ def attend(
     """
     key, value = new
     query = heads_first(query_BSHX, key.shape[2])
-    scores, mask = attention_scores(query, key), mask_BSS
+    scores, mask = attention_scores(query, key, form), mask_BSS
     if past is None:
-        return heads_last(mix_values(attention_weights(scores, mask), value))
+        return heads_last(mix_values(attention_weights(scores, mask, form), value))
     slots = past[0].shape[1]
-    scores = jnp.concatenate([attention_scores(query, past[0]), scores], axis=-1)
-    weights = attention_weights(scores, jnp.concatenate([past_mask_BSC, mask], axis=-1))
+    scores = jnp.concatenate([attention_scores(query, past[0], form), scores], axis=-1)
+    mask = jnp.concatenate([past_mask_BSC, mask], axis=-1)
+    weights = attention_weights(scores, mask, form)
     mixed = mix_values(weights[..., :slots], past[1]) + mix_values(weights[..., slots:], value)
     return heads_last(mixed)

@@ -10,7 +10,6 @@ forward: where the cotangent of a token's output depends on the gradient at the 
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -24,23 +23,22 @@ from conlens_jax.models.attention import (
     heads_last,
     mix_values,
 )
-from conlens_jax.models.param_table import Params
-from conlens_jax.models.products import Products
-from conlens_jax.models.transformer import (
+from conlens_jax.models.block import (
     Block,
     Kept,
-    Patches,
     attention_inputs,
     layer_output,
-    rotations_at,
-    scan_layers,
-    seen_keys,
+    score_form,
 )
+from conlens_jax.models.layer_kinds import Layers, params_of, surroundings_of
+from conlens_jax.models.param_table import Params
+from conlens_jax.models.products import Products
+from conlens_jax.models.transformer import Patches, scan_layers
 from conlens_jax.models.transformer_config import TransformerConfig
 
 
 def keep_layers(
-    layers: Params,
+    layers: Layers,
     x_BSD: Float[Array, "B S D"],
     positions_BS: Int[Array, "B S"],
     *,
@@ -56,7 +54,7 @@ def keep_layers(
 
 
 def pull_back_layers(
-    layers: Params,
+    layers: Layers,
     kept: Kept,
     out_bar_BSD: Float[Array, "B S D"],
     positions_BS: Int[Array, "B S"],
@@ -64,18 +62,15 @@ def pull_back_layers(
     config: TransformerConfig,
     patch_at: Int[Array, ""] | None = None,
 ) -> tuple[Params, Float[Array, "B S D"], Float[Array, "n B D"] | None]:
-    """Cotangents of the layers, of their input and (with ``patch_at``) of the patches."""
-    mask_BSS = seen_keys(positions_BS)
-    rotation = rotations_at(positions_BS, config)
+    """Cotangents of the parameters, of the input and (with ``patch_at``) of the patches."""
+    surroundings, place_N = surroundings_of(layers, positions_BS, None, config)
 
-    def back(x_bar_BSD: Array, layer: tuple[Params, Kept]):
-        weights, kept = layer
+    def back(x_bar_BSD: Array, layer):
+        weights, kept, place = layer
 
         def run(weights, x_BSD):
-            variables = {"params": weights}
-            constants = (rotation, mask_BSS, None, None)
-            out, _ = Block(config).apply(variables, x_BSD, None, None, kept.products, *constants)
-            return out
+            inputs = (x_BSD, None, None, kept.products, place, surroundings, None)
+            return Block(config).apply({"params": weights}, *inputs)[0]
 
         _, pull = jax.vjp(run, weights, kept.inputs_BSD)
         weights_bar, x_bar_BSD = pull(x_bar_BSD)
@@ -83,8 +78,9 @@ def pull_back_layers(
         patch_bar_BD = None if patch_at is None else x_bar_BSD[:, patch_at]
         return x_bar_BSD, (weights_bar, patch_bar_BD)
 
+    stack = (params_of(layers), kept, place_N)
     x_bar_BSD, (layers_bar, patches_bar) = jax.lax.scan(
-        back, out_bar_BSD, (layers, kept), reverse=True, unroll=config.unroll or len(kept.keys)
+        back, out_bar_BSD, stack, reverse=True, unroll=config.unroll or len(kept.keys)
     )
     return layers_bar, x_bar_BSD, patches_bar
 
@@ -113,25 +109,27 @@ class TokenPullBack:
 
     def __init__(
         self,
-        layers: Params,
+        layers: Layers,
         kept: Kept,
         positions_BS: Int[Array, "B S"],
         first: int,
         config: TransformerConfig,
     ):
-        self.layers, self.config, self.first = layers, config, first
+        self.layers, self.config, self.first = params_of(layers), config, first
         self.keys, self.values = kept.keys, kept.values
-        self.mask_BSS, self.rotation = seen_keys(positions_BS), rotations_at(positions_BS, config)
+        self.surroundings, self.place_N = surroundings_of(layers, positions_BS, None, config)
         tail = lambda array: array[:, :, first:]
         self.inputs, self.products = tail(kept.inputs_BSD), jax.tree.map(tail, kept.products)
-        rotation = jax.tree.map(lambda array: array[:, first:], self.rotation)
+        text = self.surroundings.at_queries(first, positions_BS.shape[1] - first)
 
         def queries(layer):
-            weights, x_BtD, products = layer
+            weights, x_BtD, products, place = layer
+            rotation = text.of(place).rotation
             made = attention_inputs(x_BtD, Products(weights, products), rotation, config)
             return heads_first(made[0], config.n_kv_heads)
 
-        self.queries = jax.lax.map(queries, (layers, self.inputs, self.products))
+        stack = (self.layers, self.inputs, self.products, self.place_N)
+        self.queries = jax.lax.map(queries, stack)
 
     def start(self) -> Later:
         """Nothing is wanted yet."""
@@ -154,14 +152,13 @@ class TokenPullBack:
         """
         at = self.first + token
         pick = lambda array, axis, index=token: jax.lax.dynamic_slice_in_dim(array, index, 1, axis)
-        rotation = jax.tree.map(lambda array: pick(array, 1, at), self.rotation)
-        mask_B1C = pick(self.mask_BSS, 1, at)
-        config = self.config
+        config, surroundings = self.config, self.surroundings.at_queries(at, 1)
 
         def back(out_bar_B1D: Array, layer):
-            weights, x_B1D, products, query, keys, values, queries, later = layer
-            scores = attention_scores(query, keys)
-            mix, pull_weights = jax.vjp(lambda s: attention_weights(s, mask_B1C), scores)
+            weights, x_B1D, products, query, keys, values, queries, later, place = layer
+            here, form = surroundings.of(place), score_form(place, weights, config)
+            scores = attention_scores(query, keys, form)
+            mix, pull_weights = jax.vjp(lambda s: attention_weights(s, here.mask, form), scores)
             attended = heads_last(mix_values(mix, values))
             finish = lambda x, attended: layer_output(
                 x, attended, Products(weights, products), config
@@ -173,14 +170,16 @@ class TokenPullBack:
                 "bkgsx,bckx->bkgsc", mixed_bar, values, preferred_element_type=jnp.float32
             )
             (scores_bar,) = pull_weights(mix_bar)
-            scaled = scores_bar / math.sqrt(query.shape[-1])
+            scaled = scores_bar * form.scale
             query_bar = mix_values(scaled, keys)
             # This token's key and value, as the tokens behind it and it itself have used them.
             own = lambda array: pick(array, 4, at)[..., 0].astype(keys.dtype)
             collect = functools.partial(jnp.einsum, "bkgt,bkgtx->bkx")
             key_bar = collect(own(later.scores_bar), queries) + collect(own(scaled), query)
             value_bar = collect(own(later.weights), later.mixed_bar) + collect(own(mix), mixed_bar)
-            begin = lambda x: attention_inputs(x, Products(weights, products), rotation, config)
+            begin = lambda x: attention_inputs(
+                x, Products(weights, products), here.rotation, config
+            )
             _, pull_inputs = jax.vjp(begin, x_B1D)
             bars = heads_last(query_bar), key_bar[:, None], value_bar[:, None]
             return x_bar + pull_inputs(bars)[0], Later(mix, scaled, mixed_bar)
@@ -194,6 +193,7 @@ class TokenPullBack:
             self.values,
             self.queries,
             later,
+            self.place_N,
         )
         x_bar, rows = jax.lax.scan(
             back,

@@ -13,15 +13,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
+from conlens_jax.models.cache import with_room
+from conlens_jax.models.layer_kinds import NO_POSITION
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.sampling import choose_token
 from conlens_jax.models.transformer import (
-    NO_POSITION,
     embed_tokens,
+    enter,
     head_of,
     positions_of,
     run_layers,
-    with_room,
 )
 from conlens_jax.models.transformer_config import TransformerConfig
 
@@ -64,9 +65,8 @@ def generate(
     batch, length = tokens_BS.shape
     head, layers = head_of(params, config), params["layers"]
     positions_BS = positions_of(mask_BS)
-    x_BSD, cache = run_layers(
-        layers, embed_tokens(params, tokens_BS), positions_BS, config=config, keep_cache=True
-    )
+    x_BSD = enter(params, embed_tokens(params, tokens_BS, config), positions_BS)
+    x_BSD, cache = run_layers(layers, x_BSD, positions_BS, config=config, keep_cache=True)
     cache = with_room(cache, slots)
     n_valid_B = jnp.sum(mask_BS, axis=1, dtype=jnp.int32)
     last_B = jnp.argmax(jnp.where(positions_BS == NO_POSITION, -1, positions_BS), axis=1)
@@ -88,10 +88,11 @@ def generate(
 
     def write_next(carry):
         step, written_BT, token_B, ended_B, cache = carry
+        positions_B1 = (n_valid_B + step - 1)[:, None]
         x_B1D, cache = run_layers(
             layers,
-            embed_tokens(params, token_B[:, None]),
-            (n_valid_B + step - 1)[:, None],
+            enter(params, embed_tokens(params, token_B[:, None], config), positions_B1),
+            positions_B1,
             config=config,
             cache=cache,
             slot=length + step - 1,

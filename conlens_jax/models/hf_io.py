@@ -1,127 +1,102 @@
-"""Reading and writing Hugging Face model folders: config.json, safetensors, no pickle."""
+"""Reading Hugging Face model folders: config.json, safetensors, no pickle, no remote code."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import jax
-import ml_dtypes  # noqa: F401  (gives numpy the name "bfloat16")
-import numpy as np
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from tqdm import tqdm
 
 from conlens_jax.models.families import config_from_hf, family_of
-from conlens_jax.models.param_table import ParamRow, Params, build_tree, leaf
+from conlens_jax.models.hub import resolve_folder
+from conlens_jax.models.model_saving import save_model
+from conlens_jax.models.mxfp4 import MXFP4
+from conlens_jax.models.param_loading import CHUNK_BYTES, ParamReader
+from conlens_jax.models.param_table import Params, build_tree, count_params, leaf
 from conlens_jax.models.sharding import param_shardings
-from conlens_jax.models.transformer_config import TransformerConfig
+from conlens_jax.models.tensor_files import FLOATS, TensorFiles, read_json, weight_files
+from conlens_jax.models.transformer_config import TransformerConfig, array_dtype
 from conlens_jax.parallel.mesh import single_device_mesh
 
-_READABLE_DTYPES = ("F64", "F32", "F16", "BF16")
-# Buffers that old files carry and no model needs.
-_BUFFER_ENDINGS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+__all__ = ["load_params", "read_config", "resolve_folder", "save_model", "weights_fingerprint"]
+
 _FINGERPRINT_BYTES = 4096
 
 
-def resolve_folder(path: str, revision: str = "") -> Path:
-    """The local folder of a model: ``path`` itself, or the download of a hub id.
+def read_config(folder: Path) -> TransformerConfig:
+    """The shape of the model in a folder; see :func:`read_config_file`."""
+    return read_config_file(folder / "config.json")
+
+
+def read_config_file(file: Path) -> TransformerConfig:
+    """The shape of the model that a config.json describes.
 
     Raises:
-      ValueError: neither a folder nor a hub id that can be had.
+      ValueError: no supported model, or one that cannot be read as it is stored.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if path.count("/") > 1 or path.startswith((".", "/", "~")):
-        raise ValueError(f"model.path={path!r}: there is no such folder")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", "*token*", "vocab*"]
-    try:
-        return Path(snapshot_download(path, revision=revision or None, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises many kinds; all mean the same to the user
-        raise ValueError(
-            f"model.path={path!r} is not a folder, and the hub did not give it: "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
-
-
-def read_config(folder: Path) -> TransformerConfig:
-    """The shape of the model in a folder."""
-    return config_from_hf(_read_json(folder / "config.json"))
+    values = dict(read_json(file))
+    problems = []
+    if values.get("auto_map"):
+        problems.append(
+            f"auto_map={values['auto_map']!r}: the model brings its own Python code, which is "
+            "never run; use a model of a known family"
+        )
+    quantisation = values.pop("quantization_config", None)
+    method = (quantisation or {}).get("quant_method", "unknown")
+    if quantisation and method != MXFP4:
+        problems.append(
+            f"quantization_config.quant_method={method!r} is not supported (only {MXFP4} is); use "
+            "the unquantised model, with model.quantise='int8' to save memory"
+        )
+    if problems:
+        listing = "\n".join(f"  - {problem}" for problem in problems)
+        raise ValueError(f"{file} asks for what is not read:\n{listing}")
+    return config_from_hf(values)
 
 
-def load_params(folder: Path, config: TransformerConfig, mesh: Mesh | None = None) -> Params:
-    """Reads the weights onto a mesh, in ``config.dtype``.
+def load_params(
+    folder: Path,
+    config: TransformerConfig,
+    mesh: Mesh | None = None,
+    *,
+    progress: bool | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Params:
+    """Reads the weights onto a mesh, in ``config.dtype``; each device gets its slices alone.
 
-    Every tensor is checked by name and shape before the first is read.
+    Every tensor is checked by name, shape and the size of its file before the first is read.
+
+    Args:
+      progress: show a bar; None shows it where the standard error stream is a terminal.
+      chunk_bytes: how much of a parameter the host holds beside what its devices own.
 
     Raises:
       ValueError: missing, unexpected or misshaped tensors, all listed; damaged files.
     """
     mesh = mesh or single_device_mesh()
+    family = family_of(config)
+    table = family.param_table(config)
     tensors = TensorFiles(folder)
-    table = family_of(config).param_table(config)
-    _check_tensors(tensors.shapes, table, config, folder)
+    expected = {name: row.hf_shape(config) for row in table for _, name in row.tensor_names(config)}
+    tensors.take_names_of(family, expected)
+    _check_tensors(tensors, expected, config, folder)
     shardings = param_shardings(table, config, mesh)
-
-    def read(row: ParamRow) -> jax.Array:
-        layers = [
-            row.from_hf(tensors.read(name), config).astype(config.dtype)
-            for name in row.hf_names(config)
-        ]
-        whole = np.stack(layers) if row.stacked else layers[0]
-        return jax.device_put(whole, leaf(shardings, row.path))
-
-    return build_tree((row.path, read(row)) for row in table)
-
-
-def save_model(folder: Path, config: TransformerConfig, params: Params) -> None:
-    """Writes config.json and model.safetensors, which transformers loads as its own."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for row in family_of(config).param_table(config):
-        array = np.asarray(leaf(params, row.path))
-        layers = array if row.stacked else [array]
-        for name, layer in zip(row.hf_names(config), layers, strict=True):
-            tensors[name] = row.to_hf(layer, config)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(family_of(config).config_to_hf(config), indent=2) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
-
-
-class TensorFiles:
-    """The safetensors files of a folder, seen as one mapping from names to tensors.
-
-    Raises:
-      ValueError: no safetensors, an incomplete index, or a damaged file.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.files = _weight_files(folder)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._file_of: dict[str, Path] = {}
-        for file in self.files:
-            with _open(file) as handle:
-                for name in handle.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
-                    piece = handle.get_slice(name)
-                    if piece.get_dtype() not in _READABLE_DTYPES:
-                        raise ValueError(
-                            f"{file}: tensor {name} is stored as {piece.get_dtype()}; "
-                            f"only {', '.join(_READABLE_DTYPES)} can be read"
-                        )
-                    self.shapes[name] = tuple(piece.get_shape())
-                    self._file_of[name] = file
-
-    def read(self, name: str) -> np.ndarray:
-        with _open(self._file_of[name]) as handle:
-            return handle.get_tensor(name)
+    total = count_params(table, config) * array_dtype(config).itemsize
+    bar = tqdm(
+        desc=f"loading {folder.name}",
+        total=total,
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        disable=None if progress is None else not progress,
+    )
+    reader = ParamReader(tensors, config, on_bytes=bar.update, chunk_bytes=chunk_bytes)
+    with bar, contextlib.closing(reader):
+        return build_tree((row.path, reader.load(row, leaf(shardings, row.path))) for row in table)
 
 
 def weights_fingerprint(folder: Path) -> str:
@@ -129,7 +104,7 @@ def weights_fingerprint(folder: Path) -> str:
     size, and the first and last 4 KiB of every tensor. Training changes all of a tensor; a change
     in the middle of a large one alone would go unseen."""
     digest = hashlib.sha256()
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         with open(file, "rb") as stream:
             header_size = int.from_bytes(stream.read(8), "little")
             header = stream.read(header_size)
@@ -144,61 +119,28 @@ def weights_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """As transformers chooses them: one whole file, or else what the index names. Adapters and
-    other layouts often lie beside them."""
-    whole = folder / "model.safetensors"
-    if whole.exists():
-        return [whole]
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).exists()]
-        if missing:
-            raise ValueError(f"{index} names files that are not there: {', '.join(missing)}")
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if files:
-        return files
-    pickled = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)]
-    hint = f"; {', '.join(pickled)} is pickled and is not read: convert it" if pickled else ""
-    raise ValueError(f"model.path={folder}: there is no .safetensors file{hint}")
-
-
-def _open(file: Path):
-    try:
-        return safe_open(file, framework="numpy")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or cut short: {error}") from error
-
-
-def _read_json(file: Path) -> Mapping[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"model.path={file.parent}: there is no {file.name}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-
-
 def _check_tensors(
-    shapes: Mapping[str, tuple[int, ...]],
-    table: list[ParamRow],
+    tensors: TensorFiles,
+    expected: Mapping[str, tuple[int, ...]],
     config: TransformerConfig,
     folder: Path,
 ) -> None:
-    expected = {name: row.hf_shape(config) for row in table for name in row.hf_names(config)}
     tied_copy = {"lm_head.weight"} if config.tied_embeddings else set()
-    problems = [f"missing: {name} {expected[name]}" for name in expected if name not in shapes]
+    problems = [f"missing: {name} {expected[name]}" for name in expected if name not in tensors]
     problems += [
-        f"unexpected: {name} {shape}"
-        for name, shape in shapes.items()
-        if name not in expected and name not in tied_copy and not name.endswith(_BUFFER_ENDINGS)
+        f"unexpected: {name} {tensor.shape}"
+        for name, tensor in tensors.items()
+        if name not in expected and name not in tied_copy
     ]
     problems += [
-        f"misshaped: {name} is {shapes[name]}, config.json says {shape}"
+        f"misshaped: {name} is {tensors[name].shape}, config.json says {shape}"
         for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
+        if name in tensors and tensors[name].shape != shape
+    ]
+    problems += [
+        f"unreadable: {name} is stored as {tensors[name].dtype}, not {', '.join(FLOATS)}"
+        for name in expected
+        if name in tensors and tensors[name].dtype not in FLOATS
     ]
     if problems:
         listing = "\n".join(f"  - {problem}" for problem in problems[:40])
@@ -206,10 +148,3 @@ def _check_tensors(
         raise ValueError(
             f"model.path={folder}: the tensors do not fit config.json:\n{listing}{more}"
         )
-
-
-def with_execution(
-    config: TransformerConfig, *, dtype: str, unroll: int = 0, remat: str = "none"
-) -> TransformerConfig:
-    """The same model, run in another way."""
-    return dataclasses.replace(config, dtype=dtype, unroll=unroll, remat=remat)

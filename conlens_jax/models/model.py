@@ -21,13 +21,14 @@ from conlens_jax.data.tokenizer import Tokenizer, check_vocabulary
 from conlens_jax.models import generate as generation
 from conlens_jax.models import hf_io
 from conlens_jax.models.hooks import Place, boundaries, is_place
+from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import (
     embed_tokens,
+    enter,
     forward,
     positions_of,
     run_layers,
-    slice_layers,
     unembed,
 )
 from conlens_jax.models.transformer_config import TransformerConfig
@@ -282,8 +283,8 @@ def _logits(params, tokens, mask, *, config):
 def _capture(params, tokens, mask, *, at, config):
     """Boundaries ``at``, [B, n, S, D]."""
     positions = positions_of(mask)
-    x_BSD, start = embed_tokens(params, tokens), 0
-    captured = {}
+    x_BSD = enter(params, embed_tokens(params, tokens, config), positions)
+    captured, start = {}, 0
     for stop in sorted(set(at)):
         piece = slice_layers(params["layers"], start, stop)
         x_BSD, _ = run_layers(piece, x_BSD, positions, config=config)
@@ -294,7 +295,7 @@ def _capture(params, tokens, mask, *, at, config):
 @functools.partial(jax.jit, static_argnames=("at", "config"))
 def _swap(params, tokens, mask, positions, activations, *, at, config):
     token_positions = positions_of(mask)
-    x_BSD = embed_tokens(params, tokens)
+    x_BSD = enter(params, embed_tokens(params, tokens, config), token_positions)
     lower = slice_layers(params["layers"], 0, at)
     upper = slice_layers(params["layers"], at, config.n_layers)
     x_BSD, _ = run_layers(lower, x_BSD, token_positions, config=config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,16 +21,50 @@ Params = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
+class Piece:
+    """One part of a tensor that joins several along its output dimension, the query of a fused
+    ``qkv_proj`` for example.
+
+    Attributes:
+      index: which of the parts.
+      of: dimension letters of all parts, in their order: ``("HX", "KX", "KX")``.
+      by: how the parts are joined. ``""``: one behind the other. A letter that every part begins
+        with: each head, say, holds its share of every part (``"H"``: the order is [H, part, X]).
+        ``"last"``: the parts alternate column by column.
+    """
+
+    index: int
+    of: tuple[str, ...]
+    by: str = ""
+
+    def __post_init__(self):
+        if self.by not in ("", "last") and not all(dims.startswith(self.by) for dims in self.of):
+            raise ValueError(f"Piece.by={self.by!r}: each of {self.of} must begin with it")
+
+    def place(self, sizes: Mapping[str, int]) -> tuple[int, int, slice]:
+        """The joined dimension as [groups, width], and where in each group this part is."""
+        parts = [math.prod(sizes[dim] for dim in dims) for dims in self.of]
+        groups = {"": 1, "last": parts[self.index]}.get(self.by) or sizes[self.by]
+        widths = [part // groups for part in parts]
+        start = sum(widths[: self.index])
+        return groups, sum(widths), slice(start, start + widths[self.index])
+
+
+@dataclasses.dataclass(frozen=True)
 class ParamRow:
     """A parameter (for the layers: one parameter of each layer, stacked).
 
     Attributes:
       path: keys in our tree, for example ``("layers", "query")``.
-      dims: dimension letters of our array, for example ``"NDHX"``.
-      hf_name: tensor name in the file; ``{layer}`` stands for the layer.
-      layout: ``"linear"`` if the file holds torch's [out, in], ``"same"`` if it holds our order
-        (a bias flattens its dimensions).
+      dims: dimension letters of our array, for example ``"NDHX"``. Experts (E) come right behind
+        the layer.
+      hf_name: tensor name in the file; ``{layer}`` stands for the layer and ``{expert}`` for the
+        expert. Without ``{expert}`` the file's tensor holds all experts, E in front.
+      layout: ``"linear"`` if the file holds torch's [out, in], ``"conv1d"`` if it holds [in, out],
+        ``"same"`` if it holds our order. Dimensions on one side of a matrix are one in the file,
+        and so are the dimensions of a bias.
       init: ``"normal"``, ``"residual"`` (normal, smaller with depth), ``"zeros"`` or ``"ones"``.
+      piece: set where the file's tensor joins several parameters.
     """
 
     path: tuple[str, ...]
@@ -38,6 +72,7 @@ class ParamRow:
     hf_name: str
     layout: str = "linear"
     init: str = "normal"
+    piece: Piece | None = None
 
     @property
     def stacked(self) -> bool:
@@ -48,46 +83,99 @@ class ParamRow:
         return self.dims.removeprefix("N")
 
     def shape(self, config: TransformerConfig) -> tuple[int, ...]:
-        return tuple(config.dim_sizes[dim] for dim in self.dims)
+        return _sizes(self.dims, config)
 
     def layer_shape(self, config: TransformerConfig) -> tuple[int, ...]:
         """Shape of one layer's parameter."""
-        return tuple(config.dim_sizes[dim] for dim in self.layer_dims)
+        return _sizes(self.layer_dims, config)
 
-    def hf_names(self, config: TransformerConfig) -> list[str]:
-        layers = range(config.n_layers) if self.stacked else [0]
-        return [self.hf_name.format(layer=layer) for layer in layers]
+    @property
+    def tensor_dims(self) -> str:
+        """The letters of our array that one tensor of the file holds."""
+        dims = self.layer_dims
+        return dims.removeprefix("E") if "{expert}" in self.hf_name else dims
 
-    def hf_shape(self, config: TransformerConfig) -> tuple[int, ...]:
-        """Shape of one tensor of the file."""
-        sizes = dict(zip(self.layer_dims, self.layer_shape(config), strict=True))
-        if self.layout == "linear":
-            inputs, outputs = self.matrix_dims
-            return (
-                math.prod(sizes[dim] for dim in outputs),
-                math.prod(sizes[dim] for dim in inputs),
-            )
-        if "X" in self.layer_dims:
-            return (math.prod(sizes.values()),)
-        return tuple(sizes.values())
+    @property
+    def index_dims(self) -> str:
+        """The letters in front of these: the file has a tensor for each index."""
+        return self.dims.removesuffix(self.tensor_dims)
 
-    def from_hf(self, tensor: np.ndarray, config: TransformerConfig) -> np.ndarray:
-        """One tensor of the file as one layer's parameter."""
-        tensor = tensor.T if self.layout == "linear" else tensor
-        return tensor.reshape(self.layer_shape(config))
+    def tensor_names(self, config: TransformerConfig) -> Iterator[tuple[tuple[int, ...], str]]:
+        """The tensors of the file, each with its index into the leading dimensions of our array."""
+        for index in np.ndindex(*_sizes(self.index_dims, config)):
+            yield index, self.tensor_name(index)
 
-    def to_hf(self, param: np.ndarray, config: TransformerConfig) -> np.ndarray:
-        """The inverse of :meth:`from_hf`."""
-        if self.layout != "linear":
-            return np.ascontiguousarray(param.reshape(self.hf_shape(config)))
-        outputs, inputs = self.hf_shape(config)
-        return np.ascontiguousarray(param.reshape(inputs, outputs).T)
+    def tensor_name(self, index: Sequence[int]) -> str:
+        of_dim = dict(zip(self.index_dims, index, strict=True))
+        return self.hf_name.format(layer=of_dim.get("N"), expert=of_dim.get("E"))
 
     @property
     def matrix_dims(self) -> tuple[str, str]:
         """Input and output letters of a matrix: HX, KX and F go out of D or come back to it."""
-        dims = self.layer_dims
+        dims = self.layer_dims.removeprefix(self._experts)
         return (dims[:1], dims[1:]) if dims.startswith("D") else (dims[:-1], dims[-1:])
+
+    @property
+    def _experts(self) -> str:
+        return "E" if self.layer_dims.startswith("E") and len(self.layer_dims) > 1 else ""
+
+    @property
+    def experts_in_tensor(self) -> bool:
+        """Whether one tensor of the file holds all experts, in front."""
+        return bool(self._experts) and "{expert}" not in self.hf_name
+
+    @property
+    def _file_axes(self) -> list[str]:
+        """The letters of each dimension of a tensor of the file; the last output one is joined."""
+        experts = ["E"] if self.experts_in_tensor else []
+        if self.layout == "linear":
+            return [*experts, *reversed(self.matrix_dims)]
+        if self.layout == "conv1d":
+            return [*experts, *self.matrix_dims]
+        rest = self.layer_dims.removeprefix(self._experts)
+        return [*experts, *([rest] if "X" in rest else rest)]
+
+    @property
+    def file_order(self) -> list[int]:
+        """Our dimensions of one tensor, in the order in which the file has them."""
+        return [self.tensor_dims.index(dim) for dim in "".join(self._file_axes)]
+
+    @property
+    def n_output_dims(self) -> int:
+        """How many dimensions of a ``"linear"`` tensor, in the file's order, come before those of
+        its inputs."""
+        return len("".join(self._file_axes[:-1]))
+
+    @property
+    def output_axis(self) -> int:
+        """The dimension of a tensor of the file along which parts are joined."""
+        return -2 if self.layout == "linear" else -1
+
+    def hf_shape(self, config: TransformerConfig) -> tuple[int, ...]:
+        """Shape of one tensor of the file."""
+        shape = [math.prod(_sizes(dims, config)) for dims in self._file_axes]
+        if self.piece:
+            groups, width, _ = self.piece.place(config.dim_sizes)
+            shape[self.output_axis] = groups * width
+        return tuple(shape)
+
+    def view(self, tensor: np.ndarray, config: TransformerConfig) -> np.ndarray:
+        """This parameter within a tensor of the file, in our order of dimensions.
+
+        Nothing is copied: reading from the view loads the parameter, writing to it saves it. A
+        tensor with some of the experts gives these.
+        """
+        sizes = config.dim_sizes
+        if self.experts_in_tensor:
+            sizes["E"] = len(tensor)
+        if self.piece:
+            groups, width, part = self.piece.place(sizes)
+            shape, axis = list(tensor.shape), tensor.ndim + self.output_axis
+            shape[axis : axis + 1] = groups, width
+            tensor = tensor.reshape(shape)[(slice(None),) * (axis + 1) + (part,)]
+        in_file = "".join(self._file_axes)
+        tensor = tensor.reshape([sizes[dim] for dim in in_file])
+        return tensor.transpose([in_file.index(dim) for dim in self.tensor_dims])
 
     def initial(self, key: jax.Array, config: TransformerConfig, shape: tuple[int, ...]) -> Any:
         dtype = array_dtype(config)
@@ -97,6 +185,11 @@ class ParamRow:
         if self.init == "residual":
             std /= math.sqrt(2 * config.n_layers)
         return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+def _sizes(dims: str, config: TransformerConfig) -> tuple[int, ...]:
+    sizes = config.dim_sizes
+    return tuple(sizes[dim] for dim in dims)
 
 
 def leaf(tree: Params, path: tuple[str, ...]) -> Any:

@@ -1,6 +1,9 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) with its scaling kinds.
 
-The frequencies follow transformers' ``modeling_rope_utils.py``; parity is tested against it.
+The frequencies follow transformers' ``modeling_rope_utils.py``; parity is tested against it. Two
+kinds look at the longest position of the pass (``dynamic`` and ``longrope``, whose frequencies are
+others beyond the pretrained length); there, a pass with a cache rotates new keys as the whole pass
+would only while it stays on one side of that length, in transformers as here.
 """
 
 from __future__ import annotations
@@ -17,12 +20,16 @@ from conlens_jax.models.transformer_config import RopeConfig
 
 def rotations(
     positions_BS: Int[Array, "B S"], config: RopeConfig, head_dim: int
-) -> tuple[Float[Array, "B S 1 X/2"], Float[Array, "B S 1 X/2"]]:
-    """cos and sin of every position's angles, fp32."""
+) -> tuple[Float[Array, "B S 1 R/2"], Float[Array, "B S 1 R/2"]]:
+    """cos and sin of every position's angles, fp32; R/2 of them for the R rotated entries of a
+    head."""
+    width = int(head_dim * config.fraction)
     if config.kind == "dynamic":
-        frequencies = _dynamic_frequencies(positions_BS, config, head_dim)
+        frequencies = _dynamic_frequencies(positions_BS, config, width)
+    elif config.kind == "longrope":
+        frequencies = _longrope_frequencies(positions_BS, config, width)
     else:
-        frequencies = jnp.asarray(_frequencies(config, head_dim), jnp.float32)
+        frequencies = jnp.asarray(_frequencies(config, width), jnp.float32)
     angles = positions_BS[:, :, None, None].astype(jnp.float32) * frequencies
     scale = _attention_factor(config)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
@@ -31,23 +38,30 @@ def rotations(
 def rotate(
     x_BSHX: Float[Array, "B S H X"], rotation: tuple[Array, Array]
 ) -> Float[Array, "B S H X"]:
-    """Rotates the pairs (x_i, x_{i + X/2}), Hugging Face's order; computed in fp32."""
+    """Rotates the pairs (x_i, x_{i + R/2}) of the first R entries of a head, Hugging Face's order;
+    computed in fp32."""
     cos, sin = rotation
-    first, second = jnp.split(x_BSHX.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BSHX.dtype)
+    width = 2 * cos.shape[-1]
+    first, second = jnp.split(x_BSHX[..., :width].astype(jnp.float32), 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    if width < x_BSHX.shape[-1]:
+        rotated.append(x_BSHX[..., width:].astype(jnp.float32))
+    return jnp.concatenate(rotated, axis=-1).astype(x_BSHX.dtype)
 
 
-def _frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
-    base = 1.0 / (config.theta**exponent)
+def _frequencies(config: RopeConfig, width: int) -> np.ndarray:
+    base = 1.0 / (config.theta ** _exponents(width))
     if config.kind == "linear":
         return base / config.factor
     if config.kind == "llama3":
         return _llama3_frequencies(base, config)
     if config.kind == "yarn":
-        return _yarn_frequencies(base, config, head_dim)
+        return _yarn_frequencies(base, config, width)
     return base
+
+
+def _exponents(width: int) -> np.ndarray:
+    return np.arange(0, width, 2, dtype=np.float32) / width
 
 
 def _llama3_frequencies(base: np.ndarray, config: RopeConfig) -> np.ndarray:
@@ -59,36 +73,50 @@ def _llama3_frequencies(base: np.ndarray, config: RopeConfig) -> np.ndarray:
     return (1 - smooth) * base / config.factor + smooth * base
 
 
-def _yarn_frequencies(base: np.ndarray, config: RopeConfig, head_dim: int) -> np.ndarray:
+def _yarn_frequencies(base: np.ndarray, config: RopeConfig, width: int) -> np.ndarray:
     """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp between kept and divided frequencies."""
 
     def dimension_with(turns: float) -> float:
-        return (head_dim * math.log(config.original_max_positions / (turns * 2 * math.pi))) / (
+        return (width * math.log(config.original_max_positions / (turns * 2 * math.pi))) / (
             2 * math.log(config.theta)
         )
 
     low, high = dimension_with(config.beta_fast), dimension_with(config.beta_slow)
     if config.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, width - 1)
     high = high + 0.001 if low == high else high
-    ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0.0, 1.0)
+    ramp = np.clip((np.arange(width // 2, dtype=np.float32) - low) / (high - low), 0.0, 1.0)
     return base / config.factor * ramp + base * (1 - ramp)
 
 
-def _dynamic_frequencies(positions_BS: Array, config: RopeConfig, head_dim: int) -> jax.Array:
+def _dynamic_frequencies(positions_BS: Array, config: RopeConfig, width: int) -> jax.Array:
     """Dynamic NTK: the base grows with the longest position of the batch beyond pretraining."""
     length = jnp.maximum(jnp.max(positions_BS) + 1, config.original_max_positions)
     ratio = length.astype(jnp.float32) / config.original_max_positions
     stretch = config.factor * ratio - (config.factor - 1)
-    theta = config.theta * stretch ** (head_dim / (head_dim - 2))
-    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    return 1.0 / (theta**exponent)
+    theta = config.theta * stretch ** (width / (width - 2))
+    return 1.0 / (theta ** _exponents(width))
+
+
+def _longrope_frequencies(positions_BS: Array, config: RopeConfig, width: int) -> jax.Array:
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): one divisor a frequency, from one list within
+    the pretrained length and from another beyond it."""
+    base = 1.0 / (config.theta ** _exponents(width))
+    short, long = (
+        jnp.asarray(base / np.asarray(factors, np.float32), jnp.float32)
+        for factors in (config.short_factors, config.long_factors)
+    )
+    return jnp.where(jnp.max(positions_BS) + 1 > config.original_max_positions, long, short)
 
 
 def _attention_factor(config: RopeConfig) -> float:
-    if config.kind != "yarn":
+    if config.kind not in ("yarn", "longrope"):
         return 1.0
     if config.attention_factor:
         return config.attention_factor
-    return 0.1 * math.log(config.factor) + 1.0 if config.factor > 1 else 1.0
+    if config.factor <= 1:
+        return 1.0
+    if config.kind == "yarn":
+        return 0.1 * math.log(config.factor) + 1.0
+    return math.sqrt(1 + math.log(config.factor) / math.log(config.original_max_positions))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +14,21 @@ class RopeConfig:
     """Rotary position embedding, with the scaling kinds of Hugging Face's ``rope_parameters``.
 
     Attributes:
-      kind: ``"default"``, ``"linear"``, ``"dynamic"``, ``"llama3"`` or ``"yarn"``.
+      kind: ``"default"``, ``"linear"``, ``"dynamic"``, ``"llama3"``, ``"yarn"`` or ``"longrope"``.
       theta: base of the frequencies.
+      fraction: how much of a head is rotated, from its first entry on.
       factor: how much longer the context is meant to be than in pretraining.
       original_max_positions: context length of pretraining.
       low_freq_factor, high_freq_factor: of ``llama3``.
-      beta_fast, beta_slow, attention_factor, truncate: of ``yarn``; ``attention_factor`` scales
-        cos and sin, and 0 means Hugging Face's default for the factor.
+      beta_fast, beta_slow, truncate: of ``yarn``.
+      attention_factor: of ``yarn`` and ``longrope``; scales cos and sin, and 0 means Hugging
+        Face's default for the factor.
+      short_factors, long_factors: of ``longrope``, one a frequency.
     """
 
     kind: str = "default"
     theta: float = 10_000.0
+    fraction: float = 1.0
     factor: float = 1.0
     original_max_positions: int = 0
     low_freq_factor: float = 1.0
@@ -32,11 +37,50 @@ class RopeConfig:
     beta_slow: float = 1.0
     attention_factor: float = 0.0
     truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+
+class LayerKind(NamedTuple):
+    """What layers may differ in besides their weights.
+
+    Attributes:
+      window: a query sees the keys less than this many positions behind it; 0: all of them.
+      rope: None where nothing is rotated.
+    """
+
+    window: int
+    rope: RopeConfig | None
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes and switches; ``unroll``, ``remat`` and ``dtype`` say how it is run."""
+    """Sizes and switches; the defaults of the switches are Llama's. ``dtype``, ``unroll``,
+    ``remat`` and ``attention`` say how the network is run.
+
+    Attributes:
+      norm: ``"rms"``, or ``"layer"`` (which also takes the mean away and may have a bias).
+      norm_offset: what is added to the weight of a norm (Gemma's weights are around 0).
+      norm_in_fp32: whether a norm's weight is multiplied before its result is rounded to ``dtype``.
+      pre_norms, post_norms: norms at the inputs, and at the outputs, of attention and MLP.
+      qk_norm: norm of queries and keys: ``""`` none, ``"head"`` each head by itself, ``"width"``
+        all heads together.
+      parallel_residual: the MLP reads what attention reads, not what attention wrote.
+      gated_mlp: act(gate) · up, or act(up) alone.
+      swiglu_limit: 0, or gpt-oss's gate: both halves clamped at this, and (up + 1) in place of up.
+      swiglu_alpha: inner factor of that gate's sigmoid.
+      n_experts, experts_per_token: of a mixture; 0: one MLP.
+      router_normalized: the chosen experts' weights sum to 1.
+      embedding_scale: what token embeddings are multiplied by, rounded to ``dtype``.
+      learned_positions: a table of position vectors is added to the embeddings.
+      rope: of all layers, or (with ``local_rope``) of those without a window.
+      windows: of each layer (see :class:`LayerKind`), or empty where no layer has one.
+      attention_scale: factor of ⟨q, k⟩; 0: 1/√head_dim.
+      scale_by_depth: layer i divides that by i + 1.
+      attention_soft_cap, final_soft_cap: c in c·tanh(x / c), of scores and logits; 0: none.
+      attention_sinks: a logit a head that takes part in the softmax and brings no value.
+      attention: ``"xla"`` or ``"cudnn"`` (:mod:`conlens_jax.models.flash`).
+    """
 
     family: str
     vocab_size: int
@@ -47,31 +91,70 @@ class TransformerConfig:
     head_dim: int
     d_mlp: int
     max_positions: int
+    norm: str = "rms"
     norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    norm_in_fp32: bool = False
+    pre_norms: bool = True
+    post_norms: bool = False
+    qk_norm: str = ""
+    parallel_residual: bool = False
     activation: str = "silu"
+    gated_mlp: bool = True
+    swiglu_limit: float = 0.0
+    swiglu_alpha: float = 1.702
+    n_experts: int = 0
+    experts_per_token: int = 0
+    router_normalized: bool = True
+    embedding_scale: float = 1.0
     tied_embeddings: bool = False
+    learned_positions: bool = False
+    rope: RopeConfig | None = RopeConfig()
+    local_rope: RopeConfig | None = None
+    windows: tuple[int, ...] = ()
+    attention_scale: float = 0.0
+    scale_by_depth: bool = False
+    attention_soft_cap: float = 0.0
+    final_soft_cap: float = 0.0
+    attention_sinks: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
     initializer_range: float = 0.02
-    rope: RopeConfig = RopeConfig()
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     dtype: str = "float32"
     unroll: int = 0
     remat: str = "none"
+    attention: str = "xla"
 
     @property
     def dim_sizes(self) -> dict[str, int]:
         """Size of each dimension letter of a parameter."""
         return {
             "V": self.vocab_size,
+            "P": self.max_positions,
             "D": self.d_model,
             "N": self.n_layers,
             "H": self.n_heads,
             "K": self.n_kv_heads,
             "X": self.head_dim,
             "F": self.d_mlp,
+            "E": self.n_experts,
         }
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        windows = self.windows or (0,) * self.n_layers
+        local = self.local_rope or self.rope
+        return tuple(LayerKind(window, local if window else self.rope) for window in windows)
+
+    @property
+    def attention_scales(self) -> tuple[float, ...]:
+        """The factor of ⟨q, k⟩ of each layer."""
+        scale = self.attention_scale or self.head_dim**-0.5
+        depths = range(1, self.n_layers + 1) if self.scale_by_depth else (1,) * self.n_layers
+        return tuple(scale / depth for depth in depths)
 
 
 ACTIVATIONS = {

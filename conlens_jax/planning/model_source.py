@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 from conlens_jax.config import EMBEDDED_MODEL, ConfigError, ExperimentConfig
 from conlens_jax.data.tokenizer import Tokenizer
-from conlens_jax.models.families import config_from_hf
-from conlens_jax.models.hf_io import with_execution
+from conlens_jax.models.hf_io import read_config_file
 from conlens_jax.models.transformer_config import TransformerConfig
 from conlens_jax.training.language_model import embedded_shape
 
@@ -60,19 +59,16 @@ def planned_model(config: ExperimentConfig, model_config: str = "") -> PlannedMo
         shape = embedded_shape(config.embedded, config.embedded.vocab_size)
         return PlannedModel(path, "the section embedded", _as_run(shape, config), WordCounter())
     file = _config_file(path, config.model.revision, "--model-config" if model_config else "")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError([f"{file} is not valid JSON: {error}"]) from None
+    shape = read_config_file(file)
     tokenizer = WordCounter()
     if (file.parent / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_folder(file.parent)
-    return PlannedModel(path, str(file), _as_run(config_from_hf(values), config), tokenizer)
+    return PlannedModel(path, str(file), _as_run(shape, config), tokenizer)
 
 
 def _as_run(shape: TransformerConfig, config: ExperimentConfig) -> TransformerConfig:
     model = config.model
-    return with_execution(shape, dtype=model.dtype, unroll=model.unroll, remat=model.remat)
+    return dataclasses.replace(shape, dtype=model.dtype, unroll=model.unroll, remat=model.remat)
 
 
 def _config_file(path: str, revision: str, flag: str) -> Path:

@@ -37,7 +37,7 @@ from conlens_jax.lens.policy import policy_loss
 from conlens_jax.lens.spec import Decoder, Encoder, LensSpec, decoder_of, encoder_of
 from conlens_jax.lens.vocabulary import Reference, sampled_embeddings, text_terms
 from conlens_jax.models.param_table import Params
-from conlens_jax.models.transformer import embed_tokens
+from conlens_jax.models.transformer import embed_tokens, scale_embeddings
 
 TERMS = ("lm", "kl", "mse", "entropy", "text")
 Metrics = dict[str, Array]
@@ -103,7 +103,7 @@ def warm_loss(
     parts: Metrics = {}
     if reads:
         encoder = encoder_of(trainable, frozen, spec)
-        window_BTD = embed_tokens(encoder.base, window_BT)
+        window_BTD = embed_tokens(encoder.base, window_BT, spec.model)
         _, error_B = _read_back(encoder, window_BTD, batch.activation_BD, objective)
         parts["read_error"] = jnp.mean(error_B)
     if trainable["decoder"]:
@@ -196,11 +196,11 @@ def joint_loss(
     activation_BD = repeat_rows(batch.activation_BD, group)
     if kind in TOKENS_ARE_CONSTANT:
         state_BTD = teacher_forced_states(decoder, activation_BD, text_BT, spec=spec)
-        text_BTD = embed_tokens(encoder.base, text_BT)
+        text_BTD = embed_tokens(encoder.base, text_BT, spec.model)
     else:
         noise, keys_BT = prepared.noise, prepared.keys_BT
         state_BTD = text_states(decoder, activation_BD, text_BT, noise, tau, spec, keys_BT)
-        text_BTD = sampled_embeddings(
+        rows_BTD = sampled_embeddings(
             head,
             state_BTD,
             noise,
@@ -210,6 +210,7 @@ def joint_loss(
             estimator=objective.estimator,
             keys_BT=keys_BT,
         )
+        text_BTD = scale_embeddings(rows_BTD, spec.model)
     of_text = text_terms(head, state_BTD, text_BT, prepared.reference)
     reconstruction_BD, error_B = _read_back(encoder, text_BTD, activation_BD, objective)
     cost_B = weights["mse"] * error_B

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from conlens_jax.models import llama
+from conlens_jax.models.families import llama
 from conlens_jax.models.transformer_config import TransformerConfig
 
 FAMILIES: dict[str, ModuleType] = {module.MODEL_TYPE: module for module in (llama,)}

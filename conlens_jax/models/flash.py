@@ -1,0 +1,70 @@
+"""Attention without its scores in memory: cuDNN's flash kernel, through JAX's own entry point.
+
+``model.attention="cudnn"`` uses it for whole passes on a GPU. The mask goes in as the kernel's bias
+[B, 1, S, S], so padding on either side and windows are what they are elsewhere. What the kernel
+cannot do falls back to the plain path, which one line in the log then says.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import jax
+from jaxtyping import Array, Bool, Float
+
+from conlens_jax.models.transformer_config import TransformerConfig
+
+_LOG = logging.getLogger(__name__)
+_MAX_HEAD_DIM = 256
+
+
+def is_usable(config: TransformerConfig) -> bool:
+    """Whether the kernel is asked for and can do what the model needs."""
+    if config.attention != "cudnn":
+        return False
+    reasons = obstacles(config, jax.default_backend())
+    if reasons:
+        _say_once("; ".join(reasons))
+    return not reasons
+
+
+def obstacles(config: TransformerConfig, backend: str) -> list[str]:
+    """Why the kernel cannot be used; empty if it can."""
+    checks = {
+        f"it runs on a GPU, not on {backend}": backend != "gpu",
+        f"it computes in 16 bits, not in {config.dtype}": config.dtype == "float32",
+        f"heads must be at most {_MAX_HEAD_DIM} wide and a multiple of 8, not {config.head_dim}": (
+            config.head_dim > _MAX_HEAD_DIM or config.head_dim % 8 != 0
+        ),
+        "it has no soft cap of the scores": bool(config.attention_soft_cap),
+        "it has no attention sinks": config.attention_sinks,
+        "it has one scale for all layers": config.scale_by_depth,
+    }
+    return [reason for reason, holds in checks.items() if holds]
+
+
+@functools.cache
+def _say_once(reasons: str) -> None:
+    _LOG.warning('model.attention="cudnn" falls back to "xla": %s', reasons)
+
+
+def attend(
+    query_BSHX: Float[Array, "B S H X"],
+    key_BSKX: Float[Array, "B S K X"],
+    value_BSKX: Float[Array, "B S K X"],
+    mask_BSS: Bool[Array, "B S S"],
+    scale: float,
+    implementation: str = "cudnn",
+) -> Float[Array, "B S H X"]:
+    """:func:`conlens_jax.models.attention.attend` of tokens to themselves."""
+    return jax.nn.dot_product_attention(
+        query_BSHX,
+        key_BSKX,
+        value_BSKX,
+        mask=mask_BSS[:, None],
+        scale=scale,
+        # Already in the mask; said again so that the kernel skips what lies ahead.
+        is_causal=True,
+        implementation=implementation,
+    )

@@ -1,0 +1,58 @@
+"""Model folders by name: a local folder, or a hub id that is downloaded once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# Weights, shapes and tokenizers; nothing that would have to be run or unpickled.
+_FETCHED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+)
+# Repositories keep the same weights again, in other layouts, in these.
+_LEFT_OUT = ("original/*", "onnx/*", "consolidated*", "*/*", "tokenizer*.py")
+
+
+def resolve_folder(path: str, revision: str = "") -> Path:
+    """The local folder of a model: ``path`` itself, or the download of a hub id.
+
+    Args:
+      revision: commit, tag or branch of a hub id; empty is the branch ``main``. A commit pins the
+        weights for good.
+
+    Raises:
+      ValueError: neither a folder nor a hub id that can be had.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if path.count("/") > 1 or path.startswith((".", "/", "~")):
+        raise ValueError(f"model.path={path!r}: there is no such folder")
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                path,
+                revision=revision or None,
+                allow_patterns=list(_FETCHED),
+                ignore_patterns=list(_LEFT_OUT),
+            )
+        )
+    except Exception as error:  # the hub client raises many kinds; all mean the same to the user
+        at = f" at model.revision={revision!r}" if revision else ""
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        if constants.HF_HUB_OFFLINE:
+            reason = (
+                "HF_HUB_OFFLINE is set and the local cache does not have it; unset that, or "
+                f"download it beforehand with `hf download {path}` ({reason})"
+            )
+        raise ValueError(
+            f"model.path={path!r} is not a folder, and the hub did not give it{at}: {reason}"
+        ) from error

@@ -1,0 +1,141 @@
+"""What a layer needs besides its weights, made once for each kind of layer in a stack.
+
+A model has one kind of layers, or two that alternate (with a window and without, each with its
+rotation). A scan over layers carries the number of each layer's kind, and the layer picks the
+masks and angles that were made for it. Where all layers of a stack are alike nothing is carried.
+
+Which kind a layer is follows from its place in the model, so a part of a stack must know where it
+begins: :func:`slice_layers` is the one way to take a part, and what it gives back knows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from conlens_jax.models import rope
+from conlens_jax.models.param_table import Params
+from conlens_jax.models.transformer_config import LayerKind, TransformerConfig
+
+NO_POSITION = jnp.iinfo(jnp.int32).max
+
+
+@flax.struct.dataclass
+class LayerSlice:
+    """Stacked parameters of some layers that do not begin with the model's first one."""
+
+    params: Params
+    first: int = flax.struct.field(pytree_node=False)
+
+
+Layers = Params | LayerSlice
+
+
+def slice_layers(layers: Layers, start: int, stop: int) -> Layers:
+    """Layers ``start`` to ``stop`` − 1 of a stack. From the model's first layer on they are a plain
+    dict (the tree of a clone that ends early), and a :class:`LayerSlice` otherwise."""
+    first = first_of(layers) + start
+    params = jax.tree.map(lambda leaf: leaf[start:stop], params_of(layers))
+    return LayerSlice(params, first) if first else params
+
+
+def params_of(layers: Layers) -> Params:
+    return layers.params if isinstance(layers, LayerSlice) else layers
+
+
+def first_of(layers: Layers) -> int:
+    """The number, in the model, of the first of these layers."""
+    return layers.first if isinstance(layers, LayerSlice) else 0
+
+
+def layer_count(layers: Layers) -> int:
+    return jax.tree.leaves(layers)[0].shape[0]
+
+
+class Surroundings(NamedTuple):
+    """What queries at some positions need, for each kind of layer in a stack.
+
+    Attributes:
+      rotation: cos and sin of the queries' angles; None where nothing is rotated.
+      mask: which new keys each query sees.
+      past_mask: which cached keys each query sees; None without a cache.
+    """
+
+    rotation: tuple[Float[Array, "kinds B S 1 R"], Float[Array, "kinds B S 1 R"]] | None
+    mask: Bool[Array, "kinds B S S"]
+    past_mask: Bool[Array, "kinds B S C"] | None
+
+    def of(self, place: Place) -> Surroundings:
+        """Those of one layer's kind, without the first dimension."""
+        kind = 0 if place.kind is None else place.kind
+        return jax.tree.map(lambda array: array[kind], self)
+
+    def at_queries(self, start: Int[Array, ""] | int, count: int) -> Surroundings:
+        """Those of ``count`` queries from the index ``start`` on."""
+        pick = lambda array: jax.lax.dynamic_slice_in_dim(array, start, count, axis=2)
+        return jax.tree.map(pick, self)
+
+
+class Place(NamedTuple):
+    """A layer's place among the layers of a stack; stacked over n layers, ``n`` in front.
+
+    Attributes:
+      kind: number of its kind; None where there is one kind only.
+      scale: its factor of ⟨q, k⟩; None where it is the same for all layers.
+    """
+
+    kind: Int[Array, "*n"] | None
+    scale: Float[Array, "*n"] | None
+
+
+def surroundings_of(
+    layers: Layers,
+    positions_BS: Int[Array, "B S"],
+    past_positions_BC: Int[Array, "B C"] | None,
+    config: TransformerConfig,
+) -> tuple[Surroundings, Place]:
+    """What a stack of layers needs for new tokens at these positions, and each layer's place."""
+    here = slice(first_of(layers), first_of(layers) + layer_count(layers))
+    kinds, scales = config.layer_kinds[here], config.attention_scales[here]
+    distinct = list(dict.fromkeys(kinds))
+    each = [_surroundings(kind, positions_BS, past_positions_BC, config) for kind in distinct]
+    place = Place(
+        kind=None if len(distinct) == 1 else jnp.asarray([distinct.index(kind) for kind in kinds]),
+        scale=jnp.asarray(scales, jnp.float32) if config.scale_by_depth else None,
+    )
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *each), place
+
+
+def _surroundings(
+    kind: LayerKind, positions_BS: Array, past_positions_BC: Array | None, config: TransformerConfig
+) -> Surroundings:
+    mask_BSS = seen_keys(positions_BS, positions_BS, kind.window)
+    past_mask_BSC = None
+    if past_positions_BC is not None:
+        # A cache may hold more than what comes before the new tokens: that is hidden from them.
+        start_B1 = jnp.min(positions_BS, axis=1, keepdims=True)
+        past_BC = jnp.where(past_positions_BC < start_B1, past_positions_BC, NO_POSITION)
+        past_mask_BSC = seen_keys(positions_BS, past_BC, kind.window)
+        past_mask_BSC &= (past_BC != NO_POSITION)[:, None]
+    return Surroundings(_rotation(kind, positions_BS, config), mask_BSS, past_mask_BSC)
+
+
+def seen_keys(
+    query_positions_BS: Int[Array, "B S"], key_positions_BC: Int[Array, "B C"], window: int
+) -> Bool[Array, "B S C"]:
+    """Which keys each query sees: those not behind it and (with a window) close enough."""
+    query_BS1, key_B1C = query_positions_BS[:, :, None], key_positions_BC[:, None]
+    seen_BSC = key_B1C <= query_BS1
+    return seen_BSC & (query_BS1 - key_B1C < window) if window else seen_BSC
+
+
+def _rotation(kind: LayerKind, positions_BS: Array, config: TransformerConfig):
+    """cos and sin of the tokens' angles; padding has the angle of position 0."""
+    if kind.rope is None:
+        return None
+    valid_BS = jnp.where(positions_BS == NO_POSITION, 0, positions_BS)
+    return rope.rotations(valid_BS, kind.rope, config.head_dim)

@@ -1,0 +1,34 @@
+"""Norms of activations, by the switches of the config."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from conlens_jax.models.param_table import Params
+from conlens_jax.models.transformer_config import TransformerConfig
+
+
+def apply_norm(
+    x: Float[Array, "*B D"], weights: Params, name: str, config: TransformerConfig
+) -> Float[Array, "*B D"]:
+    """x / sqrt(mean(x²) + ε) · (offset + w), the mean in fp32 (Zhang & Sennrich 2019); as a layer
+    norm (Ba et al. 2016) of x − mean(x) and with the bias ``<name>_bias``.
+
+    The last dimensions of ``x``, as many as the weight has, are normed together.
+    """
+    weight, bias = weights[name], weights.get(name + "_bias")
+    axes = tuple(range(-weight.ndim, 0))
+    wide = x.astype(jnp.float32)
+    if config.norm == "layer":
+        wide = wide - jnp.mean(wide, axis=axes, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axes, keepdims=True) + config.norm_eps)
+    normal = wide * scale
+    if config.norm_in_fp32:
+        weight = weight.astype(jnp.float32)
+        bias = None if bias is None else bias.astype(jnp.float32)
+    else:
+        normal = normal.astype(x.dtype)
+    normal = normal * (weight + config.norm_offset if config.norm_offset else weight)
+    return (normal if bias is None else normal + bias).astype(x.dtype)

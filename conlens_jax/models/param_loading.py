@@ -1,0 +1,181 @@
+"""From the tensors of a folder to arrays on a mesh, each device reading its slices.
+
+A parameter's layers lie in many tensors of the file. They are read into the stacked array itself,
+for large ones a chunk of layers (or experts) at a time, so that the host never holds more than a
+chunk beside what its devices own.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from conlens_jax.models.param_table import ParamRow
+from conlens_jax.models.tensor_files import TensorFiles
+from conlens_jax.models.transformer_config import TransformerConfig
+
+Index = tuple[slice, ...]
+CHUNK_BYTES = 1 << 28
+# Rows of the file that are transposed together: about a cache line of the result.
+_TILE = 16
+
+
+class ParamReader:
+    """Reads parameters, or slices of them, from the files of a model.
+
+    Args:
+      on_bytes: called with the number of bytes of the model that have been read.
+      chunk_bytes: how much of a stacked parameter is on its way to the devices at once; a single
+        layer (or expert) always is.
+    """
+
+    def __init__(
+        self,
+        tensors: TensorFiles,
+        config: TransformerConfig,
+        *,
+        on_bytes: Callable[[int], object] = lambda count: None,
+        chunk_bytes: int = CHUNK_BYTES,
+    ):
+        self.tensors, self.config = tensors, config
+        self.on_bytes, self.chunk_bytes = on_bytes, chunk_bytes
+        self._threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "read")
+
+    def close(self) -> None:
+        self._threads.shutdown()
+
+    def load(
+        self,
+        row: ParamRow,
+        sharding: NamedSharding,
+        finish: Callable[[jax.Array], object] = lambda part: part,
+    ) -> object:
+        """The whole parameter on its devices.
+
+        Args:
+          finish: turns what was read into what is kept (an array, or a tree of arrays whose first
+            dimensions are the parameter's), part by part.
+        """
+        shape = row.shape(self.config)
+        chunks = list(_chunks(row, shape, self.chunk_bytes // self._itemsize))
+        if len(chunks) == 1:
+            return finish(self._on_devices(row, chunks[0], sharding))
+        whole = None
+        for chunk in chunks:
+            part = finish(self._on_devices(row, chunk, sharding))
+            if whole is None:
+                whole = _room(part, n_leading=len(chunk), shape=shape)
+            starts = [np.int32(of_dim.start) for of_dim in chunk]
+            whole = _write(whole, part, starts)
+        return whole
+
+    @property
+    def _itemsize(self) -> int:
+        return jnp.dtype(self.config.dtype).itemsize
+
+    def _on_devices(self, row: ParamRow, chunk: Index, sharding: NamedSharding) -> jax.Array:
+        shape = row.shape(self.config)
+        leading = tuple(of_dim.stop - of_dim.start for of_dim in chunk)
+        read: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+        def read_once(index: Index) -> np.ndarray:
+            """A slice of the chunk; replicas share it."""
+            index = _absolute(index, (*leading, *shape[len(leading) :]))
+            key = tuple((of_dim.start, of_dim.stop) for of_dim in index)
+            if key not in read:
+                moved = tuple(
+                    slice(of_dim.start + by.start, of_dim.stop + by.start)
+                    for of_dim, by in zip(index, chunk, strict=False)
+                )
+                read[key] = self.slice(row, moved + index[len(chunk) :])
+            return read[key]
+
+        part = jax.make_array_from_callback((*leading, *shape[len(leading) :]), sharding, read_once)
+        # Else reading runs ahead of the devices, and the host holds many parts.
+        jax.block_until_ready(part)
+        self.tensors.release()
+        self.on_bytes(part.nbytes)
+        return part
+
+    def slice(self, row: ParamRow, index: Index) -> np.ndarray:
+        """A slice of a parameter, in ``config.dtype``; nothing else is read."""
+        index = _absolute(index, row.shape(self.config))
+        out = np.empty([of_dim.stop - of_dim.start for of_dim in index], self.config.dtype)
+        n_leading = len(row.index_dims)
+        leading, within = index[:n_leading], index[n_leading:]
+        experts = within[0] if row.experts_in_tensor else slice(None)
+        if row.experts_in_tensor:
+            within = (slice(None), *within[1:])
+
+        def fill(position: tuple[int, ...]) -> None:
+            of_dim = [start.start + at for start, at in zip(leading, position, strict=True)]
+            tensor = self.tensors.array(row.tensor_name(of_dim), experts)
+            source = row.view(tensor, self.config)[within]
+            _copy(out[position], source, row)
+
+        for _ in self._threads.map(fill, np.ndindex(out.shape[:n_leading])):
+            pass
+        return out
+
+
+def _copy(target: np.ndarray, source: np.ndarray, row: ParamRow) -> None:
+    """Fills an array in our order from a view of the file, in the order of the file."""
+    if row.layout != "linear":
+        target[...] = source
+        return
+    target, source = target.transpose(row.file_order), source.transpose(row.file_order)
+    *outer, last = source.shape[: row.n_output_dims]
+    for position in np.ndindex(*outer):
+        for start in range(0, last, _TILE):
+            tile = (*position, slice(start, start + _TILE))
+            target[tile] = source[tile].astype(target.dtype)
+
+
+def _chunks(row: ParamRow, shape: tuple[int, ...], most: int) -> Iterator[Index]:
+    """Parts of a parameter of at most ``most`` numbers, by slices of its layers and experts."""
+    leading = next(n for n, dim in enumerate(row.dims + ".") if dim not in "NE")
+    if math.prod(shape) <= most or leading == 0 or leading == len(shape):
+        yield ()
+        return
+    # Cut the last of the leading dimensions of which one index alone is not too much.
+    cut = next((n for n in range(leading) if math.prod(shape[n + 1 :]) <= most), leading - 1)
+    step = max(1, most // math.prod(shape[cut + 1 :]))
+    for outer in np.ndindex(*shape[:cut]):
+        for start in range(0, shape[cut], step):
+            one = [slice(at, at + 1) for at in outer]
+            yield (*one, slice(start, min(start + step, shape[cut])))
+
+
+def _absolute(index: Index, shape: tuple[int, ...]) -> Index:
+    return tuple(
+        slice(*of_dim.indices(size)[:2]) for of_dim, size in zip(index, shape, strict=True)
+    )
+
+
+def _room(part: object, *, n_leading: int, shape: tuple[int, ...]) -> object:
+    """Zeros for all chunks, laid out like the one given."""
+
+    def zeros(leaf: jax.Array) -> jax.Array:
+        full = (*shape[:n_leading], *leaf.shape[n_leading:])
+        return jnp.zeros(full, leaf.dtype, device=leaf.sharding)
+
+    return jax.tree.map(zeros, part)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(whole: object, part: object, starts: list[jax.Array]) -> object:
+    """``part`` written in place, at ``starts`` in the leading dimensions."""
+
+    def write(whole: jax.Array, part: jax.Array) -> jax.Array:
+        zeros = [jnp.int32(0)] * (whole.ndim - len(starts))
+        return jax.lax.dynamic_update_slice(whole, part, [*starts, *zeros])
+
+    return jax.tree.map(write, whole, part)
