@@ -1,4 +1,4 @@
-"""Tiny random Llama folders for tests, with and without transformers.
+"""Tiny random models of every family for tests, with and without transformers.
 
 Every parameter is random, norms and biases too: a norm weight of 1 or a bias of 0 would hide a
 port that forgets it.
@@ -34,13 +34,58 @@ TINY: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+WINDOW = 5
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "truncate": False,
+}
+_EXPERTS = {"num_experts_per_tok": 2, "num_experts": 4}
+_GPT2 = {"vocab_size": 48, "n_embd": 32, "n_inner": 40, "n_layer": 3, "n_head": 4}
+_GPT_NEO = {"num_layers": 3, "num_heads": 4, "attention_types": [[["global", "local"], 1], [["global"], 1]]}
+# What each family's tiny model has besides: the switches that make it that family are on.
+_TINY_FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_positions": 64, "layer_norm_epsilon": 1e-3, **_GPT2},
+    "gpt_neo": {"window_size": WINDOW, "layer_norm_epsilon": 1e-3, **_GPT_NEO},
+    "gpt_neox": {"rotary_pct": 0.5, "hidden_act": "gelu_new", "layer_norm_eps": 1e-3},
+    "llama": {},
+    "mistral": {"sliding_window": WINDOW},
+    "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    "qwen3": {"head_dim": 12},
+    "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": WINDOW}
+    | {"attn_logit_softcapping": 0.8, "final_logit_softcapping": 2.0, "tie_word_embeddings": True},
+    "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": WINDOW}
+    | {"sliding_window_pattern": 2, "tie_word_embeddings": True},
+    "phi3": {"sliding_window": WINDOW},
+    "olmo2": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"moe_intermediate_size": 24, "head_dim": 12, **_EXPERTS},
+    "gpt_oss": {"head_dim": 12, "sliding_window": WINDOW, "swiglu_limit": 0.5}
+    | {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": _YARN},
+}
+# Families whose keys are not Llama's; others ignore or refuse them.
+_OWN_KEYS = {
+    "gpt2": set(),
+    "gpt_neo": {"vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"},
+    "gpt_neox": TINY.keys() - {"num_key_value_heads", "rms_norm_eps"},
+}
+_ALWAYS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 _SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 _SPREAD = 0.1
 
 
-def tiny_config(**changes: Any) -> TransformerConfig:
-    """The shape of the tiny model; ``changes`` are keys of config.json."""
-    return config_from_hf(TINY | changes)
+def tiny_values(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
+    """config.json of a family's tiny model; ``changes`` are keys of it."""
+    keys = _OWN_KEYS.get(model_type, TINY.keys()) | _ALWAYS
+    shared = {key: value for key, value in TINY.items() if key in keys}
+    return shared | _TINY_FAMILIES[model_type] | {"model_type": model_type} | changes
+
+
+def tiny_config(model_type: str = "llama", **changes: Any) -> TransformerConfig:
+    """The shape of a tiny model; ``changes`` are keys of config.json."""
+    return config_from_hf(tiny_values(model_type, **changes))
 
 
 def random_params(config: TransformerConfig, seed: int = 0) -> Params:
@@ -83,24 +128,31 @@ def write_tiny_folder(folder: Path, *, seed: int = 0, **changes: Any) -> Transfo
     return config
 
 
-def hf_model(*, seed: int = 0, **changes: Any):
-    """A tiny ``LlamaForCausalLM`` in fp32 with every parameter perturbed."""
+def hf_model(model_type: str = "llama", *, seed: int = 0, **changes: Any):
+    """transformers' own tiny model in fp32 with every parameter perturbed."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    values = {key: value for key, value in TINY.items() if key != "model_type"} | changes
-    model = LlamaForCausalLM(LlamaConfig(**values)).eval()
+    config = AutoConfig.for_model(**tiny_values(model_type, **changes))
+    # Soft caps and sinks exist in the plain form of attention only.
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(_SPREAD * torch.randn_like(parameter))
     return model
 
 
-def hf_forward(model, tokens: np.ndarray, mask: np.ndarray | None = None):
+def hf_forward(
+    model,
+    tokens: np.ndarray,
+    mask: np.ndarray | None = None,
+    embeddings: np.ndarray | None = None,
+):
     """Logits [B, S, V] and the output of every block [B, n, S, D] of a transformers model.
 
     Block outputs come from hooks: transformers' last ``hidden_states`` is after the final norm.
+    With ``embeddings`` [B, S, D] these go in as ``inputs_embeds``, in place of the tokens.
     """
     import torch
 
@@ -109,14 +161,25 @@ def hf_forward(model, tokens: np.ndarray, mask: np.ndarray | None = None):
     def keep(_module, _inputs, output):
         outputs.append(output[0] if isinstance(output, tuple) else output)
 
-    hooks = [layer.register_forward_hook(keep) for layer in model.model.layers]
-    arguments = {}
+    hooks = [layer.register_forward_hook(keep) for layer in _blocks(model)]
+    if embeddings is None:
+        arguments = {"input_ids": torch.tensor(tokens, dtype=torch.long)}
+    else:
+        arguments = {"inputs_embeds": torch.tensor(embeddings)}
     if mask is not None:
         positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
         arguments["attention_mask"] = torch.tensor(mask, dtype=torch.long)
         arguments["position_ids"] = torch.tensor(positions, dtype=torch.long)
     with torch.no_grad():
-        logits = model(torch.tensor(tokens, dtype=torch.long), use_cache=False, **arguments).logits
+        logits = model(use_cache=False, **arguments).logits
     for hook in hooks:
         hook.remove()
     return logits.float().numpy(), torch.stack(outputs, dim=1).float().numpy()
+
+
+def _blocks(model):
+    """The list of blocks, which every family has under another name."""
+    import torch
+
+    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    return next(blocks for blocks in lists if len(blocks) == model.config.num_hidden_layers)

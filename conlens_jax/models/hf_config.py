@@ -6,10 +6,8 @@ that lists them all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-
-from conlens_jax.models.transformer_config import RopeConfig
 
 # Keys that do not change what the network computes: bookkeeping, training-time and generation
 # settings that transformers writes beside the architecture.
@@ -18,7 +16,9 @@ _BOOKKEEPING = frozenset(
     "transformers_version dtype torch_dtype use_cache pad_token_id bos_token_id eos_token_id "
     "chunk_size_feed_forward id2label label2id problem_type return_dict output_attentions "
     "output_hidden_states initializer_range tokenizer_class task_specific_params "
-    "generation_config unsloth_version".split()
+    "generation_config unsloth_version cache_implementation num_labels tie_last_hidden_states "
+    # Of files that a model's own code came with; transformers knows these models itself.
+    "auto_map".split()
 )
 # Keys of transformers v4 with the only value that we can stand for.
 _NEUTRAL = {
@@ -32,7 +32,8 @@ _NEUTRAL = {
     "use_bfloat16": False,
     "partial_rotary_factor": (None, 1.0),
     "quantization_config": None,
-    "auto_map": None,
+    "per_layer_config": (None, {}),
+    "is_causal": True,
 }
 _ACTIVATIONS = {
     "silu": "silu",
@@ -43,25 +44,7 @@ _ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "relu": "relu",
 }
-_ROPE_KEYS = {
-    "default": set(),
-    "linear": {"factor"},
-    "dynamic": {"factor", "original_max_position_embeddings"},
-    "llama3": {
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    },
-    "yarn": {
-        "factor",
-        "original_max_position_embeddings",
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-        "truncate",
-    },
-}
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 class HFConfigReader:
@@ -88,58 +71,45 @@ class HFConfigReader:
             self.problems.append(f"{key}={value!r}: known are {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS.get(value, "silu")
 
-    def token_id(self, key: str) -> int | None:
-        value = self(key, None)
+    def token_id(self, key: str, default: int | None = None) -> int | None:
+        value = self(key, default)
         return value[0] if isinstance(value, list) else value
 
-    def rope(self, max_positions: int) -> RopeConfig:
-        """Both spellings: ``rope_parameters`` (v5), or ``rope_theta`` + ``rope_scaling`` (v4)."""
-        theta = self("rope_theta", None)
-        scaling = self("rope_parameters", None) or self("rope_scaling", None) or {}
-        self.read_keys.add("rope_scaling")
-        scaling = dict(scaling)
-        kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
-        scaling.pop("type", None)
-        theta = scaling.pop("rope_theta", None) or theta or 10_000.0
-        if scaling.get("partial_rotary_factor") == 1.0:
-            scaling.pop("partial_rotary_factor")
-        if kind not in _ROPE_KEYS:
-            self.problems.append(f"rope type {kind!r}: known are {', '.join(_ROPE_KEYS)}")
-            return RopeConfig()
-        given = {key: value for key, value in scaling.items() if value is not None}
-        unknown = set(given) - _ROPE_KEYS[kind]
-        if unknown:
-            self.problems.append(f"rope type {kind!r} does not know {', '.join(sorted(unknown))}")
-        missing = {"factor"} & _ROPE_KEYS[kind] - set(given)
-        if missing:
-            self.problems.append(f"rope type {kind!r} needs factor")
-        return RopeConfig(
-            kind=kind,
-            theta=float(theta),
-            factor=float(given.get("factor", 1.0)),
-            # Dynamic scaling compares with the configured length (transformers ignores the other).
-            original_max_positions=int(
-                max_positions
-                if kind == "dynamic"
-                else given.get("original_max_position_embeddings", max_positions)
-            ),
-            low_freq_factor=float(given.get("low_freq_factor", 1.0)),
-            high_freq_factor=float(given.get("high_freq_factor", 4.0)),
-            beta_fast=float(given.get("beta_fast") or 32.0),
-            beta_slow=float(given.get("beta_slow") or 1.0),
-            attention_factor=float(given.get("attention_factor", 0.0)),
-            truncate=bool(given.get("truncate", True)),
-        )
+    def windows(
+        self,
+        n_layers: int,
+        window: int | None,
+        has_window: Callable[[int], bool],
+    ) -> tuple[int, ...]:
+        """The window of each layer, by ``layer_types`` or (where that is absent) ``has_window``."""
+        default = [SLIDING if has_window(layer) else FULL for layer in range(n_layers)]
+        types = self("layer_types", None) or default
+        if len(types) != n_layers or set(types) - {SLIDING, FULL}:
+            self.problems.append(
+                f"layer_types={types!r} must name {SLIDING!r} or {FULL!r} for each of the "
+                f"{n_layers} layers"
+            )
+            return ()
+        if SLIDING in types and not window:
+            self.problems.append(f"sliding_window={window!r}: layer_types has {SLIDING!r} layers")
+            return ()
+        windows = tuple(window if kind == SLIDING else 0 for kind in types)
+        return windows if any(windows) else ()
 
-    def finish(self, ignored: set[str]) -> None:
-        """Raises ValueError with all problems: values not understood, and keys nobody read."""
-        known = self.read_keys | _BOOKKEEPING | ignored
+    def finish(self, ignored: set[str], neutral: Mapping[str, Any] | None = None) -> None:
+        """Raises ValueError with all problems: values not understood, and keys nobody read.
+
+        Args:
+          ignored: keys that change nothing of what the family computes.
+          neutral: keys with the only value, or a tuple of the values, that is supported.
+        """
+        known, neutral_of = self.read_keys | _BOOKKEEPING | ignored, _NEUTRAL | dict(neutral or {})
         for key, value in self.values.items():
             if key in known:
                 continue
-            if key in _NEUTRAL:
-                neutral = _NEUTRAL[key]
-                choices = neutral if isinstance(neutral, tuple) else (neutral,)
+            if key in neutral_of:
+                only = neutral_of[key]
+                choices = only if isinstance(only, tuple) else (only,)
                 if value not in choices:
                     self.problems.append(f"{key}={value!r} is not supported")
                 continue
@@ -150,3 +120,13 @@ class HFConfigReader:
                 f"config.json of the model ({self.name}) holds what this port cannot honour:\n"
                 + "\n".join(f"  - {problem}" for problem in self.problems)
             )
+
+
+def layer_types_to_hf(windows: tuple[int, ...], n_layers: int) -> dict[str, Any]:
+    """The keys that say which layers have a window."""
+    types = [SLIDING if window else FULL for window in windows or (0,) * n_layers]
+    return {"layer_types": types, "sliding_window": max(windows, default=0) or None}
+
+
+def activation_to_hf(name: str) -> str:
+    return {"gelu_tanh": "gelu_pytorch_tanh"}.get(name, name)

@@ -16,7 +16,6 @@ class RopeConfig:
     Attributes:
       kind: ``"default"``, ``"linear"``, ``"dynamic"``, ``"llama3"``, ``"yarn"`` or ``"longrope"``.
       theta: base of the frequencies.
-      fraction: how much of a head is rotated, from its first entry on.
       factor: how much longer the context is meant to be than in pretraining.
       original_max_positions: context length of pretraining.
       low_freq_factor, high_freq_factor: of ``llama3``.
@@ -24,11 +23,11 @@ class RopeConfig:
       attention_factor: of ``yarn`` and ``longrope``; scales cos and sin, and 0 means Hugging
         Face's default for the factor.
       short_factors, long_factors: of ``longrope``, one a frequency.
+      fraction: how much of a head is rotated, from its first entry on.
     """
 
     kind: str = "default"
     theta: float = 10_000.0
-    fraction: float = 1.0
     factor: float = 1.0
     original_max_positions: int = 0
     low_freq_factor: float = 1.0
@@ -39,6 +38,7 @@ class RopeConfig:
     truncate: bool = True
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    fraction: float = 1.0
 
 
 class LayerKind(NamedTuple):

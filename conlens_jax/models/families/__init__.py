@@ -1,4 +1,9 @@
-"""The families of models, by the ``model_type`` of their config.json."""
+"""The families of models, by the ``model_type`` of their config.json.
+
+A family is a short module: what its config.json means (``config_from_hf``, ``config_to_hf``) and
+what its tensors are called (``param_table``). What the network computes is in the switches of
+:class:`~conlens_jax.models.transformer_config.TransformerConfig`; no other code knows a family.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,47 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from conlens_jax.models.families import llama
+from conlens_jax.models.families import (
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neo,
+    gpt_neox,
+    gpt_oss,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from conlens_jax.models.transformer_config import TransformerConfig
 
-FAMILIES: dict[str, ModuleType] = {module.MODEL_TYPE: module for module in (llama,)}
+_MODULES = (
+    gpt2,
+    gpt_neo,
+    gpt_neox,
+    llama,
+    mistral,
+    qwen2,
+    qwen3,
+    gemma2,
+    gemma3,
+    phi3,
+    olmo2,
+    mixtral,
+    qwen3_moe,
+    gpt_oss,
+)
+FAMILIES: dict[str, ModuleType] = {module.MODEL_TYPE: module for module in _MODULES}
+# A family may read files of several types; what it writes is of the first.
+_BY_MODEL_TYPE = {
+    model_type: module
+    for module in _MODULES
+    for model_type in getattr(module, "MODEL_TYPES", (module.MODEL_TYPE,))
+}
 
 
 def family_of(config: TransformerConfig) -> ModuleType:
@@ -24,9 +66,11 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
       ValueError: unknown ``model_type``, or keys that the family cannot honour.
     """
     model_type = values.get("model_type")
-    if model_type not in FAMILIES:
+    if model_type not in _BY_MODEL_TYPE:
+        remote = "; code that comes with a model (auto_map) is never run" * ("auto_map" in values)
         raise ValueError(
             f"config.json: model_type={model_type!r} is not supported; known families: "
-            + ", ".join(FAMILIES)
+            + ", ".join(_BY_MODEL_TYPE)
+            + remote
         )
-    return FAMILIES[model_type].config_from_hf(values)
+    return _BY_MODEL_TYPE[model_type].config_from_hf(values)

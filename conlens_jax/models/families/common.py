@@ -1,0 +1,154 @@
+"""What the families of Llama's form share: names of keys in config.json, and names of tensors.
+
+The defaults of a key are those of the family's config class in transformers, so each family gives
+its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from conlens_jax.models.hf_config import HFConfigReader, activation_to_hf
+from conlens_jax.models.hf_rope import rope_to_hf
+from conlens_jax.models.param_table import ParamRow, Piece
+from conlens_jax.models.transformer_config import TransformerConfig
+
+LAYER = "model.layers.{layer}."
+IGNORED_KEYS = {"attention_dropout"}
+
+
+def read_sizes(
+    read: HFConfigReader,
+    *,
+    vocab_size: int,
+    d_model: int,
+    d_mlp: int,
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int | None,
+    max_positions: int,
+    head_dim: int | None = None,
+    norm_eps: float = 1e-6,
+    tied: bool = False,
+    bos: int | None = None,
+    eos: int | None = None,
+) -> dict[str, Any]:
+    """The fields that Llama's keys give, by the defaults of a family."""
+    d_model, n_heads = read("hidden_size", d_model), read("num_attention_heads", n_heads)
+    return {
+        "vocab_size": read("vocab_size", vocab_size),
+        "d_model": d_model,
+        "n_layers": read("num_hidden_layers", n_layers),
+        "n_heads": n_heads,
+        "n_kv_heads": read("num_key_value_heads", n_kv_heads) or n_heads,
+        "head_dim": read("head_dim", head_dim) or d_model // n_heads,
+        "d_mlp": read("intermediate_size", d_mlp),
+        "max_positions": read("max_position_embeddings", max_positions),
+        "norm_eps": read("rms_norm_eps", norm_eps),
+        "tied_embeddings": read("tie_word_embeddings", tied),
+        "initializer_range": read("initializer_range", 0.02),
+        "bos_token_id": read.token_id("bos_token_id", bos),
+        "eos_token_id": read.token_id("eos_token_id", eos),
+    }
+
+
+def sizes_to_hf(config: TransformerConfig, model_type: str, architecture: str) -> dict[str, Any]:
+    """The inverse of :func:`read_sizes`, with activation and rotation."""
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.d_mlp,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": activation_to_hf(config.activation),
+        "tie_word_embeddings": config.tied_embeddings,
+        "initializer_range": config.initializer_range,
+        "rope_parameters": rope_to_hf(config.rope),
+        "rope_theta": config.rope.theta,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "dtype": config.dtype,
+    }
+
+
+def layer_row(
+    name: str,
+    dims: str,
+    hf_name: str,
+    layout: str = "linear",
+    init: str = "normal",
+    piece: Piece | None = None,
+) -> ParamRow:
+    """A parameter of each layer; ``hf_name`` is the whole name."""
+    return ParamRow(("layers", name), "N" + dims, hf_name, layout, init, piece)
+
+
+def norm_row(name: str, hf_name: str, dims: str = "D", init: str = "ones") -> ParamRow:
+    return layer_row(name, dims, LAYER + hf_name + ".weight", "same", init)
+
+
+def bias_row(name: str, dims: str, hf_name: str) -> ParamRow:
+    return layer_row(name, dims, hf_name, "same", "zeros")
+
+
+def end_rows(config: TransformerConfig) -> list[ParamRow]:
+    """Embedding, final norm, output head."""
+    norm_init = "zeros" if config.norm_offset else "ones"
+    rows = [
+        ParamRow(("embedding",), "VD", "model.embed_tokens.weight", "same"),
+        ParamRow(("final_norm",), "D", "model.norm.weight", "same", norm_init),
+    ]
+    return rows if config.tied_embeddings else [*rows, head_row()]
+
+
+def head_row(hf_name: str = "lm_head.weight") -> ParamRow:
+    return ParamRow(("output_head",), "DV", hf_name)
+
+
+def pre_norm_rows() -> list[ParamRow]:
+    return [
+        norm_row("attention_norm", "input_layernorm"),
+        norm_row("mlp_norm", "post_attention_layernorm"),
+    ]
+
+
+def attention_rows(*, qkv_bias: bool = False, out_bias: bool = False) -> list[ParamRow]:
+    name = LAYER + "self_attn.{projection}_proj."
+    parts = {"query": ("q", "HX"), "key": ("k", "KX"), "value": ("v", "KX")}
+    weight = lambda letter: name.replace("{projection}", letter) + "weight"
+    bias = lambda letter: name.replace("{projection}", letter) + "bias"
+    rows = [layer_row(part, "D" + dims, weight(q)) for part, (q, dims) in parts.items()]
+    rows.append(layer_row("attention_out", "HXD", weight("o"), "linear", "residual"))
+    if qkv_bias:
+        rows += [bias_row(part + "_bias", dims, bias(q)) for part, (q, dims) in parts.items()]
+    if out_bias:
+        rows.append(bias_row("attention_out_bias", "D", bias("o")))
+    return rows
+
+
+def qk_norm_rows(query_dims: str, key_dims: str, init: str = "ones") -> list[ParamRow]:
+    return [
+        norm_row("query_norm", "self_attn.q_norm", query_dims, init),
+        norm_row("key_norm", "self_attn.k_norm", key_dims, init),
+    ]
+
+
+def gated_mlp_rows(*, bias: bool = False) -> list[ParamRow]:
+    rows = [
+        layer_row("gate", "DF", LAYER + "mlp.gate_proj.weight"),
+        layer_row("up", "DF", LAYER + "mlp.up_proj.weight"),
+        layer_row("down", "FD", LAYER + "mlp.down_proj.weight", "linear", "residual"),
+    ]
+    if bias:
+        rows += [
+            bias_row("gate_bias", "F", LAYER + "mlp.gate_proj.bias"),
+            bias_row("up_bias", "F", LAYER + "mlp.up_proj.bias"),
+            bias_row("down_bias", "D", LAYER + "mlp.down_proj.bias"),
+        ]
+    return rows

@@ -1,0 +1,99 @@
+"""Gemma 3, its text part: Gemma 2 with a norm of each head's query and key in place of the soft
+caps, five layers with a window to one without, and a rotation of its own for each.
+
+A multimodal folder is read for its text part: the keys of ``text_config``, and the tensors of the
+language model. What is written is a text model.
+
+Source: transformers' ``modeling_gemma3.py`` and ``configuration_gemma3.py``; arXiv:2503.19786.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from conlens_jax.models.families import common, gemma2
+from conlens_jax.models.hf_config import FULL, SLIDING, HFConfigReader
+from conlens_jax.models.hf_rope import parse_rope, rope_to_hf
+from conlens_jax.models.param_table import ParamRow
+from conlens_jax.models.transformer_config import RopeConfig, TransformerConfig
+
+MODEL_TYPE = "gemma3_text"
+MODEL_TYPES = ("gemma3_text", "gemma3")
+# Names of the language model in a multimodal folder, as it is on the hub and as v5 has it in memory.
+RENAMES = (
+    (r"^language_model\.model\.", "model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^model\.language_model\.", "model."),
+)
+IGNORED = (r"(model\.)?vision_tower\..*", r"(model\.)?multi_modal_projector\..*")
+_IGNORED_KEYS = common.IGNORED_KEYS | {"hidden_act", "_sliding_window_pattern"}
+# transformers has the key of a soft cap of the scores and does not use it.
+_NEUTRAL = {"use_bidirectional_attention": (None, False), "attn_logit_softcapping": None}
+
+
+def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
+    """Reads config.json; raises ValueError as every family does."""
+    if values["model_type"] == "gemma3":
+        values = _text_part(values)
+    read = HFConfigReader(values, "Gemma3TextConfig")
+    sizes = common.read_sizes(
+        read,
+        vocab_size=262_208,
+        d_model=2304,
+        d_mlp=9216,
+        n_layers=26,
+        n_heads=8,
+        n_kv_heads=4,
+        head_dim=256,
+        max_positions=131_072,
+        tied=True,
+        bos=2,
+        eos=1,
+    )
+    window, every = read("sliding_window", 4096), read("sliding_window_pattern", 6)
+    whole, local = _ropes(read, sizes["max_positions"])
+    config = TransformerConfig(
+        family=MODEL_TYPE,
+        **sizes,
+        **gemma2.norms_and_scales(read, sizes["d_model"], final_cap=None),
+        qk_norm="head",
+        rope=whole,
+        local_rope=local,
+        windows=read.windows(sizes["n_layers"], window, lambda layer: (layer + 1) % every != 0),
+    )
+    read.finish(ignored=_IGNORED_KEYS, neutral=_NEUTRAL)
+    return config
+
+
+def _text_part(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of ``text_config``, and those that a multimodal config.json has beside it."""
+    beside = ("bos_token_id", "eos_token_id", "tie_word_embeddings", "quantization_config")
+    found = {key: values[key] for key in beside if values.get(key) is not None}
+    return found | dict(values.get("text_config") or {}) | {"model_type": MODEL_TYPE}
+
+
+def _ropes(read: HFConfigReader, max_positions: int) -> tuple[RopeConfig, RopeConfig]:
+    """The rotations of layers without a window and of those with one."""
+    given = read("rope_parameters", None) or {}
+    whole, local = dict(given.get(FULL) or {}), dict(given.get(SLIDING) or {})
+    if given and not (whole or local):
+        read.problems.append(f"rope_parameters={given!r} must hold {FULL!r} and {SLIDING!r}")
+    whole |= read("rope_scaling", None) or {}
+    whole.setdefault("rope_theta", read("rope_theta", None) or 1_000_000.0)
+    local.setdefault("rope_theta", read("rope_local_base_freq", None) or 10_000.0)
+    return parse_rope(read, whole, max_positions), parse_rope(read, local, max_positions)
+
+
+def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
+    values = common.sizes_to_hf(config, MODEL_TYPE, "Gemma3ForCausalLM")
+    values |= gemma2.norms_and_scales_to_hf(config)
+    values["rope_parameters"] = {
+        FULL: rope_to_hf(config.rope),
+        SLIDING: rope_to_hf(config.local_rope),
+    }
+    return values
+
+
+def param_table(config: TransformerConfig) -> list[ParamRow]:
+    return [*gemma2.param_table(config), *common.qk_norm_rows("X", "X", "zeros")]

@@ -1,0 +1,133 @@
+"""Rotary embeddings in a config.json, in both spellings: ``rope_parameters`` of transformers v5,
+``rope_theta`` and ``rope_scaling`` of v4."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from conlens_jax.models.hf_config import HFConfigReader
+from conlens_jax.models.transformer_config import RopeConfig
+
+_KEYS = {
+    "default": set(),
+    "linear": {"factor"},
+    "dynamic": {"factor", "original_max_position_embeddings"},
+    "llama3": {
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    },
+    "yarn": {
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "truncate",
+    },
+    "longrope": {
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "short_factor",
+        "long_factor",
+    },
+}
+_NEEDED = {"factor", "short_factor", "long_factor"}
+
+
+def read_rope(
+    read: HFConfigReader,
+    max_positions: int,
+    *,
+    theta: float = 10_000.0,
+    fraction: float | None = None,
+    scaling: Mapping[str, Any] | None = None,
+    original_max_positions: int | None = None,
+    synonyms: Mapping[str, str] | None = None,
+) -> RopeConfig:
+    """The rotation of all layers.
+
+    Args:
+      theta, fraction, scaling: what holds where the file does not say; ``fraction`` is None where
+        the family rotates whole heads only.
+      original_max_positions: of a family that has it beside ``rope_parameters``; it wins.
+      synonyms: the family's own names of kinds.
+    """
+    given = read("rope_scaling", None) or read("rope_parameters", None)
+    read.read_keys.update(("rope_scaling", "rope_parameters"))
+    given = dict(given or scaling or {})
+    given.setdefault("rope_theta", read("rope_theta", None) or theta)
+    if fraction is not None:
+        given.setdefault("partial_rotary_factor", read("partial_rotary_factor", None) or fraction)
+    kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
+    given["rope_type"] = (synonyms or {}).get(kind, kind)
+    if original_max_positions is not None and "original_max_position_embeddings" in _KEYS.get(
+        given["rope_type"], ()
+    ):
+        given["original_max_position_embeddings"] = original_max_positions
+    return parse_rope(read, given, max_positions, partial=fraction is not None)
+
+
+def parse_rope(
+    read: HFConfigReader, given: Mapping[str, Any], max_positions: int, *, partial: bool = False
+) -> RopeConfig:
+    """One dict of ``rope_parameters``; problems go to the reader."""
+    given = {key: value for key, value in given.items() if value is not None}
+    kind = given.pop("rope_type", None) or given.get("type") or "default"
+    given.pop("type", None)
+    theta, fraction = given.pop("rope_theta"), float(given.pop("partial_rotary_factor", 1.0))
+    if fraction != 1.0 and not partial:
+        read.problems.append(f"partial_rotary_factor={fraction} is not supported")
+    if kind not in _KEYS:
+        read.problems.append(f"rope type {kind!r}: known are {', '.join(_KEYS)}")
+        return RopeConfig()
+    if unknown := set(given) - _KEYS[kind]:
+        read.problems.append(f"rope type {kind!r} does not know {', '.join(sorted(unknown))}")
+    original = given.get("original_max_position_embeddings", max_positions)
+    if kind == "longrope":
+        given.setdefault("factor", max_positions / original)
+    for missing in sorted(_NEEDED & _KEYS[kind] - set(given)):
+        read.problems.append(f"rope type {kind!r} needs {missing}")
+    return RopeConfig(
+        kind=kind,
+        theta=float(theta),
+        factor=float(given.get("factor", 1.0)),
+        # Dynamic scaling compares with the configured length (transformers ignores the other).
+        original_max_positions=int(max_positions if kind == "dynamic" else original),
+        low_freq_factor=float(given.get("low_freq_factor", 1.0)),
+        high_freq_factor=float(given.get("high_freq_factor", 4.0)),
+        beta_fast=float(given.get("beta_fast") or 32.0),
+        beta_slow=float(given.get("beta_slow") or 1.0),
+        attention_factor=float(given.get("attention_factor", 0.0)),
+        truncate=bool(given.get("truncate", True)),
+        short_factors=tuple(map(float, given.get("short_factor", ()))),
+        long_factors=tuple(map(float, given.get("long_factor", ()))),
+        fraction=fraction,
+    )
+
+
+def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
+    """``rope_parameters`` of config.json."""
+    values: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
+    if rope.fraction != 1.0:
+        values["partial_rotary_factor"] = rope.fraction
+    if rope.kind != "default":
+        values["factor"] = rope.factor
+    if rope.kind in ("llama3", "yarn", "longrope"):
+        values["original_max_position_embeddings"] = rope.original_max_positions
+    if rope.kind == "llama3":
+        values["low_freq_factor"] = rope.low_freq_factor
+        values["high_freq_factor"] = rope.high_freq_factor
+    if rope.kind == "yarn":
+        values["beta_fast"] = rope.beta_fast
+        values["beta_slow"] = rope.beta_slow
+        values["truncate"] = rope.truncate
+    if rope.kind == "longrope":
+        values["short_factor"] = list(rope.short_factors)
+        values["long_factor"] = list(rope.long_factors)
+    if rope.attention_factor:
+        values["attention_factor"] = rope.attention_factor
+    return values

@@ -1,0 +1,153 @@
+"""Every family against transformers' own model as the oracle: states, logits, padding, the cache.
+
+The cases are the rows of ``family_cases.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from family_cases import CASES, Case, each_case, each_family
+from tiny_lens import fast_jit
+from tiny_models import hf_forward, hf_model, random_tokens, tiny_config
+
+from conlens_jax import LanguageModel, load_model
+from conlens_jax.models.cache import empty_cache
+from conlens_jax.models.layer_kinds import NO_POSITION, slice_layers
+from conlens_jax.models.transformer import (
+    embed_tokens,
+    enter,
+    forward,
+    positions_of,
+    run_layers,
+    unembed,
+)
+from conlens_jax.models.transformer_config import RopeConfig, TransformerConfig
+
+LENGTH = 24
+# (first valid token, one behind the last) of each row: no padding, left, right, both.
+SPANS = ((0, LENGTH), (7, LENGTH), (0, 17), (5, 20))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The same weights in transformers and here."""
+
+    oracle: object
+    model: LanguageModel
+
+
+@pytest.fixture(scope="session")
+def make_pair(tmp_path_factory):
+    """Makes a transformers model and loads its folder; one a case in the session."""
+    pytest.importorskip("torch")
+    pairs = {}
+
+    def make(case: Case) -> Pair:
+        key = repr(case)
+        if key not in pairs:
+            folder = tmp_path_factory.mktemp("pair")
+            oracle = hf_model(case.family, **case.changes)
+            oracle.save_pretrained(folder)
+            pairs[key] = Pair(oracle, load_model(folder, unroll=1))
+        return pairs[key]
+
+    return make
+
+
+@functools.cache
+def padded_rows() -> tuple[np.ndarray, np.ndarray]:
+    place = np.arange(LENGTH)
+    mask = np.array([(place >= first) & (place < stop) for first, stop in SPANS])
+    return np.where(mask, random_tokens(len(SPANS), LENGTH), 0), mask
+
+
+@functools.partial(fast_jit, static_argnames="config")
+def block_by_block(params, embeddings, mask, *, config):
+    """The output of every block, each run by itself as a part of the stack."""
+    positions, states = positions_of(mask), []
+    x = enter(params, embeddings, positions)
+    for number in range(config.n_layers):
+        block = slice_layers(params["layers"], number, number + 1)
+        x, _ = run_layers(block, x, positions, config=config)
+        states.append(x)
+    return jnp.stack(states, axis=1), unembed(params, x, config=config)
+
+
+@functools.partial(fast_jit, static_argnames="config")
+def whole_pass(params, tokens, mask, *, config):
+    return forward(params, tokens, config=config, mask_BS=mask)
+
+
+embed = fast_jit(embed_tokens, static_argnames="config")
+
+
+def assert_close(ours_BnSD, theirs_BnSD, mask, atol):
+    valid = lambda array: np.moveaxis(np.asarray(array), 1, 2)[mask]
+    np.testing.assert_allclose(valid(ours_BnSD), valid(theirs_BnSD), rtol=0, atol=atol)
+
+
+@each_case
+def test_every_state_and_the_logits_equal_transformers(make_pair, case):
+    """On all valid positions, whatever side the padding is on."""
+    pair, (tokens, mask) = make_pair(case), padded_rows()
+    logits, hidden = hf_forward(pair.oracle, tokens, mask)
+    params, config = pair.model.params, pair.model.config
+    embeddings = embed(params, tokens, config=config)
+    states, from_parts = block_by_block(params, embeddings, mask, config=config)
+    assert_close(states, hidden, mask, case.atol)
+    np.testing.assert_allclose(from_parts[mask], logits[mask], rtol=0, atol=case.atol)
+    whole = np.asarray(whole_pass(params, tokens, mask, config=config))
+    np.testing.assert_allclose(whole[mask], logits[mask], rtol=0, atol=case.atol)
+    assert np.isfinite(whole).all(), "padding rows must not turn into NaN: they reach gradients"
+    assert np.abs(logits[mask]).max() > 0.1
+
+
+@each_family
+def test_embeddings_go_in_where_transformers_takes_them(make_pair, family):
+    case, (_, mask) = CASES[family], padded_rows()
+    pair = make_pair(case)
+    shape = (*mask.shape, pair.model.config.d_model)
+    embeddings = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+    logits, hidden = hf_forward(pair.oracle, None, mask, embeddings)
+    inputs = (pair.model.params, embeddings, mask)
+    states, ours = block_by_block(*inputs, config=pair.model.config)
+    assert_close(states, hidden, mask, case.atol)
+    np.testing.assert_allclose(ours[mask], logits[mask], rtol=0, atol=case.atol)
+
+
+# What a field is set to in order to switch it off, where that is not the field's default.
+_OFF = {"local_rope": lambda config: None, "post_norms": lambda config: not config.post_norms}
+_NOT_SWITCHES = {
+    *("family", "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_mlp"),
+    *("max_positions", "tied_embeddings", "attention_bias", "mlp_bias", "initializer_range"),
+    *("bos_token_id", "eos_token_id", "dtype", "unroll", "remat", "attention", "n_experts"),
+    # Seen in 16 bits only; what else the norms are made of hangs together.
+    *("norm_in_fp32", "gated_mlp", "pre_norms", "learned_positions", "experts_per_token"),
+}
+
+
+def switched_off(config: TransformerConfig) -> dict[str, TransformerConfig]:
+    """The config with each of its switches at its default."""
+    off = {}
+    for field in dataclasses.fields(config):
+        default = RopeConfig() if field.name == "rope" else field.default
+        if field.name not in _NOT_SWITCHES and getattr(config, field.name) != default:
+            off[field.name] = dataclasses.replace(config, **{field.name: default})
+    return off
+
+
+@each_case
+def test_every_switch_matters(make_pair, case):
+    """Parity would fail if a switch were forgotten: without it the logits are others."""
+    pair, (tokens, mask) = make_pair(case), padded_rows()
+    params, config = pair.model.params, pair.model.config
+    expected = np.asarray(whole_pass(params, tokens, mask, config=config))
+    for name, changed in switched_off(config).items():
+        logits = np.asarray(whole_pass(params, tokens, mask, config=changed))
+        assert np.abs(logits - expected)[mask].max() > 20 * case.atol, name
