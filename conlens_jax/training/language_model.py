@@ -28,7 +28,8 @@ from conlens_jax.data.corpus import Document, open_corpus
 from conlens_jax.data.tokenizer import Tokenizer, train_bpe_tokenizer, train_word_tokenizer
 from conlens_jax.lens.losses import cross_entropy
 from conlens_jax.lens.schedules import make_schedule
-from conlens_jax.models import hf_io, llama
+from conlens_jax.models import hf_io
+from conlens_jax.models.families import llama
 from conlens_jax.models.param_table import Params, init_params
 from conlens_jax.models.transformer import forward
 from conlens_jax.models.transformer_config import RopeConfig, TransformerConfig
