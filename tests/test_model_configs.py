@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from conlens_jax.config import ConfigError, ExperimentConfig
-from conlens_jax.models.families import FAMILIES, family_of
+from conlens_jax.models.families import family_of
 from conlens_jax.models.param_table import abstract_params, count_params
 from conlens_jax.models.transformer import forward
 from conlens_jax.parallel.footprint import count, device_bytes, total_bytes
@@ -42,9 +41,6 @@ def readme() -> str:
 
 
 def shape_of(name: str):
-    model_type = json.loads(FILES[name].read_text(encoding="utf-8"))["model_type"]
-    if model_type not in FAMILIES:
-        pytest.skip(f"{model_type} is not a supported family")
     config = dataclasses.replace(
         ExperimentConfig(),
         model=dataclasses.replace(
