@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Any
 
 import jax
 
@@ -35,7 +36,9 @@ class CompiledMemory:
         return self.arguments + self.temporary + self.outputs - self.aliased
 
 
-def compile_step(plan: Plan, stage: Stage) -> CompiledMemory:
+def compile_step(
+    plan: Plan, stage: Stage, compiler_options: dict[str, Any] | None = None
+) -> CompiledMemory:
     """Compiles a stage's step; ``plan.mesh`` must have devices.
 
     Raises:
@@ -43,7 +46,7 @@ def compile_step(plan: Plan, stage: Stage) -> CompiledMemory:
     """
     started = time.perf_counter()
     lowered = plan.step(stage).lower(plan.state(stage), plan.frozen_in(stage), plan.batch(stage))
-    analysis = lowered.compile().memory_analysis()
+    analysis = lowered.compile(compiler_options).memory_analysis()
     if analysis is None:
         raise ValueError(f"--compile: the backend {jax.default_backend()!r} tells no memory")
     return CompiledMemory(
