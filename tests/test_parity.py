@@ -8,17 +8,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from family_cases import CASES, Case, each_case, each_family
 from tiny_lens import fast_jit
-from tiny_models import hf_forward, hf_model, random_tokens, tiny_config
+from tiny_models import hf_forward, hf_model, random_params, random_tokens, tiny_config
 
 from conlens_jax import LanguageModel, load_model
-from conlens_jax.models.cache import empty_cache
-from conlens_jax.models.layer_kinds import NO_POSITION, slice_layers
+from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.transformer import (
     embed_tokens,
     enter,
@@ -121,33 +119,42 @@ def test_embeddings_go_in_where_transformers_takes_them(make_pair, family):
     np.testing.assert_allclose(ours[mask], logits[mask], rtol=0, atol=case.atol)
 
 
-# What a field is set to in order to switch it off, where that is not the field's default.
-_OFF = {"local_rope": lambda config: None, "post_norms": lambda config: not config.post_norms}
+# Fields that say how large something is or how the network is run, and those that cannot be
+# switched by themselves because other parameters would be there.
 _NOT_SWITCHES = {
     *("family", "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_mlp"),
     *("max_positions", "tied_embeddings", "attention_bias", "mlp_bias", "initializer_range"),
     *("bos_token_id", "eos_token_id", "dtype", "unroll", "remat", "attention", "n_experts"),
-    # Seen in 16 bits only; what else the norms are made of hangs together.
-    *("norm_in_fp32", "gated_mlp", "pre_norms", "learned_positions", "experts_per_token"),
+    *("gated_mlp", "pre_norms", "learned_positions", "experts_per_token"),
+    # Seen in 16 bits only.
+    "norm_in_fp32",
 }
 
 
-def switched_off(config: TransformerConfig) -> dict[str, TransformerConfig]:
-    """The config with each of its switches at its default."""
-    off = {}
-    for field in dataclasses.fields(config):
-        default = RopeConfig() if field.name == "rope" else field.default
-        if field.name not in _NOT_SWITCHES and getattr(config, field.name) != default:
-            off[field.name] = dataclasses.replace(config, **{field.name: default})
-    return off
+def switches() -> dict[str, tuple[Case, TransformerConfig, TransformerConfig]]:
+    """For each value of a switch the first case that has it, and its config with and without."""
+    found = {}
+    for case in CASES.values():
+        config = dataclasses.replace(tiny_config(case.family, **case.changes), unroll=1)
+        for field in dataclasses.fields(config):
+            value, default = getattr(config, field.name), field.default
+            if field.name == "rope" and value is not None:
+                default = RopeConfig(original_max_positions=value.original_max_positions)
+            if field.name in _NOT_SWITCHES or value == default or (value is None):
+                continue
+            kind = value.kind if isinstance(value, RopeConfig) else value
+            label = f"{field.name}: {kind}" if isinstance(kind, str) else field.name
+            without = dataclasses.replace(config, **{field.name: default})
+            found.setdefault(label, (case, config, without))
+    return found
 
 
-@each_case
-def test_every_switch_matters(make_pair, case):
+@pytest.mark.parametrize("label", switches())
+def test_every_switch_matters(label):
     """Parity would fail if a switch were forgotten: without it the logits are others."""
-    pair, (tokens, mask) = make_pair(case), padded_rows()
-    params, config = pair.model.params, pair.model.config
-    expected = np.asarray(whole_pass(params, tokens, mask, config=config))
-    for name, changed in switched_off(config).items():
-        logits = np.asarray(whole_pass(params, tokens, mask, config=changed))
-        assert np.abs(logits - expected)[mask].max() > 20 * case.atol, name
+    case, config, without = switches()[label]
+    params, (tokens, mask) = random_params(config), padded_rows()
+    logits, others = (
+        np.asarray(whole_pass(params, tokens, mask, config=c)) for c in (config, without)
+    )
+    assert np.abs(logits - others)[mask].max() > 50 * case.atol

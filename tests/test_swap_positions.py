@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_cases import CASES, Case
 from tiny_lens import fast_jit, relative_error, tiny_spec
-from tiny_models import TINY, random_params, random_tokens
+from tiny_models import random_params, random_tokens, tiny_config
 
 from conlens_jax.lens.losses import kl_divergence
 from conlens_jax.lens.original import read_context, swapped_logits
 from conlens_jax.lens.spec import LensSpec
-from conlens_jax.models.families import FAMILIES, config_from_hf
+from conlens_jax.models.families import FAMILIES
 from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.transformer import (
     embed_tokens,
@@ -31,26 +33,28 @@ from conlens_jax.models.transformer import (
     unembed,
 )
 
-LENGTH, LAYERS = 9, TINY["num_hidden_layers"]
+LENGTH = 9
 # (first valid token, one behind the last): no padding, left, right, both.
 SPANS = ((0, LENGTH), (3, LENGTH), (0, LENGTH - 2), (2, LENGTH - 1))
-# A family whose config.json has keys of its own says here what its tiny model looks like.
-SHAPES = {name: TINY | {"model_type": name} for name in FAMILIES}
-VARIANTS = [
-    *((name, {}) for name in FAMILIES),
-    ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
-]
-CASES = [
-    pytest.param(*variant, layer, horizon, id=f"{variant[0]}{len(variant[1])}-{layer}-{horizon}")
-    for variant in VARIANTS
-    for layer in (0, LAYERS // 2, LAYERS - 1)
-    for horizon in (1, 3)
+VARIANTS = {
+    **{family: CASES[family] for family in FAMILIES},
+    "llama, tied, biases": Case(
+        "llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}
+    ),
+}
+# Every layer for the plainest; elsewhere one below which, and above which, layers differ.
+CASES_OF_SWAP = [
+    pytest.param(VARIANTS[name], layer, horizon, id=f"{name}-{layer}-{horizon}")
+    for name in VARIANTS
+    for layer, horizon in (
+        itertools.product((0, 1, 2), (1, 3)) if name == "llama" else ((0, 3), (1, 1))
+    )
 ]
 
 
 @functools.cache
 def model_of(family: str, changes: tuple):
-    config = dataclasses.replace(config_from_hf(SHAPES[family] | dict(changes)), unroll=1)
+    config = dataclasses.replace(tiny_config(family, **dict(changes)), unroll=1)
     params = random_params(config)
     return config, params | {"embedding": 4 * params["embedding"]}
 
@@ -115,9 +119,9 @@ def cheap(params, tokens, mask, indices, vector, *, spec, horizon):
     return context.logits_BhV, context.residual_BhD[:, 0], logits, gradient, own
 
 
-@pytest.mark.parametrize(("family", "changes", "layer", "horizon"), CASES)
-def test_swap_at_every_position(family, changes, layer, horizon):
-    config, params = model_of(family, tuple(changes.items()))
+@pytest.mark.parametrize(("case", "layer", "horizon"), CASES_OF_SWAP)
+def test_swap_at_every_position(case, layer, horizon):
+    config, params = model_of(case.family, tuple(case.changes.items()))
     tokens, mask, indices = rows_for(horizon)
     rng = np.random.default_rng(1)
     vector = jnp.asarray(rng.standard_normal((len(tokens), config.d_model)), jnp.float32)

@@ -55,7 +55,9 @@ _TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
     "qwen3": {"head_dim": 12},
     "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": WINDOW}
-    | {"attn_logit_softcapping": 0.8, "final_logit_softcapping": 2.0, "tie_word_embeddings": True},
+    | {"attn_logit_softcapping": 0.8, "final_logit_softcapping": 2.0, "tie_word_embeddings": True}
+    # Its scaled embeddings are large beside a small ε.
+    | {"rms_norm_eps": 1e-2},
     "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": WINDOW}
     | {"sliding_window_pattern": 2, "tie_word_embeddings": True},
     "phi3": {"sliding_window": WINDOW},

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from conlens_jax.config.estimator import Estimator
 from conlens_jax.lens.estimators import logits_cotangent, token_keys
+from conlens_jax.models.quantized import Matrix, matmul, take_rows, take_rows_bar
 
 STRAIGHT_THROUGH = Estimator()
 
@@ -79,7 +80,7 @@ def straight_through_embed(
     logits: Float[Array, "*B V"],
     noise: Float[Array, "*B V"],
     tokens: Int[Array, "*B"],
-    embedding_VD: Float[Array, "V D"],
+    embedding_VD: Matrix,
     tau: Float[Array, ""],
     *,
     estimator: Estimator = STRAIGHT_THROUGH,
@@ -111,7 +112,7 @@ def straight_through_embed(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _embed(estimator, logits, noise, tokens, embedding_VD, tau, keys):
     del estimator, logits, noise, tau, keys
-    return jnp.take(embedding_VD, tokens, axis=0)
+    return take_rows(embedding_VD, tokens)
 
 
 def _forward(estimator, *inputs):
@@ -120,9 +121,9 @@ def _forward(estimator, *inputs):
 
 def _backward(estimator, residuals, cotangent):
     logits, noise, tokens, embedding_VD, tau, keys = residuals
-    wanted = jnp.matmul(cotangent, embedding_VD.T)
+    wanted = matmul(cotangent, embedding_VD.T)
     logits_bar = logits_cotangent(estimator, wanted, logits, noise, tokens, tau, keys)
-    table_bar = jnp.zeros_like(embedding_VD).at[tokens].add(cotangent)
+    table_bar = take_rows_bar(embedding_VD, tokens, cotangent)
     return logits_bar.astype(logits.dtype), None, None, table_bar, None, None
 
 

@@ -29,6 +29,7 @@ from conlens_jax.lens.spec import Decoder, LensSpec
 from conlens_jax.lens.vocabulary import chunks_of, sampled_embeddings
 from conlens_jax.models.backward import TokenPullBack, keep_layers, pull_back_layers
 from conlens_jax.models.param_table import Params
+from conlens_jax.models.quantized import matmul, take_rows_bar, zeros_bar
 from conlens_jax.models.transformer import (
     Patches,
     all_positions,
@@ -118,7 +119,7 @@ def _backward(spec, residuals, wanted_BTD):
 
     sweeps = history_sweeps(spec.lens.history_gradient, spec.text_len)
     total_BTD = wanted_BTD
-    head_bar = jax.tree.map(jnp.zeros_like, head)
+    head_bar = zeros_bar(head)
     if spec.lens.history_gradient == "exact" and sweeps:
         history_bar = _visit_tokens(residuals, wanted_BTD, positions_BS, spec)
         head_bar, through = pull_tokens(history_bar)
@@ -137,7 +138,7 @@ def _backward(spec, residuals, wanted_BTD):
     decoder_bar, activation_bar = pull((x_bar[:, :prompt_len].astype(prompt_BpD.dtype), patches))
     history_bar = scale_embeddings(x_bar[:, prompt_len:].astype(table_VD.dtype), spec.model)
     base_bar: Params = dict(decoder_bar.base)
-    base_bar["embedding"] = jnp.zeros_like(table_VD).at[tokens_BT[:, :-1]].add(history_bar)
+    base_bar["embedding"] = take_rows_bar(table_VD, tokens_BT[:, :-1], history_bar)
     if "position_embedding" in base_bar:
         in_order = jnp.sum(x_bar, axis=0).astype(table_VD.dtype)
         base_bar["position_embedding"] = base_bar["position_embedding"].at[:length].add(in_order)
@@ -169,7 +170,7 @@ def _visit_tokens(residuals, wanted_BTD: Array, positions_BS: Array, spec: LensS
         out_bar_B1D = at(wanted_BTD, token + 1) + through_B1D
         history_bar_BD, later = go_back(token, out_bar_B1D[:, 0], later)
         row_bar_B1D = scale_embeddings(history_bar_BD[:, None].astype(table_VD.dtype), spec.model)
-        wanted = jnp.matmul(row_bar_B1D, table_VD.T)
+        wanted = matmul(row_bar_B1D, table_VD.T)
         state_B1D = at(state_BTD, token)
         logits, pull_head = jax.vjp(head.logits, state_B1D)
         logits_bar = logits_cotangent(

@@ -233,7 +233,8 @@ def init_lens(
         trainable["encoder"]["base"] = copy(_encoder_base(original, spec))
     if lens.train_output_head and not (lens.train_decoder == "full" and "output_head" in original):
         # A trained head of its own: of a frozen decoder, or untied from a trained embedding.
-        trainable["decoder"]["output_head"] = jnp.copy(output_head(original))
+        # As floats, where the original's is int8.
+        trainable["decoder"]["output_head"] = jnp.copy(output_head(original).astype(dtype))
     if lens.input_patches:
         n = lens.input_patches
         trainable["decoder"]["input_patches"] = {

@@ -34,17 +34,19 @@ def init_adapters(
       targets: names of layer matrices, such as ``query``.
 
     Returns:
-      ``{target: {"in": [N, *inputs, r], "out": [N, r, *outputs]}}``, in ``config.dtype``.
+      ``{target: {"in": [N, *inputs, r], "out": [N, r, *outputs]}}``, in ``config.dtype``; with the
+      experts behind N where the matrix has them.
     """
     rows = {row.path[-1]: row for row in family_of(config).param_table(config) if row.stacked}
     dtype, sizes = array_dtype(config), config.dim_sizes
     adapters = {}
     for target, target_key in zip(targets, jax.random.split(key, len(targets)), strict=True):
         inputs, outputs = ([sizes[dim] for dim in dims] for dims in rows[target].matrix_dims)
-        draw = jax.random.normal(target_key, (n_layers, *inputs, rank), jnp.float32)
+        leading = (n_layers, config.n_experts) if rows[target].has_experts else (n_layers,)
+        draw = jax.random.normal(target_key, (*leading, *inputs, rank), jnp.float32)
         adapters[target] = {
             "in": (draw / math.sqrt(math.prod(inputs))).astype(dtype),
-            "out": jnp.zeros((n_layers, rank, *outputs), dtype),
+            "out": jnp.zeros((*leading, rank, *outputs), dtype),
         }
     return adapters
 
@@ -61,11 +63,13 @@ def with_adapters(layers: Params, adapters: Params, scale: Float[Array, ""]) -> 
 
 
 def low_rank(equation: str, x: Array, lora_in: Array, lora_out: Array) -> Array:
-    """(x·A)·B for the einsum ``equation`` of x·W, for example ``"bsd,dhx->bshx"``."""
+    """(x·A)·B for the einsum ``equation`` of x·W, for example ``"bsd,dhx->bshx"``; a first letter
+    ``e`` of W is its expert, and each has an A and a B of its own."""
     operands, output = equation.split("->")
     inputs, matrix = operands.split(",")
-    contracted = "".join(dim for dim in matrix if dim in inputs)
+    expert = "e" if matrix.startswith("e") else ""
+    contracted = "".join(dim for dim in matrix if dim in inputs and dim not in expert)
     batch = "".join(dim for dim in inputs if dim not in matrix)
-    produced = "".join(dim for dim in matrix if dim not in inputs)
-    low = jnp.einsum(f"{inputs},{contracted}r->{batch}r", x, lora_in)
-    return jnp.einsum(f"{batch}r,r{produced}->{output}", low, lora_out)
+    produced = "".join(dim for dim in matrix if dim not in inputs and dim not in expert)
+    low = jnp.einsum(f"{inputs},{expert}{contracted}r->{batch}{expert}r", x, lora_in)
+    return jnp.einsum(f"{batch}{expert}r,{expert}r{produced}->{output}", low, lora_out)

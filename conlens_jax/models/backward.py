@@ -33,6 +33,7 @@ from conlens_jax.models.block import (
 from conlens_jax.models.layer_kinds import Layers, params_of, surroundings_of
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.products import Products
+from conlens_jax.models.quantized import split_frozen, zeros_bar
 from conlens_jax.models.transformer import Patches, scan_layers
 from conlens_jax.models.transformer_config import TransformerConfig
 
@@ -68,11 +69,13 @@ def pull_back_layers(
     def back(x_bar_BSD: Array, layer):
         weights, kept, place = layer
 
-        def run(weights, x_BSD):
-            inputs = (x_BSD, None, None, kept.products, place, surroundings, None)
-            return Block(config).apply({"params": weights}, *inputs)[0]
+        trained, frozen = split_frozen(weights)
 
-        _, pull = jax.vjp(run, weights, kept.inputs_BSD)
+        def run(trained, x_BSD):
+            inputs = (x_BSD, None, None, kept.products, place, surroundings, None)
+            return Block(config).apply({"params": {**trained, **frozen}}, *inputs)[0]
+
+        _, pull = jax.vjp(run, trained, kept.inputs_BSD)
         weights_bar, x_bar_BSD = pull(x_bar_BSD)
         # The patch was added to the input, which is what was kept.
         patch_bar_BD = None if patch_at is None else x_bar_BSD[:, patch_at]
@@ -82,7 +85,8 @@ def pull_back_layers(
     x_bar_BSD, (layers_bar, patches_bar) = jax.lax.scan(
         back, out_bar_BSD, stack, reverse=True, unroll=config.unroll or len(kept.keys)
     )
-    return layers_bar, x_bar_BSD, patches_bar
+    _, frozen = split_frozen(params_of(layers))
+    return {**layers_bar, **zeros_bar(frozen)}, x_bar_BSD, patches_bar
 
 
 class Later(NamedTuple):

@@ -8,7 +8,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from jax.sharding import Mesh
+import jax
+from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 from conlens_jax.models.families import config_from_hf, family_of
@@ -16,7 +17,8 @@ from conlens_jax.models.hub import resolve_folder
 from conlens_jax.models.model_saving import save_model
 from conlens_jax.models.mxfp4 import MXFP4
 from conlens_jax.models.param_loading import CHUNK_BYTES, ParamReader
-from conlens_jax.models.param_table import Params, build_tree, count_params, leaf
+from conlens_jax.models.param_table import ParamRow, Params, build_tree, count_params, leaf
+from conlens_jax.models.quantized import Int8Matrix, quantise
 from conlens_jax.models.sharding import param_shardings
 from conlens_jax.models.tensor_files import FLOATS, TensorFiles, read_json, weight_files
 from conlens_jax.models.transformer_config import TransformerConfig, array_dtype
@@ -66,7 +68,8 @@ def load_params(
     progress: bool | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Params:
-    """Reads the weights onto a mesh, in ``config.dtype``; each device gets its slices alone.
+    """Reads the weights onto a mesh, in ``config.dtype`` or as ``config.quantise`` says; each
+    device gets its slices alone.
 
     Every tensor is checked by name, shape and the size of its file before the first is read.
 
@@ -96,7 +99,22 @@ def load_params(
     )
     reader = ParamReader(tensors, config, on_bytes=bar.update, chunk_bytes=chunk_bytes)
     with bar, contextlib.closing(reader):
-        return build_tree((row.path, reader.load(row, leaf(shardings, row.path))) for row in table)
+        return build_tree(
+            (row.path, _load(reader, row, config, leaf(shardings, row.path))) for row in table
+        )
+
+
+def _load(
+    reader: ParamReader,
+    row: ParamRow,
+    config: TransformerConfig,
+    sharding: NamedSharding | Int8Matrix,
+) -> jax.Array | Int8Matrix:
+    if not isinstance(sharding, Int8Matrix):
+        return reader.load(row, sharding)
+    inputs = tuple(axis for axis, dim in enumerate(row.scale_dims) if dim == "1")
+    finish = jax.jit(quantise, static_argnums=1, out_shardings=sharding)
+    return reader.load(row, sharding.values, lambda part: finish(part, inputs))
 
 
 def weights_fingerprint(folder: Path) -> str:

@@ -23,7 +23,7 @@ from conlens_jax.models.tensor_files import TensorFiles
 from conlens_jax.models.transformer_config import TransformerConfig
 
 Index = tuple[slice, ...]
-CHUNK_BYTES = 1 << 28
+CHUNK_BYTES = 1 << 26
 # Rows of the file that are transposed together: about a cache line of the result.
 _TILE = 16
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from conlens_jax.models.quantized import Int8Matrix
 from conlens_jax.models.transformer_config import TransformerConfig, array_dtype
 
 Params = dict[str, Any]
@@ -112,17 +113,18 @@ class ParamRow:
     @property
     def matrix_dims(self) -> tuple[str, str]:
         """Input and output letters of a matrix: HX, KX and F go out of D or come back to it."""
-        dims = self.layer_dims.removeprefix(self._experts)
+        dims = self.layer_dims[self.has_experts :]
         return (dims[:1], dims[1:]) if dims.startswith("D") else (dims[:-1], dims[-1:])
 
     @property
-    def _experts(self) -> str:
-        return "E" if self.layer_dims.startswith("E") and len(self.layer_dims) > 1 else ""
+    def has_experts(self) -> bool:
+        """Whether there is one such parameter for each expert (a router's E is an output)."""
+        return self.layer_dims.startswith("E") and len(self.layer_dims) > 1
 
     @property
     def experts_in_tensor(self) -> bool:
         """Whether one tensor of the file holds all experts, in front."""
-        return bool(self._experts) and "{expert}" not in self.hf_name
+        return self.has_experts and "{expert}" not in self.hf_name
 
     @property
     def _file_axes(self) -> list[str]:
@@ -132,7 +134,7 @@ class ParamRow:
             return [*experts, *reversed(self.matrix_dims)]
         if self.layout == "conv1d":
             return [*experts, *self.matrix_dims]
-        rest = self.layer_dims.removeprefix(self._experts)
+        rest = self.layer_dims[self.has_experts :]
         return [*experts, *([rest] if "X" in rest else rest)]
 
     @property
@@ -177,6 +179,20 @@ class ParamRow:
         tensor = tensor.reshape([sizes[dim] for dim in in_file])
         return tensor.transpose([in_file.index(dim) for dim in self.tensor_dims])
 
+    @property
+    def scale_dims(self) -> str:
+        """The letters of the int8 scale, 1 where a dimension shares one; empty for a parameter
+        that stays as it is (norms, biases, routers, positions)."""
+        if self.dims == "VD":
+            return "V1"
+        inputs, outputs = self.matrix_dims
+        if self.layout == "same" or "E" in outputs:
+            return ""
+        return "".join("1" if dim in inputs else dim for dim in self.dims)
+
+    def is_int8(self, config: TransformerConfig) -> bool:
+        return config.quantise == "int8" and bool(self.scale_dims)
+
     def initial(self, key: jax.Array, config: TransformerConfig, shape: tuple[int, ...]) -> Any:
         dtype = array_dtype(config)
         if self.init in ("zeros", "ones"):
@@ -218,9 +234,19 @@ def init_params(table: list[ParamRow], config: TransformerConfig, key: jax.Array
 
 
 def abstract_params(table: list[ParamRow], config: TransformerConfig) -> Params:
-    """Shapes and dtypes without memory."""
-    dtype = array_dtype(config)
-    return build_tree((row.path, jax.ShapeDtypeStruct(row.shape(config), dtype)) for row in table)
+    """Shapes and dtypes of a loaded model, without memory."""
+    return build_tree((row.path, _abstract(row, config)) for row in table)
+
+
+def _abstract(row: ParamRow, config: TransformerConfig) -> jax.ShapeDtypeStruct | Int8Matrix:
+    shape, dtype = row.shape(config), array_dtype(config)
+    if not row.is_int8(config):
+        return jax.ShapeDtypeStruct(shape, dtype)
+    scale = tuple(
+        1 if dim == "1" else size for dim, size in zip(row.scale_dims, shape, strict=True)
+    )
+    values = jax.ShapeDtypeStruct(shape, jnp.int8)
+    return Int8Matrix(values, jax.ShapeDtypeStruct(scale, jnp.float32), dtype)
 
 
 def dims_tree(table: list[ParamRow]) -> Params:

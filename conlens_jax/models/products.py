@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
+from conlens_jax.models import quantized
 from conlens_jax.models.adapters import LORA_IN, LORA_OUT, low_rank
 from conlens_jax.models.param_table import Params
 
@@ -45,7 +45,7 @@ class Products:
 
 
 def _product(equation: str, name: str, x: Array, weights: Params) -> Array:
-    out = jnp.einsum(equation, x, weights[name])
+    out = quantized.einsum(equation, x, weights[name])
     if name + LORA_IN in weights:
         out += low_rank(equation, x, weights[name + LORA_IN], weights[name + LORA_OUT])
     bias = weights.get(name + "_bias")

@@ -1,12 +1,22 @@
-"""The sharding of a model's parameters, from the dimension letters of its table."""
+"""How a model's parameters lie on a mesh, from the dimension letters of its table."""
 
 from __future__ import annotations
 
+import math
+
+import jax
 from jax.sharding import Mesh, NamedSharding
 
 from conlens_jax.config import ConfigError
-from conlens_jax.models.param_table import ParamRow, Params, build_tree
-from conlens_jax.models.transformer_config import TransformerConfig
+from conlens_jax.models.param_table import (
+    ParamRow,
+    Params,
+    abstract_params,
+    build_tree,
+    leaf,
+)
+from conlens_jax.models.quantized import Int8Matrix
+from conlens_jax.models.transformer_config import TransformerConfig, array_dtype
 from conlens_jax.parallel.mesh import AXIS_OF_DIM, param_spec
 
 
@@ -27,4 +37,49 @@ def param_shardings(table: list[ParamRow], config: TransformerConfig, mesh: Mesh
                 )
     if problems:
         raise ConfigError(problems)
-    return build_tree((row.path, NamedSharding(mesh, param_spec(row.dims))) for row in table)
+    return build_tree((row.path, _sharding(row, config, mesh)) for row in table)
+
+
+def _sharding(row: ParamRow, config: TransformerConfig, mesh: Mesh) -> NamedSharding | Int8Matrix:
+    """An int8 matrix's scale is split like the matrix where it has its dimensions."""
+    whole = NamedSharding(mesh, param_spec(row.dims))
+    if not row.is_int8(config):
+        return whole
+    return Int8Matrix(whole, NamedSharding(mesh, param_spec(row.scale_dims)), array_dtype(config))
+
+
+def bytes_per_device(
+    table: list[ParamRow], config: TransformerConfig, mesh: Mesh
+) -> dict[tuple[str, ...], int]:
+    """What each parameter takes on every device, by its path; known before anything is loaded."""
+    shapes = abstract_params(table, config)
+    shardings = param_shardings(table, config, mesh)
+
+    def of_leaf(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> int:
+        return math.prod(sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
+
+    return {
+        row.path: sum(
+            map(
+                of_leaf,
+                jax.tree.leaves(leaf(shapes, row.path)),
+                jax.tree.leaves(leaf(shardings, row.path)),
+            )
+        )
+        for row in table
+    }
+
+
+def loading_report(
+    table: list[ParamRow], config: TransformerConfig, mesh: Mesh
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: what the parameters are, how they are split, and their bytes."""
+    per_device = bytes_per_device(table, config, mesh)
+    rows = []
+    for row in table:
+        stored = "int8" if row.is_int8(config) else config.dtype
+        shape = " × ".join(f"{dim}={n}" for dim, n in zip(row.dims, row.shape(config), strict=True))
+        axes = ", ".join(sorted({AXIS_OF_DIM[dim] for dim in row.dims if dim in AXIS_OF_DIM}))
+        rows.append([".".join(row.path), shape, stored, axes, f"{per_device[row.path]:,}"])
+    rows.append(["total", "", "", "", f"{sum(per_device.values()):,}"])
+    return ["parameter", "shape", "stored as", "split over", "bytes per device"], rows

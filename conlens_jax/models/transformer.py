@@ -32,6 +32,7 @@ from conlens_jax.models.layer_kinds import (
 )
 from conlens_jax.models.norms import apply_norm
 from conlens_jax.models.param_table import Params
+from conlens_jax.models.quantized import Matrix, matmul, take_rows
 from conlens_jax.models.transformer_config import TransformerConfig
 
 
@@ -126,7 +127,7 @@ def all_positions(batch: int, length: int) -> Int[Array, "B S"]:
 def embed_tokens(
     params: Params, tokens: Int[Array, "*B"], config: TransformerConfig
 ) -> Float[Array, "*B D"]:
-    return scale_embeddings(jnp.take(params["embedding"], tokens, axis=0), config)
+    return scale_embeddings(take_rows(params["embedding"], tokens), config)
 
 
 def scale_embeddings(rows: Float[Array, "*B D"], config: TransformerConfig) -> Float[Array, "*B D"]:
@@ -148,7 +149,7 @@ def enter(
     return embeddings_BSD + vectors_BSD.astype(embeddings_BSD.dtype)
 
 
-def output_head(params: Params) -> Float[Array, "D V"]:
+def output_head(params: Params) -> Matrix:
     """The matrix from the normed residual stream to logits; the embedding's where tied."""
     head = params.get("output_head")
     return params["embedding"].T if head is None else head
@@ -163,7 +164,7 @@ class Head:
     """
 
     norm: Params
-    matrix_DV: Float[Array, "D V"]
+    matrix_DV: Matrix
     config: TransformerConfig = flax.struct.field(pytree_node=False)
 
     @property
@@ -173,14 +174,12 @@ class Head:
     def logits(self, state: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """fp32."""
         normed = apply_norm(state, self.norm, "final_norm", self.config)
-        logits = jnp.matmul(normed, self.matrix_DV).astype(jnp.float32)
+        logits = matmul(normed, self.matrix_DV).astype(jnp.float32)
         cap = self.config.final_soft_cap
         return cap * jnp.tanh(logits / cap) if cap else logits
 
 
-def head_of(
-    params: Params, config: TransformerConfig, matrix_DV: Float[Array, "D V"] | None = None
-) -> Head:
+def head_of(params: Params, config: TransformerConfig, matrix_DV: Matrix | None = None) -> Head:
     """The model's head; with another matrix, where one is given."""
     norm = {name: params[name] for name in ("final_norm", "final_norm_bias") if name in params}
     return Head(norm, output_head(params) if matrix_DV is None else matrix_DV, config)

@@ -56,7 +56,7 @@ class LayerKind(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """Sizes and switches; the defaults of the switches are Llama's. ``dtype``, ``unroll``,
-    ``remat`` and ``attention`` say how the network is run.
+    ``remat``, ``attention`` and ``quantise`` say how the network is run.
 
     Attributes:
       norm: ``"rms"``, or ``"layer"`` (which also takes the mean away and may have a bias).
@@ -80,6 +80,8 @@ class TransformerConfig:
       attention_soft_cap, final_soft_cap: c in c·tanh(x / c), of scores and logits; 0: none.
       attention_sinks: a logit a head that takes part in the softmax and brings no value.
       attention: ``"xla"`` or ``"cudnn"`` (:mod:`conlens_jax.models.flash`).
+      quantise: ``"int8"`` where the matrices are loaded as such
+        (:mod:`conlens_jax.models.quantized`).
     """
 
     family: str
@@ -126,6 +128,7 @@ class TransformerConfig:
     unroll: int = 0
     remat: str = "none"
     attention: str = "xla"
+    quantise: str = ""
 
     @property
     def dim_sizes(self) -> dict[str, int]:

@@ -1,0 +1,160 @@
+"""Weight-only int8 for frozen matrices: whole numbers, and one fp32 scale an output channel.
+
+A matrix W [inputs, outputs] is kept as q, its nearest int8 in units of s = max|W| / 127 of each
+output, and used as (x @ q)·s, so that the scale costs one product an output instead of one a
+weight (LLM.int8's vector-wise scheme without activations' side, Dettmers et al. 2022,
+arXiv:2208.07339). The embedding has a scale a row, its outputs being the looked-up rows where it
+is a table and the logits where it is the tied head.
+
+No gradient reaches an int8 matrix. Backward, x gets (x̄·s) @ qᵀ, made from q and s again: plain
+autodiff would keep the matrix as floats, of every layer, until then.
+
+Why not a library. qwix (weight-only through its quantised-array types and interception of
+``dot_general`` in Flax modules) and AQT (``aqt_einsum`` with config objects) give calibration,
+activation quantisation, int4 and quantised training. None of it is needed for frozen weights, both
+want to own the module's parameters at ``init`` or conversion, and neither gives what this house
+needs: quantising while the files are read, a table that is one matrix for look-up and logits, and a
+product that can be recalled in a backward pass by hand (:mod:`conlens_jax.models.products`).
+"""
+
+from __future__ import annotations
+
+import functools
+import string
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+_MOST = 127
+
+
+@flax.struct.dataclass
+class Int8Matrix:
+    """A frozen matrix that stands for ``values * scale``; looks like an array from outside.
+
+    Attributes:
+      values: int8.
+      scale: fp32, as many dimensions, of size 1 where all share one scale.
+      dtype: of the matrix that it stands for.
+    """
+
+    values: Int[Array, "..."]
+    scale: Float[Array, "..."]
+    dtype: jnp.dtype = flax.struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.values.ndim
+
+    @property
+    def size(self) -> int:
+        return self.values.size
+
+    @property
+    def T(self) -> Int8Matrix:
+        return self.replace(values=self.values.T, scale=self.scale.T)
+
+    def astype(self, dtype: DTypeLike) -> Float[Array, "..."]:
+        """The matrix as floats."""
+        return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
+
+
+Matrix = Array | Int8Matrix
+
+
+def quantise(matrix: Float[Array, "..."], inputs: tuple[int, ...]) -> Int8Matrix:
+    """Rounds to the nearest int8; ``inputs`` are the dimensions that share a scale.
+
+    An output of zeros stays zero.
+    """
+    wide = matrix.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(wide), axis=inputs, keepdims=True) / _MOST
+    values = jnp.round(wide / jnp.where(scale == 0, 1.0, scale))
+    return Int8Matrix(values.astype(jnp.int8), scale, jnp.dtype(matrix.dtype))
+
+
+def einsum(equation: str, x: Float[Array, "..."], matrix: Matrix) -> Float[Array, "..."]:
+    """``jnp.einsum`` of x and a matrix that may be int8.
+
+    Differentiable in x, and in the matrix where it is an array.
+    """
+    if not isinstance(matrix, Int8Matrix):
+        return jnp.einsum(equation, x, matrix)
+    # Autodiff keeps what goes into the product, q and s, and not what is made on the way.
+    product = jax.checkpoint(functools.partial(_int8_einsum, equation))
+    return product(x, matrix.values, jax.lax.stop_gradient(matrix.scale))
+
+
+def _int8_einsum(equation: str, x: Array, values: Array, scale: Array) -> Array:
+    operands, output = equation.split("->")
+    inputs, letters = operands.split(",")
+    scaled = {dim for dim, size in zip(letters, scale.shape, strict=True) if size > 1}
+    if not scaled <= set(output):
+        # The scale belongs to what is summed over: a table's rows, weighted.
+        x = _times(x, _aligned(scale, letters, inputs))
+        return jnp.einsum(equation, x, values.astype(x.dtype))
+    out = jnp.einsum(equation, x, values.astype(x.dtype))
+    return _times(out, _aligned(scale, letters, output))
+
+
+def _times(x: Array, scale: Array) -> Array:
+    return (x.astype(jnp.float32) * scale).astype(x.dtype)
+
+
+def _aligned(scale: Array, letters: str, target: str) -> Array:
+    """``scale`` with the dimensions of ``target``; 1 where it has none of them."""
+    size = dict(zip(letters, scale.shape, strict=True))
+    order = sorted(letters, key=lambda dim: target.find(dim))
+    scale = scale.transpose([letters.index(dim) for dim in order])
+    return scale.reshape([size.get(dim, 1) for dim in target])
+
+
+def matmul(x: Float[Array, "*B D"], matrix: Matrix) -> Float[Array, "*B V"]:
+    """``x @ matrix``, which may be int8; differentiable like :func:`einsum`."""
+    if not isinstance(matrix, Int8Matrix):
+        return jnp.matmul(x, matrix)
+    batch = string.ascii_lowercase[: x.ndim - 1]
+    return einsum(f"{batch}y,yz->{batch}z", x, matrix)
+
+
+def take_rows(table_VD: Matrix, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+    """Rows of a table that may be int8."""
+    if not isinstance(table_VD, Int8Matrix):
+        return jnp.take(table_VD, tokens, axis=0)
+    rows, scale = (jnp.take(leaf, tokens, axis=0) for leaf in (table_VD.values, table_VD.scale))
+    return (rows.astype(jnp.float32) * jax.lax.stop_gradient(scale)).astype(table_VD.dtype)
+
+
+def take_rows_bar(
+    table_VD: Matrix, tokens: Int[Array, "*B"], rows_bar: Float[Array, "*B D"]
+) -> Matrix:
+    """The table's cotangent from that of its rows."""
+    zeros = zeros_bar(table_VD)
+    return zeros if isinstance(table_VD, Int8Matrix) else zeros.at[tokens].add(rows_bar)
+
+
+def zeros_bar(tree: Any) -> Any:
+    """A cotangent of zeros for a tree of weights; whole numbers have JAX's empty cotangent."""
+
+    def of_leaf(leaf: Array) -> Any:
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return jnp.zeros_like(leaf)
+        return np.zeros(leaf.shape, jax.dtypes.float0)
+
+    return jax.tree.map(of_leaf, tree)
+
+
+def split_frozen(weights: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The weights that have a gradient, and those that are int8."""
+    is_frozen = lambda name: isinstance(weights[name], Int8Matrix)
+    frozen = {name: weights[name] for name in weights if is_frozen(name)}
+    return {name: weights[name] for name in weights if not is_frozen(name)}, frozen
