@@ -9,7 +9,8 @@ mlp over ``tensor``), a layer keeps for each token of its backward pass
     remat=products   b (3 D + H X + 2 K X + 2 F)                      and every matrix product
     remat=none       b (6 D + 3 H X + 3 K X + 4 F) + 8 H keys         and all between them
 
-where 8 H keys are attention's scores and weights in fp32. The peak is in the backward pass or in
+where 8 H keys are attention's scores and weights in fp32, and F is the width of all experts that a
+token goes through. The peak is in the backward pass or in
 the optimizer, whichever takes more: they do not take it at the same time.
 """
 
@@ -151,7 +152,7 @@ def _context(plan: Plan, stage: Stage) -> float:
 def _kept(plan: Plan, each: Pass) -> float:
     """The formula above, for one pass."""
     model, tensor = plan.spec.model, plan.mesh.shape["tensor"]
-    width, mlp = model.d_model, model.d_mlp / tensor
+    width, mlp = model.d_model, model.d_mlp * max(model.experts_per_token, 1) / tensor
     query, key = (n * model.head_dim / tensor for n in (model.n_heads, model.n_kv_heads))
     numbers = {
         "full": width,
