@@ -9,13 +9,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from family_cases import each_case
 from safetensors.numpy import load_file, save_file
 from tiny_models import (
     TINY,
-    hf_forward,
     hf_model,
     random_params,
-    random_tokens,
     tiny_config,
     write_tiny_folder,
 )
@@ -25,10 +24,10 @@ from conlens_jax.models.families.llama import config_to_hf
 from conlens_jax.models.hf_io import (
     load_params,
     read_config,
-    resolve_folder,
     save_model,
     weights_fingerprint,
 )
+from conlens_jax.models.tensor_files import TensorFiles
 from conlens_jax.models.transformer_config import RopeConfig
 
 SMALL = {"num_hidden_layers": 2, "attention_bias": True, "mlp_bias": True}
@@ -68,26 +67,25 @@ def assert_same_bits(folder, other):
 # --- round trips ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [SMALL, {"tie_word_embeddings": True, "head_dim": 6, "num_key_value_heads": 1}],
-    ids=["biases", "tied"],
-)
-def test_from_transformers_and_back_is_bit_equal(tmp_path, changes):
+@each_case
+def test_from_transformers_and_back_is_bit_equal(tmp_path, case):
     pytest.importorskip("torch")
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
-    oracle = hf_model(**changes)
+    oracle = hf_model(case.family, **case.changes)
     oracle.save_pretrained(theirs)
     config = read_config(theirs)
     save_model(ours, config, load_params(theirs, config))
     assert_same_bits(ours, theirs)
     assert read_config(ours) == config
-    reloaded, report = LlamaForCausalLM.from_pretrained(ours, output_loading_info=True)
+    reloaded, report = AutoModelForCausalLM.from_pretrained(ours, output_loading_info=True)
+    assert type(reloaded) is type(oracle)
     assert not any(report.values()), report
-    tokens = random_tokens(2, 9)
-    np.testing.assert_array_equal(hf_forward(reloaded, tokens)[0], hf_forward(oracle, tokens)[0])
+    expected, found = oracle.state_dict(), reloaded.state_dict()
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert expected[name].equal(found[name]), name
 
 
 def test_params_survive_a_save_and_a_load(folder):
@@ -316,12 +314,84 @@ def test_missing_or_broken_config_json(folder):
         read_config(folder)
 
 
-def test_folder_that_is_not_there(tmp_path):
-    assert resolve_folder(str(tmp_path)) == tmp_path
-    with pytest.raises(ValueError, match=r"model\.path=.*no such folder"):
-        resolve_folder(str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match=r"model\.path='nobody/no-model' is not a folder"):
-        resolve_folder("nobody/no-model")
+def test_an_index_with_tensors_that_the_files_lack(folder):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "part.safetensors")
+    weight_map = dict.fromkeys([*tensors, "model.layers.9.up"], "part.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=r"not there: model\.layers\.9\.up in part\.safetensors"):
+        load(folder)
+
+
+def test_every_file_is_checked_before_the_first_is_read(folder, monkeypatch):
+    save_model(folder, read_config(folder), load(folder), max_file_bytes=20_000)
+    last = max(folder.glob("model-*.safetensors"))
+    last.write_bytes(last.read_bytes()[:-1])
+    monkeypatch.setattr(TensorFiles, "array", lambda *_: pytest.fail("a tensor was read"))
+    with pytest.raises(ValueError, match=rf"{last.name} is damaged or cut short.*there are"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"auto_map": {"AutoModel": "custom.Model"}}, "its own Python code, which is never run"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq' is not supported"),
+        ({"quantization_config": {"bits": 4}}, "'unknown' is not supported"),
+    ],
+    ids=["remote code", "gptq", "quantised somehow"],
+)
+def test_models_that_are_not_read_as_they_are_stored(folder, changes, message):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        read_config(folder)
+
+
+# --- saving ---------------------------------------------------------------------------------------
+
+
+def test_a_large_model_is_saved_in_several_files(folder, tmp_path):
+    config, ours = read_config(folder), tmp_path / "ours"
+    params = load_params(folder, config)
+    save_model(ours, config, params, max_file_bytes=20_000)
+    files = sorted(ours.glob("*.safetensors"))
+    assert [file.name for file in files] == [
+        f"model-{part + 1:05d}-of-{len(files):05d}.safetensors" for part in range(len(files))
+    ]
+    held = [load_file(file) for file in files]
+    sizes = [sum(tensor.nbytes for tensor in part.values()) for part in held]
+    assert len(files) > 2 and max(sizes) <= 20_000
+    index = json.loads((ours / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert index["weight_map"] == {
+        name: file.name for file, part in zip(files, held, strict=True) for name in part
+    }
+    jax.tree.map(np.testing.assert_array_equal, load_params(ours, config), params)
+    # In one file again: nothing of the old ones is left.
+    save_model(ours, config, params)
+    assert {file.name for file in ours.iterdir()} == {"config.json", "model.safetensors"}
+    assert_same_bits(ours, folder)
+
+
+def test_what_was_there_stays_until_all_is_written(folder, monkeypatch):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    config, params = read_config(folder), load(folder)
+    other = jax.tree.map(lambda leaf: leaf + 1, params)
+    calls = []
+
+    def full_disk(*given, **options):
+        calls.append(given)
+        if len(calls) == 2:
+            raise OSError("no space left on device")
+        save_file(*given, **options)
+
+    monkeypatch.setattr("conlens_jax.models.model_saving.save_file", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        save_model(folder, config, other, max_file_bytes=20_000)
+    after = {file.name: file.read_bytes() for file in folder.iterdir() if file.name in before}
+    assert after == before
 
 
 # --- fingerprint ----------------------------------------------------------------------------------

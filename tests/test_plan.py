@@ -84,13 +84,22 @@ def layout(tree) -> list:
     ]
 
 
-@pytest.mark.parametrize("train", ["full", "lora"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_has_what_was_planned(folder, train, dtype):
-    changes = {"lens.train_decoder": train, "model.dtype": dtype, "lens.input_patches": 1}
+@pytest.mark.parametrize(
+    ("dtype", "train", "quantise"),
+    [
+        ("float32", "full", ""),
+        ("bfloat16", "full", ""),
+        ("bfloat16", "lora", ""),
+        ("float32", "lora", "int8"),
+    ],
+)
+def test_a_run_has_what_was_planned(folder, dtype, train, quantise):
+    changes = {"model.dtype": dtype, "model.quantise": quantise, "lens.input_patches": 1}
+    for side in ("decoder", "encoder"):
+        changes[f"lens.train_{side}"] = train
     plan = plan_of(folder, **changes)
     mesh = make_mesh(MESH)
-    model = conlens_jax.load_model(folder, dtype=dtype, mesh=mesh)
+    model = conlens_jax.load_model(folder, dtype=dtype, mesh=mesh, quantise=quantise)
     setting = SimpleNamespace(model=model, mesh=mesh)
     trainable, frozen = init_lens(model.params, plan.spec, np.ones(32), 1.0)
     trainable = placed(trainable, setting)

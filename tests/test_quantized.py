@@ -13,7 +13,13 @@ from test_lora import lora_spec
 from tiny_lens import fast_jit, relative_error, tiny_batch, tiny_lens, tiny_noise, tiny_spec
 from tiny_models import random_params, random_tokens, tiny_config, write_tiny_folder
 
-from conlens_jax.config import MeshConfig
+from conlens_jax.config import (
+    ConfigError,
+    ExperimentConfig,
+    MeshConfig,
+    from_config_dict,
+    to_config_dict,
+)
 from conlens_jax.lens.decoder import generate, head_of
 from conlens_jax.lens.encoder import encode_tokens
 from conlens_jax.lens.history import text_states
@@ -141,7 +147,7 @@ def test_loaded_onto_a_mesh(folder, chunk_bytes):
         if shard.device == first
     )
     assert sum(bytes_per_device(table, config, mesh).values()) == held
-    header, rows = loading_report(table, config, mesh)
+    header, rows = loading_report(config, mesh)
     assert rows[-1][header.index("bytes per device")] == f"{held:,}"
     assert all(isinstance(x, jax.Array) for name, x in loaded["layers"].items() if "norm" in name)
 
@@ -159,6 +165,23 @@ def test_bytes_of_the_matrices_of_a_real_shape():
     assert len(matrices) == 9
     assert sum(int8[path] for path in matrices) <= 0.55 * sum(half[path] for path in matrices)
     assert all(int8[row.path] == half[row.path] for row in table if not row.scale_dims)
+
+
+def test_clones_that_train_in_full_need_floats():
+    changes = {"model": {"quantise": "int8"}, "lens": {"train_decoder": "full"}}
+    with pytest.raises(ConfigError, match=r"lens\.train_decoder='full'.*model\.quantise='int8'"):
+        experiment(changes | {"lens": {"train_decoder": "full", "train_encoder": "lora"}})
+    with pytest.raises(ConfigError, match=r"model\.quantise must be 'int8' or empty, not 'int4'"):
+        experiment({"model": {"quantise": "int4"}})
+    changes["lens"] = {"train_decoder": "lora", "train_encoder": "frozen"}
+    assert experiment(changes).model.quantise == "int8"
+
+
+def experiment(changes):
+    config = to_config_dict(ExperimentConfig())
+    for section, values in changes.items():
+        config[section].update(values)
+    return from_config_dict(config)
 
 
 def test_int8_weights_are_not_saved(folder, tmp_path):

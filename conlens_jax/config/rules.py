@@ -73,6 +73,7 @@ def config_problems(config: ExperimentConfig) -> Iterator[str]:
             yield from _schedule_problems(name, value)
     yield from _shape_problems(config)
     yield from _prompt_problems(config.lens)
+    yield from _int8_problems(config)
     yield from _lora_problems(config.lens)
     yield from _prefix_problems(config)
     yield from _estimator_problems(config)
@@ -201,6 +202,19 @@ def _estimator_problems(config: ExperimentConfig) -> Iterator[str]:
             f"loss.sample_tau must be constant 1 for lens.estimator={config.lens.estimator!r}: "
             f"only {' and '.join(ANY_SAMPLE_TAU)} sample at another temperature"
         )
+
+
+def _int8_problems(config: ExperimentConfig) -> Iterator[str]:
+    quantise = config.model.quantise
+    if quantise not in ("", "int8"):
+        yield f"model.quantise must be 'int8' or empty, not {quantise!r}"
+    for side in ("decoder", "encoder"):
+        if quantise and getattr(config.lens, f"train_{side}") == "full":
+            yield (
+                f"lens.train_{side}='full' trains the model's own matrices, which are whole "
+                f"numbers with model.quantise={quantise!r}: set lens.train_{side}='lora', or leave "
+                "model.quantise empty"
+            )
 
 
 def _lora_problems(lens: LensConfig) -> Iterator[str]:

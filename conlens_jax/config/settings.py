@@ -25,6 +25,8 @@ class ModelConfig:
         faster for small models on a CPU.
       remat: what is kept of a layer for its backward pass: ``"none"`` everything, ``"products"``
         the results of its matrix products, ``"full"`` its input alone.
+      quantise: ``"int8"`` keeps the frozen matrices as whole numbers with a scale an output, in
+        half the memory of bfloat16. Clones are then frozen or have adapters.
     """
 
     path: str = EMBEDDED_MODEL
@@ -33,6 +35,7 @@ class ModelConfig:
     dtype: str = "float32"
     unroll: int = 0
     remat: str = "none"
+    quantise: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -202,15 +202,24 @@ def load_model(
     revision: str = "",
     unroll: int = 0,
     remat: str = "none",
+    quantise: str = "",
+    before_loading: Callable[[TransformerConfig], object] = lambda config: None,
 ) -> LanguageModel:
     """Loads a Hugging Face model folder or hub id onto a mesh (default: the first device).
+
+    Args:
+      quantise: ``"int8"`` for frozen int8 matrices (:mod:`conlens_jax.models.quantized`).
+      before_loading: called when the shape is known and no weight has been read.
 
     Raises:
       ValueError: not a supported model, or its files do not fit its config.json; every problem
         is listed.
     """
     folder = hf_io.resolve_folder(str(folder_or_id), revision)
-    config = dataclasses.replace(hf_io.read_config(folder), dtype=dtype, unroll=unroll, remat=remat)
+    config = dataclasses.replace(
+        hf_io.read_config(folder), dtype=dtype, unroll=unroll, remat=remat, quantise=quantise
+    )
+    before_loading(config)
     return LanguageModel(
         config=config,
         params=hf_io.load_params(folder, config, mesh),

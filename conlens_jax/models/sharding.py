@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 
 from conlens_jax.config import ConfigError
+from conlens_jax.models.families import family_of
 from conlens_jax.models.param_table import (
     ParamRow,
     Params,
@@ -17,7 +20,7 @@ from conlens_jax.models.param_table import (
 )
 from conlens_jax.models.quantized import Int8Matrix
 from conlens_jax.models.transformer_config import TransformerConfig, array_dtype
-from conlens_jax.parallel.mesh import AXIS_OF_DIM, param_spec
+from conlens_jax.parallel.mesh import AXIS_OF_DIM, param_spec, shardings_like
 
 
 def param_shardings(table: list[ParamRow], config: TransformerConfig, mesh: Mesh) -> Params:
@@ -38,6 +41,15 @@ def param_shardings(table: list[ParamRow], config: TransformerConfig, mesh: Mesh
     if problems:
         raise ConfigError(problems)
     return build_tree((row.path, _sharding(row, config, mesh)) for row in table)
+
+
+def clone_shardings(tree: Any, config: TransformerConfig, mesh: Mesh) -> Any:
+    """Shardings for a lens or its train state: clones of the model's parameters and their moments
+    are split like these, and small parts (adapters too) are whole on every device."""
+    # Clones are floats, also where the model is int8.
+    floats = dataclasses.replace(config, quantise="")
+    shardings = param_shardings(family_of(config).param_table(config), floats, mesh)
+    return shardings_like(tree, shardings, mesh)
 
 
 def _sharding(row: ParamRow, config: TransformerConfig, mesh: Mesh) -> NamedSharding | Int8Matrix:
@@ -70,16 +82,16 @@ def bytes_per_device(
     }
 
 
-def loading_report(
-    table: list[ParamRow], config: TransformerConfig, mesh: Mesh
-) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: what the parameters are, how they are split, and their bytes."""
+def loading_report(config: TransformerConfig, mesh: Mesh) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: what a model's parameters are, how they are split, and their bytes."""
+    table = family_of(config).param_table(config)
     per_device = bytes_per_device(table, config, mesh)
     rows = []
     for row in table:
         stored = "int8" if row.is_int8(config) else config.dtype
         shape = " × ".join(f"{dim}={n}" for dim, n in zip(row.dims, row.shape(config), strict=True))
-        axes = ", ".join(sorted({AXIS_OF_DIM[dim] for dim in row.dims if dim in AXIS_OF_DIM}))
-        rows.append([".".join(row.path), shape, stored, axes, f"{per_device[row.path]:,}"])
+        axes = {AXIS_OF_DIM[dim] for dim in row.dims if dim in AXIS_OF_DIM}
+        split = ", ".join(axis for axis in mesh.axis_names if axis in axes and mesh.shape[axis] > 1)
+        rows.append([".".join(row.path), shape, stored, split, f"{per_device[row.path]:,}"])
     rows.append(["total", "", "", "", f"{sum(per_device.values()):,}"])
     return ["parameter", "shape", "stored as", "split over", "bytes per device"], rows

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from conlens_jax.benchmark.shapes import Workload
 from conlens_jax.config import ExperimentConfig
@@ -20,9 +20,9 @@ from conlens_jax.lens.batch import Batch
 from conlens_jax.lens.spec import LensSpec, init_lens, make_spec
 from conlens_jax.models.families import family_of
 from conlens_jax.models.param_table import Params, abstract_params
-from conlens_jax.models.sharding import param_shardings
+from conlens_jax.models.sharding import clone_shardings, param_shardings
 from conlens_jax.models.transformer_config import TransformerConfig
-from conlens_jax.parallel.mesh import batch_sharding, shardings_like
+from conlens_jax.parallel.mesh import batch_sharding
 from conlens_jax.planning.model_source import PlannedModel
 from conlens_jax.training.objective import Objective
 from conlens_jax.training.setting import check_batches, check_context
@@ -113,18 +113,24 @@ def make_plan(config: ExperimentConfig, model: PlannedModel, mesh: Mesh | Abstra
     check_batches(config, mesh)
     check_context(config, model.shape, model.name)
     spec = make_spec(model.shape, config.model.layer, config.lens, model.tokenizer)
-    original = abstract_params(family_of(model.shape).param_table(model.shape), model.shape)
-    lens = jax.eval_shape(
+    table = family_of(model.shape).param_table(model.shape)
+    original = jax.tree.map(
+        _lying, abstract_params(table, model.shape), param_shardings(table, model.shape, mesh)
+    )
+    trainable, frozen = jax.eval_shape(
         lambda original: init_lens(original, spec, np.zeros(model.shape.d_model), 1.0), original
     )
-    trainable, frozen = on_mesh(lens, model.shape, mesh)
+    others = {name: part for name, part in frozen.items() if name != "original"}
+    trainable, others = on_mesh((trainable, others), model.shape, mesh)
+    frozen = {"original": original, **others}
     objective = Objective(config.loss, config.warm, spec)
     return Plan(config, model, objective, mesh, trainable, frozen)
 
 
 def on_mesh(tree: PyTree, model: TransformerConfig, mesh: Mesh | AbstractMesh) -> PyTree:
-    """Shapes with the shardings that training gives the arrays."""
-    table = family_of(model).param_table(model)
-    shardings = shardings_like(tree, param_shardings(table, model, mesh), mesh)
-    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-    return jax.tree.map(place, tree, shardings)
+    """Shapes of a lens or its train state, lying as training has them lie."""
+    return jax.tree.map(_lying, tree, clone_shardings(tree, model, mesh))
+
+
+def _lying(leaf: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)

@@ -91,7 +91,7 @@ def _made(plan: Plan, stage: Stage) -> list[Part]:
             "optimizer",
         ),
         Part("gradients", device_bytes(plan.trainable), "in the weights' dtype"),
-        Part("gathered weights", _gathered(plan, stage), "embeddings and heads whole along fsdp"),
+        Part("gathered weights", _gathered(plan), "two tables [V, D] whole along fsdp"),
         Part(
             "activations",
             sum(_kept(plan, each) for each in passes),
@@ -177,19 +177,13 @@ def _logits(plan: Plan, stage: Stage) -> float:
     return _FP32 * vocab * (text + swap) / parts
 
 
-def _gathered(plan: Plan, stage: Stage) -> float:
-    """Tables [V, D] of the models that take part, and the gradients of the trained ones, whole
-    along ``fsdp``: their rows are looked up and multiplied by batches that are split over it."""
+def _gathered(plan: Plan) -> float:
+    """Two tables [V, D]: one that is read and one gradient that is summed are whole along
+    ``fsdp``, since the batches that look rows up and are multiplied by them are split over it."""
     if plan.mesh.shape["fsdp"] == 1:
         return 0.0
-    model, lens = plan.spec.model, plan.spec.lens
-    bases = [plan.trainable[side].get("base", {}) for side in ("decoder", "encoder")]
-    trees = [plan.frozen["original"], *bases, *bases]
-    if not stage.supervised and lens.train_decoder == "full":
-        trees.append(plan.trainable["decoder"]["base"])  # the reference of the warm start
-    tables = sum(len({"embedding", "output_head"} & set(tree)) for tree in trees)
-    table = model.vocab_size * model.d_model * _itemsize(plan) / plan.mesh.shape["tensor"]
-    return tables * table
+    model = plan.spec.model
+    return 2 * model.vocab_size * model.d_model * _itemsize(plan) / plan.mesh.shape["tensor"]
 
 
 def _keys_and_values(plan: Plan) -> float:

@@ -24,10 +24,9 @@ from conlens_jax.data.rows import RowSource
 from conlens_jax.evaluation.measure import Measurer, Reference
 from conlens_jax.lens.batch import make_batch
 from conlens_jax.lens.spec import init_lens
-from conlens_jax.models.families import family_of
 from conlens_jax.models.param_table import Params
-from conlens_jax.models.sharding import param_shardings
-from conlens_jax.parallel.mesh import batch_sharding, shardings_like
+from conlens_jax.models.sharding import clone_shardings
+from conlens_jax.parallel.mesh import batch_sharding
 from conlens_jax.training.accounting import parameter_table
 from conlens_jax.training.checkpoint import (
     CheckpointError,
@@ -185,13 +184,10 @@ def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Para
 
 
 def placed(tree: Any, setting: Setting) -> Any:
-    """A lens or its train state on the mesh: clones and their moments are split like the model's
-    parameters, and small parts (adapters too) are whole on every device. What is restored into
-    such a tree is on the mesh too."""
-    model, mesh = setting.model.config, setting.mesh
-    table = family_of(model).param_table(model)
-    shardings = shardings_like(tree, param_shardings(table, model, mesh), mesh)
-    return jax.device_put(tree, shardings)
+    """A lens or its train state on the mesh, see
+    :func:`~conlens_jax.models.sharding.clone_shardings`. What is restored into such a tree is on
+    the mesh too."""
+    return jax.device_put(tree, clone_shardings(tree, setting.model.config, setting.mesh))
 
 
 class _StageLoop:

@@ -16,6 +16,7 @@ from conlens_jax.data.stream import TokenStream, open_stream
 from conlens_jax.evaluation.measure import Measurer, Reference, reference_of
 from conlens_jax.lens.spec import LensSpec, make_spec
 from conlens_jax.models.model import LanguageModel, load_model
+from conlens_jax.models.sharding import loading_report
 from conlens_jax.models.transformer_config import TransformerConfig
 from conlens_jax.parallel.host import use_compilation_cache
 from conlens_jax.parallel.mesh import check_batch, make_mesh
@@ -79,6 +80,11 @@ def open_setting(config: ExperimentConfig, console: Console) -> Setting:
     path = config.model.path
     if path == EMBEDDED_MODEL:
         path = str(ensure_language_model(config, console))
+
+    def before_loading(shape: TransformerConfig) -> None:
+        check_context(config, shape, path)
+        console.table("model", *loading_report(shape, mesh))
+
     model = load_model(
         path,
         dtype=config.model.dtype,
@@ -86,11 +92,12 @@ def open_setting(config: ExperimentConfig, console: Console) -> Setting:
         revision=config.model.revision,
         unroll=config.model.unroll,
         remat=config.model.remat,
+        quantise=config.model.quantise,
+        before_loading=before_loading,
     )
     if config.model.path == EMBEDDED_MODEL:
         # The cache names the model by what the config calls it, not by a folder of this machine.
         model = dataclasses.replace(model, model_id=model.folder.name)
-    check_context(config, model.config, model.model_id)
     spec = make_spec(model.config, config.model.layer, config.lens, model.tokenizer)
     console.line(
         "model",
