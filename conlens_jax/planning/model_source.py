@@ -68,7 +68,13 @@ def planned_model(config: ExperimentConfig, model_config: str = "") -> PlannedMo
 
 def _as_run(shape: TransformerConfig, config: ExperimentConfig) -> TransformerConfig:
     model = config.model
-    return dataclasses.replace(shape, dtype=model.dtype, unroll=model.unroll, remat=model.remat)
+    return dataclasses.replace(
+        shape,
+        dtype=model.dtype,
+        unroll=model.unroll,
+        remat=model.remat,
+        quantise=model.quantise,
+    )
 
 
 def _config_file(path: str, revision: str, flag: str) -> Path:

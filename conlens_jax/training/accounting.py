@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
-import jax
-
-from conlens_jax.lens.spec import LensSpec
+from conlens_jax.lens.spec import BELOW_THE_LAYERS, LensSpec
 from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.footprint import count, device_bytes, total_bytes
 
@@ -53,10 +50,10 @@ def _frozen_parts(frozen: Params) -> Iterator[tuple[str, Params]]:
 def _used(original: Params, side: str, spec: LensSpec) -> str:
     """Parameters of the original that a side uses; the encoder ends behind the lens's layer."""
     if side == "decoder":
-        return _size(original)[0]
-    layers = jax.tree.leaves(original["layers"])
-    per_layer = sum(math.prod(leaf.shape[1:]) for leaf in layers)
-    return f"{count(original['embedding']) + (spec.layer + 1) * per_layer:,}"
+        return f"{count(original):,}"
+    tables = sum(count(original[name]) for name in BELOW_THE_LAYERS if name in original)
+    per_layer = count(original["layers"]) // spec.model.n_layers
+    return f"{tables + (spec.layer + 1) * per_layer:,}"
 
 
 def _size(tree: Params) -> tuple[str, str, str]:
