@@ -54,19 +54,22 @@ def _product(equation: str, name: str, x: Array, weights: Params) -> Array:
 
 
 def _as_matrices(equation: str, x: Array, weight: quantized.Matrix) -> Array:
-    """``einsum(equation, x, weight)`` with the weight as one matrix [inputs, outputs].
+    """``einsum(equation, x, weight)``, the weight as one matrix [inputs, outputs] where it is one.
 
     Its transpose, in the backward pass, is then a matrix product too. Of a weight [D, H, X] XLA
     would make a turned copy instead, for every token that is visited.
     """
-    if isinstance(weight, quantized.Int8Matrix):
-        return quantized.einsum(equation, x, weight)
-    operands, _ = equation.split("->")
+    operands, out_dims = equation.split("->")
     x_dims, weight_dims = operands.split(",")
-    contracted = sum(dim in x_dims for dim in weight_dims)
-    inputs, outputs = weight.shape[:contracted], weight.shape[contracted:]
-    batch = x.shape[: x.ndim - contracted]
-    matrix = weight.reshape(math.prod(inputs), math.prod(outputs))
+    inputs = sum(dim in x_dims for dim in weight_dims)
+    is_matrix = (
+        x_dims.endswith(weight_dims[:inputs])
+        and out_dims == x_dims[:-inputs] + weight_dims[inputs:]
+    )
+    if not is_matrix or isinstance(weight, quantized.Int8Matrix):
+        return quantized.einsum(equation, x, weight)
+    batch, outputs = x.shape[: x.ndim - inputs], weight.shape[inputs:]
+    matrix = weight.reshape(-1, math.prod(outputs))
     return (x.reshape(*batch, -1) @ matrix).reshape(*batch, *outputs)
 
 
