@@ -30,12 +30,17 @@ _FINGERPRINT_BYTES = 4096
 
 
 def read_config(folder: Path) -> TransformerConfig:
-    """The shape of the model in a folder.
+    """The shape of the model in a folder; see :func:`read_config_file`."""
+    return read_config_file(folder / "config.json")
+
+
+def read_config_file(file: Path) -> TransformerConfig:
+    """The shape of the model that a config.json describes.
 
     Raises:
       ValueError: no supported model, or one that cannot be read as it is stored.
     """
-    values = dict(read_json(folder / "config.json"))
+    values = dict(read_json(file))
     problems = []
     if values.get("auto_map"):
         problems.append(
@@ -51,7 +56,7 @@ def read_config(folder: Path) -> TransformerConfig:
         )
     if problems:
         listing = "\n".join(f"  - {problem}" for problem in problems)
-        raise ValueError(f"model.path={folder}: config.json asks for what is not read:\n{listing}")
+        raise ValueError(f"{file} asks for what is not read:\n{listing}")
     return config_from_hf(values)
 
 
