@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import html
 import json
 import math
@@ -11,10 +12,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from absl import flags
 from pipeline import CHECKPOINT_EVERY, LAST_STEP, WARM_STEPS, open_world, quiet_console
 
+from conlens_jax import gradient_report
 from conlens_jax.config import ConfigError
 from conlens_jax.data.tokenizer import Tokenizer
+from conlens_jax.evaluation import lens_gradients
 from conlens_jax.evaluation.run import evaluate_run
 from conlens_jax.evaluation.suite import HEADLINE
 from conlens_jax.training.checkpoint import CheckpointError
@@ -229,3 +233,20 @@ def test_lens_of_another_shape(world, tmp_path):
     setting = world.changed(tmp_path / "run", lens__encoder_prompt="the <text>")
     with pytest.raises(CheckpointError, match="soft_prompt"):
         evaluate_run(setting, world.run)
+
+
+def test_gradient_report_of_a_lens_from_the_command_line(world, tmp_path, monkeypatch):
+    """The flags reach the run, and the page its numbers; the reference's estimator is enough."""
+    few = [case for case in lens_gradients.CASES if case[0] == "RLOO 4"]
+    measure = functools.partial(lens_gradients.measure_lens, cases=few)
+    monkeypatch.setattr(lens_gradients, "measure_lens", measure)
+    run = world.copy_run(tmp_path / "run")
+    flags.FLAGS(
+        ["gradient_report", f"--checkpoint={run}", f"--out={tmp_path}", "--draws=20"]
+        + ["--lens_draws=2", "--rows=8"]
+    )
+    gradient_report.main()
+    found = json.loads((tmp_path / "lens_gradients.json").read_text(encoding="utf-8"))
+    assert found.keys() == {"RLOO 4"}
+    assert math.isfinite(found["RLOO 4"]["snr"]["value"])
+    assert "RLOO 4" in (tmp_path / "lens_gradients.html").read_text(encoding="utf-8")

@@ -356,8 +356,8 @@ def test_every_file_is_checked_before_the_first_is_read(folder, monkeypatch):
     ("changes", "message"),
     [
         ({"model_type": "own", "auto_map": {"AutoModel": "own.Model"}}, r"'own'.*is never run"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq' of config.json is not supported"),
-        ({"quantization_config": {"bits": 4}}, "'unknown' of config.json is not supported"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "'gptq' is not supported"),
+        ({"quantization_config": {"bits": 4}}, "'unknown' is not supported"),
     ],
     ids=["remote code", "gptq", "quantised somehow"],
 )

@@ -132,6 +132,44 @@ def test_capture_stops_at_its_layer(model, tokens):
     assert flops(0) < 0.4 * flops(2)
 
 
+def test_places_by_name(model, tokens, logits):
+    """TransformerLens' and transformers' names are the same tensors as the layers' numbers."""
+    states = np.asarray(model.capture(tokens, (0, 1, 2)))
+    names = [f"blocks.{layer}.hook_resid_post" for layer in range(3)]
+    np.testing.assert_array_equal(model.capture(tokens, names), states)
+    np.testing.assert_array_equal(model.capture(tokens, names[1]), states[:, 1])
+    inputs = np.asarray(model.capture(tokens, [f"blocks.{k}.hook_resid_pre" for k in range(3)]))
+    np.testing.assert_array_equal(inputs[:, 1:], states[:, :2])
+    np.testing.assert_array_equal(inputs[:, 0], np.asarray(model.params["embedding"])[tokens])
+    np.testing.assert_array_equal(
+        model.capture(tokens, ["hidden_states[0]", "hidden_states[2]", 0]),
+        np.stack([inputs[:, 0], inputs[:, 2], states[:, 0]], axis=1),
+    )
+    for name in (*names, "blocks.0.hook_resid_pre", "hidden_states[1]"):
+        value = np.asarray(model.capture(tokens, name, [3, 8]))
+        swapped = model.swap(tokens, name, [3, 8], value)
+        np.testing.assert_allclose(swapped, logits, rtol=0, atol=1e-5)
+        change = np.abs(np.asarray(model.swap(tokens, name, [3, 8], value + 0.5)) - logits)
+        assert change[0, :3].max() < 1e-5 and change[0, 3].max() > 0.05
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blocks.3.hook_resid_post",
+        "blocks.1.hook_resid",
+        "hook_embed",
+        "hidden_states[3]",
+        "blocks.1.hook_resid_post ",
+    ],
+)
+def test_places_that_there_are_not(model, tokens, name):
+    with pytest.raises(ValueError) as error:
+        model.capture(tokens, [0, name])
+    for said in (f"layer {name} is out of range", "layers 0 to 2", "hook_resid_pre"):
+        assert said in str(error.value)
+
+
 @pytest.mark.parametrize("layer", [3, -1, (0, 7)])
 def test_layer_out_of_range(model, tokens, layer):
     wrong = layer[-1] if isinstance(layer, tuple) else layer

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_lens import fast_jit, plain_text, tiny_batch, tiny_lens, tiny_spec
 
-from conlens_jax.config import ExperimentConfig, LossConfig, WarmConfig
+from conlens_jax.config import ExperimentConfig, LossConfig, ScheduleConfig, WarmConfig
 from conlens_jax.training.objective import TERMS, Objective, joint_loss, prepare
 from conlens_jax.training.state import Stage, init_state, make_step, stage_optimizer
 
@@ -63,6 +65,30 @@ def test_memory_grows_linearly_with_the_text():
 def test_the_same_measurement_sees_a_parabola():
     used = [temporary_bytes(text_len, plain=True) for text_len in (16, 32)]
     assert used[1] > 2.8 * used[0], used
+
+
+@pytest.mark.parametrize("trained", ["full", "frozen"])
+def test_gradients_of_frozen_matrices_are_not_made(trained):
+    """The hand-written backward pass has cotangents for all weights; who is frozen needs none."""
+    spec = tiny_spec(text_len=4, train_decoder=trained, train_encoder=trained)
+    trainable, frozen = tiny_lens(spec)
+    batch = tiny_batch(spec, frozen["original"])
+    objective = Objective(LossConfig(lm=ScheduleConfig(start=0.0)), WarmConfig(3, 1), spec)
+    noise = jnp.zeros((len(batch.lengths_G), 4, spec.model.vocab_size))
+    weights, tau = {name: jnp.float32(1) for name in TERMS}, jnp.float32(1)
+
+    def gradient(trainable, frozen, batch, noise):
+        prepared = prepare(trainable, frozen, batch, noise, objective=objective)
+        inputs = (trainable, frozen, batch, prepared, weights, tau)
+        return jax.grad(joint_loss, has_aux=True)(*inputs, objective=objective)[0]
+
+    program = fast_jit(gradient).lower(trainable, frozen, batch, noise).compile().as_text()
+    width, mlp = spec.model.d_model, spec.model.d_mlp
+    assert mlp not in (width, spec.model.vocab_size)
+    # Products summed over the tokens, of the shape of a weight.
+    shape = rf"f32\[(?:{width},{mlp}|{mlp},{width})\]"
+    of_matrices = re.findall(shape + r"\S* dot\(.*lhs_contracting_dims=\{0\}", program)
+    assert bool(of_matrices) == (trained == "full")
 
 
 def test_a_step_compiles_once():

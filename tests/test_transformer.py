@@ -119,7 +119,7 @@ def test_the_kept_cache_is_the_written_one(tiny):
     )
     run = jax.jit(functools.partial(run_layers, config=config, keep_cache=True))
     _, kept = run(params["layers"], embed_tokens(params, tokens, config), positions)
-    assert kept.keys.shape == (2, batch, length, config.n_kv_heads, config.head_dim)
+    assert kept.keys.shape == (2, batch, config.n_kv_heads, length, config.head_dim)
     for ours, theirs in zip(kept, written, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
 

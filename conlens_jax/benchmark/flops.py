@@ -144,12 +144,32 @@ def step_flops(work: Workload) -> dict[str, float]:
         "backward": rows * backward + swap.backward(trained=False),
     }
     if objective.uses("text"):
-        found["text anchor"] = rows * (
-            written.total + written.backward(full_decoder)
-            + heads.total + heads.backward(head_trained)
-            + read_back.total + read_back.backward(full_encoder)
-        )  # fmt: skip
+        found["text anchor"] = sum(supervised_flops(work).values())
     return {**found, "total": sum(found.values())}
+
+
+def supervised_flops(work: Workload) -> dict[str, float]:
+    """FLOPs of a step of the warm start, which is also the joint loss's anchor: D writes a window
+    of real text, E reads it."""
+    spec, lens = work.spec, work.spec.lens
+    rows, text_len = len(work.batch.positions_B), spec.text_len
+    prompt = len(spec.decoder_left) + 1 + len(spec.decoder_right)
+    around = len(spec.encoder_left) + len(spec.encoder_right)
+    written = text_cost(spec.model, spec.model.n_layers, prompt, text_len - 1, text_len)
+    heads = Cost(2.0 * spec.model.d_model * spec.model.vocab_size * text_len)
+    read_back = text_cost(spec.model, spec.layer + 1, around, text_len, 1)
+    full_decoder = lens.train_decoder == "full"
+    head_trained = full_decoder or lens.train_output_head
+    return {
+        "write": rows * (written.total + heads.total),
+        "read": rows * read_back.total,
+        "backward": rows
+        * (
+            written.backward(full_decoder)
+            + heads.backward(head_trained)
+            + read_back.backward(lens.train_encoder == "full")
+        ),
+    }
 
 
 def dump_flops(work: Workload) -> dict[str, float]:

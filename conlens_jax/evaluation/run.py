@@ -59,7 +59,7 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
                 f"{metadata['model_id']}, whose weights are not those of {setting.model.model_id}"
             ]
         )
-    (train, validation), reference = setting.caches, setting.reference
+    (_, validation), reference = setting.caches, setting.reference
     count = min(config.evaluate.rows or len(validation), len(validation))
     tokenizer = setting.model.tokenizer
     template, frozen = init_lens(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from conlens_jax.lens.gumbel import Noise, as_noise
+from conlens_jax.lens.gumbel import Noise, as_noise, first_argmax
 from conlens_jax.lens.spec import Decoder, LensSpec, around, normalise, project
 from conlens_jax.models import transformer
 from conlens_jax.models.cache import with_room
@@ -87,7 +87,7 @@ def generate(
         logits_BV = head.logits(x_BD)
         if noise is not None:
             logits_BV += noise.at(step).values(head.vocab_size)[:, 0]
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return first_argmax(logits_BV)
 
     def write_next(carry, step):
         token_B, cache = carry

@@ -22,6 +22,15 @@ from conlens_jax.models.quantized import Matrix, matmul, take_rows, take_rows_ba
 STRAIGHT_THROUGH = Estimator()
 
 
+def first_argmax(logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:
+    """``argmax`` over the vocabulary, by two plain reductions: XLA's own, of values and indices
+    together, takes three times as long on a CPU."""
+    size = logits.shape[-1]
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    where = jnp.where(logits == highest, jnp.arange(size, dtype=jnp.int32), size - 1)
+    return jnp.min(where, axis=-1)
+
+
 class Noise(NamedTuple):
     """fp32 Gumbel noise of texts: as it stands, or as a key a token that draws it when it is
     looked at, so that it is never there for all tokens at once.

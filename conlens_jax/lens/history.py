@@ -182,6 +182,8 @@ def _visit_tokens(residuals, wanted_BTD: Array, positions_BS: Array, spec: LensS
             tau,
             None if keys_BT is None else at(keys_BT, token),
         )
+        # XLA would make the cotangents once more for every column of the product with the head.
+        logits_bar = jax.lax.optimization_barrier(logits_bar)
         return (pull_head(logits_bar)[0], later), history_bar_BD
 
     start = jnp.zeros_like(wanted_BTD[:, :1]), go_back.start()

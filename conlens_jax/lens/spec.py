@@ -23,8 +23,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from conlens_jax.config import LensConfig
+from conlens_jax.config.rules import LORA_TARGETS
 from conlens_jax.data.tokenizer import Tokenizer
 from conlens_jax.models.adapters import init_adapters, with_adapters
+from conlens_jax.models.families import family_of
 from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import embed_tokens, output_head, scale_embeddings
@@ -78,6 +80,7 @@ def make_spec(
             f"lens.input_patches={lens.input_patches} must be at most {model.n_layers - 1}: the "
             f"model has {model.n_layers} layers, and the first one's input is the slot itself"
         )
+    _check_adapters(model, lens)
     start = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
     pieces = []
     for field, slot in (("decoder_prompt", "<embed>"), ("encoder_prompt", "<text>")):
@@ -106,6 +109,20 @@ def make_spec(
         encoder_right=pieces[3],
         bos=tokenizer.bos_id,
     )
+
+
+def _check_adapters(model: TransformerConfig, lens: LensConfig) -> None:
+    """Raises ValueError where adapters are asked for matrices that the model has not."""
+    if "lora" not in (lens.train_decoder, lens.train_encoder):
+        return
+    table = family_of(model).param_table(model)
+    here = [name for name in LORA_TARGETS if ("layers", name) in {row.path for row in table}]
+    missing = [name for name in lens.lora_target_names if name not in here]
+    if missing:
+        raise ValueError(
+            f"lens.lora_targets has {', '.join(missing)}, which a {model.family} model has not; "
+            f"its layers have {', '.join(here)}"
+        )
 
 
 class Decoder(NamedTuple):

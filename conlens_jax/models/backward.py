@@ -19,9 +19,11 @@ from jaxtyping import Array, Float, Int
 from conlens_jax.models.attention import (
     attention_scores,
     attention_weights,
+    cap_slope,
     heads_first,
     heads_last,
     mix_values,
+    scores_cotangent,
 )
 from conlens_jax.models.block import (
     Block,
@@ -94,13 +96,24 @@ class Later(NamedTuple):
     queries, zero where they have not been visited yet.
 
     Attributes:
-      weights, scores_bar: attention weights, and the cotangent of the scores.
+      scores_bar: the cotangent of scale · ⟨q, k⟩, times the scale.
       mixed_bar: the cotangent of what attention gave.
     """
 
-    weights: Float[Array, "n B K G t C"]
     scores_bar: Float[Array, "n B K G t C"]
     mixed_bar: Float[Array, "n B K G t X"]
+
+
+class Read(NamedTuple):
+    """How t tokens read the keys: known for all of them before the first is visited.
+
+    Attributes:
+      slope: derivative of the scores' soft cap; None without one.
+    """
+
+    queries: Float[Array, "*n B K G t X"]
+    weights: Float[Array, "*n B K G t C"]
+    slope: Float[Array, "*n B K G t C"] | None
 
 
 class TokenPullBack:
@@ -126,23 +139,22 @@ class TokenPullBack:
         self.inputs, self.products = tail(kept.inputs_BSD), jax.tree.map(tail, kept.products)
         text = self.surroundings.at_queries(first, positions_BS.shape[1] - first)
 
-        def queries(layer):
-            weights, x_BtD, products, place = layer
-            rotation = text.of(place).rotation
-            made = attention_inputs(x_BtD, Products(weights, products), rotation, config)
-            return heads_first(made[0], config.n_kv_heads)
+        def read(layer) -> Read:
+            weights, x_BtD, products, keys, place = layer
+            here, form = text.of(place), score_form(place, weights, config)
+            made = attention_inputs(x_BtD, Products(weights, products), here.rotation, config)
+            scores = attention_scores(made[0], keys, form)
+            mix = attention_weights(scores, here.mask, form)
+            return Read(made[0], mix, cap_slope(scores, form))
 
-        stack = (self.layers, self.inputs, self.products, self.place_N)
-        self.queries = jax.lax.map(queries, stack)
+        stack = (self.layers, self.inputs, self.products, self.keys, self.place_N)
+        self.read = jax.lax.map(read, stack)
 
     def start(self) -> Later:
         """Nothing is wanted yet."""
-        n_layers, batch, n_kv_heads, group, tokens, width = self.queries.shape
-        shape = (n_layers, batch, n_kv_heads, group, tokens)
-        zeros = lambda last, dtype: jnp.zeros((*shape, last), dtype)
-        slots = self.keys.shape[2]
         return Later(
-            zeros(slots, jnp.float32), zeros(slots, jnp.float32), zeros(width, self.values.dtype)
+            jnp.zeros_like(self.read.weights),
+            jnp.zeros(self.read.queries.shape, self.values.dtype),
         )
 
     def __call__(
@@ -159,11 +171,9 @@ class TokenPullBack:
         config, surroundings = self.config, self.surroundings.at_queries(at, 1)
 
         def back(out_bar_B1D: Array, layer):
-            weights, x_B1D, products, query, keys, values, queries, later, place = layer
+            weights, x_B1D, products, own_read, keys, values, read, later, place = layer
             here, form = surroundings.of(place), score_form(place, weights, config)
-            scores = attention_scores(query, keys, form)
-            mix, pull_weights = jax.vjp(lambda s: attention_weights(s, here.mask, form), scores)
-            attended = heads_last(mix_values(mix, values))
+            attended = heads_last(mix_values(own_read.weights, values))
             finish = lambda x, attended: layer_output(
                 x, attended, Products(weights, products), config
             )
@@ -171,31 +181,32 @@ class TokenPullBack:
             x_bar, attended_bar = pull_output(out_bar_B1D)
             mixed_bar = heads_first(attended_bar, config.n_kv_heads)
             mix_bar = jnp.einsum(
-                "bkgsx,bckx->bkgsc", mixed_bar, values, preferred_element_type=jnp.float32
+                "bkgsx,bkcx->bkgsc", mixed_bar, values, preferred_element_type=jnp.float32
             )
-            (scores_bar,) = pull_weights(mix_bar)
-            scaled = scores_bar * form.scale
-            query_bar = mix_values(scaled, keys)
+            scores_bar = scores_cotangent(own_read.weights, mix_bar, own_read.slope) * form.scale
+            query_bar = mix_values(scores_bar, keys)
             # This token's key and value, as the tokens behind it and it itself have used them.
             own = lambda array: pick(array, 4, at)[..., 0].astype(keys.dtype)
             collect = functools.partial(jnp.einsum, "bkgt,bkgtx->bkx")
-            key_bar = collect(own(later.scores_bar), queries) + collect(own(scaled), query)
-            value_bar = collect(own(later.weights), later.mixed_bar) + collect(own(mix), mixed_bar)
+            key_bar = collect(own(later.scores_bar), read.queries)
+            key_bar += collect(own(scores_bar), own_read.queries)
+            value_bar = collect(own(read.weights), later.mixed_bar)
+            value_bar += collect(own(own_read.weights), mixed_bar)
             begin = lambda x: attention_inputs(
                 x, Products(weights, products), here.rotation, config
             )
             _, pull_inputs = jax.vjp(begin, x_B1D)
-            bars = heads_last(query_bar), key_bar[:, None], value_bar[:, None]
-            return x_bar + pull_inputs(bars)[0], Later(mix, scaled, mixed_bar)
+            bars = query_bar, key_bar[:, :, None], value_bar[:, :, None]
+            return x_bar + pull_inputs(bars)[0], Later(scores_bar, mixed_bar)
 
         stack = (
             self.layers,
             pick(self.inputs, 2),
             jax.tree.map(lambda array: pick(array, 2), self.products),
-            pick(self.queries, 4),
+            jax.tree.map(lambda array: pick(array, 4), self.read),
             self.keys,
             self.values,
-            self.queries,
+            self.read,
             later,
             self.place_N,
         )

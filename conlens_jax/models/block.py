@@ -8,7 +8,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from conlens_jax.models import flash, rope
-from conlens_jax.models.attention import ScoreForm, attend
+from conlens_jax.models.attention import ScoreForm, attend, heads_first, key_heads_first
 from conlens_jax.models.layer_kinds import Place
 from conlens_jax.models.mlp import mix_experts, mlp
 from conlens_jax.models.norms import apply_norm
@@ -28,8 +28,8 @@ class Kept(NamedTuple):
 
     inputs_BSD: Float[Array, "*n B S D"]
     products: dict[str, Array]
-    keys: Float[Array, "*n B S K X"]
-    values: Float[Array, "*n B S K X"]
+    keys: Float[Array, "*n B K S X"]
+    values: Float[Array, "*n B K S X"]
 
 
 class Block(nn.Module):
@@ -67,8 +67,8 @@ def attention_inputs(
     products: Products,
     rotation: tuple[Array, Array] | None,
     config: TransformerConfig,
-) -> tuple[Float[Array, "B S H X"], Float[Array, "B S K X"], Float[Array, "B S K X"]]:
-    """Rotated queries and keys, and values; each token's from that token alone."""
+) -> tuple[Float[Array, "B K G S X"], Float[Array, "B K S X"], Float[Array, "B K S X"]]:
+    """Rotated queries and keys, and values, heads first; each token's from that token alone."""
     weights = products.weights
     if config.pre_norms:
         x_BSD = apply_norm(x_BSD, weights, "attention_norm", config)
@@ -80,7 +80,8 @@ def attention_inputs(
         key = apply_norm(key, weights, "key_norm", config)
     if rotation is not None:
         query, key = rope.rotate(query, rotation), rope.rotate(key, rotation)
-    return query, key, value
+    query = heads_first(query, config.n_kv_heads)
+    return query, key_heads_first(key), key_heads_first(value)
 
 
 def layer_output(

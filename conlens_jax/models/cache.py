@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -15,41 +16,42 @@ from conlens_jax.models.transformer_config import TransformerConfig, array_dtype
 class KVCache(NamedTuple):
     """Keys (already rotated) and values of n layers in C slots, and each slot's position."""
 
-    keys: Float[Array, "n B C K X"]
-    values: Float[Array, "n B C K X"]
+    keys: Float[Array, "n B K C X"]
+    values: Float[Array, "n B K C X"]
     positions_BC: Int[Array, "B C"]
 
 
 def empty_cache(config: TransformerConfig, n_layers: int, batch: int, slots: int) -> KVCache:
-    shape = (n_layers, batch, slots, config.n_kv_heads, config.head_dim)
+    shape = (n_layers, batch, config.n_kv_heads, slots, config.head_dim)
     zeros = jnp.zeros(shape, array_dtype(config))
     return KVCache(zeros, zeros, jnp.full((batch, slots), NO_POSITION, jnp.int32))
 
 
 def with_room(cache: KVCache, slots: int) -> KVCache:
     """The cache with so many empty slots behind what it holds."""
-    room = lambda array: jnp.pad(array, ((0, 0), (0, 0), (0, slots), (0, 0), (0, 0)))
+    room = lambda array: jnp.pad(array, ((0, 0), (0, 0), (0, 0), (0, slots), (0, 0)))
     positions_BC = jnp.pad(cache.positions_BC, ((0, 0), (0, slots)), constant_values=NO_POSITION)
     return KVCache(room(cache.keys), room(cache.values), positions_BC)
 
 
 def write_slots(
-    past: Array, new: Array, slot: Int[Array, ""] | Int[Array, " B"]
-) -> Float[Array, "B C ..."]:
-    """Writes ``new`` [B, s, …] into ``past`` [B, C, …] from ``slot`` on (one for all rows, or
-    one a row). A start too close to the end is moved back, as in ``dynamic_update_slice``."""
+    past: Array, new: Array, slot: Int[Array, ""] | Int[Array, " B"], axis: int
+) -> Float[Array, "B ..."]:
+    """Writes ``new`` into ``past`` from ``slot`` of ``axis`` on (one for all rows, or one a row).
+    A start too close to the end is moved back, as in ``dynamic_update_slice``."""
+    update = jax.lax.dynamic_update_slice_in_dim
     if slot.ndim == 0:
-        return jax.lax.dynamic_update_slice_in_dim(past, new.astype(past.dtype), slot, axis=1)
-    write = lambda row, piece, start: jax.lax.dynamic_update_slice_in_dim(row, piece, start, 0)
+        return update(past, new.astype(past.dtype), slot, axis)
+    write = lambda row, piece, start: update(row, piece, start, axis - 1)
     return jax.vmap(write)(past, new.astype(past.dtype), slot)
 
 
 def append(cache: KVCache, keys: Array, values: Array, positions_BS: Array, slot: Array) -> KVCache:
     """The cache with new tokens of all layers from ``slot`` on."""
     # All layers at once, behind the scan: so the cache is changed in place, not copied a layer.
-    write = jax.vmap(write_slots, in_axes=(0, 0, None))
+    write = jax.vmap(functools.partial(write_slots, axis=2), in_axes=(0, 0, None))
     return KVCache(
         write(cache.keys, keys, slot),
         write(cache.values, values, slot),
-        write_slots(cache.positions_BC, positions_BS, slot),
+        write_slots(cache.positions_BC, positions_BS, slot, axis=1),
     )

@@ -13,6 +13,7 @@ import logging
 import jax
 from jaxtyping import Array, Bool, Float
 
+from conlens_jax.models.attention import heads_last
 from conlens_jax.models.transformer_config import TransformerConfig
 
 _LOG = logging.getLogger(__name__)
@@ -50,18 +51,18 @@ def _say_once(reasons: str) -> None:
 
 
 def attend(
-    query_BSHX: Float[Array, "B S H X"],
-    key_BSKX: Float[Array, "B S K X"],
-    value_BSKX: Float[Array, "B S K X"],
+    query: Float[Array, "B K G S X"],
+    key_BKSX: Float[Array, "B K S X"],
+    value_BKSX: Float[Array, "B K S X"],
     mask_BSS: Bool[Array, "B S S"],
     scale: float,
     implementation: str = "cudnn",
 ) -> Float[Array, "B S H X"]:
     """:func:`conlens_jax.models.attention.attend` of tokens to themselves."""
     return jax.nn.dot_product_attention(
-        query_BSHX,
-        key_BSKX,
-        value_BSKX,
+        heads_last(query),
+        key_BKSX.swapaxes(1, 2),
+        value_BKSX.swapaxes(1, 2),
         mask=mask_BSS[:, None],
         scale=scale,
         # Already in the mask; said again so that the kernel skips what lies ahead.

@@ -30,19 +30,23 @@ _FINGERPRINT_BYTES = 4096
 
 
 def read_config(folder: Path) -> TransformerConfig:
-    """The shape of the model in a folder.
+    """The shape of the model in a folder; see :func:`read_config_file`."""
+    return read_config_file(folder / "config.json")
+
+
+def read_config_file(file: Path) -> TransformerConfig:
+    """The shape of the model that a config.json describes.
 
     Raises:
       ValueError: no supported model, or one that cannot be read as it is stored.
     """
-    values = dict(read_json(folder / "config.json"))
+    values = dict(read_json(file))
     quantisation = values.pop("quantization_config", None)
     method = (quantisation or {}).get("quant_method", "unknown")
     if quantisation and method != MXFP4:
         raise ValueError(
-            f"model.path={folder}: quantization_config.quant_method={method!r} of config.json is "
-            f"not supported (only {MXFP4} is); use the unquantised model, with "
-            "model.quantise='int8' to save memory"
+            f"{file}: quantization_config.quant_method={method!r} is not supported (only {MXFP4} "
+            "is); use the unquantised model, with model.quantise='int8' to save memory"
         )
     return config_from_hf(values)
 

@@ -1,7 +1,7 @@
-"""A loaded language model with the three calls of everyday work: logits, capture, swap.
+"""A loaded language model with the calls of everyday work: logits, capture, swap, generate.
 
-These are the plain, full forward passes; ``conlens_jax.lens.original`` has the cheap forms that
-training uses, and its tests hold them against these.
+Capture and swap are the plain, full forward passes; ``conlens_jax.lens.original`` has the cheap
+forms that training uses, and its tests hold them against these.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from conlens_jax.data.tokenizer import Tokenizer, check_vocabulary
+from conlens_jax.models import generate as generation
 from conlens_jax.models import hf_io
+from conlens_jax.models.hooks import Place, boundaries, is_place
 from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import (
@@ -67,7 +69,7 @@ class LanguageModel:
     def capture(
         self,
         tokens: Int[Array, "B S"],
-        layers: int | Sequence[int],
+        layers: Place | Sequence[Place],
         positions: int | Sequence[int] | Int[Array, "B"] | None = None,
         mask: Bool[Array, "B S"] | None = None,
     ) -> Float[Array, "B D"] | Float[Array, "B n D"]:
@@ -76,7 +78,8 @@ class LanguageModel:
         Args:
           tokens: token ids.
           layers: 0-based block, or several of them (``hidden_states[layer + 1]`` in Hugging Face
-            terms; the last block's output before the final norm).
+            terms; the last block's output before the final norm); or names of places such as
+            ``"blocks.5.hook_resid_post"``, see :func:`conlens_jax.models.hooks.boundaries`.
           positions: index into the sequence, one for all rows or one a row; None gives all of
             them, as a last-but-one dimension S.
           mask: False on padding.
@@ -84,42 +87,111 @@ class LanguageModel:
         Returns:
           [B, D] for one layer, [B, n, D] for a sequence of n; with ``positions=None`` [B, S, D]
           and [B, n, S, D].
+
+        Raises:
+          ValueError: a place or position that there is not.
         """
-        wanted = (layers,) if isinstance(layers, int | np.integer) else tuple(layers)
-        self._check_layers(wanted)
+        wanted = (layers,) if is_place(layers) else tuple(layers)
+        at = boundaries(wanted, self.config.n_layers, self.model_id)
         tokens, mask = _inputs(tokens, mask, self.config)
-        captured = _capture(
-            self.params, tokens, mask, layers=tuple(map(int, wanted)), config=self.config
-        )
+        captured = _capture(self.params, tokens, mask, at=at, config=self.config)
         if positions is not None:
             rows = jnp.arange(tokens.shape[0])
             captured = captured[rows, :, _row_positions(positions, tokens)]
-        return captured[:, 0] if isinstance(layers, int | np.integer) else captured
+        return captured[:, 0] if is_place(layers) else captured
 
     def swap(
         self,
         tokens: Int[Array, "B S"],
-        layer: int,
+        layer: Place,
         positions: int | Sequence[int] | Int[Array, "B"],
         activations: Float[Array, "B D"],
         mask: Bool[Array, "B S"] | None = None,
     ) -> Float[Array, "B S V"]:
-        """Logits where the output of block ``layer`` at ``positions`` is ``activations``."""
-        self._check_layers((layer,))
+        """Logits where the output of block ``layer`` at ``positions`` is ``activations``.
+
+        ``layer`` and ``positions`` are what :meth:`capture` takes, one place for all rows.
+        """
+        (at,) = boundaries((layer,), self.config.n_layers, self.model_id)
         tokens, mask = _inputs(tokens, mask, self.config)
         activations = _row_vectors(activations, tokens.shape[0], self.config.d_model)
         positions = _row_positions(positions, tokens)
-        return _swap(
-            self.params, tokens, mask, positions, activations, layer=int(layer), config=self.config
-        )
+        return _swap(self.params, tokens, mask, positions, activations, at=at, config=self.config)
 
-    def _check_layers(self, layers: Sequence[int]) -> None:
-        wrong = [layer for layer in layers if not 0 <= layer < self.config.n_layers]
-        if wrong:
+    def generate(
+        self,
+        prompt: str | Sequence[str] | Int[Array, "B S"],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        mask: Bool[Array, "B S"] | None = None,
+        stop: Sequence[int] | None = None,
+    ) -> Int[Array, "B T"]:
+        """Token ids that follow each prompt; :meth:`decode` makes text of them.
+
+        Args:
+          prompt: token ids, padded on either side; or one text or several, to which the
+            tokenizer's bos token is added.
+          max_new_tokens: T, how many to write.
+          temperature: 0 takes the most probable token, anything above draws from the softmax of
+            logits / temperature.
+          top_p: draws come from the most probable tokens that together have this probability.
+          seed: of the draws. Each row draws its own; the same call gives the same tokens.
+          mask: False on padding; only for token ids.
+          stop: tokens that end a row, which then repeats its last one. None: the model's own end
+            of text; ``()``: no row ends early.
+
+        Raises:
+          ValueError: a setting out of range, a prompt without a token, or more tokens than the
+            model has positions.
+        """
+        tokens, mask = self._prompt(prompt, mask)
+        longest = int(np.max(np.sum(mask, axis=1), initial=0))
+        _check_generation(max_new_tokens, temperature, top_p)
+        if not np.all(np.any(mask, axis=1)):
+            raise ValueError("prompt: every row must have at least one token")
+        if longest + max_new_tokens > self.config.max_positions:
             raise ValueError(
-                f"layer {', '.join(map(str, wrong))} is out of range: "
-                f"{self.model_id} has layers 0 to {self.config.n_layers - 1} (model.layer)"
+                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are more than "
+                f"the {self.config.max_positions} positions that {self.model_id} was made for"
             )
+        if stop is None:
+            stop = () if self.config.eos_token_id is None else (self.config.eos_token_id,)
+        room = ((0, 0), (0, generation.bucket(tokens.shape[1]) - tokens.shape[1]))
+        written_BT = generation.generate(
+            self.params,
+            jnp.pad(tokens, room),
+            jnp.pad(mask, room),
+            jnp.int32(max_new_tokens),
+            jax.random.key(seed) if temperature else None,
+            jnp.float32(temperature),
+            jnp.float32(top_p) if top_p < 1 else None,
+            jnp.asarray(stop, jnp.int32),
+            slots=generation.bucket(max_new_tokens),
+            config=self.config,
+        )
+        return written_BT[:, :max_new_tokens]
+
+    def decode(self, tokens: Int[Array, "B T"]) -> list[str]:
+        """The text of each row, special tokens left out."""
+        return [self.tokenizer.decode(row) for row in np.asarray(tokens)]
+
+    def _prompt(self, prompt, mask) -> tuple[Array, Array]:
+        """Tokens and mask; texts are padded on the left."""
+        if not _is_text(prompt):
+            return _inputs(prompt, mask, self.config)
+        if mask is not None:
+            raise ValueError("mask goes with token ids; texts are padded by themselves")
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        rows = [np.asarray(self.tokenizer.encode(text, add_bos=True), np.int32) for text in texts]
+        tokens = np.full((len(rows), max(map(len, rows))), self.tokenizer.pad_id, np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        for row, ids in enumerate(rows):
+            tokens[row, tokens.shape[1] - len(ids) :] = ids
+            mask[row, tokens.shape[1] - len(ids) :] = True
+        return _inputs(tokens, mask, self.config)
 
 
 def load_model(
@@ -178,6 +250,24 @@ def _inputs(tokens, mask, config: TransformerConfig) -> tuple[Array, Array]:
     return jnp.asarray(tokens, jnp.int32), jnp.asarray(mask, bool)
 
 
+def _is_text(prompt) -> bool:
+    return isinstance(prompt, str) or (
+        isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], str)
+    )
+
+
+def _check_generation(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    problems = []
+    if max_new_tokens < 1:
+        problems.append(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if temperature < 0:
+        problems.append(f"temperature must not be negative, not {temperature}")
+    if not 0 < top_p <= 1:
+        problems.append(f"top_p must be above 0 and at most 1, not {top_p}")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
 def _row_positions(positions, tokens: Array) -> Int[Array, "B"]:
     """One position a row. Raises ValueError out of range."""
     batch, length = tokens.shape
@@ -205,24 +295,25 @@ def _logits(params, tokens, mask, *, config):
     return forward(params, tokens, config=config, mask_BS=mask)
 
 
-@functools.partial(jax.jit, static_argnames=("layers", "config"))
-def _capture(params, tokens, mask, *, layers, config):
+@functools.partial(jax.jit, static_argnames=("at", "config"))
+def _capture(params, tokens, mask, *, at, config):
+    """Boundaries ``at``, [B, n, S, D]."""
     positions = positions_of(mask)
     x_BSD = enter(params, embed_tokens(params, tokens, config), positions)
     captured, start = {}, 0
-    for stop in sorted({layer + 1 for layer in layers}):
+    for stop in sorted(set(at)):
         piece = slice_layers(params["layers"], start, stop)
         x_BSD, _ = run_layers(piece, x_BSD, positions, config=config)
-        captured[stop - 1], start = x_BSD, stop
-    return jnp.stack([captured[layer] for layer in layers], axis=1)
+        captured[stop], start = x_BSD, stop
+    return jnp.stack([captured[boundary] for boundary in at], axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("layer", "config"))
-def _swap(params, tokens, mask, positions, activations, *, layer, config):
+@functools.partial(jax.jit, static_argnames=("at", "config"))
+def _swap(params, tokens, mask, positions, activations, *, at, config):
     token_positions = positions_of(mask)
     x_BSD = enter(params, embed_tokens(params, tokens, config), token_positions)
-    lower = slice_layers(params["layers"], 0, layer + 1)
-    upper = slice_layers(params["layers"], layer + 1, config.n_layers)
+    lower = slice_layers(params["layers"], 0, at)
+    upper = slice_layers(params["layers"], at, config.n_layers)
     x_BSD, _ = run_layers(lower, x_BSD, token_positions, config=config)
     rows = jnp.arange(tokens.shape[0])
     x_BSD = x_BSD.at[rows, positions].set(activations.astype(x_BSD.dtype))

@@ -8,6 +8,7 @@ product is linear: with its result known, the derivative needs its matrix and no
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 from jaxtyping import Array
@@ -45,11 +46,31 @@ class Products:
 
 
 def _product(equation: str, name: str, x: Array, weights: Params) -> Array:
-    out = quantized.einsum(equation, x, weights[name])
+    out = _as_matrices(equation, x, weights[name])
     if name + LORA_IN in weights:
         out += low_rank(equation, x, weights[name + LORA_IN], weights[name + LORA_OUT])
     bias = weights.get(name + "_bias")
     return out if bias is None else out + bias
+
+
+def _as_matrices(equation: str, x: Array, weight: quantized.Matrix) -> Array:
+    """``einsum(equation, x, weight)``, the weight as one matrix [inputs, outputs] where it is one.
+
+    Its transpose, in the backward pass, is then a matrix product too. Of a weight [D, H, X] XLA
+    would make a turned copy instead, for every token that is visited.
+    """
+    operands, out_dims = equation.split("->")
+    x_dims, weight_dims = operands.split(",")
+    inputs = sum(dim in x_dims for dim in weight_dims)
+    is_matrix = (
+        x_dims.endswith(weight_dims[:inputs])
+        and out_dims == x_dims[:-inputs] + weight_dims[inputs:]
+    )
+    if not is_matrix or isinstance(weight, quantized.Int8Matrix):
+        return quantized.einsum(equation, x, weight)
+    batch, outputs = x.shape[: x.ndim - inputs], weight.shape[inputs:]
+    matrix = weight.reshape(-1, math.prod(outputs))
+    return (x.reshape(*batch, -1) @ matrix).reshape(*batch, *outputs)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -18,7 +20,7 @@ from conlens_jax.models.param_table import (
 )
 from conlens_jax.models.quantized import Int8Matrix
 from conlens_jax.models.transformer_config import TransformerConfig, array_dtype
-from conlens_jax.parallel.mesh import AXIS_OF_DIM, param_spec
+from conlens_jax.parallel.mesh import AXIS_OF_DIM, param_spec, shardings_like
 
 
 def param_shardings(table: list[ParamRow], config: TransformerConfig, mesh: Mesh) -> Params:
@@ -39,6 +41,15 @@ def param_shardings(table: list[ParamRow], config: TransformerConfig, mesh: Mesh
     if problems:
         raise ConfigError(problems)
     return build_tree((row.path, _sharding(row, config, mesh)) for row in table)
+
+
+def clone_shardings(tree: Any, config: TransformerConfig, mesh: Mesh) -> Any:
+    """Shardings for a lens or its train state: clones of the model's parameters and their moments
+    are split like these, and small parts (adapters too) are whole on every device."""
+    # Clones are floats, also where the model is int8.
+    floats = dataclasses.replace(config, quantise="")
+    shardings = param_shardings(family_of(config).param_table(config), floats, mesh)
+    return shardings_like(tree, shardings, mesh)
 
 
 def _sharding(row: ParamRow, config: TransformerConfig, mesh: Mesh) -> NamedSharding | Int8Matrix:

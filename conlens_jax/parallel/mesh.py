@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from conlens_jax.config import ConfigError, MeshConfig
@@ -17,6 +17,13 @@ from conlens_jax.config import ConfigError, MeshConfig
 PyTree = Any
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+MESH_PRESETS = {
+    "single": MeshConfig(data=1),
+    "data8": MeshConfig(data=8),
+    "fsdp8": MeshConfig(data=1, fsdp=8),
+    "fsdp2_tensor4": MeshConfig(data=1, fsdp=2, tensor=4),
+}
+"""Meshes of one device and of eight, for plans and tests."""
 AXIS_OF_DIM = {"D": "fsdp", "V": "tensor", "H": "tensor", "K": "tensor", "F": "tensor"}
 
 
@@ -26,8 +33,28 @@ def make_mesh(config: MeshConfig | None = None) -> Mesh:
     Raises:
       ConfigError: the axes do not multiply to the number of devices.
     """
-    config = config or MeshConfig()
-    devices = jax.device_count()
+    return jax.make_mesh(
+        mesh_shape(config or MeshConfig(), jax.device_count()),
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
+    )
+
+
+def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
+    """The mesh of a run on so many devices, without them: for shapes and bytes.
+
+    Raises:
+      ConfigError: the axes do not multiply to the number of devices.
+    """
+    return AbstractMesh(mesh_shape(config, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
+    """The size of each of :data:`AXES`.
+
+    Raises:
+      ConfigError: the axes do not multiply to the number of devices.
+    """
     others = config.fsdp * config.tensor
     data = config.data or max(devices // others, 1)
     if data * others != devices:
@@ -37,9 +64,7 @@ def make_mesh(config: MeshConfig | None = None) -> Mesh:
                 f"must be the number of devices, {devices}; mesh.data=0 takes what the others leave"
             ]
         )
-    return jax.make_mesh(
-        (data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES)
-    )
+    return data, config.fsdp, config.tensor
 
 
 def single_device_mesh() -> Mesh:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
-import jax
-
-from conlens_jax.lens.spec import LensSpec
+from conlens_jax.lens.spec import BELOW_THE_LAYERS, LensSpec
 from conlens_jax.models.param_table import Params
+from conlens_jax.parallel.footprint import count, device_bytes, total_bytes
 
 SIDES = ("decoder", "encoder")
 
@@ -16,9 +14,10 @@ SIDES = ("decoder", "encoder")
 def parameter_table(
     trainable: Params, frozen: Params, spec: LensSpec
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: part, how it is kept, parameters, bytes.
+    """Header and rows: part, how it is kept, parameters, bytes in all, bytes on each device.
 
     A base that is shared is the original's own arrays: it has parameters, but takes no bytes.
+    Works on arrays and on their shapes alone.
     """
     rows = [
         [f"{side} {name}", "trained", *_size(part)]
@@ -27,12 +26,18 @@ def parameter_table(
     ]
     rows += [[name, "frozen", *_size(part)] for name, part in _frozen_parts(frozen)]
     rows += [
-        [f"{side} base", "shared with the original", _count(frozen["original"], side, spec), "0"]
+        [
+            f"{side} base",
+            "shared with the original",
+            _used(frozen["original"], side, spec),
+            "0",
+            "0",
+        ]
         for side in SIDES
         if "base" not in trainable[side]
     ]
     rows.append(["total trained", "", *_size(trainable)])
-    return ["part", "", "parameters", "bytes"], rows
+    return ["part", "", "parameters", "bytes", "bytes per device"], rows
 
 
 def _frozen_parts(frozen: Params) -> Iterator[tuple[str, Params]]:
@@ -42,16 +47,14 @@ def _frozen_parts(frozen: Params) -> Iterator[tuple[str, Params]]:
             yield f"{side} {name}", part
 
 
-def _count(original: Params, side: str, spec: LensSpec) -> str:
+def _used(original: Params, side: str, spec: LensSpec) -> str:
     """Parameters of the original that a side uses; the encoder ends behind the lens's layer."""
     if side == "decoder":
-        return _size(original)[0]
-    layers = jax.tree.leaves(original["layers"])
-    per_layer = sum(math.prod(leaf.shape[1:]) for leaf in layers)
-    return f"{original['embedding'].size + (spec.layer + 1) * per_layer:,}"
+        return f"{count(original):,}"
+    tables = sum(count(original[name]) for name in BELOW_THE_LAYERS if name in original)
+    per_layer = count(original["layers"]) // spec.model.n_layers
+    return f"{tables + (spec.layer + 1) * per_layer:,}"
 
 
-def _size(tree: Params) -> tuple[str, str]:
-    leaves = jax.tree.leaves(tree)
-    count = sum(math.prod(leaf.shape) for leaf in leaves)
-    return f"{count:,}", f"{sum(leaf.nbytes for leaf in leaves):,}"
+def _size(tree: Params) -> tuple[str, str, str]:
+    return f"{count(tree):,}", f"{total_bytes(tree):,}", f"{device_bytes(tree):,}"

@@ -24,10 +24,9 @@ from conlens_jax.data.rows import RowSource
 from conlens_jax.evaluation.measure import Measurer, Reference
 from conlens_jax.lens.batch import make_batch
 from conlens_jax.lens.spec import init_lens
-from conlens_jax.models.families import family_of
 from conlens_jax.models.param_table import Params
-from conlens_jax.models.sharding import param_shardings
-from conlens_jax.parallel.mesh import batch_sharding, shardings_like
+from conlens_jax.models.sharding import clone_shardings
+from conlens_jax.parallel.mesh import batch_sharding
 from conlens_jax.training.accounting import parameter_table
 from conlens_jax.training.checkpoint import (
     CheckpointError,
@@ -44,6 +43,7 @@ from conlens_jax.training.state import (
     init_state,
     make_step,
     stage_optimizer,
+    stages_of,
 )
 from conlens_jax.training.tracking import MetricsFile, WandbRun
 from conlens_jax.training.validation import Validation, validate, verbose_samples
@@ -104,19 +104,12 @@ def train_lens(setting: Setting) -> Path:
         seed=config.train.seed,
     )
     trainable = placed(trainable, setting)
-    initial = trainable
+    # The baseline starts from the same encoder; without one, nothing keeps the arrays alive.
+    initial_encoder = trainable["encoder"] if config.baseline.steps else {}
     if config.train.init_from:
         trainable = load_lens(config.train.init_from, trainable)
     console.table("lens", *parameter_table(trainable, frozen, setting.spec))
-    warm = Stage("warm", config.warm.steps, config.warm.batch_size, config.warm.optimizer)
-    joint = Stage(
-        "joint",
-        config.joint.steps,
-        config.joint.batch_size,
-        config.joint.optimizer,
-        first_step=warm.steps,
-        rows_per_document=config.joint.rows_per_document,
-    )
+    warm, joint = stages_of(config)
     try:
         trainable = run_stage(run, warm, trainable, frozen)
         frozen = {**frozen, "warm_decoder": trainable["decoder"]}
@@ -126,13 +119,13 @@ def train_lens(setting: Setting) -> Path:
             control = _control_stage(run, warm, joint)
             run_stage(dataclasses.replace(run, folder=folder / CONTROL), control, start, frozen)
         if config.baseline.steps:
-            _train_baseline(run, initial, frozen)
+            _train_baseline(run, initial_encoder, frozen)
     finally:
         tracker.finish()
     return folder
 
 
-def _train_baseline(run: Run, initial: Params, frozen: Params) -> None:
+def _train_baseline(run: Run, encoder: Params, frozen: Params) -> None:
     """Trains an encoder of its own on the true last T source tokens."""
     config, setting = run.config, run.setting
     window = dataclasses.replace(config.warm, before=config.lens.text_len, after=0)
@@ -145,7 +138,7 @@ def _train_baseline(run: Run, initial: Params, frozen: Params) -> None:
         folder=run.folder / BASELINE,
         setting=dataclasses.replace(setting, objective=objective),
     )
-    run_stage(alone, stage, {"decoder": {}, "encoder": initial["encoder"]}, frozen)
+    run_stage(alone, stage, {"decoder": {}, "encoder": encoder}, frozen)
 
 
 def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Params:
@@ -191,14 +184,10 @@ def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Para
 
 
 def placed(tree: Any, setting: Setting) -> Any:
-    """A lens or its train state on the mesh: clones and their moments are split like the model's
-    parameters, and small parts (adapters too) are whole on every device. What is restored into
-    such a tree is on the mesh too."""
-    # Clones are floats, also where the original is int8.
-    model, mesh = dataclasses.replace(setting.model.config, quantise=""), setting.mesh
-    table = family_of(model).param_table(model)
-    shardings = shardings_like(tree, param_shardings(table, model, mesh), mesh)
-    return jax.device_put(tree, shardings)
+    """A lens or its train state on the mesh, see
+    :func:`~conlens_jax.models.sharding.clone_shardings`. What is restored into such a tree is on
+    the mesh too."""
+    return jax.device_put(tree, clone_shardings(tree, setting.model.config, setting.mesh))
 
 
 class _StageLoop:

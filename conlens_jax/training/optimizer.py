@@ -101,13 +101,14 @@ def decay_mask(params: Params) -> Params:
     """True for the leaves that weight decay applies to: matrices, never biases or norms.
 
     Layers are stacked, so a norm's scale is [N, D] and a bias may be [N, D] too; both are told by
-    their name, or by a parent whose name ends in ``norm``.
+    their name, or by a parent whose name ends in ``norm``. Attention sinks, [N, H], are logits.
     """
 
     def decays(path: tuple, leaf: Any) -> bool:
         names = _names(path)
         is_norm = any(name.endswith("norm") for name in names)
-        return leaf.ndim >= 2 and not is_norm and "bias" not in names[-1].split("_")
+        is_vector = "bias" in names[-1].split("_") or names[-1] == "sinks"
+        return leaf.ndim >= 2 and not is_norm and not is_vector
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from conlens_jax.config import EMBEDDED_MODEL, ConfigError, ExperimentConfig, lookup
 from conlens_jax.data.legacy import open_cache
@@ -17,6 +17,7 @@ from conlens_jax.evaluation.measure import Measurer, Reference, reference_of
 from conlens_jax.lens.spec import LensSpec, make_spec
 from conlens_jax.models.model import LanguageModel, load_model
 from conlens_jax.models.sharding import loading_report
+from conlens_jax.models.transformer_config import TransformerConfig
 from conlens_jax.parallel.host import use_compilation_cache
 from conlens_jax.parallel.mesh import check_batch, make_mesh
 from conlens_jax.training.console import Console
@@ -75,15 +76,15 @@ def open_setting(config: ExperimentConfig, console: Console) -> Setting:
     """
     use_compilation_cache(config.train.compile_cache)
     mesh = make_mesh(config.mesh)
-    for name in ("dump.batch_size", "warm.batch_size", "joint.batch_size", "evaluate.batch_size"):
-        check_batch(name, lookup(config, name), mesh)
-    shared = config.joint.rows_per_document
-    check_batch(
-        "joint.batch_size / joint.rows_per_document", config.joint.batch_size // shared, mesh
-    )
+    check_batches(config, mesh)
     path = config.model.path
     if path == EMBEDDED_MODEL:
         path = str(ensure_language_model(config, console))
+
+    def before_loading(shape: TransformerConfig) -> None:
+        check_context(config, shape, path)
+        console.table("model", *loading_report(shape, mesh))
+
     model = load_model(
         path,
         dtype=config.model.dtype,
@@ -93,18 +94,11 @@ def open_setting(config: ExperimentConfig, console: Console) -> Setting:
         remat=config.model.remat,
         attention=config.model.attention,
         quantise=config.model.quantise,
-        before_loading=lambda shape: console.table("model", *loading_report(shape, mesh)),
+        before_loading=before_loading,
     )
     if config.model.path == EMBEDDED_MODEL:
         # The cache names the model by what the config calls it, not by a folder of this machine.
         model = dataclasses.replace(model, model_id=model.folder.name)
-    if config.dump.seq_len > model.config.max_positions:
-        raise ConfigError(
-            [
-                f"dump.seq_len={config.dump.seq_len} is longer than the "
-                f"{model.config.max_positions} positions that {model.model_id} was made for"
-            ]
-        )
     spec = make_spec(model.config, config.model.layer, config.lens, model.tokenizer)
     console.line(
         "model",
@@ -116,6 +110,27 @@ def open_setting(config: ExperimentConfig, console: Console) -> Setting:
         devices=mesh.size,
     )
     return Setting(config, console, mesh, model, spec, Objective(config.loss, config.warm, spec))
+
+
+def check_batches(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError where a batch does not divide over the mesh."""
+    for name in ("dump.batch_size", "warm.batch_size", "joint.batch_size", "evaluate.batch_size"):
+        check_batch(name, lookup(config, name), mesh)
+    shared = config.joint.rows_per_document
+    check_batch(
+        "joint.batch_size / joint.rows_per_document", config.joint.batch_size // shared, mesh
+    )
+
+
+def check_context(config: ExperimentConfig, model: TransformerConfig, name: str) -> None:
+    """Raises ConfigError where contexts are longer than the model can read."""
+    if config.dump.seq_len > model.max_positions:
+        raise ConfigError(
+            [
+                f"dump.seq_len={config.dump.seq_len} is longer than the "
+                f"{model.max_positions} positions that {name} was made for"
+            ]
+        )
 
 
 def open_caches(setting: Setting) -> tuple[RowSource, RowSource]:

@@ -84,6 +84,20 @@ class Stage:
         return self.name != "baseline"
 
 
+def stages_of(config: ExperimentConfig) -> tuple[Stage, Stage]:
+    """The warm start and the joint stage."""
+    warm = Stage("warm", config.warm.steps, config.warm.batch_size, config.warm.optimizer)
+    joint = Stage(
+        "joint",
+        config.joint.steps,
+        config.joint.batch_size,
+        config.joint.optimizer,
+        first_step=warm.steps,
+        rows_per_document=config.joint.rows_per_document,
+    )
+    return warm, joint
+
+
 def init_state(trainable: Params, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
 

@@ -1,0 +1,1 @@
+"""What a run will take, from shapes alone: no weights, no devices."""

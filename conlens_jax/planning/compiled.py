@@ -1,0 +1,58 @@
+"""XLA's own memory analysis of the real train step, compiled from shapes.
+
+The step is compiled for virtual CPU devices in the mesh of the run. On a CPU XLA multiplies
+bfloat16 matrices as float32 and may keep such copies of the weights: with ``model.dtype=bfloat16``
+the temporary memory is larger here than on an accelerator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+
+from conlens_jax.planning.lens import Plan
+from conlens_jax.training.state import Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledMemory:
+    """Bytes of one device for a compiled step, and the seconds that compiling took.
+
+    What the step does not look at is no argument of it, although the run keeps it.
+    """
+
+    arguments: int
+    temporary: int
+    outputs: int
+    aliased: int
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        """Outputs that take the place of a donated argument are counted once."""
+        return self.arguments + self.temporary + self.outputs - self.aliased
+
+
+def compile_step(
+    plan: Plan, stage: Stage, compiler_options: dict[str, Any] | None = None
+) -> CompiledMemory:
+    """Compiles a stage's step; ``plan.mesh`` must have devices.
+
+    Raises:
+      ValueError: the backend does not tell its memory.
+    """
+    started = time.perf_counter()
+    lowered = plan.step(stage).lower(plan.state(stage), plan.frozen_in(stage), plan.batch(stage))
+    analysis = lowered.compile(compiler_options).memory_analysis()
+    if analysis is None:
+        raise ValueError(f"--compile: the backend {jax.default_backend()!r} tells no memory")
+    return CompiledMemory(
+        analysis.argument_size_in_bytes,
+        analysis.temp_size_in_bytes,
+        analysis.output_size_in_bytes,
+        analysis.alias_size_in_bytes,
+        time.perf_counter() - started,
+    )

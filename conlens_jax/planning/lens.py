@@ -1,0 +1,136 @@
+"""A run as shapes: the lens, its train state and its batches, each leaf with where it lies.
+
+The same functions make them as in training (:func:`~conlens_jax.lens.spec.init_lens`,
+:func:`~conlens_jax.training.state.init_state`), evaluated on shapes alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from conlens_jax.benchmark.shapes import Workload
+from conlens_jax.config import ExperimentConfig
+from conlens_jax.lens.batch import Batch
+from conlens_jax.lens.spec import LensSpec, init_lens, make_spec
+from conlens_jax.models.families import family_of
+from conlens_jax.models.param_table import Params, abstract_params
+from conlens_jax.models.sharding import clone_shardings, param_shardings
+from conlens_jax.models.transformer_config import TransformerConfig
+from conlens_jax.parallel.mesh import batch_sharding
+from conlens_jax.planning.model_source import PlannedModel
+from conlens_jax.training.objective import Objective
+from conlens_jax.training.setting import check_batches, check_context
+from conlens_jax.training.state import (
+    Stage,
+    Step,
+    TrainState,
+    init_state,
+    make_step,
+    stage_optimizer,
+)
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A lens on a mesh, before anything of it exists.
+
+    Attributes:
+      model: whose shape it is.
+      mesh: with devices (then it can be compiled for them) or abstract.
+      trainable, frozen: of the lens, ``jax.ShapeDtypeStruct`` with shardings.
+    """
+
+    config: ExperimentConfig
+    model: PlannedModel
+    objective: Objective
+    mesh: Mesh | AbstractMesh
+    trainable: Params
+    frozen: Params
+
+    @property
+    def spec(self) -> LensSpec:
+        return self.objective.spec
+
+    def frozen_in(self, stage: Stage) -> Params:
+        """The joint stage keeps the decoder of the warm start as a reference."""
+        if stage.supervised:
+            return self.frozen
+        return {**self.frozen, "warm_decoder": self.trainable["decoder"]}
+
+    def state(self, stage: Stage) -> TrainState:
+        optimizer, _ = stage_optimizer(stage, self.trainable, self.config.dump.n_samples)
+        state = jax.eval_shape(lambda lens: init_state(lens, optimizer), self.trainable)
+        return on_mesh(state, self.spec.model, self.mesh)
+
+    def batch(self, stage: Stage) -> Batch:
+        """A step's rows; without activations where the step captures them itself."""
+        rows, contexts = stage.batch_size, stage.batch_size // stage.rows_per_document
+        width = 0 if self.config.data.source == "stream" else self.spec.model.d_model
+        sharding = batch_sharding(self.mesh)
+        rows_of = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        return Batch(
+            rows_of((rows, width), jnp.float32),
+            rows_of((contexts, self.config.dump.seq_len), jnp.int32),
+            rows_of((contexts,), jnp.int32),
+            rows_of((rows,), jnp.int32),
+            rows_of((rows,), jnp.int32),
+        )
+
+    def step(self, stage: Stage) -> Step:
+        """The jitted train step of the run itself."""
+        n_rows = self.config.dump.n_samples
+        optimizer, learning_rate = stage_optimizer(stage, self.trainable, n_rows)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state(stage))
+        return make_step(
+            stage, self.config, self.objective, optimizer, learning_rate, n_rows, shardings
+        )
+
+    def workload(self, stage: Stage) -> Workload:
+        """For the FLOP counts: positions spread evenly over the range that the dump takes."""
+        dump = self.config.dump
+        last = dump.max_position or dump.seq_len - 1 - dump.after
+        positions = np.linspace(dump.min_position, last, stage.batch_size).round().astype(np.int32)
+        batch = self.batch(stage).replace(positions_B=positions)
+        frozen = self.frozen_in(stage)
+        return Workload(self.model.name, self.config, self.objective, self.trainable, frozen, batch)
+
+
+def make_plan(config: ExperimentConfig, model: PlannedModel, mesh: Mesh | AbstractMesh) -> Plan:
+    """Checks what training checks before it starts, and makes the shapes.
+
+    Raises:
+      ValueError: a batch, context, layer, prompt or dimension that does not fit the model or the
+        mesh.
+    """
+    check_batches(config, mesh)
+    check_context(config, model.shape, model.name)
+    spec = make_spec(model.shape, config.model.layer, config.lens, model.tokenizer)
+    table = family_of(model.shape).param_table(model.shape)
+    original = jax.tree.map(
+        _lying, abstract_params(table, model.shape), param_shardings(table, model.shape, mesh)
+    )
+    trainable, frozen = jax.eval_shape(
+        lambda original: init_lens(original, spec, np.zeros(model.shape.d_model), 1.0), original
+    )
+    others = {name: part for name, part in frozen.items() if name != "original"}
+    trainable, others = on_mesh((trainable, others), model.shape, mesh)
+    frozen = {"original": original, **others}
+    objective = Objective(config.loss, config.warm, spec)
+    return Plan(config, model, objective, mesh, trainable, frozen)
+
+
+def on_mesh(tree: PyTree, model: TransformerConfig, mesh: Mesh | AbstractMesh) -> PyTree:
+    """Shapes of a lens or its train state, lying as training has them lie."""
+    return jax.tree.map(_lying, tree, clone_shardings(tree, model, mesh))
+
+
+def _lying(leaf: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)

@@ -1,0 +1,204 @@
+"""Bytes on each device during a training step: counted for what is stored, estimated for the rest.
+
+What is stored between steps is exact. What a step makes on its way depends on the compiler; the
+estimates say what they count, and ``--compile`` asks XLA. With b = bytes of a number in the
+model's dtype, rows and dimensions those of one device (rows over ``data`` and ``fsdp``; heads and
+mlp over ``tensor``), a layer keeps for each token of its backward pass
+
+    remat=full       b D                                              its input
+    remat=products   b (3 D + H X + 2 K X + 2 F)                      and every matrix product
+    remat=none       b (6 D + 3 H X + 3 K X + 4 F) + 8 H keys         and all between them
+
+where 8 H keys are attention's scores and weights in fp32, and F is the width of all experts that a
+token goes through. The peak is in the backward pass or in
+the optimizer, whichever takes more: they do not take it at the same time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from conlens_jax.lens.vocabulary import chunks_of
+from conlens_jax.models.transformer_config import array_dtype
+from conlens_jax.parallel.footprint import device_bytes
+from conlens_jax.planning.lens import Plan
+from conlens_jax.training.state import Stage
+
+_FP32 = 4
+
+
+class Part(NamedTuple):
+    """Some bytes of every device.
+
+    Attributes:
+      name: what they are.
+      n_bytes: how many.
+      how: how they are counted.
+      phase: ``"stored"`` (there between steps too, and exact), ``"backward"`` or ``"optimizer"``.
+    """
+
+    name: str
+    n_bytes: float
+    how: str
+    phase: str = "backward"
+
+
+class Pass(NamedTuple):
+    """A pass with gradient: rows and tokens through layers."""
+
+    name: str
+    rows: int
+    tokens: int
+    n_layers: int
+    keys: int
+
+
+def step_memory(plan: Plan, stage: Stage) -> list[Part]:
+    """Every part of a step's memory on one device."""
+    return [*_stored(plan, stage), *_made(plan, stage)]
+
+
+def peak(parts: list[Part]) -> float:
+    """What is stored, and the larger of the two phases of a step."""
+    of = lambda phase: sum(part.n_bytes for part in parts if part.phase == phase)
+    return of("stored") + max(of("backward"), of("optimizer"))
+
+
+def _stored(plan: Plan, stage: Stage) -> list[Part]:
+    state, frozen = plan.state(stage), plan.frozen
+    others = {name: part for name, part in frozen.items() if name != "original"}
+    parts = [
+        ("original model", frozen["original"], "weights of M"),
+        ("frozen parts of the lens", others, "projections, prompts, statistics"),
+        ("trained weights", state.params, "decoder and encoder"),
+        ("optimizer state", state.opt_state, "Adam's moments, fp32"),
+        ("lens as the stage began", plan.trainable, "a copy that the run keeps"),
+        ("batch", plan.batch(stage), "contexts and activations"),
+    ]
+    if plan.config.baseline.steps:
+        encoder = plan.trainable["encoder"]
+        parts.append(("encoder for the baseline", encoder, "as it was at first, kept till then"))
+    return [Part(name, device_bytes(tree), how, "stored") for name, tree, how in parts]
+
+
+def _made(plan: Plan, stage: Stage) -> list[Part]:
+    passes = passes_of(plan, stage)
+    parts = [
+        Part(
+            "gradients and updates",
+            2 * _FP32 * device_bytes(plan.trainable) / _itemsize(plan),
+            "both in fp32",
+            "optimizer",
+        ),
+        Part("gradients", device_bytes(plan.trainable), "in the weights' dtype"),
+        Part("gathered weights", _gathered(plan), "two tables [V, D] whole along fsdp"),
+        Part(
+            "activations",
+            sum(_kept(plan, each) for each in passes),
+            f"kept for the backward pass ({', '.join(each.name for each in passes)}), "
+            f"remat={plan.spec.model.remat}",
+        ),
+        Part("logits", _logits(plan, stage), "fp32, those that are there at once"),
+    ]
+    if not stage.supervised:
+        parts += [
+            Part("context", _context(plan, stage), "keys and values above layer L, each row's"),
+            Part("decode cache", decode_cache(plan, stage), "keys and values of D's text"),
+        ]
+    return parts
+
+
+def passes_of(plan: Plan, stage: Stage) -> list[Pass]:
+    """The passes that are differentiated in one micro-batch."""
+    spec, config = plan.spec, plan.config
+    rows = stage.batch_size // stage.optimizer.accumulate
+    writes = len(spec.decoder_left) + len(spec.decoder_right) + spec.text_len
+    reads = len(spec.encoder_left) + len(spec.encoder_right) + spec.text_len
+    write = Pass("D", rows, writes, spec.model.n_layers, writes)
+    read = Pass("E", rows, reads, spec.layer + 1, reads)
+    if stage.supervised:
+        return [write, read]
+    group, horizon = plan.objective.texts_per_row, config.loss.kl_horizon
+    passes = [write._replace(rows=rows * group), read._replace(rows=rows * group)]
+    upper = spec.model.n_layers - spec.layer - 1
+    if plan.objective.uses("kl") and upper:
+        keys = config.dump.seq_len + horizon
+        passes.append(Pass("M behind the swap", rows * group, horizon, upper, keys))
+    if plan.objective.uses("text"):
+        passes.append(write._replace(name="D, anchor"))
+        if config.loss.text_read:
+            passes.append(read._replace(name="E, anchor"))
+    return passes
+
+
+def decode_cache(plan: Plan, stage: Stage) -> float:
+    """Keys and values of every layer for D's prompt and text."""
+    spec = plan.spec
+    rows = _local_rows(plan, stage) * plan.objective.texts_per_row
+    slots = len(spec.decoder_left) + 1 + len(spec.decoder_right) + spec.text_len - 1
+    return rows * slots * spec.model.n_layers * _keys_and_values(plan)
+
+
+def _context(plan: Plan, stage: Stage) -> float:
+    """Nothing where the loss has no KL, or nothing lies above layer L."""
+    if not plan.objective.uses("kl"):
+        return 0.0
+    spec = plan.spec
+    rows = _local_rows(plan, stage) * plan.objective.texts_per_row
+    upper = spec.model.n_layers - spec.layer - 1
+    return rows * plan.config.dump.seq_len * upper * _keys_and_values(plan)
+
+
+def _kept(plan: Plan, each: Pass) -> float:
+    """The formula above, for one pass."""
+    model, tensor = plan.spec.model, plan.mesh.shape["tensor"]
+    width, mlp = model.d_model, model.d_mlp * max(model.experts_per_token, 1) / tensor
+    query, key = (n * model.head_dim / tensor for n in (model.n_heads, model.n_kv_heads))
+    numbers = {
+        "full": width,
+        "products": 3 * width + query + 2 * key + 2 * mlp,
+        "none": 6 * width + 3 * query + 3 * key + 4 * mlp,
+    }[model.remat]
+    n_bytes = numbers * _itemsize(plan)
+    if model.remat == "none":
+        n_bytes += 2 * _FP32 * model.n_heads / tensor * each.keys
+    return each.rows / _batch_parts(plan) * each.tokens * each.n_layers * n_bytes
+
+
+def _logits(plan: Plan, stage: Stage) -> float:
+    """Those of the text, as many as :func:`~conlens_jax.lens.vocabulary.chunks_of` says, four
+    arrays of them (D's, the reference's, noise, gradient); and those of both of M's passes."""
+    spec, group = plan.spec, plan.objective.texts_per_row
+    rows, vocab = stage.batch_size // stage.optimizer.accumulate, spec.model.vocab_size
+    chunks = chunks_of(rows * group, spec.text_len, vocab)
+    text = 4 * rows * group * spec.text_len / chunks
+    swap = 0 if stage.supervised else 3 * rows * group * plan.config.loss.kl_horizon
+    parts = _batch_parts(plan) * plan.mesh.shape["tensor"]
+    return _FP32 * vocab * (text + swap) / parts
+
+
+def _gathered(plan: Plan) -> float:
+    """Two tables [V, D]: one that is read and one gradient that is summed are whole along
+    ``fsdp``, since the batches that look rows up and are multiplied by them are split over it."""
+    if plan.mesh.shape["fsdp"] == 1:
+        return 0.0
+    model = plan.spec.model
+    return 2 * model.vocab_size * model.d_model * _itemsize(plan) / plan.mesh.shape["tensor"]
+
+
+def _keys_and_values(plan: Plan) -> float:
+    """Bytes of a token in one layer of a cache."""
+    model = plan.spec.model
+    return 2 * model.n_kv_heads * model.head_dim * _itemsize(plan) / plan.mesh.shape["tensor"]
+
+
+def _itemsize(plan: Plan) -> int:
+    return array_dtype(plan.spec.model).itemsize
+
+
+def _batch_parts(plan: Plan) -> int:
+    return plan.mesh.shape["data"] * plan.mesh.shape["fsdp"]
+
+
+def _local_rows(plan: Plan, stage: Stage) -> float:
+    return stage.batch_size / stage.optimizer.accumulate / _batch_parts(plan)

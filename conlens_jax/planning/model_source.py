@@ -1,0 +1,102 @@
+"""The shape of a model from a config.json alone, wherever it lies."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from conlens_jax.config import EMBEDDED_MODEL, ConfigError, ExperimentConfig
+from conlens_jax.data.tokenizer import Tokenizer
+from conlens_jax.models.hf_io import read_config_file
+from conlens_jax.models.transformer_config import TransformerConfig
+from conlens_jax.training.language_model import embedded_shape
+
+SHIPPED = Path(__file__).parents[2] / "third_party" / "model_configs"
+"""Shapes of real models, where the package runs from a checkout."""
+
+
+class WordCounter:
+    """Stands in for a tokenizer that is not there: a token for each word and each mark, which is
+    what a prompt of common words is for most tokenizers."""
+
+    bos_id = 0
+    unk_id = None
+
+    def encode(self, text: str) -> list[int]:
+        return list(range(1, 1 + len(re.findall(r"\w+|[^\w\s]", text))))
+
+
+class PlannedModel(NamedTuple):
+    """A model without its weights.
+
+    Attributes:
+      name: what it is called in the report.
+      source: where its shape is from.
+      shape: run as the config says.
+      tokenizer: the folder's, or a :class:`WordCounter`.
+    """
+
+    name: str
+    source: str
+    shape: TransformerConfig
+    tokenizer: Tokenizer | WordCounter
+
+
+def planned_model(config: ExperimentConfig, model_config: str = "") -> PlannedModel:
+    """Finds the config.json of ``config.model``, or reads the file (or folder) ``model_config``.
+
+    ``model.path`` may be ``"embedded"``, a folder or a config.json, or a hub id: then its file in
+    ``third_party/model_configs`` is read where there is one, and else the hub's, that one file.
+
+    Raises:
+      ConfigError: there is no such file.
+      ValueError: the file holds what this port cannot honour.
+    """
+    path = model_config or config.model.path
+    if path == EMBEDDED_MODEL:
+        shape = embedded_shape(config.embedded, config.embedded.vocab_size)
+        return PlannedModel(path, "the section embedded", _as_run(shape, config), WordCounter())
+    file = _config_file(path, config.model.revision, "--model-config" if model_config else "")
+    shape = read_config_file(file)
+    tokenizer = WordCounter()
+    if (file.parent / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_folder(file.parent)
+    return PlannedModel(path, str(file), _as_run(shape, config), tokenizer)
+
+
+def _as_run(shape: TransformerConfig, config: ExperimentConfig) -> TransformerConfig:
+    model = config.model
+    return dataclasses.replace(
+        shape,
+        dtype=model.dtype,
+        unroll=model.unroll,
+        remat=model.remat,
+        quantise=model.quantise,
+    )
+
+
+def _config_file(path: str, revision: str, flag: str) -> Path:
+    given = Path(path).expanduser()
+    shipped = SHIPPED / f"{given.name}.json"
+    for file in (given / "config.json", given):
+        if file.is_file():
+            return file
+    name = flag or "model.path"
+    if flag or given.is_dir() or path.count("/") > 1 or path.startswith((".", "/", "~")):
+        raise ConfigError([f"{name}={path!r}: there is no config.json, and it is no such file"])
+    if shipped.is_file():
+        return shipped
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(path, "config.json", revision=revision or None))
+    except Exception as error:  # the hub client raises many kinds; all mean the same to the user
+        raise ConfigError(
+            [
+                f"{name}={path!r}: not a folder, not a name of third_party/model_configs, and the "
+                f"hub did not give its config.json ({type(error).__name__}); give the file itself "
+                "with --model-config=path/to/config.json"
+            ]
+        ) from error
