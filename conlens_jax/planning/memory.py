@@ -91,7 +91,7 @@ def _made(plan: Plan, stage: Stage) -> list[Part]:
             "optimizer",
         ),
         Part("gradients", device_bytes(plan.trainable), "in the weights' dtype"),
-        Part("gathered weights", _gathered(plan), "two tables [V, D] whole along fsdp"),
+        Part("gathered weights", _gathered(plan), "tables [V, D] whole along fsdp"),
         Part(
             "activations",
             sum(_kept(plan, each) for each in passes),
@@ -178,12 +178,13 @@ def _logits(plan: Plan, stage: Stage) -> float:
 
 
 def _gathered(plan: Plan) -> float:
-    """Two tables [V, D]: one that is read and one gradient that is summed are whole along
-    ``fsdp``, since the batches that look rows up and are multiplied by them are split over it."""
+    """A table [V, D] that is read, and where one is trained a gradient that is summed, are whole
+    along ``fsdp``: the batches that look rows up and are multiplied by them are split over it."""
     if plan.mesh.shape["fsdp"] == 1:
         return 0.0
     model = plan.spec.model
-    return 2 * model.vocab_size * model.d_model * _itemsize(plan) / plan.mesh.shape["tensor"]
+    tables = 1 + any("base" in plan.trainable[side] for side in ("decoder", "encoder"))
+    return tables * model.vocab_size * model.d_model * _itemsize(plan) / plan.mesh.shape["tensor"]
 
 
 def _keys_and_values(plan: Plan) -> float:
