@@ -69,7 +69,9 @@ CASES = {
         "llama",
         _rope(**_YARN, attention_factor=0.7, beta_fast=3.0, beta_slow=0.5, truncate=False),
     ),
-    "mistral: no window, tied": Case("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
+    "mistral: no window, tied": Case(
+        "mistral", {"sliding_window": None, "tie_word_embeddings": True}
+    ),
     "qwen2: no window": Case("qwen2", {"use_sliding_window": False}),
     "qwen2: layer_types": Case(
         "qwen2", {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
@@ -110,15 +112,21 @@ CASES = {
             "tie_word_embeddings": False,
         },
     ),
-    "gpt2: unscaled, relu": Case("gpt2", {"scale_attn_weights": False, "activation_function": "relu"}),
+    "gpt2: unscaled, relu": Case(
+        "gpt2", {"scale_attn_weights": False, "activation_function": "relu"}
+    ),
     "gpt_neo: all global, untied": Case(
         "gpt_neo", {"attention_types": [[["global"], 3]], "tie_word_embeddings": False}
     ),
     "gpt_neox: sequential, no attention bias": Case(
         "gpt_neox", {"use_parallel_residual": False, "attention_bias": False}
     ),
-    "gpt_neox: whole heads, tied": Case("gpt_neox", {"rotary_pct": 1.0, "tie_word_embeddings": True}),
-    "phi3: no window, one kv head": Case("phi3", {"sliding_window": None, "num_key_value_heads": 1}),
+    "gpt_neox: whole heads, tied": Case(
+        "gpt_neox", {"rotary_pct": 1.0, "tie_word_embeddings": True}
+    ),
+    "phi3: no window, one kv head": Case(
+        "phi3", {"sliding_window": None, "num_key_value_heads": 1}
+    ),
     "phi3: longrope within": Case(
         "phi3", {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 32}
     ),

@@ -27,6 +27,7 @@ from conlens_jax.models.hf_io import (
     save_model,
     weights_fingerprint,
 )
+from conlens_jax.models.mxfp4 import dequantise_mxfp4
 from conlens_jax.models.tensor_files import TensorFiles
 from conlens_jax.models.transformer_config import RopeConfig
 
@@ -50,6 +51,11 @@ def edit_tensors(folder, edit):
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
     save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def load(folder, **changes):
@@ -147,6 +153,74 @@ def test_a_tied_model_may_carry_its_head_twice(tmp_path):
     loaded = load(tmp_path)
     assert "output_head" not in loaded
     jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+
+
+# --- files of other shapes ------------------------------------------------------------------------
+
+
+def random_folder(folder, family, **changes):
+    config = tiny_config(family, **changes)
+    save_model(folder, config, random_params(config))
+    return load(folder)
+
+
+def test_mxfp4_experts_of_gpt_oss(tmp_path):
+    """The same model twice: experts in 4 bits, and in the floats that these stand for."""
+    exact = random_folder(tmp_path, "gpt_oss", intermediate_size=64)
+    rng, packed, floats = np.random.default_rng(0), {}, {}
+    for layer in range(3):
+        for name, outputs, inputs in (("gate_up_proj", 128, 32), ("down_proj", 32, 64)):
+            name = f"model.layers.{layer}.mlp.experts.{name}"
+            blocks = rng.integers(0, 256, (4, outputs, inputs // 32, 16), dtype=np.uint8)
+            scales = rng.integers(118, 124, blocks.shape[:-1], dtype=np.uint8)
+            packed |= {name + "_blocks": blocks, name + "_scales": scales}
+            # safetensors writes memory as it lies, whatever the strides.
+            floats[name] = dequantise_mxfp4(blocks, scales).astype(np.float32, order="C")
+    edit_tensors(tmp_path, lambda tensors: tensors.update(floats))
+    expected = load(tmp_path)
+
+    def pack(tensors):
+        for name in floats:
+            tensors.pop(name)
+        tensors.update(packed)
+
+    edit_tensors(tmp_path, pack)
+    edit_config(tmp_path, quantization_config={"quant_method": "mxfp4"})
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path), expected)
+    assert not np.array_equal(exact["layers"]["up"], expected["layers"]["up"])
+    edit_tensors(tmp_path, lambda tensors: tensors.pop(name + "_scales"))
+    with pytest.raises(ValueError, match=r"down_proj_scales does not fit"):
+        load(tmp_path)
+
+
+def test_old_gpt2_files_without_a_prefix_and_with_buffers(tmp_path):
+    expected = random_folder(tmp_path, "gpt2")
+
+    def age(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = np.ones((1, 1, 64, 64), np.float32)
+        tensors["h.0.attn.masked_bias"] = np.float32([-1e4])
+
+    edit_tensors(tmp_path, age)
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path), expected)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_a_multimodal_gemma_3(tmp_path, prefix):
+    expected = random_folder(tmp_path, "gemma3_text")
+    text = json.loads((tmp_path / "config.json").read_text())
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 16}
+    config = {"model_type": "gemma3", "text_config": text, "vision_config": vision}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def nest(tensors):
+        for name in list(tensors):
+            tensors[prefix + name.removeprefix("model.")] = tensors.pop(name)
+        tensors["vision_tower.vision_model.head"] = np.ones(3, np.float32)
+
+    edit_tensors(tmp_path, nest)
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path), expected)
 
 
 # --- config.json ----------------------------------------------------------------------------------
@@ -274,8 +348,7 @@ def test_missing_extra_and_misshaped_tensors_in_one_message(folder):
 
 
 def test_config_json_with_more_layers_than_the_weights(folder):
-    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 3}
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_config(folder, num_hidden_layers=3)
     with pytest.raises(ValueError, match=r"missing: model\.layers\.2\."):
         load(folder)
 
@@ -343,8 +416,7 @@ def test_every_file_is_checked_before_the_first_is_read(folder, monkeypatch):
     ids=["remote code", "gptq", "quantised somehow"],
 )
 def test_models_that_are_not_read_as_they_are_stored(folder, changes, message):
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_config(folder, **changes)
     with pytest.raises(ValueError, match=message):
         read_config(folder)
 

@@ -158,3 +158,24 @@ def test_every_switch_matters(label):
         np.asarray(whole_pass(params, tokens, mask, config=c)) for c in (config, without)
     )
     assert np.abs(logits - others)[mask].max() > 50 * case.atol
+
+
+def test_the_text_part_of_a_multimodal_gemma3(tmp_path):
+    """Under the names of the hub, as transformers saves it."""
+    pytest.importorskip("torch")
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = hf_model("gemma3_text")
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 1, "image_size": 8, "patch_size": 4}
+    config = Gemma3Config(
+        text_config=text.config.to_dict(), vision_config=vision, image_token_index=40
+    )
+    whole = Gemma3ForConditionalGeneration(config).eval()
+    whole.model.language_model.load_state_dict(text.model.state_dict())
+    whole.save_pretrained(tmp_path)
+    model = load_model(tmp_path, unroll=1)
+    tokens, mask = padded_rows()
+    logits, _ = hf_forward(text, tokens, mask)
+    ours = np.asarray(whole_pass(model.params, tokens, mask, config=model.config))
+    np.testing.assert_allclose(ours[mask], logits[mask], rtol=0, atol=1e-5)

@@ -62,6 +62,7 @@ fast_jit = functools.partial(
 
 def tiny_spec(
     *,
+    family: str = "llama",
     layer: int = LAYER,
     tied: bool = False,
     bos: int | None = 1,
@@ -70,7 +71,7 @@ def tiny_spec(
     **lens: Any,
 ) -> LensSpec:
     """Prompts on both sides of the slot and of the text; ``lens`` are fields of LensConfig."""
-    model = tiny_config(tie_word_embeddings=tied)
+    model = tiny_config(family, tie_word_embeddings=tied)
     return LensSpec(
         # A scan of one layer a step compiles fastest.
         model=dataclasses.replace(model, unroll=1, dtype=dtype, remat=remat),

@@ -44,7 +44,8 @@ _YARN = {
 }
 _EXPERTS = {"num_experts_per_tok": 2, "num_experts": 4}
 _GPT2 = {"vocab_size": 48, "n_embd": 32, "n_inner": 40, "n_layer": 3, "n_head": 4}
-_GPT_NEO = {"num_layers": 3, "num_heads": 4, "attention_types": [[["global", "local"], 1], [["global"], 1]]}
+_ATTENTION_TYPES = [[["global", "local"], 1], [["global"], 1]]
+_GPT_NEO = {"num_layers": 3, "num_heads": 4, "attention_types": _ATTENTION_TYPES}
 # What each family's tiny model has besides: the switches that make it that family are on.
 _TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_positions": 64, "layer_norm_epsilon": 1e-3, **_GPT2},

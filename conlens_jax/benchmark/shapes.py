@@ -118,7 +118,7 @@ def shape_workload(
 
 
 def _how_it_runs(config: ExperimentConfig) -> dict[str, object]:
-    return {name: getattr(config.model, name) for name in ("dtype", "unroll", "remat")}
+    return {name: getattr(config.model, name) for name in ("dtype", "unroll", "remat", "attention")}
 
 
 def _random_workload(

@@ -16,6 +16,7 @@ from conlens_jax.config.settings import (
 _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "products", "full"),
+    "model.attention": ("xla", "cudnn"),
     "corpus.kind": ("stories", "stdlib", "text", "jsonl", "parquet", "huggingface"),
     "data.source": ("cache", "stream"),
     "dump.dtype": ("float32", "bfloat16"),

@@ -25,6 +25,8 @@ class ModelConfig:
         faster for small models on a CPU.
       remat: what is kept of a layer for its backward pass: ``"none"`` everything, ``"products"``
         the results of its matrix products, ``"full"`` its input alone.
+      attention: ``"xla"``, or ``"cudnn"``: the flash kernel of a GPU for whole passes in 16 bits,
+        where it can do what the model needs (one line in the log says where it cannot).
       quantise: ``"int8"`` keeps the frozen matrices as whole numbers with a scale an output, in
         half the memory of bfloat16. Clones are then frozen or have adapters.
     """
@@ -35,6 +37,7 @@ class ModelConfig:
     dtype: str = "float32"
     unroll: int = 0
     remat: str = "none"
+    attention: str = "xla"
     quantise: str = ""
 
 

@@ -92,6 +92,13 @@ def make_spec(
                     f"know ({text.strip()!r}); use words of the model's vocabulary or {slot} alone"
                 )
             pieces.append(ids)
+    written = len(start) + len(pieces[0]) + 1 + len(pieces[1]) + lens.text_len - 1
+    read = len(start) + len(pieces[2]) + lens.text_len + len(pieces[3])
+    if model.learned_positions and max(written, read) > model.max_positions:
+        raise ValueError(
+            f"lens.text_len={lens.text_len} and the prompts take {max(written, read)} positions; "
+            f"the model has learned {model.max_positions}"
+        )
     return LensSpec(
         model=model,
         layer=layer,

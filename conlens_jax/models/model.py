@@ -202,12 +202,14 @@ def load_model(
     revision: str = "",
     unroll: int = 0,
     remat: str = "none",
+    attention: str = "xla",
     quantise: str = "",
     before_loading: Callable[[TransformerConfig], object] = lambda config: None,
 ) -> LanguageModel:
     """Loads a Hugging Face model folder or hub id onto a mesh (default: the first device).
 
     Args:
+      unroll, remat, attention: how it is run; see :class:`conlens_jax.config.ModelConfig`.
       quantise: ``"int8"`` for frozen int8 matrices (:mod:`conlens_jax.models.quantized`).
       before_loading: called when the shape is known and no weight has been read.
 
@@ -217,7 +219,12 @@ def load_model(
     """
     folder = hf_io.resolve_folder(str(folder_or_id), revision)
     config = dataclasses.replace(
-        hf_io.read_config(folder), dtype=dtype, unroll=unroll, remat=remat, quantise=quantise
+        hf_io.read_config(folder),
+        dtype=dtype,
+        unroll=unroll,
+        remat=remat,
+        attention=attention,
+        quantise=quantise,
     )
     before_loading(config)
     return LanguageModel(

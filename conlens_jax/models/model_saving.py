@@ -37,6 +37,8 @@ def save_model(
     """
     _check_plain(config, params)
     folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob("*" + _UNFINISHED):
+        leftover.unlink()
     sizes: list[dict[str, int]] = []
     for part, tensors in enumerate(_parts(_tensors(config, params), max_file_bytes)):
         save_file(tensors, _unfinished(folder, part), metadata={"format": "pt"})
@@ -76,11 +78,16 @@ def _tensors(config: TransformerConfig, params: Params) -> Iterator[tuple[str, n
     for _, group in itertools.groupby(sorted(table, key=by_name), by_name):
         rows = list(group)
         for index, name in rows[0].tensor_names(config):
-            layers = [leaf(params, row.path)[index] for row in rows]
+            layers = [np.asarray(_at(leaf(params, row.path), index)) for row in rows]
             tensor = np.empty(rows[0].hf_shape(config), layers[0].dtype)
             for row, layer in zip(rows, layers, strict=True):
                 row.view(tensor, config)[...] = layer
             yield name, tensor
+
+
+@jax.jit
+def _at(array: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
+    return array[index]
 
 
 def _parts(

@@ -92,6 +92,7 @@ def open_setting(config: ExperimentConfig, console: Console) -> Setting:
         revision=config.model.revision,
         unroll=config.model.unroll,
         remat=config.model.remat,
+        attention=config.model.attention,
         quantise=config.model.quantise,
         before_loading=before_loading,
     )

@@ -1,4 +1,4 @@
-"""Gemma 2: scaled embeddings, norms with weight 1 + w on both sides of attention and MLP, soft caps,
+"""Gemma 2: scaled embeddings, norms of weight 1 + w before and behind attention and MLP, soft caps,
 a window in every second layer.
 
 Source: transformers' ``modeling_gemma2.py`` and ``configuration_gemma2.py``; arXiv:2408.00118.

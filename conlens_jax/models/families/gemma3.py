@@ -20,7 +20,7 @@ from conlens_jax.models.transformer_config import RopeConfig, TransformerConfig
 
 MODEL_TYPE = "gemma3_text"
 MODEL_TYPES = ("gemma3_text", "gemma3")
-# Names of the language model in a multimodal folder, as it is on the hub and as v5 has it in memory.
+# Names of the language model in a multimodal folder, as on the hub and as v5 has them in memory.
 RENAMES = (
     (r"^language_model\.model\.", "model."),
     (r"^language_model\.lm_head\.", "lm_head."),

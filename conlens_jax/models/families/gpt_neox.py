@@ -1,4 +1,4 @@
-"""GPT-NeoX (Pythia): attention and MLP side by side, a rotation of a part of each head, layer norms.
+"""GPT-NeoX (Pythia): attention and MLP side by side, a part of each head rotated, layer norms.
 
 Source: transformers' ``modeling_gpt_neox.py`` and ``configuration_gpt_neox.py``.
 """
@@ -110,11 +110,10 @@ def _attention_rows(config: TransformerConfig) -> list[ParamRow]:
     rows = [layer_row("attention_out", "HXD", name + "weight", "linear", "residual")]
     if config.attention_bias:
         rows.append(bias_row("attention_out_bias", "D", name + "bias"))
+    fused = _LAYER + "attention.query_key_value."
     for index, part in enumerate(("query", "key", "value")):
-        piece, fused = Piece(index, ("HX", "HX", "HX"), by="H"), _LAYER + "attention.query_key_value."
+        piece = Piece(index, ("HX", "HX", "HX"), by="H")
         rows.append(layer_row(part, "DHX", fused + "weight", piece=piece))
         if config.attention_bias:
-            rows.append(
-                layer_row(part + "_bias", "HX", fused + "bias", "same", "zeros", piece)
-            )
+            rows.append(layer_row(part + "_bias", "HX", fused + "bias", "same", "zeros", piece))
     return rows

@@ -72,13 +72,17 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
 
 def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
     values = common.sizes_to_hf(config, MODEL_TYPE, "GptOssForCausalLM")
-    return values | layer_types_to_hf(config.windows, config.n_layers) | {
-        "swiglu_limit": config.swiglu_limit,
-        "swiglu_alpha": config.swiglu_alpha,
-        "num_local_experts": config.n_experts,
-        "num_experts_per_tok": config.experts_per_token,
-        "attention_bias": config.attention_bias,
-    }
+    return (
+        values
+        | layer_types_to_hf(config.windows, config.n_layers)
+        | {
+            "swiglu_limit": config.swiglu_limit,
+            "swiglu_alpha": config.swiglu_alpha,
+            "num_local_experts": config.n_experts,
+            "num_experts_per_tok": config.experts_per_token,
+            "attention_bias": config.attention_bias,
+        }
+    )
 
 
 def param_table(config: TransformerConfig) -> list[ParamRow]:

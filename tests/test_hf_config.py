@@ -1,0 +1,135 @@
+"""Reading and writing config.json of every family: no key is overlooked, defaults are theirs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from family_cases import CASES, each_case, each_family
+from tiny_models import tiny_config, tiny_values
+
+from conlens_jax.models.families import FAMILIES, config_from_hf, family_of
+
+
+def through_json(values):
+    return json.loads(json.dumps(values))
+
+
+@each_family
+def test_absent_keys_take_the_defaults_of_transformers(family):
+    pytest.importorskip("torch")
+    from transformers import AutoConfig
+
+    everything = json.loads(AutoConfig.for_model(family).to_json_string(use_diff=False))
+    assert config_from_hf({"model_type": family}) == config_from_hf(everything)
+
+
+@each_case
+def test_what_transformers_writes_is_what_was_asked_for(case):
+    """Its own spelling of the tiny model's config.json, with every key written out."""
+    pytest.importorskip("torch")
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**tiny_values(case.family, **case.changes))
+    everything = json.loads(config.to_json_string(use_diff=False))
+    assert config_from_hf(everything) == tiny_config(case.family, **case.changes)
+
+
+@each_case
+def test_config_survives_writing_and_reading(case):
+    config = tiny_config(case.family, **case.changes)
+    assert config_from_hf(through_json(family_of(config).config_to_hf(config))) == config
+
+
+@each_family
+def test_unknown_keys_are_listed_together(family):
+    changes = {"clip_qkv": 8.0, "some_scale": 2.0, "quantization_config": {"quant_method": "awq"}}
+    with pytest.raises(ValueError) as error:
+        tiny_config(family, **changes, some_default=None)
+    for part in ("clip_qkv=8.0", "some_scale=2.0", "quantization_config="):
+        assert part in str(error.value)
+    assert "some_default" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("gemma3_text", {"attn_logit_softcapping": 9.0}, "attn_logit_softcapping=9.0"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "layer_types"),
+        ("gpt_oss", {"sliding_window": None}, "sliding_window=None"),
+        ("gpt_neo", {"attention_types": [[["global"], 2]]}, "attention_types"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
+        ("gpt2", {"activation_function": "mish"}, "activation_function='mish'"),
+        ("phi3", {"lm_head_bias": True}, "lm_head_bias=True"),
+        ("llama", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "needs long_factor"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 5.0}}, "rope_parameters"),
+        ("llama", {"rope_scaling": {"type": "proportional"}}, "'proportional'"),
+    ],
+)
+def test_what_is_not_supported_is_named(family, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(family, **changes)
+
+
+@pytest.mark.parametrize(
+    ("family", "old", "new"),
+    [
+        (
+            "gpt_neox",
+            {"rotary_pct": 0.5, "rotary_emb_base": 500},
+            {"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+        ),
+        (
+            "gemma3_text",
+            {
+                "rope_theta": 300.0,
+                "rope_local_base_freq": 20.0,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+            CASES["gemma3: linear"].changes | {"final_logit_softcapping": None},
+        ),
+        (
+            "phi3",
+            {
+                "rope_scaling": {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+                "rope_theta": 500.0,
+            },
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 500.0,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                }
+            },
+        ),
+        ("gpt_oss", {"num_local_experts": 4}, {"num_experts": 4}),
+        ("gemma2", {"hidden_act": "gelu"}, {"hidden_activation": "gelu_pytorch_tanh"}),
+    ],
+)
+def test_old_and_new_spellings_are_one(family, old, new):
+    assert tiny_config(family, **old) == tiny_config(family, **new)
+
+
+def test_text_part_of_a_multimodal_config():
+    text = tiny_values("gemma3_text")
+    whole = {
+        "model_type": "gemma3",
+        "text_config": text,
+        "vision_config": {"hidden_size": 8},
+        "mm_tokens_per_image": 4,
+        "image_token_index": 40,
+        "architectures": ["Gemma3ForConditionalGeneration"],
+    }
+    assert config_from_hf(whole) == config_from_hf(text)
+
+
+def test_remote_code_is_named_where_the_type_is_unknown():
+    with pytest.raises(ValueError, match=r"'mamba'.*gpt2.*never run"):
+        config_from_hf({"model_type": "mamba", "auto_map": {"AutoConfig": "x.Config"}})
+    assert tiny_config("phi3", auto_map={"AutoConfig": "x.Config"}) == tiny_config("phi3")
+    assert len(FAMILIES) == 14
