@@ -6,6 +6,7 @@ The folder's name carries a hash of everything that made the model; a second run
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import itertools
