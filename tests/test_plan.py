@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from types import SimpleNamespace
 
@@ -281,7 +282,20 @@ def test_command_compiles(folder):
     assert "= peak" in done.stdout and "memory of each device, warm" in done.stdout
 
 
+def test_command_compiles_for_gpus_that_are_not_there(folder):
+    settings = {"model.path": folder, **SETTINGS, "joint.steps": 0}
+    arguments = [f"--config.{name}={value}" for name, value in settings.items()]
+    done = run("plan", "--config=configs/quickstart.py", "--target=h100", *arguments)
+    if importlib.util.find_spec("jax_plugins") is None:
+        assert_refused(done, "--target=h100 needs XLA's GPU compiler", "jax-cuda13-pjrt")
+    else:
+        assert done.returncode == 0 and "= peak" in done.stdout, done.stderr
+
+
 def test_command_refuses():
+    assert_refused(
+        run("plan", "--config=configs/quickstart.py", "--target=abacus"), "known are h100"
+    )
     assert_refused(
         run("plan", "--config=configs/quickstart.py", "--model-config=nowhere"),
         "--model-config='nowhere'",

@@ -1,8 +1,10 @@
 """XLA's own memory analysis of the real train step, compiled from shapes.
 
-The step is compiled for virtual CPU devices in the mesh of the run. On a CPU XLA multiplies
-bfloat16 matrices as float32 and may keep such copies of the weights: with ``model.dtype=bfloat16``
-the temporary memory is larger here than on an accelerator.
+The step is compiled for virtual CPU devices in the mesh of the run, or for GPUs
+(:mod:`conlens_jax.planning.gpu_target`). On a CPU XLA multiplies bfloat16 matrices as float32, may
+keep such copies of the weights, and fuses less: for Llama-3.2-1B in bfloat16, trained in full on 8
+devices along fsdp, temporary memory was 1.9 GiB (warm start) and 4.8 GiB (joint) for CPUs, 0.7 GiB
+and 1.8 GiB for H100s.
 """
 
 from __future__ import annotations

@@ -74,6 +74,7 @@ def _as_run(shape: TransformerConfig, config: ExperimentConfig) -> TransformerCo
         unroll=model.unroll,
         remat=model.remat,
         quantise=model.quantise,
+        attention=model.attention,
     )
 
 
