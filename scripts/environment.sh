@@ -7,7 +7,7 @@ stamp=".venv/.installed-${extras:-base}"
 if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
   python="${PYTHON:-python3}"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "Python 3.11 or newer is needed; set PYTHON to one, for example PYTHON=python3.12" >&2
+    echo "Python 3.11 or newer is needed, and '$python' is none; set PYTHON to one" >&2
     exit 1
   }
   [ -e .venv/bin/python ] || "$python" -m venv .venv
