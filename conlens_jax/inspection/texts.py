@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from conlens_jax.data.tokenizer import Tokenizer
 from conlens_jax.models.model import LanguageModel
 
 Positions = str | int | Sequence[int] | slice
@@ -71,7 +70,7 @@ def _tokens(piece: Any, model: LanguageModel, add_bos: bool) -> list[int]:
     if isinstance(piece, str):
         return tokenizer.encode(piece, add_bos=add_bos)
     if _is_chat(piece):
-        tokens = tokenizer.encode(render_chat(piece, model.folder, tokenizer))
+        tokens = tokenizer.encode(render_chat(piece, model.folder))
         begins = tokens[:1] == [tokenizer.bos_id]
         return tokens if begins or not add_bos else tokenizer.encode("", add_bos=True) + tokens
     if _is_ids(piece):
@@ -82,10 +81,13 @@ def _tokens(piece: Any, model: LanguageModel, add_bos: bool) -> list[int]:
     raise ValueError(f"text must be texts, chat messages or token ids, not {piece!r:.80}")
 
 
-def render_chat(messages: Sequence[Mapping], folder: Path, tokenizer: Tokenizer) -> str:
+def render_chat(messages: Sequence[Mapping], folder: Path, *, answer: bool = False) -> str:
     """Chat messages as the text that the model was trained on, by its own template.
 
     The template is a Jinja program of the model's folder; it runs in Jinja's sandbox.
+
+    Args:
+      answer: begin the model's answer behind the messages.
 
     Raises:
       ValueError: the model has no template, or it refuses the messages.
@@ -114,7 +116,7 @@ def render_chat(messages: Sequence[Mapping], folder: Path, tokenizer: Tokenizer)
     }
     try:
         return environment.from_string(template).render(
-            messages=list(messages), add_generation_prompt=False, **special
+            messages=list(messages), add_generation_prompt=answer, **special
         )
     except jinja2.TemplateError as error:
         raise ValueError(f"the model's chat template refuses the messages: {error}") from error
