@@ -70,14 +70,14 @@ def test_other_checkpoints_by_step_and_by_validation(world, tmp_path):
 
 def test_another_model_is_refused(world, tmp_path):
     copy = world.copy_run(tmp_path / "run")
-    file = next((copy / "checkpoints" / str(LAST_STEP)).rglob("metadata"))
+    file = copy / "checkpoints" / str(LAST_STEP) / "metadata" / "metadata"
     text = file.read_text(encoding="utf-8")
     file.write_text(text.replace(world.setting.model.weights_hash, "0" * 64), encoding="utf-8")
     with pytest.raises(ValueError, match="not the weights that the lens was trained on"):
         conlens_jax.Lens.load(copy)
 
 
-def test_a_saved_lens_comes_back_bit_for_bit(lens, folder):
+def test_a_saved_lens_comes_back_bit_for_bit(lens, folder, tmp_path):
     again = conlens_jax.Lens.load(folder)
     assert_same_arrays(again.trainable, lens.trainable)
     assert_same_arrays(again.frozen, lens.frozen)
@@ -85,6 +85,8 @@ def test_a_saved_lens_comes_back_bit_for_bit(lens, folder):
     assert (again.facts, again.metrics, again.add_bos) == (lens.facts, lens.metrics, lens.add_bos)
     half = conlens_jax.Lens.load(folder, dtype="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(half.trainable)} == {"bfloat16"}
+    whole = conlens_jax.Lens.load(half.save(tmp_path / "half"))
+    assert_same_arrays(whole.trainable, half.trainable)
 
 
 def test_the_card_shows_the_measured_numbers(folder):

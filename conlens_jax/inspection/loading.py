@@ -73,7 +73,12 @@ def _chosen_step(folder: Path, step: int | str) -> int | None:
     name, log = f"validation_{CHECKPOINT_METRIC}", folder.parent / "metrics.jsonl"
     records = read_metrics(log) if log.is_file() else []
     kept = set(all_steps(folder))
-    scores = {r["step"]: r[name] for r in records if name in r and r["step"] in kept}
+    # The warm start is not judged by its text: only joint checkpoints compete for the best.
+    scores = {
+        record["step"]: record[name]
+        for record in records
+        if name in record and record["step"] in kept and record["stage"] != "warm"
+    }
     finite = {step: score for step, score in scores.items() if math.isfinite(score)}
     if not finite:
         raise ValueError(f"step='best': no checkpoint in {folder} was validated; use step='last'")
