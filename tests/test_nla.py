@@ -24,7 +24,7 @@ pytest.importorskip("jinja2")
 TEMPLATE = (
     "{% for m in messages %}the {{ m.content }}{% endfor %}{{ ' and' if add_generation_prompt }}"
 )
-N_NEW, SCALE, WIDTH = 5, 7.5, 32
+N_NEW, SCALE, WIDTH = 5, 30.0, 32
 META = {
     "kind": "nla_model",
     "d_model": WIDTH,
@@ -47,7 +47,7 @@ def folders(lens, tmp_path_factory):
     root, tokenizer = tmp_path_factory.mktemp("pair"), lens.model.tokenizer
     shape = tiny_spec().model
     (root / "av").mkdir()
-    save_model(root / "av", shape, tiny_original(tiny_spec(), seed=5))
+    save_model(root / "av", shape, tiny_original(tiny_spec(), seed=7))
     tokenizer.save(root / "av")
     (root / "av" / "chat_template.jinja").write_text(TEMPLATE)
     (owl,) = tokenizer.encode("owl")
@@ -156,7 +156,7 @@ def test_a_pair_is_scored_by_what_the_model_then_predicts(lens, pair):
         activation = lens.capture(text, position)
         assert row.explanation == pair.verbalise(activation[None])[0]
         vector = pair.reconstruct([row.explanation])[0]
-        vector *= np.linalg.norm(activation) / np.linalg.norm(vector)
+        vector = vector * np.linalg.norm(activation) / np.linalg.norm(vector)
         again = lens.swap(text, position, vector)
         assert row.best.kl == pytest.approx(again.best.kl, rel=1e-3, abs=1e-5)
         assert row.best.cos == pytest.approx(again.best.cos, abs=1e-4)

@@ -14,7 +14,11 @@ from conlens_jax.lens.spec import make_spec
 from conlens_jax.models.hf_io import save_model
 from conlens_jax.models.model import load_model
 
-WORDS = "one two three four five six seven eight nine ten cat dog fox owl bee ant red blue green"
+# With the special tokens and the texts' own words, as many as the model has ids.
+WORDS = (
+    "one two three four five six seven eight nine ten cat dog fox owl bee ant red blue green "
+    "hen pig cow hat cap cup box sun sky sea tree leaf root stone sand rain snow wind cloud moon"
+)
 TEXT = "the cat saw one red fox and two blue owl"
 TEXTS = [TEXT, "three dog", "four bee and the ant saw five green fox six owl seven dog eight cat"]
 LAYER = 1

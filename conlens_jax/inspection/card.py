@@ -31,7 +31,7 @@ def model_card(lens: Lens, includes_model: bool) -> str:
         front["base_model"] = model_id
     lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in front.items()]
     where = "It is in the folder `model/`." if includes_model else "It is loaded by its hub id."
-    described = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "resultant")
+    described = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
     return "\n".join(
         [
             *("---", *lines, "---", ""),

@@ -86,7 +86,8 @@ class Lens:
       trainable, frozen: its parameters, see :mod:`conlens_jax.lens.spec`.
       mesh: the devices that they lie on.
       add_bos: whether texts begin with the bos token, as they did in training.
-      facts: where the lens comes from: model, layer, checkpoint.
+      facts: where the lens comes from: model, layer, stage and step of the checkpoint, and the
+        first position of its training rows.
       metrics: of the evaluation, where there was one.
     """
 

@@ -57,7 +57,7 @@ def _from_run(path: Path, mesh: Mesh, dtype: str | None, step: int | str) -> Len
         "layer": config.model.layer,
         "stage": metadata["stage"],
         "step": metadata["step"],
-        "resultant": metadata["statistics"]["resultant"],
+        "first_position": config.dump.min_position,
     }
     # The evaluation speaks of the run's last checkpoint.
     file, is_last = run / "metrics.json", metadata["step"] == all_steps(folder)[-1]

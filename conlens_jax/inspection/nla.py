@@ -304,7 +304,7 @@ class NlaPair:
                 activations = np.asarray(reading.residual_GSD[places, at], np.float32)
                 texts = self.verbalise(activations)
                 vectors = self.reconstruct(texts)
-                vectors *= _norms(activations) / np.maximum(_norms(vectors), 1e-12)
+                vectors = vectors * (_norms(activations) / np.maximum(_norms(vectors), 1e-12))
                 effect = programs.swap(frozen, reading, places, at, jnp.asarray(vectors))
                 effect = jax.tree.map(np.asarray, effect)
                 name = lambda top, n: tuple(

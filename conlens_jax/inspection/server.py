@@ -93,6 +93,7 @@ def make_app(
     app = FastAPI(title="conlens_jax explorer", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     turns = Turns(most_waiting)
+    max_tokens = min(max_tokens, lens.spec.model.max_positions)
     page = importlib.resources.files(__package__).joinpath("static/explore.html").read_text("utf-8")
 
     def tokens_of(text: str) -> list[str]:
