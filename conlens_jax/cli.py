@@ -30,21 +30,22 @@ def define_config(default: str | None = None) -> flags.FlagHolder:
     )
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
     """Parses flags and runs ``main``; an error that the user can mend is printed, not traced.
 
-    Exit codes: 0 done, 2 wrong input, 1 anything else.
+    ``main`` gets the list of arguments that are no flags if it ``takes_arguments``; otherwise there
+    must be none. Exit codes: 0 done, 2 wrong input, 1 anything else.
     """
 
     def guarded(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
+        if len(argv) > 1 and not takes_arguments:
             _fail([f"unexpected argument {argument!r}" for argument in argv[1:]])
         keep_freed_memory()
         # Orbax and JAX narrate at INFO; their warnings and errors stay.
         logging.set_verbosity(logging.WARNING)
         try:
-            main()
-        except (ValueError, OSError, TrainingStopped) as error:
+            main(*([list(argv[1:])] if takes_arguments else []))
+        except (ValueError, OSError, ImportError, TrainingStopped) as error:
             if _TRACEBACK.value:
                 raise
             _fail(error.problems if isinstance(error, ConfigError) else [str(error)])

@@ -8,6 +8,8 @@ token was sampled from: :func:`forced_states` with its plain gradient, the text 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -15,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from conlens_jax.lens.gumbel import Noise, as_noise, first_argmax
 from conlens_jax.lens.spec import Decoder, LensSpec, around, normalise, project
 from conlens_jax.models import transformer
-from conlens_jax.models.cache import with_room
+from conlens_jax.models.cache import KVCache, with_room
 from conlens_jax.models.transformer import (
     Head,
     Patches,
@@ -57,6 +59,13 @@ def slot_patches(
     return Patches(patch_NBD, jnp.int32(len(spec.decoder_left)))
 
 
+class Writing(NamedTuple):
+    """A text on its way: its newest token, and what the decoder keeps of all before."""
+
+    token_B: Int[Array, "B"]
+    cache: KVCache
+
+
 def generate(
     decoder: Decoder,
     activation_BD: Float[Array, "B D"],
@@ -69,46 +78,69 @@ def generate(
     Not differentiable; the gradient comes from :func:`~conlens_jax.lens.history.text_states`.
     """
     noise = None if noise is None else as_noise(noise)
-    head = head_of(decoder, spec)
+
+    def write_next(writing, step):
+        writing = next_token(decoder, writing, step, noise, spec=spec)
+        return writing, writing.token_B
+
+    first = first_token(decoder, activation_BD, noise, spec=spec)
+    steps = jnp.arange(1, spec.text_len, dtype=jnp.int32)
+    _, rest_TB = jax.lax.scan(write_next, first, steps)
+    return jnp.concatenate([first.token_B[:, None], rest_TB.T], axis=1)
+
+
+def first_token(
+    decoder: Decoder,
+    activation_BD: Float[Array, "B D"],
+    noise: Noise | None,
+    *,
+    spec: LensSpec,
+) -> Writing:
+    """Reads the prompt with the activation in it and writes token 0, with room for T of them."""
     prompt_BpD = prompt_embeddings(decoder, activation_BD, spec)
-    batch, prompt_len, _ = prompt_BpD.shape
-    layers, positions_Bp = decoder.base["layers"], all_positions(batch, prompt_len)
+    positions_Bp = all_positions(*prompt_BpD.shape[:2])
     x_BpD, cache = run_layers(
-        layers,
+        decoder.base["layers"],
         enter(decoder.base, prompt_BpD, positions_Bp),
         positions_Bp,
         config=spec.model,
         keep_cache=True,
         patches=slot_patches(decoder, activation_BD, spec),
     )
-    cache = with_room(cache, spec.text_len - 1)
+    token_B = _choose(decoder, x_BpD[:, -1], jnp.int32(0), noise, spec)
+    return Writing(token_B, with_room(cache, spec.text_len - 1))
 
-    def choose(x_BD: Array, step: Array) -> Int[Array, "B"]:
-        logits_BV = head.logits(x_BD)
-        if noise is not None:
-            logits_BV += noise.at(step).values(head.vocab_size)[:, 0]
-        return first_argmax(logits_BV)
 
-    def write_next(carry, step):
-        token_B, cache = carry
-        slot = prompt_len + step - 1
-        position_B1 = jnp.broadcast_to(slot, (batch, 1))
-        embedding_B1D = embed_tokens(decoder.base, token_B, spec.model)[:, None]
-        x_B1D, cache = run_layers(
-            layers,
-            enter(decoder.base, embedding_B1D, position_B1),
-            position_B1,
-            config=spec.model,
-            cache=cache,
-            slot=slot,
-        )
-        token_B = choose(x_B1D[:, 0], step)
-        return (token_B, cache), token_B
+def next_token(
+    decoder: Decoder,
+    writing: Writing,
+    step: Int[Array, ""],
+    noise: Noise | None,
+    *,
+    spec: LensSpec,
+) -> Writing:
+    """Writes token ``step``, 1 to T − 1, behind the ones before it."""
+    prompt_len = len(spec.decoder_left) + 1 + len(spec.decoder_right)
+    slot = prompt_len + step - 1
+    position_B1 = jnp.broadcast_to(slot, (len(writing.token_B), 1))
+    embedding_B1D = embed_tokens(decoder.base, writing.token_B, spec.model)[:, None]
+    x_B1D, cache = run_layers(
+        decoder.base["layers"],
+        enter(decoder.base, embedding_B1D, position_B1),
+        position_B1,
+        config=spec.model,
+        cache=writing.cache,
+        slot=slot,
+    )
+    return Writing(_choose(decoder, x_B1D[:, 0], step, noise, spec), cache)
 
-    first_B = choose(x_BpD[:, -1], jnp.int32(0))
-    steps = jnp.arange(1, spec.text_len, dtype=jnp.int32)
-    _, rest_TB = jax.lax.scan(write_next, (first_B, cache), steps)
-    return jnp.concatenate([first_B[:, None], rest_TB.T], axis=1)
+
+def _choose(decoder, x_BD, step, noise: Noise | None, spec: LensSpec) -> Int[Array, "B"]:
+    head = head_of(decoder, spec)
+    logits_BV = head.logits(x_BD)
+    if noise is not None:
+        logits_BV += noise.at(step).values(head.vocab_size)[:, 0]
+    return first_argmax(logits_BV)
 
 
 def forced_states(

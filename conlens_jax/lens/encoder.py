@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from conlens_jax.lens.spec import Encoder, LensSpec, around, denormalise, normalise, project
-from conlens_jax.models.transformer import all_positions, embed_tokens, enter, run_layers
+from conlens_jax.models.transformer import (
+    all_positions,
+    embed_tokens,
+    enter,
+    positions_of,
+    run_layers,
+)
 
 
 def encode_embeddings(
-    encoder: Encoder, text_BTD: Float[Array, "B T D"], *, spec: LensSpec
+    encoder: Encoder,
+    text_BTD: Float[Array, "B T D"],
+    *,
+    spec: LensSpec,
+    mask_BT: Bool[Array, "B T"] | None = None,
 ) -> Float[Array, "B D"]:
     """The reconstruction â, fp32, in the units of the activation.
 
@@ -17,8 +28,9 @@ def encode_embeddings(
       text_BTD: embeddings of the text in the encoder's own table, as
         :func:`~conlens_jax.models.transformer.embed_tokens` gives them (straight-through ones,
         where gradient is to reach the decoder).
+      mask_BT: False on padding, which stands on the left of the text; None: there is none.
     """
-    return _reconstruct(encoder, _states(encoder, text_BTD, spec)[:, -1])
+    return _reconstruct(encoder, _states(encoder, text_BTD, spec, mask_BT)[:, -1])
 
 
 def encode_prefixes(
@@ -37,9 +49,18 @@ def encode_prefixes(
     return _reconstruct(encoder, _states(encoder, text_BTD, spec)[:, len(spec.encoder_left) :])
 
 
-def _states(encoder: Encoder, text_BTD: Array, spec: LensSpec) -> Float[Array, "B n D"]:
+def _states(
+    encoder: Encoder,
+    text_BTD: Array,
+    spec: LensSpec,
+    mask_BT: Bool[Array, "B T"] | None = None,
+) -> Float[Array, "B n D"]:
     x = around(encoder.prompt_pD, text_BTD, len(spec.encoder_left))
-    positions = all_positions(*x.shape[:2])
+    if mask_BT is None:
+        positions = all_positions(*x.shape[:2])
+    else:
+        sides = ((0, 0), (len(spec.encoder_left), len(spec.encoder_right)))
+        positions = positions_of(jnp.pad(mask_BT, sides, constant_values=True))
     x = enter(encoder.base, x, positions)
     x, _ = run_layers(encoder.base["layers"], x, positions, config=spec.model)
     return x
@@ -52,7 +73,12 @@ def _reconstruct(encoder: Encoder, state: Float[Array, "*B D"]) -> Float[Array, 
 
 
 def encode_tokens(
-    encoder: Encoder, tokens_BT: Int[Array, "B T"], *, spec: LensSpec
+    encoder: Encoder,
+    tokens_BT: Int[Array, "B T"],
+    *,
+    spec: LensSpec,
+    mask_BT: Bool[Array, "B T"] | None = None,
 ) -> Float[Array, "B D"]:
-    """The reconstruction from given text."""
-    return encode_embeddings(encoder, embed_tokens(encoder.base, tokens_BT, spec.model), spec=spec)
+    """The reconstruction from given text; ``mask_BT`` as for :func:`encode_embeddings`."""
+    text_BTD = embed_tokens(encoder.base, tokens_BT, spec.model)
+    return encode_embeddings(encoder, text_BTD, spec=spec, mask_BT=mask_BT)

@@ -45,6 +45,22 @@ class Context(NamedTuple):
     cache: KVCache | None
 
 
+class Reading(NamedTuple):
+    """One pass of M over G contexts: what every position in them has a swap need.
+
+    Attributes:
+      residual_GSD: residual stream at the output of block L.
+      state_GSD: the same at the output of the last block.
+      positions_GS: rotary positions.
+      cache: keys and values of the layers above L (None if L is the last).
+    """
+
+    residual_GSD: Float[Array, "G S D"]
+    state_GSD: Float[Array, "G S D"]
+    positions_GS: Int[Array, "G S"]
+    cache: KVCache | None
+
+
 def capture(
     original: Params,
     tokens_BS: Int[Array, "B S"],
@@ -80,17 +96,59 @@ def read_context(
       indices_B: P as an index into the sequence, B / G neighbours for each context; P + horizon − 1
         must lie inside it (``dump.after`` sees to that).
     """
+    reading = read_through(original, tokens_GS, mask_GS, spec=spec)
+    documents_B = documents_of(indices_B, tokens_GS)
+    cache = _repeat_cache(reading.cache, len(indices_B) // len(tokens_GS))
+    return _context(original, reading, documents_B, indices_B, cache, horizon, spec)
+
+
+def read_through(
+    original: Params,
+    tokens_GS: Int[Array, "G S"],
+    mask_GS: Bool[Array, "G S"],
+    *,
+    spec: LensSpec,
+) -> Reading:
+    """M over whole contexts, for as many :func:`context_at` as are wanted."""
     positions_GS = positions_of(mask_GS)
-    window_Bh = indices_B[:, None] + jnp.arange(horizon, dtype=jnp.int32)
-    documents_B1 = documents_of(indices_B, tokens_GS)[:, None]
     lower_GSD = capture(original, tokens_GS, mask_GS, spec=spec)
     upper = slice_layers(original["layers"], spec.layer + 1, spec.model.n_layers)
     x_GSD, cache = run_layers(upper, lower_GSD, positions_GS, config=spec.model, keep_cache=True)
+    return Reading(lower_GSD, x_GSD, positions_GS, cache)
+
+
+def context_at(
+    original: Params,
+    reading: Reading,
+    documents_B: Int[Array, "B"],
+    indices_B: Int[Array, "B"],
+    *,
+    horizon: int,
+    spec: LensSpec,
+) -> Context:
+    """The context of each row, for any rows of the contexts that were read.
+
+    Args:
+      documents_B: which of the G contexts a row belongs to.
+      indices_B: P, as for :func:`read_context`.
+    """
+    cache = reading.cache
+    if cache is not None:
+        of_rows = lambda array: array[:, documents_B]
+        positions_BS = cache.positions_BC[documents_B]
+        cache = KVCache(of_rows(cache.keys), of_rows(cache.values), positions_BS)
+    return _context(original, reading, documents_B, indices_B, cache, horizon, spec)
+
+
+def _context(original, reading, documents_B, indices_B, cache, horizon, spec) -> Context:
+    window_Bh = indices_B[:, None] + jnp.arange(horizon, dtype=jnp.int32)
+    documents_B1 = documents_B[:, None]
+    state_BhD = reading.state_GSD[documents_B1, window_Bh]
     return Context(
-        residual_BhD=lower_GSD[documents_B1, window_Bh],
-        logits_BhV=unembed(original, x_GSD[documents_B1, window_Bh], config=spec.model),
-        positions_Bh=positions_GS[documents_B1, window_Bh],
-        cache=_repeat_cache(cache, len(indices_B) // len(tokens_GS)),
+        residual_BhD=reading.residual_GSD[documents_B1, window_Bh],
+        logits_BhV=unembed(original, state_BhD, config=spec.model),
+        positions_Bh=reading.positions_GS[documents_B1, window_Bh],
+        cache=cache,
     )
 
 

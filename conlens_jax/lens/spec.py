@@ -27,13 +27,11 @@ from conlens_jax.config.rules import LORA_TARGETS
 from conlens_jax.data.tokenizer import Tokenizer
 from conlens_jax.models.adapters import init_adapters, with_adapters
 from conlens_jax.models.families import family_of
+from conlens_jax.models.hf_io import BELOW_THE_LAYERS
 from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import embed_tokens, output_head, scale_embeddings
 from conlens_jax.models.transformer_config import TransformerConfig
-
-# Rows of a model's table that the residual stream at the input of the first layer is made of.
-BELOW_THE_LAYERS = ("embedding", "position_embedding")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import jax
@@ -26,6 +26,8 @@ from conlens_jax.parallel.mesh import single_device_mesh
 
 __all__ = ["load_params", "read_config", "resolve_folder", "save_model", "weights_fingerprint"]
 
+BELOW_THE_LAYERS = ("embedding", "position_embedding")
+"""Rows of a model's table that the input of the first layer is made of."""
 _FINGERPRINT_BYTES = 4096
 
 
@@ -56,6 +58,7 @@ def load_params(
     config: TransformerConfig,
     mesh: Mesh | None = None,
     *,
+    head: bool = True,
     progress: bool | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Params:
@@ -65,6 +68,8 @@ def load_params(
     Every tensor is checked by name, shape and the size of its file before the first is read.
 
     Args:
+      head: False leaves out what stands behind the layers (final norm and output head), whether
+        or not the folder has it.
       progress: show a bar; None shows it where the standard error stream is a terminal.
       chunk_bytes: how much of a parameter the host holds beside what its devices own.
 
@@ -75,10 +80,16 @@ def load_params(
     family = family_of(config)
     table = family.param_table(config)
     tensors = TensorFiles(folder)
-    expected = {name: row.hf_shape(config) for row in table for _, name in row.tensor_names(config)}
-    tensors.take_names_of(family, expected)
-    _check_tensors(tensors, expected, config, folder)
+    shapes = lambda rows: {
+        name: r.hf_shape(config) for r in rows for _, name in r.tensor_names(config)
+    }
+    every_shape = shapes(table)
+    tensors.take_names_of(family, every_shape)
     shardings = param_shardings(table, config, mesh)
+    if not head:
+        table = [row for row in table if row.stacked or row.path[0] in BELOW_THE_LAYERS]
+    expected = shapes(table)
+    _check_tensors(tensors, expected, every_shape.keys() - expected.keys(), config, folder)
     total = count_params(table, config) * array_dtype(config).itemsize
     bar = tqdm(
         desc=f"loading {folder.name}",
@@ -131,6 +142,7 @@ def weights_fingerprint(folder: Path) -> str:
 def _check_tensors(
     tensors: TensorFiles,
     expected: Mapping[str, tuple[int, ...]],
+    not_wanted: Set[str],
     config: TransformerConfig,
     folder: Path,
 ) -> None:
@@ -139,7 +151,7 @@ def _check_tensors(
     problems += [
         f"unexpected: {name} {tensor.shape}"
         for name, tensor in tensors.items()
-        if name not in expected and name not in tied_copy
+        if name not in expected and name not in tied_copy | not_wanted
     ]
     problems += [
         f"misshaped: {name} is {tensors[name].shape}, config.json says {shape}"

@@ -1,0 +1,90 @@
+"""Explaining many positions of many documents with a handful of compiled shapes.
+
+Documents are padded to a power of two and read together while they fit into
+:data:`TOKENS_AT_ONCE`; their rows then go through the lens ``batch_size`` at a time, and the last,
+smaller batch is filled up to a power of two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from conlens_jax.lens.batch import filled
+from conlens_jax.models.generate import bucket
+from conlens_jax.parallel.mesh import batch_sharding, replicated
+
+TOKENS_AT_ONCE = 4096
+
+
+class Row(NamedTuple):
+    """A text to be written: for which document, at which index, the how-manieth."""
+
+    document: int
+    position: int
+    sample: int
+
+
+class Group(NamedTuple):
+    """Documents that are read together, and their rows.
+
+    Attributes:
+      tokens_GS, mask_GS: the documents, padded on the right and filled up with copies.
+      rows: all rows of these documents.
+      place: where a document stands in the group.
+    """
+
+    tokens_GS: np.ndarray
+    mask_GS: np.ndarray
+    rows: list[Row]
+    place: dict[int, int]
+
+
+def power_of_two(count: int) -> int:
+    """The smallest one that is not below ``count``."""
+    return 1 << (count - 1).bit_length()
+
+
+def groups_of(
+    documents: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], samples: int
+) -> Iterator[Group]:
+    """Documents of like length together; each document is in one group."""
+    by_length: dict[int, list[int]] = {}
+    for number, tokens in enumerate(documents):
+        by_length.setdefault(bucket(len(tokens)), []).append(number)
+    for length, numbers in sorted(by_length.items()):
+        most = max(TOKENS_AT_ONCE // length, 1)
+        for start in range(0, len(numbers), most):
+            members = numbers[start : start + most]
+            tokens_GS = np.zeros((len(members), length), np.int32)
+            lengths_G = np.array([len(documents[number]) for number in members])
+            for place, number in enumerate(members):
+                tokens_GS[place, : len(documents[number])] = documents[number]
+            mask_GS = np.arange(length) < lengths_G[:, None]
+            size = power_of_two(len(members))
+            yield Group(
+                filled(tokens_GS, size),
+                filled(mask_GS, size),
+                [Row(d, p, s) for d in members for p in positions[d] for s in range(samples)],
+                {number: place for place, number in enumerate(members)},
+            )
+
+
+def batches_of(group: Group, batch_size: int, mesh: Mesh) -> Iterator[tuple[list[Row], list]]:
+    """Rows, and their (place in the group, position, sample) on the mesh, filled up."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    sharding = batch_sharding(mesh)
+    for start in range(0, len(group.rows), batch_size):
+        rows = group.rows[start : start + batch_size]
+        size = -(-min(batch_size, power_of_two(len(rows))) // parts) * parts
+        columns = zip(*((group.place[r.document], r.position, r.sample) for r in rows), strict=True)
+        arrays = [filled(np.array(column, np.int32), size) for column in columns]
+        yield rows, [jax.device_put(array, sharding) for array in arrays]
+
+
+def on_every_device(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    return jax.device_put(array, replicated(mesh))

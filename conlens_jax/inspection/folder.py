@@ -1,0 +1,232 @@
+"""A lens as a Hugging Face folder: ``config.json``, the trained parts as safetensors, a model card.
+
+config.json               what the lens is, and which model it reads (id and hash of its weights)
+decoder.safetensors       trained parts, named by their path in the tree
+encoder.safetensors
+metrics.json, README.md   the evaluation's numbers, and the model card that shows them
+model/                    the language model, where it cannot be had by a hub id
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import safetensors.flax
+import safetensors.numpy
+
+from conlens_jax.config import LensConfig, ModelConfig
+from conlens_jax.inspection.card import model_card
+from conlens_jax.models.param_table import Params
+
+if TYPE_CHECKING:
+    from conlens_jax.inspection.lens import Lens
+
+MODEL_FOLDER = "model"
+FORMAT = 1
+_KIND = "consistency_lens"
+_SIDES = ("decoder", "encoder")
+_FETCHED = ("config.json", "metrics.json", "README.md", "*.safetensors", f"{MODEL_FOLDER}/*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What ``config.json`` says.
+
+    Attributes:
+      model: which model, and how it is run.
+      model_id: what it is called; weights_hash: whose weights the lens was trained on.
+      lens: shape of the lens.
+      statistics: ``mean`` [D] and ``scale`` of the training activations.
+      add_bos: whether texts begin with the bos token.
+      facts: where the lens comes from.
+      metrics: content of ``metrics.json``, if there is one.
+    """
+
+    model: ModelConfig
+    model_id: str
+    weights_hash: str
+    lens: LensConfig
+    statistics: Mapping[str, Any]
+    add_bos: bool
+    facts: dict[str, Any]
+    metrics: dict[str, Any]
+
+
+def is_saved_lens(folder: Path) -> bool:
+    file = folder / "config.json"
+    return file.is_file() and _json(file).get("model_type") == _KIND
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def save(lens: Lens, folder: Path, include_model: bool | None = None) -> Path:
+    """Writes the folder; it must be new, empty, or a saved lens, which is then replaced.
+
+    Args:
+      include_model: copy the language model too. None: where its name is no hub id.
+
+    Raises:
+      ValueError: the folder holds something else.
+    """
+    if folder.exists() and any(folder.iterdir()) and not is_saved_lens(folder):
+        raise ValueError(f"{folder} holds something that is no lens; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for side in _SIDES:
+        flat = {name: jax.device_get(leaf) for name, leaf in _named(lens.trainable[side]).items()}
+        tensors = {name: np.asarray(leaf) for name, leaf in flat.items()}
+        safetensors.numpy.save_file(tensors, folder / f"{side}.safetensors")
+    if include_model is None:
+        include_model = not _is_hub_id(lens.model.model_id)
+    if include_model:
+        shutil.copytree(
+            lens.model.folder,
+            folder / MODEL_FOLDER,
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns("*.bin", "*.pt", "*.py"),
+        )
+    _write(folder / "metrics.json", lens.metrics)
+    _write(folder / "config.json", _config(lens))
+    (folder / "README.md").write_text(model_card(lens, include_model), encoding="utf-8")
+    return folder
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not Path(name).exists()
+
+
+def _named(tree: Params) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _config(lens: Lens) -> dict[str, Any]:
+    shape, statistics = lens.spec.model, lens.frozen["statistics"]
+    how = ModelConfig(
+        path=lens.model.model_id,
+        layer=lens.spec.layer,
+        dtype=shape.dtype,
+        unroll=shape.unroll,
+        attention=shape.attention,
+        quantise=shape.quantise,
+    )
+    return {
+        "model_type": _KIND,
+        "format": FORMAT,
+        "model": dataclasses.asdict(how),
+        "model_id": lens.model.model_id,
+        "weights_hash": lens.model.weights_hash,
+        "lens": dataclasses.asdict(lens.spec.lens),
+        "statistics": {
+            "mean": np.asarray(statistics["mean"]).tolist(),
+            "scale": float(statistics["scale"]),
+        },
+        "add_bos": lens.add_bos,
+        "facts": lens.facts,
+    }
+
+
+def _write(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path) -> Record:
+    """Raises ValueError where ``config.json`` is not what :func:`save` writes."""
+    values = _json(folder / "config.json")
+    if values.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder}/config.json has format {values.get('format')!r}, and this version of "
+            f"conlens_jax reads {FORMAT}"
+        )
+    metrics = folder / "metrics.json"
+    try:
+        return Record(
+            model=ModelConfig(**values["model"]),
+            model_id=values["model_id"],
+            weights_hash=values["weights_hash"],
+            lens=LensConfig(**values["lens"]),
+            statistics=values["statistics"],
+            add_bos=values["add_bos"],
+            facts=values["facts"],
+            metrics=_json(metrics) if metrics.is_file() else {},
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/config.json describes no lens: {error!r}") from error
+
+
+def read_parts(folder: Path, template: Params) -> Params:
+    """The trained parts, with the dtypes and on the shardings of ``template``.
+
+    Raises:
+      ValueError: parts that are missing, unexpected or of another shape; all are listed.
+    """
+    stored = {
+        f"{side}.{name}": array
+        for side in _SIDES
+        for name, array in safetensors.flax.load_file(folder / f"{side}.safetensors").items()
+    }
+    expected = _named(template)
+    problems = [f"{name} is missing" for name in expected.keys() - stored.keys()]
+    problems += [f"{name} is unexpected" for name in stored.keys() - expected.keys()]
+    problems += [
+        f"{name} has shape {stored[name].shape}, not {expected[name].shape}"
+        for name in expected.keys() & stored.keys()
+        if stored[name].shape != expected[name].shape
+    ]
+    if problems:
+        listing = "\n".join(f"  - {problem}" for problem in sorted(problems))
+        raise ValueError(f"{folder}: the trained parts do not fit config.json:\n{listing}")
+
+    def put(path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        array = stored[jax.tree_util.keystr(path, simple=True, separator=".")]
+        return jax.device_put(array.astype(leaf.dtype), leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(put, template)
+
+
+def resolve(path: str) -> Path:
+    """The folder of a saved lens: ``path`` itself, or the download of a hub id.
+
+    Raises:
+      ValueError: neither.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if not _is_hub_id(path):
+        raise ValueError(f"{path!r} is neither a folder nor a hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(path, allow_patterns=list(_FETCHED)))
+    except Exception as error:  # the hub client raises many kinds; all mean the same to the user
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise ValueError(
+            f"{path!r} is not a folder, and the hub did not give it: {reason}"
+        ) from error
+    if not is_saved_lens(folder):
+        raise ValueError(f"{path!r} on the hub holds no lens (its config.json says so)")
+    return folder
+
+
+def push(lens: Lens, repo_id: str, private: bool, **save_options: Any) -> str:
+    """Uploads what :func:`save` writes; the address of the commit comes back."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save(lens, Path(folder), **save_options)
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message="A consistency lens"
+        )
+    return str(getattr(commit, "commit_url", commit))

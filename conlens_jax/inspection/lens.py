@@ -1,0 +1,432 @@
+"""A trained lens, loaded: what it says about activations of its model, and what that is worth."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+from tqdm import tqdm
+
+from conlens_jax.inspection import batching
+from conlens_jax.inspection.explanations import (
+    ExplainedToken,
+    Explanations,
+    Prediction,
+    Reading,
+)
+from conlens_jax.inspection.programs import Effect, Programs, text_keys
+from conlens_jax.inspection.texts import Positions, token_indices, token_lists
+from conlens_jax.lens.spec import LensSpec
+from conlens_jax.models.generate import bucket
+from conlens_jax.models.model import LanguageModel
+from conlens_jax.models.param_table import Params
+from conlens_jax.parallel.mesh import single_device_mesh
+
+Vector = Float[np.ndarray, "D"]
+Place = tuple[Any, int]
+"""A text and an index into its tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What :meth:`Lens.compare` finds between activations a and b.
+
+    Attributes:
+      a, b: what the decoder writes of each of them.
+      towards_a, towards_b: what it writes of ``mean + (a − b)`` and of ``mean + (b − a)``: the mean
+        training activation moved by the difference alone.
+      cos: cosine of a − b and the difference of what the encoder makes of the texts a and b: how
+        much of the difference the two texts carry.
+      cos_towards_a: cosine of a − b and what the encoder makes of ``towards_a``, less the mean.
+    """
+
+    a: str
+    b: str
+    towards_a: str
+    towards_b: str
+    cos: float
+    cos_towards_a: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Steered:
+    """What :meth:`Lens.steer` does to M.
+
+    Attributes:
+      written, edited: the explanation before and after the edit.
+      effect: what M predicts with the moved activation.
+      before, after: how M goes on with the text, greedily, without and with it.
+    """
+
+    written: str
+    edited: str
+    effect: ExplainedToken
+    before: str
+    after: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Lens:
+    """Decoder and encoder of a consistency lens, with the model that they read.
+
+    Made by :meth:`load`. Indices are into the tokens of a text, where a bos token counts
+    (:meth:`tokens` shows them).
+
+    Attributes:
+      model: the language model M.
+      spec: shape of the lens.
+      trainable, frozen: its parameters, see :mod:`conlens_jax.lens.spec`.
+      mesh: the devices that they lie on.
+      add_bos: whether texts begin with the bos token, as they did in training.
+      facts: where the lens comes from: model, layer, stage and step of the checkpoint, and the
+        first position of its training rows.
+      metrics: of the evaluation, where there was one.
+    """
+
+    model: LanguageModel
+    spec: LensSpec
+    trainable: Params
+    frozen: Params
+    mesh: Mesh = dataclasses.field(default_factory=single_device_mesh)
+    add_bos: bool = True
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, float | None] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        path_or_hub_id: str | Path,
+        mesh: Mesh | None = None,
+        dtype: str | None = None,
+        *,
+        step: int | str = "last",
+    ) -> Lens:
+        """A lens from a run folder, one of its checkpoints, a saved lens, or a hub id of one.
+
+        Args:
+          mesh: devices to load onto; None takes the first one.
+          dtype: ``"float32"`` or ``"bfloat16"``; None: as it was trained.
+          step: of a run folder: ``"last"``, ``"best"`` (lowest validation KL of those kept), or
+            a step.
+
+        Raises:
+          ValueError: no lens there, or its model is another one now.
+        """
+        from conlens_jax.inspection.loading import load
+
+        return load(path_or_hub_id, mesh or single_device_mesh(), dtype, step)
+
+    @functools.cached_property
+    def _programs(self) -> Programs:
+        return Programs(self.spec)
+
+    # --- reading --------------------------------------------------------------------------------
+
+    def tokens(self, text: Any) -> list[str]:
+        """The tokens of one text, printable, in the order of their indices."""
+        (tokens,) = token_lists([text], self.model, self.add_bos)
+        return [self.model.tokenizer.token(token) for token in tokens]
+
+    def explain(
+        self,
+        text: Any,
+        positions: Positions = "all",
+        *,
+        samples: int = 1,
+        decoding: str = "greedy",
+        seed: int = 0,
+        batch_size: int = 32,
+        progress: bool = True,
+        callback: Callable[[list[ExplainedToken]], None] | None = None,
+    ) -> Explanations:
+        """Explains activations, and measures every explanation by swapping it back in.
+
+        Args:
+          text: a text, a list of texts, chat messages or a list of chats, or token ids.
+          positions: ``"all"`` (but for a bos token in front), indices, or a slice; of every text.
+          samples: explanations a token; more than one needs ``decoding="sample"``.
+          decoding: ``"greedy"``, or ``"sample"`` with the model's own probabilities.
+          seed: of the samples. A text gets the same ones alone or in a list.
+          batch_size: explanations written at once.
+          progress: show a bar, where there is a terminal or more than one batch.
+          callback: called with the explained tokens of every batch as soon as they are there.
+
+        Raises:
+          ValueError: texts or positions that there are not, or settings out of range.
+        """
+        _check_explain(samples, decoding, batch_size)
+        documents = token_lists(text, self.model, self.add_bos)
+        bos = self.model.tokenizer.bos_id
+        indices = [token_indices(positions, tokens, bos) for tokens in documents]
+        # Samples of a token stay in one batch, so that a callback gets whole tokens.
+        batch_size = max(batch_size // samples, 1) * samples
+        found: dict[tuple[int, int], ExplainedToken] = {}
+        total = samples * sum(map(len, indices))
+        hide = None if progress and total > batch_size else True
+        with tqdm(total=total, desc="explaining", unit="text", disable=hide, leave=False) as bar:
+            for group in batching.groups_of(documents, indices, samples):
+                reading = self._read(group.tokens_GS, group.mask_GS)
+                for rows, arrays in batching.batches_of(group, batch_size, self.mesh):
+                    explained = self._explain_batch(
+                        documents, reading, rows, arrays, decoding, seed
+                    )
+                    found |= {(row.document, row.position): row for row in explained}
+                    bar.update(len(rows))
+                    if callback is not None:
+                        callback(explained)
+        order = [(d, p) for d, chosen in enumerate(indices) for p in chosen]
+        return Explanations(
+            tuple(found[key] for key in order),
+            tuple(tuple(map(self.model.tokenizer.token, tokens)) for tokens in documents),
+            {**self.facts, "decoding": decoding, "samples": samples, "seed": seed},
+        )
+
+    def _explain_batch(self, documents, reading, rows, arrays, decoding, seed):
+        places_B, positions_B, samples_B = arrays
+        keys_B = text_keys(seed, positions_B, samples_B) if decoding == "sample" else None
+        text_BT, effect = self._programs.explain(
+            self.trainable, self.frozen, reading, places_B, positions_B, keys_B
+        )
+        texts, effect = self.model.decode(text_BT), jax.tree.map(np.asarray, effect)
+        tokens: dict[tuple[int, int], list[int]] = {}
+        for number, row in enumerate(rows):
+            tokens.setdefault((row.document, row.position), []).append(number)
+        return [
+            ExplainedToken(
+                document,
+                position,
+                self.model.tokenizer.token(documents[document][position]),
+                self._predictions(effect.before, numbers[0]),
+                tuple(self._reading(texts[number], effect, number) for number in numbers),
+            )
+            for (document, position), numbers in tokens.items()
+        ]
+
+    def write(
+        self, text: Any, position: int, *, decoding: str = "greedy", seed: int = 0
+    ) -> Iterator[str]:
+        """Writes the explanation of one activation, token by token: yields the text so far."""
+        _check_explain(1, decoding, 1)
+        activation_BD = jnp.asarray(self.capture(text, position))[None]
+        (tokens,) = token_lists([text], self.model, self.add_bos)
+        keys = None
+        if decoding == "sample":
+            index = token_indices(position, tokens, None)
+            keys = text_keys(seed, jnp.array(index, jnp.int32), jnp.zeros(1, jnp.int32))
+        state = self._programs.first_token(self.trainable, self.frozen, activation_BD, keys)
+        written = [int(state.token_B[0])]
+        yield self.model.tokenizer.decode(written)
+        for step in range(1, self.spec.text_len):
+            state = self._programs.next_token(
+                self.trainable, self.frozen, state, jnp.int32(step), keys
+            )
+            written.append(int(state.token_B[0]))
+            yield self.model.tokenizer.decode(written)
+
+    def capture(self, text: Any, position: int) -> Vector:
+        """The activation of one token: the output of the lens's block, fp32."""
+        reading, index = self._read_one(text, position)
+        return np.asarray(reading.residual_GSD[0, index], np.float32)
+
+    def decode(self, activations: Float[np.ndarray, "*N D"]) -> str | list[str]:
+        """What the decoder writes, greedily, of one activation or of several."""
+        vectors = np.atleast_2d(np.asarray(activations, np.float32))
+        self._check_width(vectors)
+        size = batching.power_of_two(len(vectors))
+        rows = jnp.asarray(batching.filled(vectors, size))
+        written = self._programs.write(self.trainable, self.frozen, rows, None)
+        texts = self.model.decode(written)[: len(vectors)]
+        return texts[0] if np.ndim(activations) == 1 else texts
+
+    def encode(self, explanation: str | Sequence[str]) -> Float[np.ndarray, "*N D"]:
+        """What the encoder makes of an explanation, [D], or of several, [N, D]; in the units of
+        the activation, fp32. The encoder was trained on texts of ``spec.text_len`` tokens.
+
+        Raises:
+          ValueError: a text without a token, or with more than the model can read.
+        """
+        texts = [explanation] if isinstance(explanation, str) else list(explanation)
+        lists = token_lists(texts, self.model, add_bos=False)
+        length = bucket(max(map(len, lists)))
+        tokens_BT = np.zeros((len(lists), length), np.int32)
+        mask_BT = np.zeros(tokens_BT.shape, bool)
+        for row, tokens in enumerate(lists):  # on the right, where the encoder reads
+            tokens_BT[row, length - len(tokens) :] = tokens
+            mask_BT[row, length - len(tokens) :] = True
+        size = batching.power_of_two(len(lists))
+        arrays = (jnp.asarray(batching.filled(array, size)) for array in (tokens_BT, mask_BT))
+        vectors = self._programs.encode(self.trainable, self.frozen, *arrays)
+        vectors_ND = np.asarray(vectors)[: len(lists)]
+        return vectors_ND[0] if isinstance(explanation, str) else vectors_ND
+
+    # --- changing -------------------------------------------------------------------------------
+
+    def swap(self, text: Any, position: int, replacement: str | Vector) -> ExplainedToken:
+        """What M predicts where an explanation, or a vector, takes an activation's place."""
+        is_text = isinstance(replacement, str)
+        vector_D = self.encode(replacement) if is_text else np.asarray(replacement, np.float32)
+        self._check_width(vector_D[None])
+        reading, index = self._read_one(text, position)
+        effect = self._programs.swap(
+            self.frozen,
+            reading,
+            jnp.zeros(1, jnp.int32),
+            jnp.array([index], jnp.int32),
+            jnp.asarray(vector_D)[None],
+        )
+        effect = jax.tree.map(np.asarray, effect)
+        return ExplainedToken(
+            0,
+            index,
+            self.tokens(text)[index],
+            self._predictions(effect.before, 0),
+            (self._reading(replacement if is_text else "", effect, 0),),
+        )
+
+    def compare(self, a: Place | Vector, b: Place | Vector) -> Comparison:
+        """Explains the difference of two activations.
+
+        The decoder has learnt to read activations, not differences. So it reads both of them, and
+        the mean training activation moved by their difference, in either direction; the cosines
+        say how much of the difference arrives in the texts.
+
+        Args:
+          a, b: (text, position), or an activation [D].
+        """
+        vector_of = lambda value: (
+            self.capture(*value) if isinstance(value, tuple) else np.asarray(value, np.float32)
+        )
+        mean_D = np.asarray(self.frozen["statistics"]["mean"])
+        a_D, b_D = vector_of(a), vector_of(b)
+        difference_D = a_D - b_D
+        texts = self.decode(np.stack([a_D, b_D, mean_D + difference_D, mean_D - difference_D]))
+        # A text of special tokens alone is empty, and cannot be read back.
+        read_a, read_b, towards_a, _ = (self.encode(text) if text else mean_D for text in texts)
+        return Comparison(
+            *texts,
+            cos=_cosine(read_a - read_b, difference_D),
+            cos_towards_a=_cosine(towards_a - mean_D, difference_D),
+        )
+
+    def steer(
+        self,
+        text: Any,
+        position: int,
+        edit: str | tuple[str, str] | Callable[[str], str],
+        *,
+        strength: float = 1.0,
+        new_tokens: int = 12,
+    ) -> Steered:
+        """Changes what an activation says, and shows what M makes of it.
+
+        The activation is moved by ``strength`` times the difference of what the encoder makes of
+        the edited and of the written explanation; what the explanation leaves out stays.
+
+        Args:
+          edit: the new explanation, (old words, new words), or a function of the explanation.
+          new_tokens: how far M goes on.
+
+        Raises:
+          ValueError: the edit changes nothing.
+        """
+        *_, written = self.write(text, position)
+        if isinstance(edit, tuple):
+            edited = written.replace(*edit)
+        else:
+            edited = edit if isinstance(edit, str) else edit(written)
+        if edited == written:
+            raise ValueError(f"edit changes nothing in the explanation {written!r}")
+        move_D = self.encode(edited) - (self.encode(written) if written else 0.0)
+        activation_D = self.capture(text, position)
+        moved_D = (activation_D + strength * move_D).astype(np.float32)
+        effect = self.swap(text, position, moved_D)
+        before = self._continued(text, position, activation_D, new_tokens)
+        after = self._continued(text, position, moved_D, new_tokens)
+        return Steered(written, edited, effect, before, after)
+
+    def _continued(self, text: Any, position: int, vector_D: Vector, count: int) -> str:
+        """How M goes on, greedily, with a vector at the position; every token by a full pass."""
+        (tokens,) = token_lists([text], self.model, self.add_bos)
+        length = len(tokens)
+        row_1S = np.zeros((1, bucket(length + count)), np.int32)
+        row_1S[0, :length] = tokens
+        place = np.arange(row_1S.shape[1])
+        for end in range(length, length + count):
+            logits = self.model.swap(
+                row_1S, self.spec.layer, position % length, vector_D[None], (place < end)[None]
+            )
+            row_1S[0, end] = int(np.argmax(logits[0, end - 1]))
+        return self.model.tokenizer.decode(row_1S[0, length : length + count])
+
+    # --- sharing --------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path, *, include_model: bool | None = None) -> Path:
+        """Writes the lens as a folder that :meth:`load` and the hub take; see
+        :mod:`conlens_jax.inspection.folder`."""
+        from conlens_jax.inspection.folder import save
+
+        return save(self, Path(folder), include_model)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, **save_options: Any) -> str:
+        """Saves the lens and uploads it to the Hugging Face hub, as whom you are logged in.
+
+        Returns:
+          The address of the commit.
+        """
+        from conlens_jax.inspection.folder import push
+
+        return push(self, repo_id, private, **save_options)
+
+    # --- pieces ---------------------------------------------------------------------------------
+
+    def _read(self, tokens_GS: np.ndarray, mask_GS: np.ndarray):
+        put = functools.partial(batching.on_every_device, mesh=self.mesh)
+        return self._programs.read(self.frozen["original"], put(tokens_GS), put(mask_GS))
+
+    def _read_one(self, text: Any, position: int):
+        documents = token_lists([text], self.model, self.add_bos)
+        (index,) = token_indices(position, documents[0], None)
+        (group,) = batching.groups_of(documents, [[index]], 1)
+        return self._read(group.tokens_GS, group.mask_GS), index
+
+    def _reading(self, text: str, effect: Effect, row: int) -> Reading:
+        cos, kl = float(effect.cos[row]), float(effect.kl[row])
+        return Reading(text, cos, kl, self._predictions(effect.after, row))
+
+    def _predictions(self, most_probable, row: int) -> tuple[Prediction, ...]:
+        name = self.model.tokenizer.token
+        tokens, probabilities = most_probable
+        pairs = zip(tokens[row], probabilities[row], strict=True)
+        return tuple(Prediction(name(token), float(p)) for token, p in pairs)
+
+    def _check_width(self, vectors: np.ndarray) -> None:
+        width = self.spec.model.d_model
+        if vectors.ndim != 2 or vectors.shape[1] != width:
+            raise ValueError(f"an activation of this model has width {width}, not {vectors.shape}")
+
+
+def _check_explain(samples: int, decoding: str, batch_size: int) -> None:
+    problems = []
+    if decoding not in ("greedy", "sample"):
+        problems.append(f"decoding must be 'greedy' or 'sample', not {decoding!r}")
+    if samples < 1:
+        problems.append(f"samples must be at least 1, not {samples}")
+    if samples > 1 and decoding == "greedy":
+        problems.append("samples > 1 needs decoding='sample': greedy texts are all the same")
+    if batch_size < 1:
+        problems.append(f"batch_size must be at least 1, not {batch_size}")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _cosine(x: np.ndarray, y: np.ndarray) -> float:
+    size = np.linalg.norm(x) * np.linalg.norm(y)
+    return float(x @ y / size) if size else 0.0

@@ -1,0 +1,137 @@
+"""The compiled side of a lens: contexts, texts, reconstructions and swaps, row by row.
+
+A row is a position of a document, with one text to be written for it. Documents are read once, and
+then any number of rows refers to them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from conlens_jax.lens import decoder as writing
+from conlens_jax.lens.encoder import encode_tokens
+from conlens_jax.lens.gumbel import Noise, drawn_noise
+from conlens_jax.lens.losses import direction_error, kl_divergence
+from conlens_jax.lens.original import Reading, context_at, read_through, swapped_logits
+from conlens_jax.lens.spec import LensSpec, decoder_of, encoder_of
+from conlens_jax.models.param_table import Params
+
+TOP = 5
+"""How many of M's predictions are reported."""
+_PURPOSE = 4  # of the noise, apart from training's and the evaluation's
+
+
+class Effect(NamedTuple):
+    """What M predicts behind the position of each row, without and with a vector swapped in.
+
+    Attributes:
+      cos: of the vector and the activation.
+      kl: KL(M ‖ M with the swap), nats.
+      before, after: the most probable tokens [B, TOP] and their probabilities.
+    """
+
+    cos: Float[Array, "B"]
+    kl: Float[Array, "B"]
+    before: tuple[Int[Array, "B k"], Float[Array, "B k"]]
+    after: tuple[Int[Array, "B k"], Float[Array, "B k"]]
+
+
+def text_keys(seed: int, positions_B: Array, samples_B: Array) -> Key[Array, "B"]:
+    """A key a row from (seed, position, sample): the same text gets the same samples, alone or
+    among others."""
+    key = jax.random.fold_in(jax.random.key(seed), _PURPOSE)
+    fold = lambda p, s: jax.random.fold_in(jax.random.fold_in(key, p), s)
+    return jax.vmap(fold)(positions_B, samples_B)
+
+
+class Programs:
+    """Jitted functions of one lens shape; they compile anew for every shape of their arguments."""
+
+    def __init__(self, spec: LensSpec):
+        bound = lambda function: jax.jit(functools.partial(function, spec=spec))
+        self.read = bound(read_through)
+        self.explain = bound(_explain)
+        self.swap = bound(_swap)
+        self.encode = bound(_encode)
+        self.write = bound(_write)
+        self.first_token = bound(_first_token)
+        self.next_token = jax.jit(functools.partial(_next_token, spec=spec), donate_argnums=2)
+
+
+def _noise(keys_B: Key[Array, "B"] | None, spec: LensSpec) -> Noise | None:
+    return None if keys_B is None else drawn_noise(keys_B, spec.text_len)
+
+
+def _explain(
+    trainable: Params,
+    frozen: Params,
+    reading: Reading,
+    documents_B: Int[Array, "B"],
+    indices_B: Int[Array, "B"],
+    keys_B: Key[Array, "B"] | None,
+    *,
+    spec: LensSpec,
+) -> tuple[Int[Array, "B T"], Effect]:
+    """A text for each row, and the effect of what the encoder makes of it. No keys: greedy."""
+    activation_BD = reading.residual_GSD[documents_B, indices_B].astype(jnp.float32)
+    text_BT = _write(trainable, frozen, activation_BD, keys_B, spec=spec)
+    vector_BD = encode_tokens(encoder_of(trainable, frozen, spec), text_BT, spec=spec)
+    return text_BT, _swap(frozen, reading, documents_B, indices_B, vector_BD, spec=spec)
+
+
+def _swap(
+    frozen: Params,
+    reading: Reading,
+    documents_B: Int[Array, "B"],
+    indices_B: Int[Array, "B"],
+    vector_BD: Float[Array, "B D"],
+    *,
+    spec: LensSpec,
+) -> Effect:
+    original = frozen["original"]
+    context = context_at(original, reading, documents_B, indices_B, horizon=1, spec=spec)
+    swapped_BhV = swapped_logits(original, context, vector_BD, spec=spec)
+    activation_BD = context.residual_BhD[:, 0].astype(jnp.float32)
+    return Effect(
+        cos=1 - direction_error(vector_BD, activation_BD) / 2,
+        kl=kl_divergence(context.logits_BhV, swapped_BhV)[:, 0],
+        before=_most_probable(context.logits_BhV[:, 0]),
+        after=_most_probable(swapped_BhV[:, 0]),
+    )
+
+
+def _most_probable(logits_BV: Float[Array, "B V"]) -> tuple[Array, Array]:
+    probabilities, tokens = jax.lax.top_k(jax.nn.softmax(logits_BV), TOP)
+    return tokens, probabilities
+
+
+def _encode(
+    trainable: Params,
+    frozen: Params,
+    tokens_BT: Int[Array, "B T"],
+    mask_BT: Bool[Array, "B T"],
+    *,
+    spec: LensSpec,
+) -> Float[Array, "B D"]:
+    encoder = encoder_of(trainable, frozen, spec)
+    return encode_tokens(encoder, tokens_BT, spec=spec, mask_BT=mask_BT)
+
+
+def _write(trainable, frozen, activation_BD, keys_B, *, spec: LensSpec) -> Int[Array, "B T"]:
+    decoder = decoder_of(trainable, frozen)
+    return writing.generate(decoder, activation_BD, _noise(keys_B, spec), spec=spec)
+
+
+def _first_token(trainable, frozen, activation_BD, keys_B, *, spec: LensSpec) -> writing.Writing:
+    decoder = decoder_of(trainable, frozen)
+    return writing.first_token(decoder, activation_BD, _noise(keys_B, spec), spec=spec)
+
+
+def _next_token(trainable, frozen, state, step, keys_B, *, spec: LensSpec) -> writing.Writing:
+    decoder = decoder_of(trainable, frozen)
+    return writing.next_token(decoder, state, step, _noise(keys_B, spec), spec=spec)

@@ -1,0 +1,194 @@
+"""The explorer's server: one page, and the lens behind it over HTTP.
+
+FastAPI and uvicorn, because the page has to do two things that ready-made demo pages (gradio) do
+not: every token of a text is a button, and an explanation appears token by token while other
+requests are served. They also bring far fewer packages along.
+
+    GET  /             the page
+    GET  /api/lens     what is read: model, layer, limits
+    POST /api/tokens   {text} → {tokens}
+    POST /api/explain  {text, position, decoding, seed} → a JSON line {"text": so far} for each
+                       token, and a last one {"row": explained token}
+    POST /api/swap     {text, position, explanation} → {"row": explained token}
+
+Requests share nothing but the lens, and take turns at it: a stream gives way after every token.
+What is refused comes back as {"error": message}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.resources
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from pydantic import BaseModel
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from conlens_jax.inspection.explanations import ExplainedToken
+from conlens_jax.inspection.lens import Lens
+
+MAX_CHARACTERS = 100_000
+_BYTES_A_CHARACTER = 6  # JSON may write one as \uXXXX
+
+
+class Busy(RuntimeError):
+    """Too many requests are waiting."""
+
+
+class TooLarge(ValueError):
+    """More than the server reads."""
+
+
+class TextRequest(BaseModel):
+    text: str
+
+
+class ExplainRequest(TextRequest):
+    position: int
+    decoding: Literal["greedy", "sample"] = "greedy"
+    seed: int = 0
+
+
+class SwapRequest(TextRequest):
+    position: int
+    explanation: str
+
+
+class Turns:
+    """One request at a time at the lens, and not too many waiting for it."""
+
+    def __init__(self, most_waiting: int):
+        self._lock, self._places = threading.Lock(), threading.Semaphore(most_waiting)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Waits for the lens. Raises Busy where too many do already."""
+        if not self._places.acquire(blocking=False):
+            raise Busy("too many requests are waiting; try again in a moment")
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._places.release()
+
+
+def make_app(
+    lens: Lens, *, max_tokens: int = 2048, most_waiting: int = 32, hosts: tuple[str, ...] = ("*",)
+) -> FastAPI:
+    """The application.
+
+    Args:
+      max_tokens: longer texts are refused.
+      most_waiting: so many requests may wait; the next one is refused.
+      hosts: names by which the server may be asked, so that another site's name that is made to
+        point here reaches nothing.
+    """
+    app = FastAPI(title="conlens_jax explorer", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    turns = Turns(most_waiting)
+    max_tokens = min(max_tokens, lens.spec.model.max_positions)
+    page = importlib.resources.files(__package__).joinpath("static/explore.html").read_text("utf-8")
+
+    def tokens_of(text: str) -> list[str]:
+        if len(text) > MAX_CHARACTERS:
+            raise TooLarge(
+                f"the text has {len(text)} characters; at most {MAX_CHARACTERS} are read"
+            )
+        tokens = lens.tokens(text)
+        if len(tokens) > max_tokens:
+            raise TooLarge(f"the text has {len(tokens)} tokens; at most {max_tokens} are read here")
+        return tokens
+
+    @app.middleware("http")
+    async def refuse_large_bodies(request: Request, call_next):
+        size = request.headers.get("content-length", "")
+        if request.method == "POST" and not size.isdecimal():
+            return _refusal(411, "the request must say how long it is (Content-Length)")
+        if size.isdecimal() and int(size) > 2 * _BYTES_A_CHARACTER * MAX_CHARACTERS:
+            return _refusal(413, f"at most {MAX_CHARACTERS} characters are read")
+        return await call_next(request)
+
+    @app.exception_handler(ValueError)
+    async def refuse(_: Request, error: ValueError):
+        return _refusal(413 if isinstance(error, TooLarge) else 400, str(error))
+
+    @app.exception_handler(Busy)
+    async def wait(_: Request, error: Busy):
+        return _refusal(503, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def name_fields(_: Request, error: RequestValidationError):
+        problems = [f"{'.'.join(map(str, p['loc'][1:]))}: {p['msg']}" for p in error.errors()]
+        return _refusal(422, "; ".join(problems))
+
+    @app.get("/", response_class=HTMLResponse)
+    def show() -> str:
+        return page
+
+    @app.get("/api/lens")
+    def describe() -> dict[str, Any]:
+        return {**lens.facts, "text_len": lens.spec.text_len, "max_tokens": max_tokens}
+
+    @app.post("/api/tokens")
+    def tokenise(request: TextRequest) -> dict[str, Any]:
+        return {"tokens": tokens_of(request.text)}
+
+    @app.post("/api/explain")
+    def explain(request: ExplainRequest) -> StreamingResponse:
+        tokens_of(request.text)
+        pieces = lens.write(
+            request.text, request.position, decoding=request.decoding, seed=request.seed
+        )
+        with turns.turn():  # what is wrong with the request shows here, before anything is sent
+            first = next(pieces)
+        return StreamingResponse(lines(request, first, pieces), media_type="application/x-ndjson")
+
+    def lines(request: ExplainRequest, written: str, pieces: Iterator[str]) -> Iterator[str]:
+        yield _line(text=written)
+        try:
+            for _ in range(lens.spec.text_len - 1):
+                with turns.turn():
+                    written = next(pieces)
+                yield _line(text=written)
+            with turns.turn():
+                (row,) = lens.explain(
+                    request.text,
+                    request.position,
+                    decoding=request.decoding,
+                    seed=request.seed,
+                    progress=False,
+                )
+            yield _line(row=_plain(row))
+        except Busy as error:  # the answer has begun: it can only say so in its own words
+            yield _line(error=str(error))
+
+    @app.post("/api/swap")
+    def swap(request: SwapRequest) -> dict[str, Any]:
+        tokens_of(request.text)
+        tokens_of(request.explanation)
+        if not request.explanation.strip():
+            raise ValueError("the explanation is empty")
+        with turns.turn():
+            row = lens.swap(request.text, request.position, request.explanation)
+        return {"row": _plain(row)}
+
+    return app
+
+
+def _refusal(status: int, message: str) -> JSONResponse:
+    return JSONResponse({"error": message}, status_code=status)
+
+
+def _plain(row: ExplainedToken) -> dict[str, Any]:
+    return dataclasses.asdict(row)
+
+
+def _line(**values: Any) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"

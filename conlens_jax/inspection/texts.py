@@ -1,0 +1,160 @@
+"""What a user may give as text and as positions, made into token ids and indices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conlens_jax.models.model import LanguageModel
+
+Positions = str | int | Sequence[int] | slice
+
+
+def token_lists(text: Any, model: LanguageModel, add_bos: bool) -> list[list[int]]:
+    """The token ids of each document.
+
+    Args:
+      text: a text, a list of texts; chat messages (``{"role": …, "content": …}``), or a list of
+        such chats; or token ids, taken as they stand.
+      add_bos: begin every text with the tokenizer's bos token, as the lens was trained.
+
+    Raises:
+      ValueError: something else, nothing, or more tokens than the model can read.
+    """
+    documents = [_tokens(piece, model, add_bos) for piece in _pieces(text)]
+    if not documents:
+        raise ValueError("text is an empty list; give at least one text")
+    most = model.config.max_positions
+    problems = [
+        f"text {number} has no token"
+        if not tokens
+        else f"text {number} has {len(tokens)} tokens, more than the {most} that "
+        f"{model.model_id} can read; cut it"
+        for number, tokens in enumerate(documents)
+        if not 0 < len(tokens) <= most
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+    return documents
+
+
+def _pieces(text: Any) -> list[Any]:
+    """One entry a document."""
+    if isinstance(text, str) or _is_chat(text) or _is_ids(text):
+        return [text]
+    if isinstance(text, Sequence | np.ndarray):
+        return list(text)
+    raise ValueError(
+        f"text must be a text, a list of texts, chat messages or token ids, not {type(text)}"
+    )
+
+
+def _is_chat(value: Any) -> bool:
+    is_message = lambda entry: isinstance(entry, Mapping) and "role" in entry
+    return isinstance(value, Sequence) and bool(value) and all(map(is_message, value))
+
+
+def _is_ids(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.ndim == 1 and value.dtype.kind in "iu"
+    is_id = lambda entry: isinstance(entry, int | np.integer)
+    return isinstance(value, Sequence) and bool(value) and all(map(is_id, value))
+
+
+def _tokens(piece: Any, model: LanguageModel, add_bos: bool) -> list[int]:
+    tokenizer = model.tokenizer
+    if isinstance(piece, str):
+        return tokenizer.encode(piece, add_bos=add_bos)
+    if _is_chat(piece):
+        tokens = tokenizer.encode(render_chat(piece, model.folder))
+        begins = tokens[:1] == [tokenizer.bos_id]
+        return tokens if begins or not add_bos else tokenizer.encode("", add_bos=True) + tokens
+    if _is_ids(piece):
+        wrong = [int(token) for token in piece if not 0 <= token < model.config.vocab_size]
+        if wrong:
+            raise ValueError(f"token ids must be below {model.config.vocab_size}, not {wrong}")
+        return [int(token) for token in piece]
+    raise ValueError(f"text must be texts, chat messages or token ids, not {piece!r:.80}")
+
+
+def render_chat(messages: Sequence[Mapping], folder: Path, *, answer: bool = False) -> str:
+    """Chat messages as the text that the model was trained on, by its own template.
+
+    The template is a Jinja program of the model's folder; it runs in Jinja's sandbox.
+
+    Args:
+      answer: begin the model's answer behind the messages.
+
+    Raises:
+      ValueError: the model has no template, or it refuses the messages.
+      ImportError: jinja2 is not installed.
+    """
+    template, config = _chat_template(folder)
+    if template is None:
+        raise ValueError(
+            f"the model in {folder} has no chat template; give plain text instead of messages"
+        )
+    try:
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        raise ImportError("chat messages need jinja2: pip install jinja2") from error
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refuse
+    special = {
+        name: token["content"] if isinstance(token, Mapping) else token
+        for name, token in config.items()
+        if name.endswith("_token") and token is not None
+    }
+    try:
+        return environment.from_string(template).render(
+            messages=list(messages), add_generation_prompt=answer, **special
+        )
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the model's chat template refuses the messages: {error}") from error
+
+
+def _chat_template(folder: Path) -> tuple[str | None, Mapping[str, Any]]:
+    """The template, from its own file or from ``tokenizer_config.json``; and that config."""
+    file, own = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if own.is_file():
+        return own.read_text(encoding="utf-8"), config
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template, config
+
+
+def token_indices(positions: Positions, tokens: Sequence[int], bos_id: int | None) -> list[int]:
+    """Indices into the tokens of one document.
+
+    Args:
+      positions: ``"all"`` (but for a bos token in front of others, which says nothing), an index,
+        several of them (from the end, where negative), or a slice.
+
+    Raises:
+      ValueError: an index outside the document, or no index at all.
+    """
+    length = len(tokens)
+    if isinstance(positions, str):
+        if positions != "all":
+            raise ValueError(f"positions must be 'all', indices or a slice, not {positions!r}")
+        return list(range(1 if length > 1 and tokens[0] == bos_id else 0, length))
+    if isinstance(positions, slice):
+        chosen = list(range(length)[positions])
+    else:
+        chosen = [int(position) for position in np.atleast_1d(positions)]
+    wrong = [position for position in chosen if not -length <= position < length]
+    if wrong or not chosen:
+        what = ", ".join(map(str, wrong)) if wrong else "nothing"
+        raise ValueError(f"positions has {what}; a text of {length} tokens has 0 to {length - 1}")
+    return [position % length for position in chosen]

@@ -1,0 +1,233 @@
+"""The lens as a library: against the decoder, the full forward pass, and one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pipeline import quick_compilation
+from tiny_user import LAYER, TEXT, TEXTS, tiny_user_lens
+
+from conlens_jax.inspection.explanations import Explanations
+from conlens_jax.inspection.programs import TOP
+from conlens_jax.lens.decoder import generate
+from conlens_jax.lens.encoder import encode_tokens
+from conlens_jax.lens.spec import decoder_of, encoder_of
+
+
+@pytest.fixture(scope="module")
+def lens(tmp_path_factory):
+    with quick_compilation(tmp_path_factory):
+        yield tiny_user_lens(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def explained(lens):
+    return lens.explain(TEXT, progress=False)
+
+
+@pytest.fixture(scope="module")
+def sampled(lens):
+    return lens.explain(TEXTS, slice(-2, None), samples=2, decoding="sample", seed=3)
+
+
+def ids_of(lens, text):
+    return lens.model.tokenizer.encode(text, add_bos=True)
+
+
+# --- oracles ------------------------------------------------------------------------------------
+
+
+def test_explanations_are_the_decoders_of_the_captured_activations(lens, explained):
+    tokens = ids_of(lens, TEXT)
+    states_SD = lens.model.capture([tokens], LAYER)[0]
+    texts = generate(decoder_of(lens.trainable, lens.frozen), states_SD, None, spec=lens.spec)
+    assert [row.explanation for row in explained] == lens.model.decode(texts)[1:]
+    assert [row.position for row in explained] == list(range(1, len(tokens)))
+    assert len({row.explanation for row in explained}) > 3
+    np.testing.assert_allclose(lens.capture(TEXT, 4), states_SD[4], rtol=1e-5, atol=1e-5)
+
+
+def test_kl_and_predictions_are_those_of_the_full_forward_with_the_swap(lens, explained):
+    tokens = np.array([ids_of(lens, TEXT)])
+    states_SD = lens.model.capture(tokens, LAYER)[0]
+    texts = generate(decoder_of(lens.trainable, lens.frozen), states_SD, None, spec=lens.spec)
+    vectors = encode_tokens(
+        encoder_of(lens.trainable, lens.frozen, lens.spec), texts, spec=lens.spec
+    )
+    clean = jax.nn.log_softmax(lens.model.logits(tokens)[0])
+    for row in explained:
+        at, reading = row.position, row.readings[0]
+        logits = lens.model.swap(tokens, LAYER, at, vectors[at][None])[0, at]
+        swapped = jax.nn.log_softmax(logits)
+        kl = float(jnp.sum(jnp.exp(clean[at]) * (clean[at] - swapped)))
+        assert reading.kl == pytest.approx(kl, rel=1e-3, abs=1e-5)
+        a, b = np.asarray(states_SD[at]), np.asarray(vectors[at])
+        cos = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+        assert reading.cos == pytest.approx(cos, abs=1e-5)
+        for found, log_p in ((row.before, clean[at]), (reading.after, swapped)):
+            best = np.argsort(-np.asarray(log_p))[:TOP]
+            assert [p.token for p in found] == [lens.model.tokenizer.token(t) for t in best]
+            np.testing.assert_allclose(
+                [p.probability for p in found], np.exp(log_p[best]), rtol=1e-3, atol=1e-6
+            )
+    assert max(row.best.kl for row in explained) > 0.01
+
+
+def test_one_by_one_is_the_same_as_together(lens, sampled):
+    """Neither the list, nor padding, nor the size of a batch is seen; samples included."""
+    found = []
+    settings = dict(samples=2, decoding="sample", seed=3)
+    for number, text in enumerate(TEXTS):
+        for position in (-2, -1):
+            alone = lens.explain(text, position, batch_size=1, **settings)
+            found += [dataclasses.replace(row, document=number) for row in alone]
+    assert len(found) == len(sampled)
+    for one, other in zip(found, sampled, strict=True):
+        assert (one.document, one.position, one.token) == (
+            other.document,
+            other.position,
+            other.token,
+        )
+        assert [r.text for r in one.readings] == [r.text for r in other.readings]
+        np.testing.assert_allclose(
+            [r.kl for r in one.readings], [r.kl for r in other.readings], rtol=1e-3, atol=1e-5
+        )
+    assert any(row.readings[0].text != row.readings[1].text for row in sampled)
+
+
+def test_swapping_the_activation_for_itself_changes_nothing(lens):
+    row = lens.swap(TEXT, 5, lens.capture(TEXT, 5))
+    assert row.best.kl == pytest.approx(0, abs=1e-6) and row.best.cos == pytest.approx(1, abs=1e-5)
+    assert row.token == lens.tokens(TEXT)[5] == "red"
+
+
+def test_swapping_an_explanation_is_what_explain_measured(lens, explained):
+    row = next(row for row in explained if len(row.explanation.split()) == lens.spec.text_len)
+    again = lens.swap(TEXT, row.position, row.explanation)
+    assert again.best.kl == pytest.approx(row.best.kl, rel=1e-3, abs=1e-5)
+    assert again.best.text == row.explanation
+
+
+def test_encode_reads_like_the_encoder_at_any_length(lens):
+    texts = ["one cat saw two", "fox", "the owl and the bee saw"]
+    together = lens.encode(texts)
+    encoder = encoder_of(lens.trainable, lens.frozen, lens.spec)
+    for text, vector in zip(texts, together, strict=True):
+        tokens = jnp.array([lens.model.tokenizer.encode(text)])
+        expected = encode_tokens(encoder, tokens, spec=lens.spec)[0]
+        np.testing.assert_allclose(vector, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(lens.encode("fox"), together[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "sample"])
+def test_writing_token_by_token_ends_in_the_explanation(lens, decoding):
+    *_, last = pieces = list(lens.write(TEXT, 3, decoding=decoding, seed=3))
+    explanation = lens.explain(TEXT, 3, decoding=decoding, seed=3)[0].explanation
+    assert last == explanation and len(pieces) == lens.spec.text_len
+    assert all(last.startswith(piece) for piece in pieces)
+
+
+def test_compare_says_what_it_did(lens):
+    a, b = (TEXT, 3), (TEXTS[1], -1)
+    found = lens.compare(a, b)
+    a_D, b_D = lens.capture(*a), lens.capture(*b)
+    mean_D = np.asarray(lens.frozen["statistics"]["mean"])
+    assert [found.a, found.b] == lens.decode(np.stack([a_D, b_D]))
+    assert found.towards_a == lens.decode(mean_D + a_D - b_D)
+    assert found.towards_b == lens.decode(mean_D + b_D - a_D)
+    read = lens.encode(found.a) - lens.encode(found.b)
+    cos = read @ (a_D - b_D) / np.linalg.norm(read) / np.linalg.norm(a_D - b_D)
+    assert found.cos == pytest.approx(cos, abs=1e-4)
+
+
+def test_steering_moves_the_activation_by_the_edit(lens):
+    found = lens.steer(TEXT, 6, lambda text: text + " fox fox", strength=2.0, new_tokens=3)
+    move = lens.encode(found.edited) - lens.encode(found.written)
+    again = lens.swap(TEXT, 6, lens.capture(TEXT, 6) + 2 * move)
+    assert found.effect.best.kl == pytest.approx(again.best.kl, rel=1e-3) and again.best.kl > 0
+    tokens = lens.model.generate([ids_of(lens, TEXT)], 3, stop=())
+    assert found.before == lens.model.decode(tokens)[0]
+    with pytest.raises(ValueError, match="edit changes nothing"):
+        lens.steer(TEXT, 6, ("no such word", "x"))
+
+
+# --- results ------------------------------------------------------------------------------------
+
+
+def test_results_as_json_and_pandas(lens, sampled, tmp_path):
+    text = sampled.to_json(tmp_path / "explained.json")
+    assert (tmp_path / "explained.json").read_text(encoding="utf-8") == text
+    assert Explanations.from_json(text) == sampled
+    assert json.loads(text)["facts"]["layer"] == LAYER
+    pandas = pytest.importorskip("pandas")
+    table = sampled.to_pandas()
+    assert isinstance(table, pandas.DataFrame) and len(table) == 2 * len(sampled)
+    assert list(table["kl"][:2]) == [r.kl for r in sampled[0].readings]
+    for wrong in ("nonsense", '{"schema": 9}', '{"schema": 1}'):
+        with pytest.raises(ValueError, match="no JSON of Explanations"):
+            Explanations.from_json(wrong)
+
+
+def test_html_is_whole_and_escaped(explained):
+    evil = '<script>alert("x")</script>'
+    row = dataclasses.replace(
+        explained[0], token=evil, readings=(dataclasses.replace(explained[0].best, text=evil),)
+    )
+    page = Explanations((row,), ((evil, evil),), {"model": evil}).to_html()
+    assert "<script" not in page and page.count("&lt;script&gt;") >= 4
+    assert "http" not in page and page.startswith("<!doctype html>")
+    shown = explained._repr_html_()
+    assert shown.count("<tr>") == len(explained) + 1 and "<html" not in shown
+
+
+def test_callback_gets_whole_tokens_as_they_come(lens):
+    batches = []
+    result = lens.explain(
+        TEXT, samples=2, decoding="sample", batch_size=6, progress=False, callback=batches.append
+    )
+    assert [len(batch) for batch in batches] == [3, 3, 3, 1]
+    assert [row for batch in batches for row in batch] == list(result)
+
+
+# --- inputs -------------------------------------------------------------------------------------
+
+
+def test_token_ids_and_chats_are_read_too(lens, explained):
+    tokens = ids_of(lens, TEXT)
+    assert lens.explain(tokens, progress=False).rows == explained.rows
+    chat = [{"role": "user", "content": "two blue owl"}]
+    with pytest.raises(ValueError, match="no chat template"):
+        lens.explain(chat)
+    pytest.importorskip("jinja2")
+    file = lens.model.folder / "chat_template.jinja"
+    file.write_text("{{ bos_token }}{% for m in messages %}the cat saw {{ m.content }}{% endfor %}")
+    try:
+        row = lens.explain(chat, -1)[0]
+        other = lens.explain("the cat saw two blue owl", -1)[0]
+        assert row == other
+    finally:
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text": []}, "empty list"),
+        ({"text": 3.5}, "must be a text"),
+        ({"text": "one " * 100}, "more than the 64"),
+        ({"text": [[1, 99]]}, "below 48"),
+        ({"text": TEXT, "positions": 40}, "positions has 40"),
+        ({"text": TEXT, "positions": "some"}, "'all'"),
+        ({"text": TEXT, "positions": slice(50, 60)}, "positions has nothing"),
+        ({"text": TEXT, "samples": 3}, "decoding='sample'"),
+        ({"text": TEXT, "decoding": "beam", "batch_size": 0}, "decoding must.*batch_size must"),
+    ],
+)
+def test_what_cannot_be_explained_is_said(lens, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lens.explain(**arguments)

@@ -1,0 +1,146 @@
+"""The explorer over HTTP: streams, edits, refusals, and requests at the same time."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import socket
+import threading
+import urllib.error
+import urllib.request
+
+import pytest
+from pipeline import quick_compilation
+from tiny_user import TEXT, TEXTS, tiny_user_lens
+
+pytest.importorskip("fastapi", reason="the page needs the extra 'explore'")
+uvicorn = pytest.importorskip("uvicorn", reason="the page needs the extra 'explore'")
+
+
+@pytest.fixture(scope="module")
+def lens(tmp_path_factory):
+    with quick_compilation(tmp_path_factory):
+        yield tiny_user_lens(tmp_path_factory.mktemp("model"))
+
+
+@contextlib.contextmanager
+def serving(app):
+    """The address of a running server."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()  # who asks before the server is up waits
+        config = uvicorn.Config(app, log_level="error", ws="none", lifespan="off")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def address(lens):
+    from conlens_jax.inspection.server import make_app
+
+    with serving(make_app(lens, max_tokens=24, hosts=("127.0.0.1",))) as address:
+        yield address
+
+
+def fetch(address, body=None, **headers):
+    """(status, content)."""
+    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", **headers}
+    request = urllib.request.Request(address, data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def streamed(address, **body):
+    status, content = fetch(f"{address}/api/explain", body)
+    assert status == 200, content
+    return [json.loads(line) for line in content.splitlines()]
+
+
+def plain(row):
+    return json.loads(json.dumps(dataclasses.asdict(row)))
+
+
+def test_page_and_facts(lens, address):
+    status, page = fetch(address)
+    assert status == 200 and "<title>Consistency lens</title>" in page
+    assert "://" not in page, "the page must need nothing from elsewhere"
+    facts = json.loads(fetch(f"{address}/api/lens")[1])
+    assert (facts["layer"], facts["text_len"]) == (lens.spec.layer, lens.spec.text_len)
+    tokens = json.loads(fetch(f"{address}/api/tokens", {"text": TEXT})[1])["tokens"]
+    assert tokens == lens.tokens(TEXT)
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "sample"])
+def test_an_explanation_comes_as_it_is_written(lens, address, decoding):
+    lines = streamed(address, text=TEXT, position=4, decoding=decoding, seed=2)
+    assert [line["text"] for line in lines[:-1]] == list(
+        lens.write(TEXT, 4, decoding=decoding, seed=2)
+    )
+    row = lens.explain(TEXT, 4, decoding=decoding, seed=2)[0]
+    assert lines[-1]["row"] == plain(row) and lines[-2]["text"] == row.explanation
+
+
+def test_an_edited_explanation_is_swapped_in(lens, address):
+    body = {"text": TEXT, "position": 4, "explanation": "two red fox saw"}
+    status, content = fetch(f"{address}/api/swap", body)
+    assert status == 200
+    assert json.loads(content)["row"] == plain(lens.swap(TEXT, 4, "two red fox saw"))
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("tokens", {"text": "one " * 40}, 413, "has 41 tokens; at most 24"),
+        ("tokens", {"text": "x" * 100_001}, 413, "has 100001 characters"),
+        ("tokens", {"txt": "one"}, 422, "text: Field required"),
+        ("tokens", b"no json", 422, "JSON"),
+        ("explain", {"text": TEXT, "position": 99}, 400, "position"),
+        ("explain", {"text": TEXT, "position": 1, "decoding": "beam"}, 422, "decoding"),
+        ("swap", {"text": TEXT, "position": 1, "explanation": "  "}, 400, "empty"),
+        ("swap", {"text": TEXT, "position": 1, "explanation": "one " * 40}, 413, "at most 24"),
+    ],
+)
+def test_what_is_refused_and_why(address, path, body, status, message):
+    code, content = fetch(f"{address}/api/{path}", body)
+    assert code == status and message in json.loads(content)["error"]
+
+
+def test_long_requests_are_refused_before_they_are_read(address):
+    status, content = fetch(f"{address}/api/tokens", b"{}", **{"Content-Length": "2000000"})
+    assert status == 413 and "at most 100000 characters" in json.loads(content)["error"]
+
+
+def test_other_names_for_the_server_reach_nothing(address):
+    assert fetch(f"{address}/api/lens", Host="evil.example")[0] == 400
+
+
+def test_requests_at_the_same_time_are_not_mixed(lens, address):
+    places = [(text, position) for text in TEXTS for position in (1, 2, -1)]
+    with concurrent.futures.ThreadPoolExecutor(len(places)) as pool:
+        ask = lambda place: streamed(address, text=place[0], position=place[1])[-1]["row"]
+        answers = list(pool.map(ask, places))
+    assert answers == [plain(lens.explain(text, position)[0]) for text, position in places]
+
+
+def test_when_too_many_wait_the_next_one_is_told(lens):
+    from conlens_jax.inspection.server import Busy, Turns, make_app
+
+    turns = Turns(1)
+    with turns.turn(), pytest.raises(Busy, match="too many"), turns.turn():
+        pass
+    with serving(make_app(lens, most_waiting=0)) as address:
+        status, content = fetch(f"{address}/api/explain", {"text": TEXT, "position": 1})
+        assert status == 503 and "try again" in json.loads(content)["error"]
