@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from conlens_jax.config import ConfigError, to_json_dict
+from conlens_jax.evaluation.full import Studies
+from conlens_jax.evaluation.metric_files import flatten, write_metrics
 from conlens_jax.evaluation.page import PageData, System, build_report
 from conlens_jax.evaluation.report import Interval, write_report
 from conlens_jax.evaluation.suite import HEADLINE, Evaluated, Suite, attribute_token_ids
@@ -43,7 +44,8 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
         ``<run>/checkpoints``.
 
     Returns:
-      The path of ``report.html``; ``metrics.json`` lies beside it, in the run folder.
+      The path of ``report.html``; ``metrics.json`` and ``metrics.csv`` lie beside it, in the run
+      folder.
 
     Raises:
       ValueError: no checkpoint there, or one of another model or lens.
@@ -77,17 +79,27 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
         seed=config.evaluate.seed,
         baseline=baseline,
     )
+    studies = None
+    if config.evaluate.suite != "basic":
+        studies = Studies.make(setting, suite, template, frozen, run_folder)
     systems = []
     for lens in lenses:
         trainable = load_lens(lens.folder, template, lens.step)
         evaluated = suite.evaluate(trainable, frozen)
+        if studies is not None:
+            more = studies.of_lens(evaluated, trainable)
+            if lens == main:
+                more |= studies.of_main_lens(evaluated, trainable)
+            evaluated = dataclasses.replace(evaluated, metrics={**evaluated.metrics, **more})
         systems.append(System(lens.key, NAMES.get(lens.key, lens.key), evaluated))
         headline = {name: evaluated.metrics[name].value for name in HEADLINE}
         console.line("evaluate", lens=lens.key, step=lens.step, **headline)
     measured = {system.key: system.evaluated for system in systems}
     differences = _differences(suite, measured, main.key)
     statistics = _model_statistics(setting.model.folder)
-    _write_metrics(run_folder / "metrics.json", measured, main.key, differences, statistics)
+    metrics_of = {key: evaluated.metrics for key, evaluated in measured.items()}
+    flat = flatten(metrics_of, main.key, differences, statistics)
+    write_metrics(run_folder, flat, statistics)
     documents = len(np.unique(suite.rows.documents_N))
     facts = {
         "model": setting.model.model_id,
@@ -159,34 +171,6 @@ def _model_statistics(folder: Path) -> dict[str, float]:
         return {}
     values = json.loads(file.read_text(encoding="utf-8"))
     return {name: values[name] for name in ("lm_loss", "generator_entropy") if name in values}
-
-
-def _write_metrics(
-    path: Path,
-    measured: dict[str, Evaluated],
-    main: str,
-    differences: dict[str, dict[str, Interval]],
-    statistics: dict[str, float],
-) -> None:
-    """Flat: ``name``, ``name_lo``, ``name_hi``. The main lens has no prefix; the others have
-    ``warm_`` or ``control_``, and differences end in ``_minus_warm`` or ``_minus_control``."""
-    flat: dict[str, float | None] = {}
-
-    def put(name: str, interval: Interval) -> None:
-        for ending, value in (("", interval.value), ("_lo", interval.lo), ("_hi", interval.hi)):
-            flat[name + ending] = value if math.isfinite(value) else None
-
-    for key, evaluated in measured.items():
-        prefix = "" if key == main else f"{key}_"
-        for name, interval in evaluated.metrics.items():
-            put(prefix + name, interval)
-    for key, values in differences.items():
-        for name, interval in values.items():
-            put(f"{name}_minus_{key}", interval)
-    flat |= statistics
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(flat, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def _records(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
