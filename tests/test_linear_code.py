@@ -13,7 +13,7 @@ from conlens_jax.evaluation.linear_code import (
     bits_of_text,
     lloyd_levels,
 )
-from conlens_jax.evaluation.probe import LinearMap, probe_values
+from conlens_jax.evaluation.probe import LinearMap, logistic_regression, probe_values
 
 RNG = np.random.default_rng(0)
 
@@ -69,6 +69,25 @@ def test_linear_map_is_found_and_the_penalty_shrinks_it():
     np.testing.assert_allclose(found(new), new @ kernel + bias, atol=1e-6)
     shrunk = LinearMap.fit(x, x @ kernel + bias, ridge=1.0)
     assert np.linalg.norm(shrunk.kernel_DK) < 0.8 * np.linalg.norm(kernel)
+
+
+def test_logistic_regression_is_at_its_minimum():
+    """The gradient, by finite differences of the loss as it is written, vanishes."""
+    x = np.concatenate([RNG.standard_normal((300, 4)), np.ones((300, 1))], axis=1)
+    one_hot = np.eye(3)[RNG.integers(3, size=300)]
+    found = logistic_regression(x, one_hot)
+
+    def loss(kernel):
+        logits = x @ kernel
+        log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        return -(one_hot * log_p).sum(axis=1).mean() + 0.5e-3 * np.sum(kernel**2)
+
+    for index in np.ndindex(found.shape):
+        nudge = np.zeros_like(found)
+        nudge[index] = 1e-4
+        slope = (loss(found + nudge) - loss(found - nudge)) / 2e-4
+        assert abs(slope) < 1e-4
+    assert np.linalg.norm(found) > 0.01
 
 
 def test_probe_reads_what_is_there_and_only_that():

@@ -30,7 +30,7 @@ from conlens_jax.evaluation.suite import Evaluated, PerRow, Suite
 from conlens_jax.evaluation.text_changes import CHANGES, Lexicon, Texts, changed, is_changed
 from conlens_jax.models.param_table import Params
 
-SHORT = ("fve_nrm", "kl_frac_mean")
+SHORT = ("fve_nrm", "kl_frac_mean", "top1_agree")
 
 
 def audit_lens(

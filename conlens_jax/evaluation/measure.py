@@ -66,7 +66,9 @@ class Measurer:
         self._odds = jax.jit(functools.partial(pure.odds_of_pair, spec=spec))
         self._text_nll = jax.jit(functools.partial(pure.text_nll, spec=spec))
         self._unembedded = jax.jit(functools.partial(pure.unembedded, spec=spec))
-        self._last_states = jax.jit(functools.partial(pure.last_states, spec=spec))
+        last = spec.model.n_layers - 1
+        self._last_states = jax.jit(functools.partial(pure.states_at, layer=last, spec=spec))
+        self._own_states = jax.jit(functools.partial(pure.states_at, layer=spec.layer, spec=spec))
 
     def explain(self, trainable: Params, frozen: Params, rows: Rows) -> Explained:
         """Texts and reconstructions of every row."""
@@ -168,6 +170,11 @@ class Measurer:
     def last_states(self, original: Params, rows: Rows) -> np.ndarray:
         """The residual stream behind M's last block at P, [N, D]."""
         return self._over(rows, lambda batch, _: self._last_states(original, batch))
+
+    def with_activations(self, original: Params, rows: Rows) -> Rows:
+        """The rows with their activations captured anew, at the lens's layer and P."""
+        states_ND = self._over(rows, lambda batch, _: self._own_states(original, batch))
+        return dataclasses.replace(rows, activations_ND=states_ND)
 
     def continuations(self, original: Params, rows: Rows, n_new: int) -> np.ndarray:
         """M's greedy continuation of each context up to P, [N, n_new]."""

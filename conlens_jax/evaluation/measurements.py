@@ -140,9 +140,10 @@ def unembedded(
     return _describe(context, next_token_B, logits_B1V), words_BT
 
 
-def last_states(original: Params, batch: Batch, *, spec: LensSpec) -> jax.Array:
-    last = dataclasses.replace(spec, layer=spec.model.n_layers - 1)
-    states_BSD = capture(original, batch.tokens_GS, batch.mask_GS, spec=last)
+def states_at(original: Params, batch: Batch, *, layer: int, spec: LensSpec) -> jax.Array:
+    """The residual stream at the output of block ``layer``, position P; fp32 [B, D]."""
+    here = dataclasses.replace(spec, layer=layer)
+    states_BSD = capture(original, batch.tokens_GS, batch.mask_GS, spec=here)
     return states_BSD[jnp.arange(len(states_BSD)), batch.positions_B].astype(jnp.float32)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from conlens_jax.config import ConfigError, to_json_dict
+from conlens_jax.evaluation.document_heat import document_heat
 from conlens_jax.evaluation.full import Studies
 from conlens_jax.evaluation.metric_files import flatten, write_metrics
 from conlens_jax.evaluation.page import PageData, System, build_report
@@ -82,7 +83,7 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
     studies = None
     if config.evaluate.suite != "basic":
         studies = Studies.make(setting, suite, template, frozen, run_folder)
-    systems = []
+    systems, heat_maps = [], []
     for lens in lenses:
         trainable = load_lens(lens.folder, template, lens.step)
         evaluated = suite.evaluate(trainable, frozen)
@@ -90,6 +91,7 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
             more = studies.of_lens(evaluated, trainable)
             if lens == main:
                 more |= studies.of_main_lens(evaluated, trainable)
+                heat_maps = [document_heat(suite, trainable, frozen, tokenizer)]
             evaluated = dataclasses.replace(evaluated, metrics={**evaluated.metrics, **more})
         systems.append(System(lens.key, NAMES.get(lens.key, lens.key), evaluated))
         headline = {name: evaluated.metrics[name].value for name in HEADLINE}
@@ -125,6 +127,8 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
         config=to_json_dict(config),
         n_examples=config.evaluate.n_examples,
         notes=_notes(setting, measured, baseline is not None),
+        heat_maps=heat_maps,
+        ranked=studies is not None,
     )
     _print_table(setting, systems)
     return write_report(build_report(data, tokenizer), run_folder / "report.html")
