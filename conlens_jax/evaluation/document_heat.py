@@ -51,9 +51,9 @@ def document_heat(suite: Suite, trainable: Params, frozen: Params, tokenizer: To
             tokens.append(HeatToken(shown, float(kl_N[row]), text))
     return HeatMap(
         f"Document {int(rows.documents_N[0])}, the longest of the held-out rows",
-        "The darker a token, the more M's next prediction changes when the reconstruction takes "
-        "the activation's place there. Point at a token, or tap it, for its explanation; gray "
-        "tokens were not read.",
+        "The stronger the colour of a token, the more M's next prediction changes when the "
+        "reconstruction takes the activation's place there. Point at a token, or tap it, for its "
+        "explanation; gray tokens were not read.",
         "nats",
         tokens,
         spaced=bool(Lexicon.of(tokenizer, False).starts_word.all()),

@@ -39,7 +39,7 @@ class HeatMap:
     spaced: bool = False
 
 
-def _token(token: HeatToken) -> str:
+def _token(token: HeatToken, unit: str) -> str:
     shown = show_token(token.token)
     if token.value is None or not math.isfinite(token.value):
         return f'<span class="cold">{shown}</span>'
@@ -47,7 +47,7 @@ def _token(token: HeatToken) -> str:
     return (
         f'<span class="hot h{colour}" tabindex="0">{shown}<span class="tip" role="tooltip">'
         f'<b>{shown}</b> <span class="says" dir="auto">{escape(token.tip.strip())}</span> '
-        f"<i>{format_number(token.value)}</i></span></span>"
+        f"<i>{format_number(token.value)} {escape(unit)}</i></span></span>"
     )
 
 
@@ -65,7 +65,7 @@ def _legend(unit: str) -> str:
 def render_heat_map(heat_map: HeatMap) -> str:
     """The map as HTML; every token and text is escaped."""
     between = " " if heat_map.spaced else ""
-    body = between.join(_token(token) for token in heat_map.tokens)
+    body = between.join(_token(token, heat_map.unit) for token in heat_map.tokens)
     return (
         f"<h3>{escape(heat_map.title)}</h3>"
         f'<p class="note">{escape(heat_map.note)}</p>{_legend(heat_map.unit)}'

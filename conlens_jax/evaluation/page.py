@@ -211,7 +211,19 @@ def _summary(metrics: Mapping[str, Interval], name: str) -> str:
         f"explanation removes {show('kl_frac_mean')} of the harm that the mean activation does to "
         f"the model's prediction, and explains {show('fve_nrm')} of the activations' directional "
         f"variance. With the text of another row it is {show('null_shuffle_kl_frac_mean')} and "
-        f"{show('null_shuffle_fve_nrm')}."
+        f"{show('null_shuffle_fve_nrm')}." + _audit_sentence(metrics)
+    )
+
+
+def _audit_sentence(metrics: Mapping[str, Interval]) -> str:
+    """Whether a stranger loses more on the lens's text than on true text; nothing without audit."""
+    if "gap_frozen" not in metrics:
+        return ""
+    gap, skill = metrics["gap_frozen"], metrics["gap_frozen_window"]
+    verdict = "loses no more than on true text" if gap.lo <= skill.hi else "loses more"
+    return (
+        f" A reader that never saw a decoder's text {verdict}: {gap.value:.2f} of the variance, "
+        f"and {skill.value:.2f} on true text."
     )
 
 
