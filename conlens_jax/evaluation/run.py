@@ -204,6 +204,17 @@ def _notes(setting: Setting, measured: dict[str, Evaluated], has_baseline: bool)
             "stage's compute on the warm start's own objective. What the joint stage gains over "
             "the warm start is a claim only where it is ahead of this control."
         )
+    evaluate = setting.config.evaluate
+    if evaluate.suite == "full":
+        notes.append(
+            f"The audit encoder started from M and read true windows alone for "
+            f"{evaluate.audit_steps} steps, in an order of its own (seed {evaluate.audit_seed}). "
+            "It is a stranger to the lens's text, not to the corpus."
+        )
+        notes.append(
+            "Best of K keeps the text whose reconstruction is nearest to the activation. It needs "
+            "the activation, so it says what sampling could give, not what one text gives."
+        )
     if "generator_entropy" in _model_statistics(setting.model.folder):
         notes.append(
             "generator_entropy is what the story generator itself spends on its choices, nats a "
