@@ -2,10 +2,13 @@
 
 ``--checkpoint`` is a run folder or one checkpoint in it. The configuration is the run's own unless
 ``--config`` gives another one; with ``--config`` alone its ``run_dir`` is evaluated.
+``--suite=full`` adds the audit, baselines, truth, interventions and best of K to the metrics
+(docs/evaluation.md); ``--suite=interventions`` the interventions alone.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -19,6 +22,9 @@ from conlens_jax.training.run_folder import checkpoint_of
 from conlens_jax.training.setting import open_setting
 
 _CONFIG = cli.define_config()
+SUITE = flags.DEFINE_enum(
+    "suite", None, ("basic", "full", "interventions"), "In place of evaluate.suite."
+)
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run folder, or a checkpoint in it.")
 
 
@@ -42,6 +48,9 @@ def main() -> None:
         config = recorded_config(CHECKPOINT.value)
     else:
         raise ConfigError(["give --checkpoint=<run folder> or --config=configs/<file>.py"])
+    if SUITE.value:
+        evaluate = dataclasses.replace(config.evaluate, suite=SUITE.value)
+        config = dataclasses.replace(config, evaluate=evaluate)
     setting = open_setting(config, Console())
     print(evaluate_run(setting, CHECKPOINT.value or config.run_dir))
 

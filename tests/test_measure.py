@@ -22,14 +22,8 @@ from tiny_models import random_tokens
 from conlens_jax.config import WarmConfig
 from conlens_jax.data.rows import Rows
 from conlens_jax.evaluation import metrics
-from conlens_jax.evaluation.measure import (
-    SAMPLING,
-    TOP,
-    Explained,
-    Measurer,
-    other_rows,
-    reference_of,
-)
+from conlens_jax.evaluation.measure import Explained, Measurer, other_rows, reference_of
+from conlens_jax.evaluation.measurements import SAMPLING, TOP
 from conlens_jax.evaluation.suite import HEADLINE, Suite
 from conlens_jax.lens.batch import Batch
 from conlens_jax.lens.decoder import generate
@@ -157,6 +151,55 @@ def test_text_nll_is_that_of_the_model_alone(lens, rows, measurer):
     log_p = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     expected = -np.take_along_axis(log_p, texts[..., None], axis=-1).mean(axis=(1, 2))
     np.testing.assert_allclose(measurer.text_nll(lens[1]["original"], texts), expected, rtol=1e-4)
+
+
+def test_odds_are_differences_of_log_probabilities(lens, rows, measurer, random_vectors):
+    """Of the most likely pair, whose probabilities the effects hold."""
+    original, candidates = lens[1]["original"], {"random": random_vectors}
+    effect = measurer.effects(original, rows, candidates)["random"]
+    pairs = effect.top_tokens[:, :2]
+    odds = measurer.odds(original, rows, candidates, pairs)["random"]
+    assert odds.shape == (N_ROWS, HORIZON)
+    expected = np.log(effect.top_probabilities[:, 1] / effect.top_probabilities[:, 0])
+    np.testing.assert_allclose(odds[:, 0], expected, rtol=1e-3, atol=1e-5)
+    swapped = measurer.odds(original, rows, candidates, pairs[:, ::-1])["random"]
+    np.testing.assert_allclose(swapped, -odds, rtol=1e-6)
+
+
+def test_other_draws_are_other_texts(lens, rows, measurer):
+    """Draw 0 is the sampled text, and each is read by the lens's own encoder."""
+    explained = measurer.explain(*lens, rows)
+    first, _ = measurer.sample(*lens, rows, 0)
+    np.testing.assert_array_equal(first, explained.texts["sampled"])
+    second, reconstructions = measurer.sample(*lens, rows, 1)
+    assert np.any(second != first)
+    np.testing.assert_allclose(reconstructions, measurer.read(*lens, second), rtol=0, atol=1e-5)
+
+
+def test_last_states_unembed_to_the_models_own_prediction(lens, rows, measurer):
+    original = lens[1]["original"]
+    states = measurer.last_states(original, rows)
+    effect, words = measurer.unembedded(original, rows, states)
+    np.testing.assert_allclose(effect.kl_at, 0.0, atol=1e-5)
+    clean = measurer.effects(original, rows, {})["clean"]
+    np.testing.assert_array_equal(words, clean.top_tokens[:, :TEXT_LEN])
+    logit_lens, _ = measurer.unembedded(original, rows, rows.activations_ND)
+    assert logit_lens.kl_at.min() > 1e-3
+
+
+def test_continuations_are_the_models_greedy_ones(lens, rows, measurer):
+    """Token by token, each from the whole context up to P."""
+    original, n_new = lens[1]["original"], 2
+    found = measurer.continuations(original, rows, n_new)
+    forward_jit = fast_jit(functools.partial(forward, config=SPEC.model))
+    # Room for the new tokens behind the longest context.
+    tokens = np.pad(rows.tokens_NS, ((0, 0), (0, n_new)))
+    row = np.arange(N_ROWS)
+    for step in range(n_new):
+        logits = np.asarray(forward_jit(original, tokens))
+        written = logits[row, rows.positions_N + step].argmax(axis=-1)
+        np.testing.assert_array_equal(found[:, step], written)
+        tokens[row, rows.positions_N + 1 + step] = written
 
 
 # --- pairing and references ---------------------------------------------------------------------

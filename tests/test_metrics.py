@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from conlens_jax.evaluation.bootstrap import (
     bootstrap_interval,
     paired_difference,
 )
+
+TABLES = Path(__file__).parents[1] / "third_party" / "metric_tables"
 
 
 def _activations(n=200, d=7, seed=0):
@@ -244,3 +248,19 @@ def test_wider_level_gives_wider_interval():
     values = np.random.default_rng(1).normal(size=40)
     narrow, wide = bootstrap.mean(values, level=0.5), bootstrap.mean(values, level=0.99)
     assert wide.lo < narrow.lo < narrow.hi < wide.hi
+
+
+# --- others' tables -----------------------------------------------------------------------------
+
+
+def test_published_cross_entropy_recovered():
+    """From the cross-entropies of a published table to its own column; zero ablation is the
+    reference."""
+    with (TABLES / "saebench_core_gemma-2-2b_4k.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    column = lambda name: np.array([float(row[name]) for row in rows])
+    found = metrics.cross_entropy_recovered(
+        column("ce_loss_with_ablation"), column("ce_loss_with_sae"), column("ce_loss_without_sae")
+    )
+    assert len(rows) == 13
+    np.testing.assert_allclose(found, column("loss_recovered"), rtol=0, atol=1e-6)

@@ -13,7 +13,12 @@ from tiny_models import random_tokens
 
 from conlens_jax.config import LossConfig, WarmConfig
 from conlens_jax.evaluation.suite import prefix_lengths
-from conlens_jax.lens.encoder import encode_embeddings, encode_prefixes, encode_tokens
+from conlens_jax.lens.encoder import (
+    encode_embeddings,
+    encode_prefixes,
+    encode_ragged,
+    encode_tokens,
+)
 from conlens_jax.lens.losses import reconstruction_error
 from conlens_jax.lens.spec import encoder_of
 from conlens_jax.models.transformer import embed_tokens
@@ -35,6 +40,21 @@ def test_each_prefix_reads_as_if_the_text_ended_there():
     for k in range(1, TEXT_LEN + 1):
         alone = encode_tokens(encoder, text[:, :k], spec=spec)
         np.testing.assert_allclose(prefixes[:, k - 1], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("right", [(), (9, 10)])
+def test_texts_of_unequal_length_read_as_each_alone(right):
+    """With a prompt behind the text as well; what stands behind a text is not seen."""
+    spec = dataclasses.replace(tiny_spec(), encoder_right=right)
+    trainable, frozen = tiny_lens(spec)
+    encoder = encoder_of(trainable, frozen, spec)
+    text = random_tokens(TEXT_LEN, TEXT_LEN)
+    lengths = jnp.arange(TEXT_LEN, dtype=jnp.int32)[::-1] + 1
+    text_BTD = embed_tokens(encoder.base, text, spec.model)
+    found = encode_ragged(encoder, text_BTD, lengths, spec=spec)
+    for row, length in enumerate(lengths.tolist()):
+        alone = encode_tokens(encoder, text[row : row + 1, :length], spec=spec)
+        np.testing.assert_allclose(found[row : row + 1], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_a_prompt_behind_the_text_is_refused():

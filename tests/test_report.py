@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from conlens_jax.evaluation import svg
+from conlens_jax.evaluation.heat_map import STEPS, HeatMap, HeatToken, render_heat_map
 from conlens_jax.evaluation.markup import escape, format_interval, format_number, show_token
 from conlens_jax.evaluation.report import (
     CurveChart,
@@ -42,6 +43,7 @@ def _report(text=lambda name: name, number=0.5, **changes):
         numbers={text("number name"): number},
         top_before=[(text("before token"), number)],
         top_after=[(text("after token"), number)],
+        label=text("example label"),
     )
     report = Report(
         title=text("title"),
@@ -76,6 +78,22 @@ def _report(text=lambda name: name, number=0.5, **changes):
         examples=[example],
         config={text("section"): {text("key"): text("value")}, text("plain key"): 3},
         notes=[text("remark")],
+        measured_curves=[
+            CurveChart(
+                text("measured title"),
+                text("measured x"),
+                text("measured y"),
+                [Series(text("measured series"), [1, 2], [0.5, number])],
+            )
+        ],
+        heat_maps=[
+            HeatMap(
+                text("heat title"),
+                text("heat note"),
+                text("heat unit"),
+                [HeatToken(text("cold token")), HeatToken(text("hot token"), number, text("tip"))],
+            )
+        ],
     )
     return dataclasses.replace(report, **changes)
 
@@ -154,8 +172,8 @@ def test_headings_tables_and_charts_are_accessible():
     assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
     assert all(head.get("scope") in ("col", "row") for head in tree.iter("th"))
     charts = [e for e in tree.iter("svg") if _has_class(e, "chart")]
-    assert len(charts) == 2
-    for chart, title in zip(charts, ("curve title", "histogram title"), strict=True):
+    titles = ("measured title", "curve title", "histogram title")
+    for chart, title in zip(charts, titles, strict=True):
         assert title in chart.get("aria-label") and chart.find("title").text
     assert all(e.get("aria-hidden") for e in tree.iter("svg") if _has_class(e, "strip"))
     assert {meta.get("name") for meta in tree.iter("meta")} >= {"viewport", "color-scheme"}
@@ -175,6 +193,38 @@ def test_every_metric_and_interval_is_in_its_row():
         ["12.3411.00 to 14.00", "–"],
         ["2.3e−61.9e−6 to 2.8e−6", "−0.250"],
     ]
+
+
+def test_a_table_may_have_columns_of_its_own():
+    row = MetricRow("lens", "", "", [Interval(0.25, 0.2, 0.3)])
+    page = render_report(_report(metric_groups=[MetricGroup("one", "", [row], ["share"])]))
+    table = next(table for table in _tree(page).iter("table") if _has_class(table, "metrics"))
+    assert [_text(head) for head in table.find("thead").iter("th")] == ["Metric", "share"]
+    assert not [e for e in table.iter("svg")]
+    with pytest.raises(ValueError, match="'lens' has 1 values for 2 columns"):
+        render_report(_report(metric_groups=[MetricGroup("one", "", [row], ["a", "b"])]))
+
+
+def test_heat_map_colours_rise_with_the_value_and_texts_can_be_reached():
+    """By keyboard and by tap: every measured token takes the focus and holds its text."""
+    values = [None, 0.0, *STEPS, 1e9, NAN]
+    tokens = [HeatToken(f"t{index}", value, f"says {index}") for index, value in enumerate(values)]
+    page = render_heat_map(HeatMap("title", "note", "nats", tokens))
+    tree = ET.fromstring(f"<div>{page}</div>")
+    hot = [e for e in tree.iter("span") if _has_class(e, "hot")]
+    colours = [e.get("class").split()[1] for e in hot]
+    assert colours == [f"h{step}" for step in range(len(STEPS) + 1)] + [f"h{len(STEPS)}"]
+    assert all(e.get("tabindex") == "0" for e in hot)
+    assert [_text(e.find("span/span")) for e in hot] == [f"says {i}" for i in range(1, 8)]
+    assert len([e for e in tree.iter("span") if _has_class(e, "cold")]) == 2
+
+
+def test_words_of_a_heat_map_are_apart_where_they_carry_no_spaces():
+    tokens = [HeatToken("once"), HeatToken("upon")]
+    body = lambda spaced: ET.fromstring(
+        f"<div>{render_heat_map(HeatMap('', '', '', tokens, spaced))}</div>"
+    ).findall("p")[-1]
+    assert _text(body(True)) == "once upon" and _text(body(False)) == "onceupon"
 
 
 @pytest.mark.parametrize(
@@ -212,6 +262,7 @@ def test_empty_report_and_empty_series():
     report = _report(
         curves=[CurveChart("c", "x", "y", []), CurveChart("c", "x", "y", [Series("s", [], [])])],
         histograms=[HistogramChart("h", "x", []), HistogramChart("h", "x", [("s", [NAN])])],
+        measured_curves=[],
     )
     page = _tree(render_report(report))
     assert len([e for e in page.iter("svg") if _has_class(e, "chart")]) == 4

@@ -56,7 +56,7 @@ from conlens_jax.training.setting import (
     training_reference,
 )
 from conlens_jax.training.tracking import read_metrics
-from conlens_jax.training.validation import Validation
+from conlens_jax.training.validation import Validation, validate
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +150,12 @@ def test_validation_is_at_its_steps_and_at_the_end_of_a_stage(world):
     assert list(scored) == [6, WARM_STEPS, LAST_STEP]
     for name in ("fve_nrm_greedy", "fve_nrm_sampled", "fve_nrm_shuffle", "kl_frac_greedy"):
         assert all(record[f"validation_{name}"] < 1 for record in scored.values())
+    for record in scored.values():
+        assert abs(record["validation_kl_floor"]) < 1e-4
+        assert 0 <= record["validation_repeat_4gram"] <= 1
+    # The encoder as the warm start left it reads beside the joint stage's, not beside itself.
+    assert [step for step in scored if "validation_gap_frozen" in scored[step]] == [LAST_STEP]
+    assert scored[LAST_STEP]["validation_gap_frozen"] != 0
 
 
 def test_console_shows_parts_samples_and_tokens(world):
@@ -215,6 +221,31 @@ def test_sharded_weights_give_the_same_losses(world, tmp_path, unwatched):
     template = loop.placed(lens_template(world)[0], setting)
     restored = load_lens(run, template)["decoder"]["base"]["embedding"]
     assert restored.addressable_shards[0].data.shape == (320, 8)
+
+
+def test_a_lens_that_does_not_see_its_activation_is_called_so(world):
+    """A decoder whose slot is always the same writes texts that fit any row."""
+    trainable, frozen = lens_template(world)
+    trainable = load_lens(world.run, trainable)
+    setting = world.setting
+    (train, validation), reference = setting.caches, setting.reference
+    run = loop.Run(setting, world.run, train, validation, reference, setting.measurer(), None)
+    projection = jax.tree.map(np.zeros_like, trainable["decoder"]["projection"])
+    blind = {**trainable, "decoder": {**trainable["decoder"], "projection": projection}}
+    assert "does not depend on the activation" in validate(run, blind, frozen).warning
+
+
+def test_only_a_joint_stage_warns_of_its_text(world, tmp_path, monkeypatch):
+    """The warm start and its control begin with such texts."""
+    found = Validation({"kl_at_sampled": 1.0}, "", warning="collapsed")
+    monkeypatch.setattr(loop, "validate", lambda *_: found)
+    run = world.copy_run(tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / str(LAST_STEP))
+    shutil.rmtree(run / "control" / "checkpoints")
+    console, stream = quiet_console()
+    train_lens(dataclasses.replace(world.changed(run), console=console))
+    warned = [line for line in stream.getvalue().splitlines() if "warning=collapsed" in line]
+    assert len(warned) == 1 and f"joint      step={LAST_STEP}" in warned[0]
 
 
 # --- checkpoints --------------------------------------------------------------------------------
@@ -286,7 +317,7 @@ from conlens_jax.config import from_config_dict
 from conlens_jax.training import loop
 from conlens_jax.training.console import Console
 from conlens_jax.training.setting import open_setting
-from conlens_jax.training.validation import Validation
+from conlens_jax.training.validation import Validation, validate
 loop.validate = lambda *_: Validation({"kl_at_sampled": 1.0}, "")
 config = from_config_dict(json.loads(Path(sys.argv[1]).read_text()))
 loop.train_lens(open_setting(config, Console()))

@@ -25,6 +25,7 @@ _CHOICES = {
     "loss.mse_kind": ("direction", "direction+norm", "raw"),
     "loss.lm_reference": ("text", "prompt", "warm"),
     "wandb.mode": ("disabled", "offline", "online"),
+    "evaluate.suite": ("basic", "full", "interventions"),
 }
 LORA_TARGETS = ("query", "key", "value", "attention_out", "gate", "up", "down")
 _AT_LEAST_ONE = (
@@ -45,7 +46,8 @@ _AT_LEAST_ONE = (
     *(f"train.{name}" for name in ("log_every", "validate_every", "sample_every")),
     *("train.validation_rows", "checkpoint.every", "checkpoint.keep_latest"),
     *("mesh.fsdp", "mesh.tensor"),
-    *("evaluate.batch_size", "evaluate.bootstrap", "evaluate.kl_horizon"),
+    *(f"evaluate.{name}" for name in ("batch_size", "bootstrap", "kl_horizon")),
+    *("evaluate.audit_steps", "evaluate.best_of"),
 )
 _AT_LEAST_ZERO = (
     *("model.layer", "model.unroll", "corpus.n_documents", "corpus.seed", "embedded.seed"),

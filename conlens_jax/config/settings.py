@@ -411,14 +411,30 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """``rows``: held-out rows (0: all of the validation split)."""
+    """Measuring a lens; docs/evaluation.md says what each suite holds.
 
+    Attributes:
+      suite: ``"basic"``, ``"full"``, or ``"interventions"``.
+      rows: held-out rows (0: all of the validation split).
+      bootstrap: resamples of the documents.
+      n_examples: rows shown at equal distances, besides the best, median and worst.
+      kl_horizon: h of ``kl_cont``.
+      seed: of sampled texts, resamples and changes of a text.
+      audit_steps, audit_seed: training of the encoder that reads the text as a stranger, on
+        windows of true text in batches of the warm start's size.
+      best_of: K, the most texts that the full suite samples for a row.
+    """
+
+    suite: str = "basic"
     rows: int = 1024
     batch_size: int = 128
     bootstrap: int = 2000
     n_examples: int = 24
     kl_horizon: int = 4
     seed: int = 0
+    audit_steps: int = 300
+    audit_seed: int = 1
+    best_of: int = 16
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,26 +18,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from conlens_jax.data.rows import Rows
+from conlens_jax.evaluation import measurements as pure
 from conlens_jax.evaluation import metrics
+from conlens_jax.evaluation.measurements import Effect
 from conlens_jax.lens.batch import Batch, filled, make_batch
-from conlens_jax.lens.decoder import generate
-from conlens_jax.lens.encoder import encode_prefixes, encode_tokens
-from conlens_jax.lens.gumbel import drawn_noise, example_keys
-from conlens_jax.lens.losses import cross_entropy, direction_error, kl_divergence
-from conlens_jax.lens.original import (
-    Context,
-    read_context,
-    swapped_logits,
-    text_alone,
-)
-from conlens_jax.lens.spec import LensSpec, decoder_of, encoder_of
-from conlens_jax.lens.vocabulary import text_terms
+from conlens_jax.lens.spec import LensSpec
+from conlens_jax.models.generate import generate as continue_text
 from conlens_jax.models.param_table import Params
-from conlens_jax.models.transformer import embed_tokens
 from conlens_jax.parallel.mesh import batch_sharding
-
-SAMPLING = 2  # purpose of the evaluation noise, apart from that of training
-TOP = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,23 +44,6 @@ class Explained:
     prefix_cos: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-class Effect(NamedTuple):
-    """What M predicts at P with a vector swapped in, one entry a row.
-
-    Attributes:
-      kl_at: KL(M ‖ M with the swap) at P, nats.
-      kl_cont: its mean over P..P+h−1.
-      ce: −log p of the true next token, nats.
-      top_tokens, top_probabilities: [N, TOP], most likely first.
-    """
-
-    kl_at: np.ndarray
-    kl_cont: np.ndarray
-    ce: np.ndarray
-    top_tokens: np.ndarray
-    top_probabilities: np.ndarray
-
-
 class Measurer:
     """Holds the compiled functions for one model, lens shape and batch size.
 
@@ -86,11 +57,18 @@ class Measurer:
     def __init__(self, spec: LensSpec, mesh: Mesh, *, horizon: int, batch_size: int, seed: int):
         self.spec, self.horizon, self.batch_size = spec, horizon, batch_size
         self.sharding = batch_sharding(mesh)
-        self._explain = jax.jit(functools.partial(_explain, spec=spec, seed=seed))
-        self._read = jax.jit(functools.partial(_read, spec=spec))
-        self._context = jax.jit(functools.partial(_context, spec=spec, horizon=horizon))
-        self._effect = jax.jit(functools.partial(_effect, spec=spec))
-        self._text_nll = jax.jit(functools.partial(_text_nll, spec=spec))
+        self._explain = jax.jit(functools.partial(pure.explain, spec=spec, seed=seed))
+        self._read = jax.jit(functools.partial(pure.read_text, spec=spec))
+        self._context = jax.jit(
+            functools.partial(pure.context_of_batch, spec=spec, horizon=horizon)
+        )
+        self._effect = jax.jit(functools.partial(pure.effect_of_swap, spec=spec))
+        self._odds = jax.jit(functools.partial(pure.odds_of_pair, spec=spec))
+        self._text_nll = jax.jit(functools.partial(pure.text_nll, spec=spec))
+        self._unembedded = jax.jit(functools.partial(pure.unembedded, spec=spec))
+        last = spec.model.n_layers - 1
+        self._last_states = jax.jit(functools.partial(pure.states_at, layer=last, spec=spec))
+        self._own_states = jax.jit(functools.partial(pure.states_at, layer=spec.layer, spec=spec))
 
     def explain(self, trainable: Params, frozen: Params, rows: Rows) -> Explained:
         """Texts and reconstructions of every row."""
@@ -98,7 +76,7 @@ class Measurer:
         def run(batch: Batch, _: int) -> dict[str, tuple[jax.Array, ...]]:
             # One program for both: noise of scale 0 is greedy decoding.
             return {
-                name: self._explain(trainable, frozen, batch, jnp.float32(scale))
+                name: self._explain(trainable, frozen, batch, jnp.float32(scale), jnp.int32(0))
                 for name, scale in (("greedy", 0.0), ("sampled", 1.0))
             }
 
@@ -109,13 +87,52 @@ class Measurer:
             prefix_cos={name: cos for name, (*_, cos) in parts.items() if cos.size},
         )
 
-    def read(self, trainable: Params, frozen: Params, texts_NT: np.ndarray) -> np.ndarray:
-        """Reconstructions [N, D] of given texts."""
-        return self._over_texts(texts_NT, lambda text: self._read(trainable, frozen, text))
+    def sample(
+        self, trainable: Params, frozen: Params, rows: Rows, draw: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """One more sampled text [N, T] of every row, and its reconstruction [N, D]; draw 0 is the
+        one of :meth:`explain`."""
+        run = lambda batch, _: self._explain(
+            trainable, frozen, batch, jnp.float32(1.0), jnp.int32(draw)
+        )[:2]
+        return self._over(rows, run)
+
+    def read(
+        self,
+        trainable: Params,
+        frozen: Params,
+        texts_NT: np.ndarray,
+        lengths_N: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Reconstructions [N, D] of given texts, or of the first ``lengths_N`` tokens of each."""
+        if lengths_N is None:
+            lengths_N = np.full(len(texts_NT), texts_NT.shape[1], np.int32)
+        run = lambda text, lengths: self._read(trainable, frozen, text, lengths)
+        return self._over_texts((texts_NT, lengths_N), run)
 
     def text_nll(self, original: Params, texts_NT: np.ndarray) -> np.ndarray:
         """−log p a token under M reading the text alone, mean over each text; [N], nats."""
-        return self._over_texts(texts_NT, lambda text: self._text_nll(original, text))
+        return self._over_texts((texts_NT,), lambda text: self._text_nll(original, text))
+
+    def odds(
+        self,
+        original: Params,
+        rows: Rows,
+        candidates: Mapping[str, np.ndarray],
+        pairs_N2: np.ndarray,
+    ) -> dict[str, np.ndarray]:
+        """log p(second) − log p(first) of a pair of tokens under M at P..P+h−1, with each candidate
+        [N, D] swapped in; [N, h] by candidate, nats."""
+
+        def run(batch: Batch, start: int) -> dict[str, jax.Array]:
+            context, _, _ = self._context(original, batch)
+            pairs_B2 = self._piece(pairs_N2, start)
+            return {
+                name: self._odds(original, context, self._piece(vectors_ND, start), pairs_B2)
+                for name, vectors_ND in candidates.items()
+            }
+
+        return self._over(rows, run)
 
     def effects(
         self, original: Params, rows: Rows, candidates: Mapping[str, np.ndarray]
@@ -126,10 +143,50 @@ class Measurer:
             context, next_token_B, clean = self._context(original, batch)
             effects = {"clean": clean}
             for name, vectors_ND in candidates.items():
-                piece = np.asarray(vectors_ND[start : start + self.batch_size], np.float32)
-                vector_BD = jax.device_put(filled(piece, self.batch_size), self.sharding)
+                vector_BD = self._piece(np.asarray(vectors_ND, np.float32), start)
                 effects[name] = self._effect(original, context, next_token_B, vector_BD)
             return effects
+
+        return self._over(rows, run)
+
+    def _piece(self, array_N: np.ndarray, start: int) -> jax.Array:
+        """The entries of one batch on the device, filled up."""
+        piece = filled(array_N[start : start + self.batch_size], self.batch_size)
+        return jax.device_put(piece, self.sharding)
+
+    def unembedded(
+        self, original: Params, rows: Rows, states_ND: np.ndarray
+    ) -> tuple[Effect, np.ndarray]:
+        """What M's own head reads from given states [N, D], beside M's prediction at P (the
+        horizon ends there); and its T likeliest tokens [N, T], most likely first."""
+
+        def run(batch: Batch, start: int) -> tuple[Effect, jax.Array]:
+            context, next_token_B, _ = self._context(original, batch)
+            state_BD = self._piece(np.asarray(states_ND, np.float32), start)
+            return self._unembedded(original, context, next_token_B, state_BD)
+
+        return self._over(rows, run)
+
+    def last_states(self, original: Params, rows: Rows) -> np.ndarray:
+        """The residual stream behind M's last block at P, [N, D]."""
+        return self._over(rows, lambda batch, _: self._last_states(original, batch))
+
+    def with_activations(self, original: Params, rows: Rows) -> Rows:
+        """The rows with their activations captured anew, at the lens's layer and P."""
+        states_ND = self._over(rows, lambda batch, _: self._own_states(original, batch))
+        return dataclasses.replace(rows, activations_ND=states_ND)
+
+    def continuations(self, original: Params, rows: Rows, n_new: int) -> np.ndarray:
+        """M's greedy continuation of each context up to P, [N, n_new]."""
+
+        def run(batch: Batch, _: int) -> jax.Array:
+            seen_BS = jnp.arange(batch.tokens_GS.shape[1]) <= batch.positions_B[:, None]
+            return continue_text(
+                *(original, batch.tokens_GS, seen_BS, jnp.int32(n_new), None),
+                *(jnp.float32(1.0), None, jnp.zeros(0, jnp.int32)),
+                slots=n_new,
+                config=self.spec.model,
+            )
 
         return self._over(rows, run)
 
@@ -142,82 +199,11 @@ class Measurer:
             outputs.append(jax.tree.map(np.asarray, run(batch, start)))
         return jax.tree.map(lambda *pieces: np.concatenate(pieces)[: len(rows)], *outputs)
 
-    def _over_texts(self, texts_NT: np.ndarray, run: Callable) -> np.ndarray:
-        outputs = []
-        for start in range(0, len(texts_NT), self.batch_size):
-            piece = filled(texts_NT[start : start + self.batch_size], self.batch_size)
-            outputs.append(np.asarray(run(jax.device_put(piece, self.sharding))))
-        return np.concatenate(outputs)[: len(texts_NT)]
-
-
-def _explain(
-    trainable: Params,
-    frozen: Params,
-    batch: Batch,
-    noise_scale: jax.Array,
-    *,
-    spec: LensSpec,
-    seed: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Texts [B, T], reconstructions [B, D], and their cosines by prefix [B, T] (or [B, 0])."""
-    decoder, encoder = decoder_of(trainable, frozen), encoder_of(trainable, frozen, spec)
-    keys_B = example_keys(seed, jnp.int32(0), batch.examples_B, SAMPLING)
-    noise = drawn_noise(keys_B, spec.text_len, noise_scale)
-    text_BT = generate(decoder, batch.activation_BD, noise, spec=spec)
-    if spec.encoder_right:
-        no_prefixes = jnp.zeros((text_BT.shape[0], 0), jnp.float32)
-        return text_BT, encode_tokens(encoder, text_BT, spec=spec), no_prefixes
-    prefixes_BTD = encode_prefixes(
-        encoder, embed_tokens(encoder.base, text_BT, spec.model), spec=spec
-    )
-    cos_BT = 1 - direction_error(prefixes_BTD, batch.activation_BD[:, None]) / 2
-    return text_BT, prefixes_BTD[:, -1], cos_BT
-
-
-def _read(trainable: Params, frozen: Params, text_BT: jax.Array, *, spec: LensSpec):
-    return encode_tokens(encoder_of(trainable, frozen, spec), text_BT, spec=spec)
-
-
-def _text_nll(original: Params, text_BT: jax.Array, *, spec: LensSpec):
-    start = () if spec.bos is None else (spec.bos,)
-    alone = text_alone(original, text_BT, start, spec)
-    return jnp.mean(text_terms(alone.head, alone.state_BTD, text_BT)["nll"], axis=-1)
-
-
-def _context(
-    original: Params, batch: Batch, *, spec: LensSpec, horizon: int
-) -> tuple[Context, jax.Array, Effect]:
-    """The context of a batch, the true next tokens, and M's predictions without a swap."""
-    context = read_context(
-        original, batch.tokens_GS, batch.mask_GS, batch.positions_B, horizon=horizon, spec=spec
-    )
-    rows_B = jnp.arange(batch.tokens_GS.shape[0])
-    next_token_B = batch.tokens_GS[rows_B, batch.positions_B + 1]
-    return context, next_token_B, _describe(context, next_token_B, context.logits_BhV)
-
-
-def _effect(
-    original: Params,
-    context: Context,
-    next_token_B: jax.Array,
-    vector_BD: jax.Array,
-    *,
-    spec: LensSpec,
-) -> Effect:
-    logits_BhV = swapped_logits(original, context, vector_BD, spec=spec)
-    return _describe(context, next_token_B, logits_BhV)
-
-
-def _describe(context: Context, next_token_B: jax.Array, logits_BhV: jax.Array) -> Effect:
-    kl_Bh = kl_divergence(context.logits_BhV, logits_BhV)
-    top_probabilities, top_tokens = jax.lax.top_k(jax.nn.softmax(logits_BhV[:, 0]), TOP)
-    return Effect(
-        kl_at=kl_Bh[:, 0],
-        kl_cont=jnp.mean(kl_Bh, axis=1),
-        ce=cross_entropy(logits_BhV[:, 0], next_token_B),
-        top_tokens=top_tokens,
-        top_probabilities=top_probabilities,
-    )
+    def _over_texts(self, arrays: Sequence[np.ndarray], run: Callable) -> np.ndarray:
+        count, outputs = len(arrays[0]), []
+        for start in range(0, count, self.batch_size):
+            outputs.append(np.asarray(run(*(self._piece(array, start) for array in arrays))))
+        return np.concatenate(outputs)[:count]
 
 
 def other_rows(documents_N: np.ndarray) -> np.ndarray:

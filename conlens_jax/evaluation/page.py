@@ -11,6 +11,8 @@ import numpy as np
 from conlens_jax.data.rows import Rows
 from conlens_jax.data.tokenizer import Tokenizer
 from conlens_jax.evaluation.bootstrap import Interval
+from conlens_jax.evaluation.full_tables import AUDIT, TRUTH, full_charts, full_groups
+from conlens_jax.evaluation.heat_map import HeatMap
 from conlens_jax.evaluation.report import (
     CurveChart,
     Example,
@@ -97,6 +99,8 @@ class PageData:
       differences: title → differences of the headline metrics, main minus another system.
       records: of metrics.jsonl, by curve set ("" for the run, "control" for the control).
       facts: label → value.
+      heat_maps: documents token by token.
+      ranked: show the best, median and worst rows before those at equal distances.
     """
 
     systems: Sequence[System]
@@ -109,6 +113,8 @@ class PageData:
     config: Mapping[str, Any]
     n_examples: int
     notes: Sequence[str]
+    heat_maps: Sequence[HeatMap] = ()
+    ranked: bool = False
 
 
 def build_report(data: PageData, tokenizer: Tokenizer) -> Report:
@@ -130,6 +136,21 @@ def build_report(data: PageData, tokenizer: Tokenizer) -> Report:
             data,
         ),
         _group("The text", "", _TEXT, data),
+        _group(
+            "Audit: is the text a private code?",
+            "The audit encoder has read true text only. True text has a gap too, where the readers "
+            "differ in skill.",
+            AUDIT,
+            data,
+        ),
+        _group(
+            "Truth: what the text states of the story",
+            "Attributes are single words, known from the story's generator. A text may state right "
+            "what M is about to say because the warm start taught it to look ahead.",
+            TRUTH,
+            data,
+        ),
+        *full_groups(main.name, {s.name: s.evaluated.metrics for s in data.systems}),
         *_difference_groups(data),
     ]
     return Report(
@@ -139,6 +160,8 @@ def build_report(data: PageData, tokenizer: Tokenizer) -> Report:
         columns=[system.name for system in data.systems],
         metric_groups=[group for group in groups if group.rows],
         curves=_curves(data.records),
+        measured_curves=full_charts(main.evaluated.metrics),
+        heat_maps=data.heat_maps,
         histograms=_histograms(main),
         examples=_examples(data, main, tokenizer),
         config=data.config,
@@ -188,7 +211,19 @@ def _summary(metrics: Mapping[str, Interval], name: str) -> str:
         f"explanation removes {show('kl_frac_mean')} of the harm that the mean activation does to "
         f"the model's prediction, and explains {show('fve_nrm')} of the activations' directional "
         f"variance. With the text of another row it is {show('null_shuffle_kl_frac_mean')} and "
-        f"{show('null_shuffle_fve_nrm')}."
+        f"{show('null_shuffle_fve_nrm')}." + _audit_sentence(metrics)
+    )
+
+
+def _audit_sentence(metrics: Mapping[str, Interval]) -> str:
+    """Whether a stranger loses more on the lens's text than on true text; nothing without audit."""
+    if "gap_frozen" not in metrics:
+        return ""
+    gap, skill = metrics["gap_frozen"], metrics["gap_frozen_window"]
+    verdict = "loses no more than on true text" if gap.lo <= skill.hi else "loses more"
+    return (
+        f" A reader that never saw a decoder's text {verdict}: {gap.value:.2f} of the variance, "
+        f"and {skill.value:.2f} on true text."
     )
 
 
@@ -256,9 +291,6 @@ def _histograms(main: System) -> list[HistogramChart]:
 
 
 def _examples(data: PageData, main: System, tokenizer: Tokenizer) -> list[Example]:
-    """Rows at equal distances in the held-out set, chosen before anything was measured."""
-    count = min(data.n_examples, len(data.rows))
-    chosen = np.linspace(0, len(data.rows) - 1, count).astype(np.int64) if count else []
     evaluated = main.evaluated
     top = lambda name, row: [
         (tokenizer.token(token), float(probability))
@@ -269,7 +301,7 @@ def _examples(data: PageData, main: System, tokenizer: Tokenizer) -> list[Exampl
         )
     ]
     examples = []
-    for row in chosen:
+    for row, label in _chosen_rows(data, main):
         tokens, position = data.rows.tokens_NS[row], int(data.rows.positions_N[row])
         stop = min(position + 9, int(data.rows.lengths_N[row]))
         texts = {
@@ -292,6 +324,23 @@ def _examples(data: PageData, main: System, tokenizer: Tokenizer) -> list[Exampl
                 },
                 top_before=top("clean", row),
                 top_after=top("greedy", row),
+                label=label,
             )
         )
     return examples
+
+
+def _chosen_rows(data: PageData, main: System) -> list[tuple[int, str]]:
+    """Rows and why they are shown: those of the least, the median and the most KL, where that is
+    asked for; then, at equal distances in the held-out set, rows chosen before anything was
+    measured."""
+    count = min(data.n_examples, len(data.rows))
+    if not count:
+        return []
+    blind = np.linspace(0, len(data.rows) - 1, count).astype(np.int64)
+    chosen = [(int(row), "") for row in blind]
+    if data.ranked:
+        order = np.argsort(main.evaluated.per_row["greedy.kl_at"], kind="stable")
+        places = {"least KL": 0, "median KL": len(order) // 2, "most KL": len(order) - 1}
+        chosen = [(int(order[place]), label) for label, place in places.items()] + chosen
+    return chosen

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from conlens_jax.evaluation.bootstrap import Interval
+from conlens_jax.evaluation.heat_map import HeatMap, render_heat_map
 from conlens_jax.evaluation.markup import escape, format_interval, format_number, show_token
 from conlens_jax.evaluation.style import CSS
 from conlens_jax.evaluation.svg import (
@@ -62,11 +63,12 @@ class MetricRow:
 
 @dataclasses.dataclass(frozen=True)
 class MetricGroup:
-    """One table."""
+    """One table; ``columns`` head it where they are not the systems of the report."""
 
     title: str
     note: str
     rows: Sequence[MetricRow]
+    columns: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Example:
       numbers: metrics of this row by name, for example KL and cosine.
       top_before, top_after: (token, probability) of M's next-token predictions without and with
         the swap.
+      label: why this row is shown, where it was not chosen blindly.
     """
 
     context: str
@@ -91,6 +94,7 @@ class Example:
     numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
     top_before: Sequence[tuple[str, float]] = ()
     top_after: Sequence[tuple[str, float]] = ()
+    label: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +107,7 @@ class Report:
       columns: the systems, side by side in every table.
       config: nested plain values.
       notes: limits and remarks, one paragraph each.
+      curves, measured_curves: of the training, and of the evaluation.
     """
 
     title: str
@@ -115,19 +120,22 @@ class Report:
     examples: Sequence[Example] = ()
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
+    measured_curves: Sequence[CurveChart] = ()
+    heat_maps: Sequence[HeatMap] = ()
 
 
 def _problems(report: Report) -> Iterator[str]:
     for group in report.metric_groups:
         for row in group.rows:
-            if len(row.values) != len(report.columns):
+            columns = group.columns or report.columns
+            if len(row.values) != len(columns):
                 yield (
                     f"metric {row.name!r} has {len(row.values)} values for "
-                    f"{len(report.columns)} columns; give None where there is no value"
+                    f"{len(columns)} columns; give None where there is no value"
                 )
             if row.better not in ("higher", "lower", ""):
                 yield f"metric {row.name!r}: better must be 'higher', 'lower' or ''"
-    for chart in report.curves:
+    for chart in (*report.curves, *report.measured_curves):
         for series in chart.series:
             if len(series.x) != len(series.y):
                 yield (
@@ -171,10 +179,15 @@ def _metric_row(row: MetricRow, strips: bool) -> str:
     return f'<tr><th scope="row">{escape(row.name)} {better}{explanation}</th>{cells}{strip}</tr>\n'
 
 
+def _key(index: int) -> str:
+    return f'<i class="key c{index % N_COLOURS}"></i>'
+
+
 def _metric_group(group: MetricGroup, columns: Sequence[str]) -> str:
-    strips = len(columns) > 1
+    strips = len(columns) > 1 and not group.columns
+    columns = group.columns or columns
     heads = "".join(
-        f'<th scope="col"><i class="key c{index % N_COLOURS}"></i>{escape(name)}</th>'
+        f'<th scope="col">{"" if group.columns else _key(index)}{escape(name)}</th>'
         for index, name in enumerate(columns)
     )
     strip_head = '<th scope="col" class="strips">95 % intervals</th>' if strips else ""
@@ -210,9 +223,9 @@ def _figure(title: str, note: str, svg: str, legend: Sequence[tuple[int, str, st
     return f"<figure><h3>{escape(title)}</h3>{legend_list}{svg}{caption}</figure>\n"
 
 
-def _curves(report: Report, reserved: Mapping[str, int]) -> str:
+def _curves(charts: Sequence[CurveChart], reserved: Mapping[str, int]) -> str:
     figures = []
-    for chart in report.curves:
+    for chart in charts:
         colours = series_colours([series.name for series in chart.series], reserved)
         legend = [
             (colour, series.name, format_number(last_value(series)))
@@ -286,12 +299,13 @@ def _example(number: int, example: Example, reserved: Mapping[str, int]) -> str:
             '<div class="other"><dt>Control: text of another row</dt>'
             f'<dd><span class="text" dir="auto">{other}</span></dd></div>'
         )
+    title = f"Example {number}" + (f": {escape(example.label)}" if example.label else "")
     # The space before a word is part of many tokens; highlighted, it would look like a mistake.
     token = example.token_at_position
     word = token.lstrip(" ") if token.strip() else token
     space = token[: len(token) - len(word)]
     return (
-        f'<article class="example"><header><h3>Example {number}</h3>'
+        f'<article class="example"><header><h3>{title}</h3>'
         f"{_wrap('dl', 'chips', chips)}</header>"
         f'<div><p class="text context" dir="auto">{escape(example.context)}{space}'
         f"<mark>{show_token(word)}</mark>"
@@ -377,8 +391,14 @@ def render_report(report: Report) -> str:
     notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
     sections = [
         ("metrics", "Metrics", _metrics(report) if report.metric_groups else ""),
+        (
+            "scaling",
+            "More text, more tries",
+            _curves(report.measured_curves, reserved) if report.measured_curves else "",
+        ),
+        ("heat", "Token by token", "".join(map(render_heat_map, report.heat_maps))),
         ("examples", "Examples", _examples(report, reserved) if report.examples else ""),
-        ("curves", "Training", _curves(report, reserved) if report.curves else ""),
+        ("curves", "Training", _curves(report.curves, reserved) if report.curves else ""),
         ("rows", "Row by row", _histograms(report, reserved) if report.histograms else ""),
         ("notes", "Notes and limits", _wrap("ul", "notes", notes)),
         ("config", "Configuration", _config(report.config) if report.config else ""),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from conlens_jax.config import ConfigError, to_json_dict
+from conlens_jax.evaluation.document_heat import document_heat
+from conlens_jax.evaluation.full import Studies
+from conlens_jax.evaluation.metric_files import flatten, write_metrics
 from conlens_jax.evaluation.page import PageData, System, build_report
 from conlens_jax.evaluation.report import Interval, write_report
 from conlens_jax.evaluation.suite import HEADLINE, Evaluated, Suite, attribute_token_ids
@@ -43,7 +45,8 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
         ``<run>/checkpoints``.
 
     Returns:
-      The path of ``report.html``; ``metrics.json`` lies beside it, in the run folder.
+      The path of ``report.html``; ``metrics.json`` and ``metrics.csv`` lie beside it, in the run
+      folder.
 
     Raises:
       ValueError: no checkpoint there, or one of another model or lens.
@@ -77,17 +80,28 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
         seed=config.evaluate.seed,
         baseline=baseline,
     )
-    systems = []
+    studies = None
+    if config.evaluate.suite != "basic":
+        studies = Studies.make(setting, suite, template, frozen, run_folder)
+    systems, heat_maps = [], []
     for lens in lenses:
         trainable = load_lens(lens.folder, template, lens.step)
         evaluated = suite.evaluate(trainable, frozen)
+        if studies is not None:
+            more = studies.of_lens(evaluated, trainable)
+            if lens == main:
+                more |= studies.of_main_lens(evaluated, trainable)
+                heat_maps = [document_heat(suite, trainable, frozen, tokenizer)]
+            evaluated = dataclasses.replace(evaluated, metrics={**evaluated.metrics, **more})
         systems.append(System(lens.key, NAMES.get(lens.key, lens.key), evaluated))
         headline = {name: evaluated.metrics[name].value for name in HEADLINE}
         console.line("evaluate", lens=lens.key, step=lens.step, **headline)
     measured = {system.key: system.evaluated for system in systems}
     differences = _differences(suite, measured, main.key)
     statistics = _model_statistics(setting.model.folder)
-    _write_metrics(run_folder / "metrics.json", measured, main.key, differences, statistics)
+    metrics_of = {key: evaluated.metrics for key, evaluated in measured.items()}
+    flat = flatten(metrics_of, main.key, differences, statistics)
+    write_metrics(run_folder, flat, statistics)
     documents = len(np.unique(suite.rows.documents_N))
     facts = {
         "model": setting.model.model_id,
@@ -113,6 +127,8 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
         config=to_json_dict(config),
         n_examples=config.evaluate.n_examples,
         notes=_notes(setting, measured, baseline is not None),
+        heat_maps=heat_maps,
+        ranked=studies is not None,
     )
     _print_table(setting, systems)
     return write_report(build_report(data, tokenizer), run_folder / "report.html")
@@ -161,34 +177,6 @@ def _model_statistics(folder: Path) -> dict[str, float]:
     return {name: values[name] for name in ("lm_loss", "generator_entropy") if name in values}
 
 
-def _write_metrics(
-    path: Path,
-    measured: dict[str, Evaluated],
-    main: str,
-    differences: dict[str, dict[str, Interval]],
-    statistics: dict[str, float],
-) -> None:
-    """Flat: ``name``, ``name_lo``, ``name_hi``. The main lens has no prefix; the others have
-    ``warm_`` or ``control_``, and differences end in ``_minus_warm`` or ``_minus_control``."""
-    flat: dict[str, float | None] = {}
-
-    def put(name: str, interval: Interval) -> None:
-        for ending, value in (("", interval.value), ("_lo", interval.lo), ("_hi", interval.hi)):
-            flat[name + ending] = value if math.isfinite(value) else None
-
-    for key, evaluated in measured.items():
-        prefix = "" if key == main else f"{key}_"
-        for name, interval in evaluated.metrics.items():
-            put(prefix + name, interval)
-    for key, values in differences.items():
-        for name, interval in values.items():
-            put(f"{name}_minus_{key}", interval)
-    flat |= statistics
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(flat, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 def _records(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
     files = {"": run_folder / "metrics.jsonl", CONTROL: run_folder / CONTROL / "metrics.jsonl"}
     return {name: read_metrics(file) for name, file in files.items() if file.exists()}
@@ -215,6 +203,17 @@ def _notes(setting: Setting, measured: dict[str, Evaluated], has_baseline: bool)
             "The matched-compute control starts from the same warm start and spends the joint "
             "stage's compute on the warm start's own objective. What the joint stage gains over "
             "the warm start is a claim only where it is ahead of this control."
+        )
+    evaluate = setting.config.evaluate
+    if evaluate.suite == "full":
+        notes.append(
+            f"The audit encoder started from M and read true windows alone for "
+            f"{evaluate.audit_steps} steps, in an order of its own (seed {evaluate.audit_seed}). "
+            "It is a stranger to the lens's text, not to the corpus."
+        )
+        notes.append(
+            "Best of K keeps the text whose reconstruction is nearest to the activation. It needs "
+            "the activation, so it says what sampling could give, not what one text gives."
         )
     if "generator_entropy" in _model_statistics(setting.model.folder):
         notes.append(

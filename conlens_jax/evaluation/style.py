@@ -118,6 +118,27 @@ box-decoration-break:clone;-webkit-box-decoration-break:clone}
 .top span{color:var(--soft);font-variant-numeric:tabular-nums}
 .bar{display:block;height:4px;border-radius:2px;background:var(--faint);overflow:hidden}
 .bar i{display:block;height:100%;background:var(--soft);border-radius:2px}
+.heat{margin-top:1rem;line-height:2;background:var(--card);border:1px solid var(--rule);
+border-radius:12px;padding:1rem 1.1rem;white-space:pre-wrap}
+.hot{border-radius:4px;padding:.12em .16em;cursor:pointer}
+.hot:hover,.hot:focus{outline:2px solid var(--link);outline-offset:1px}
+.cold{color:var(--soft)}
+.h0{background:transparent}
+.h1{background:color-mix(in srgb,var(--c1) 12%,transparent)}
+.h2{background:color-mix(in srgb,var(--c1) 24%,transparent)}
+.h3{background:color-mix(in srgb,var(--c1) 38%,transparent)}
+.h4{background:color-mix(in srgb,var(--c1) 54%,transparent)}
+.h5{background:color-mix(in srgb,var(--c1) 72%,transparent)}
+.swatch{display:inline-block;width:1em;height:1em;border:1px solid var(--rule);border-radius:3px;
+margin-right:.4em;vertical-align:-.12em}
+.tip{display:none}
+.hot:hover .tip,.hot:focus .tip{display:block;position:fixed;z-index:2;left:0;right:0;bottom:0;
+background:var(--ink);color:var(--paper);padding:.9rem clamp(1rem,4vw,2.5rem);line-height:1.4;
+white-space:normal}
+/* The one under the pointer is in front of the one that has the focus. */
+.hot:hover .tip{z-index:3}
+.tip .says{margin:0 1em}
+.tip i{opacity:.75;font-style:normal;font-variant-numeric:tabular-nums}
 code{font-family:var(--mono);font-size:.92em}
 details{margin-top:1.3rem}
 summary{cursor:pointer;color:var(--link);font-weight:560;width:fit-content}

@@ -27,11 +27,17 @@ from conlens_jax.evaluation.bootstrap import (
     percentile_interval,
 )
 from conlens_jax.evaluation.measure import Effect, Explained, Measurer, Reference, other_rows
-from conlens_jax.evaluation.metrics import fraction_removed, fve_nrm_reference
+from conlens_jax.evaluation.statistics import (
+    REFERENCES,
+    attribute_statistics,
+    fve_nrm_of,
+    mean_of,
+    prefix_lengths,
+    reconstruction_statistics,
+)
 from conlens_jax.models.param_table import Params
 
 HEADLINE = ("fve_nrm", "kl_frac_mean", "sampled_fve_nrm", "sampled_kl_frac_mean")
-REFERENCES = ("mean", "zero", "other")
 PerRow = dict[str, np.ndarray]
 
 
@@ -104,9 +110,9 @@ class Suite:
             "null_shuffle_sampled": own["sampled"][self.partner_N],
             "null_novec": unseeing["greedy"],
             "null_novec_sampled": unseeing["sampled"],
-            "last_tokens": measurer.read(reader, frozen, self._window(text_len, 0)),
+            "last_tokens": measurer.read(reader, frozen, self.window(text_len, 0)),
             "window": measurer.read(
-                trainable, frozen, self._window(self.warm.before, self.warm.after)
+                trainable, frozen, self.window(self.warm.before, self.warm.after)
             ),
             "mean": mean_ND,
             "zero": np.zeros_like(actual),
@@ -114,9 +120,26 @@ class Suite:
             "self": actual,
         }
         effects = measurer.effects(frozen["original"], self.rows, candidates)
-        per_row = self._per_row(candidates, effects)
+        per_row = self.quantities(candidates, effects)
         per_row |= self._text_rows(explained, effects["clean"], frozen["original"])
         return Evaluated(explained, effects, per_row, self._metrics(per_row, explained))
+
+    def score(
+        self, evaluated: Evaluated, original: Params, candidates: Mapping[str, np.ndarray]
+    ) -> PerRow:
+        """The quantities of more candidates [N, D], beside those of an evaluated lens."""
+        effects = self.measurer.effects(original, self.rows, candidates)
+        return {**evaluated.per_row, **self.quantities(candidates, effects)}
+
+    def intervals(
+        self, statistics: Mapping[str, Statistic], per_row: PerRow
+    ) -> dict[str, Interval]:
+        """Each statistic with its interval, over the one set of resamples."""
+        means = self.bootstrap.means(per_row)
+        return {
+            name: percentile_interval(np.asarray(statistic(means)))
+            for name, statistic in statistics.items()
+        }
 
     def differences(self, later: Evaluated, earlier: Evaluated) -> dict[str, Interval]:
         """Later minus earlier for each of :data:`HEADLINE`, paired by document."""
@@ -126,15 +149,16 @@ class Suite:
             if name in HEADLINE
         }
 
-    def _window(self, before: int, after: int) -> np.ndarray:
+    def window(self, before: int, after: int) -> np.ndarray:
         """True tokens around P; where the document does not reach back so far, its first one is
         repeated."""
         offsets = self.rows.positions_N[:, None] + np.arange(1 - before, after + 1)
         return self.rows.tokens_NS[np.arange(len(self.rows))[:, None], np.maximum(offsets, 0)]
 
-    def _per_row(
+    def quantities(
         self, candidates: Mapping[str, np.ndarray], effects: Mapping[str, Effect]
     ) -> PerRow:
+        """What the statistics of each candidate are means of, one number a row."""
         actual, clean = self.rows.activations_ND, effects["clean"]
         per_row: PerRow = {"spread": metrics.squared_error(actual, self.reference.mean_D)}
         per_row["clean.ce"] = clean.ce
@@ -154,7 +178,7 @@ class Suite:
         about_to_use = clean.top_tokens[:, 0]
         is_attribute = np.isin(about_to_use, sorted(self.attribute_ids))
         states = lambda texts: np.any(texts == about_to_use[:, None], axis=1) & is_attribute
-        window = self._window(self.warm.before, self.warm.after)
+        window = self.window(self.warm.before, self.warm.after)
         per_row = {"attribute": is_attribute}
         per_row["window.nll"] = self.measurer.text_nll(original, window)
         for name, cos_NT in explained.prefix_cos.items():
@@ -167,11 +191,7 @@ class Suite:
         return per_row
 
     def _metrics(self, per_row: PerRow, explained: Explained) -> dict[str, Interval]:
-        means = self.bootstrap.means(per_row)
-        intervals = {
-            name: percentile_interval(np.asarray(statistic(means)))
-            for name, statistic in self._statistics(explained).items()
-        }
+        intervals = self.intervals(self._statistics(explained), per_row)
         # Over all texts at once: repeated documents would bias a resample of it.
         for name, prefix in (("greedy", ""), ("sampled", "sampled_")):
             intervals[f"{prefix}distinct_2"] = Interval(metrics.distinct_2(explained.texts[name]))
@@ -184,7 +204,7 @@ class Suite:
         for name, cos_NT in explained.prefix_cos.items() if explained else ():
             for k in prefix_lengths(cos_NT):
                 key = f"{'' if name == 'greedy' else name + '_'}fve_nrm_at_{k}"
-                statistics[key] = _fve_nrm(f"{name}.cos_at_{k}", self.reference.resultant)
+                statistics[key] = fve_nrm_of(f"{name}.cos_at_{k}", self.reference.resultant)
         for candidate, prefix in (
             ("greedy", ""),
             ("sampled", "sampled_"),
@@ -195,69 +215,17 @@ class Suite:
             ("last_tokens", "last_tokens_"),
             ("window", "window_"),
         ):
-            statistics |= _reconstruction_statistics(candidate, prefix, self.reference.resultant)
-        statistics["kl_floor"] = _mean("self.kl_at")
+            statistics |= reconstruction_statistics(candidate, prefix, self.reference.resultant)
+        statistics["kl_floor"] = mean_of("self.kl_at")
         for name in REFERENCES:
-            statistics[f"kl_{name}"] = _mean(f"{name}.kl_at")
+            statistics[f"kl_{name}"] = mean_of(f"{name}.kl_at")
         for name, prefix in (("greedy", ""), ("sampled", "sampled_")):
-            statistics[f"{prefix}nll_text"] = _mean(f"{name}.nll")
-            statistics[f"{prefix}repeat_4gram"] = _mean(f"{name}.repeat_4gram")
+            statistics[f"{prefix}nll_text"] = mean_of(f"{name}.nll")
+            statistics[f"{prefix}repeat_4gram"] = mean_of(f"{name}.repeat_4gram")
             if self.attribute_ids:
-                statistics |= _attribute_statistics(name, prefix)
-        statistics["nll_window"] = _mean("window.nll")
+                statistics |= attribute_statistics(name, prefix)
+        statistics["nll_window"] = mean_of("window.nll")
         return statistics
-
-
-def _mean(name: str) -> Statistic:
-    return lambda means: means[name]
-
-
-def _fve_nrm(cos: str, resultant: float) -> Statistic:
-    return lambda means: fraction_removed(metrics.mse_nrm(means[cos]), fve_nrm_reference(resultant))
-
-
-def prefix_lengths(cos_NT: np.ndarray) -> list[int]:
-    """The k of ``fve_nrm_at_k``: 1, 2, 4, … and T."""
-    text_len = cos_NT.shape[1]
-    return [2**i for i in range(text_len.bit_length()) if 2**i < text_len] + [text_len]
-
-
-def _reconstruction_statistics(candidate: str, prefix: str, resultant: float) -> dict:
-    of = lambda quantity: f"{candidate}.{quantity}"
-    statistics: dict[str, Statistic] = {
-        "cos": _mean(of("cos")),
-        "fve_nrm": _fve_nrm(of("cos"), resultant),
-        "fve_raw": lambda means: fraction_removed(means[of("error")], means["spread"]),
-        "kl_at": _mean(of("kl_at")),
-        "kl_cont": _mean(of("kl_cont")),
-        "top1_agree": _mean(of("top1")),
-        "ce_rec": lambda means: metrics.cross_entropy_recovered(
-            means["mean.ce"], means[of("ce")], means["clean.ce"]
-        ),
-    }
-    for reference in REFERENCES:
-        statistics[f"kl_frac_{reference}"] = lambda means, reference=reference: fraction_removed(
-            means[of("kl_at")], means[f"{reference}.kl_at"]
-        )
-    return {prefix + name: statistic for name, statistic in statistics.items()}
-
-
-def _attribute_statistics(name: str, prefix: str) -> dict[str, Statistic]:
-    """How often the text states the attribute word that M is about to use, given that it is."""
-    own, other = f"{name}.stated", f"{name}.stated_shuffled"
-
-    def ratio(numerator: str, denominator: str) -> Statistic:
-        def statistic(means):
-            with np.errstate(divide="ignore", invalid="ignore"):
-                return means[numerator] / means[denominator]
-
-        return statistic
-
-    return {
-        f"{prefix}attribute_stated": ratio(own, "attribute"),
-        f"{prefix}null_shuffle_attribute_stated": ratio(other, "attribute"),
-        f"{prefix}attribute_ratio": ratio(own, other),
-    }
 
 
 def attribute_token_ids(corpus_kind: str, tokenizer: Tokenizer) -> frozenset[int]:

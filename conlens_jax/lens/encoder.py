@@ -49,6 +49,18 @@ def encode_prefixes(
     return _reconstruct(encoder, _states(encoder, text_BTD, spec)[:, len(spec.encoder_left) :])
 
 
+def encode_ragged(
+    encoder: Encoder, text_BTD: Float[Array, "B T D"], lengths_B: Int[Array, "B"], *, spec: LensSpec
+) -> Float[Array, "B D"]:
+    """The reconstruction from the first ``lengths_B`` tokens of each text, 1 to T of them; one
+    program for every length."""
+    text_len = text_BTD.shape[1]
+    # Pushed to the right, so that what is not read becomes padding on the left.
+    places_BT = jnp.arange(text_len) - (text_len - lengths_B[:, None])
+    pushed_BTD = jnp.take_along_axis(text_BTD, jnp.maximum(places_BT, 0)[..., None], axis=1)
+    return encode_embeddings(encoder, pushed_BTD, spec=spec, mask_BT=places_BT >= 0)
+
+
 def _states(
     encoder: Encoder,
     text_BTD: Array,

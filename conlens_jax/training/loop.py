@@ -57,7 +57,8 @@ class TrainingStopped(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run folder with everything its stages share."""
+    """A run folder with everything its stages share; ``warm_encoder`` is the encoder as the warm
+    start left it, once that is over."""
 
     setting: Setting
     folder: Path
@@ -66,6 +67,7 @@ class Run:
     reference: Reference
     measurer: Measurer
     tracker: WandbRun
+    warm_encoder: Params | None = None
 
     @property
     def config(self) -> ExperimentConfig:
@@ -114,6 +116,7 @@ def train_lens(setting: Setting) -> Path:
         trainable = run_stage(run, warm, trainable, frozen)
         frozen = {**frozen, "warm_decoder": trainable["decoder"]}
         start = trainable
+        run = dataclasses.replace(run, warm_encoder=start["encoder"])
         run_stage(run, joint, trainable, frozen)
         if config.control.enabled and joint.steps:
             control = _control_stage(run, warm, joint)
@@ -275,6 +278,8 @@ class _StageLoop:
         self.console.line(
             "validation", step=step, **validation.scores, common=validation.common_tokens
         )
+        if validation.warning and not self.stage.supervised:
+            self.console.line(self.stage.name, step=step, warning=validation.warning)
         return validation
 
     def _samples(self, step: int, state: TrainState) -> None:

@@ -11,7 +11,7 @@ from conlens_jax.config import ConfigError, ExperimentConfig, field_names, looku
 from conlens_jax.models.param_table import Params
 from conlens_jax.training.checkpoint import all_steps, restore_params
 
-CONTROL, BASELINE = "control", "baseline"
+CONTROL, BASELINE, AUDIT = "control", "baseline", "audit"
 """Folders, inside a run's, of the stages beside it."""
 
 # Fields that may differ between a run and its resumption: they change no loss.

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from conlens_jax.config import EMBEDDED_MODEL, ConfigError, ExperimentConfig, lookup
 from conlens_jax.data.legacy import open_cache
-from conlens_jax.data.rows import RowSource
+from conlens_jax.data.rows import Rows, RowSource
 from conlens_jax.data.stream import TokenStream, open_stream
 from conlens_jax.evaluation.measure import Measurer, Reference, reference_of
 from conlens_jax.lens.spec import LensSpec, make_spec
@@ -191,7 +191,12 @@ def _check_rows(config: ExperimentConfig, cache: RowSource) -> None:
 
 def training_reference(cache: RowSource) -> Reference:
     """Mean, scale and R of (up to 16,384 of) the training activations."""
-    count = min(len(cache), _REFERENCE_ROWS)
+    return reference_of(training_rows(cache, _REFERENCE_ROWS).activations_ND)
+
+
+def training_rows(cache: RowSource, most: int) -> Rows:
+    """The first rows, ``most`` of them at most, with their activations."""
+    count = min(len(cache), most)
     if isinstance(cache, TokenStream):
-        return reference_of(cache.captured(count).activations_ND)
-    return reference_of(cache.rows(np.arange(count)).activations_ND)
+        return cache.captured(count)
+    return cache.rows(np.arange(count))

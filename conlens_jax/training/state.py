@@ -59,7 +59,7 @@ class Stage:
     """A stage of training: warm start, joint training, supervised control, encoder baseline.
 
     Attributes:
-      name: ``"warm"``, ``"joint"``, ``"control"`` or ``"baseline"``.
+      name: ``"warm"``, ``"joint"``, ``"control"``, ``"baseline"`` or ``"audit"``.
       steps: optimizer steps.
       batch_size: rows of a step, over all micro-batches.
       optimizer: its settings.
@@ -80,8 +80,8 @@ class Stage:
 
     @property
     def writes_text(self) -> bool:
-        """Whether there is a decoder to validate; the baseline is an encoder alone."""
-        return self.name != "baseline"
+        """Whether there is a decoder to validate; baseline and audit are encoders alone."""
+        return self.name not in ("baseline", "audit")
 
 
 def stages_of(config: ExperimentConfig) -> tuple[Stage, Stage]:

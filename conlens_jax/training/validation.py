@@ -13,6 +13,7 @@ from conlens_jax.data.tokenizer import Tokenizer
 from conlens_jax.evaluation import metrics
 from conlens_jax.evaluation.measure import Effect, other_rows
 from conlens_jax.models.param_table import Params
+from conlens_jax.training.collapse import collapse_warning
 
 if TYPE_CHECKING:
     from conlens_jax.training.loop import Run
@@ -20,16 +21,21 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """Scores by name, and the most common tokens of the sampled texts with their share."""
+    """Scores by name, the most common tokens of the sampled texts with their share, and what is
+    wrong with the texts, in words."""
 
     scores: dict[str, float]
     common_tokens: str
+    warning: str = ""
 
 
 def validate(run: Run, trainable: Params, frozen: Params) -> Validation:
     """Scores on the first ``train.validation_rows`` held-out rows.
 
-    ``kl_frac`` is against the mean activation; ``shuffle`` reads another row's text.
+    ``kl_frac`` is against the mean activation; ``shuffle`` reads another row's text. ``gap_frozen``
+    is fve_nrm of greedy text read by the encoder, minus that read by the encoder as the warm start
+    left it: a code that the two make up between them shows here first. ``kl_floor`` is the KL of
+    swapping in the activation itself.
     """
     count = min(run.config.train.validation_rows, len(run.validation))
     rows = run.validation.rows(np.arange(count))
@@ -39,6 +45,7 @@ def validate(run: Run, trainable: Params, frozen: Params) -> Validation:
         **explained.reconstructions,
         "shuffle": explained.reconstructions["sampled"][other_rows(rows.documents_N)],
         "mean": np.broadcast_to(run.reference.mean_D, actual.shape),
+        "self": actual,
     }
     effects = run.measurer.effects(frozen["original"], rows, vectors)
     scores = {}
@@ -47,9 +54,19 @@ def validate(run: Run, trainable: Params, frozen: Params) -> Validation:
         scores[f"fve_nrm_{name}"] = metrics.fve_nrm(cos, run.reference.resultant)
         scores[f"kl_frac_{name}"] = metrics.kl_frac(effects[name].kl_at, effects["mean"].kl_at)
     scores["kl_at_sampled"] = float(effects["sampled"].kl_at.mean())
+    scores["kl_floor"] = float(effects["self"].kl_at.mean())
+    if run.warm_encoder is not None:
+        reader = {**trainable, "encoder": run.warm_encoder}
+        read = run.measurer.read(reader, frozen, explained.texts["greedy"])
+        by_warm = metrics.fve_nrm(metrics.cosine(read, actual), run.reference.resultant)
+        scores["gap_frozen"] = scores["fve_nrm_greedy"] - by_warm
     texts = explained.texts["sampled"]
     scores["distinct_2"] = metrics.distinct_2(texts)
-    return Validation(scores, common_tokens(texts, run.setting.model.tokenizer))
+    scores["repeat_4gram"] = float(metrics.repeat_4gram(texts).mean())
+    own, shuffled = (metrics.cosine(vectors[name], actual) for name in ("sampled", "shuffle"))
+    resultant, config = run.reference.resultant, run.config
+    warning = collapse_warning(own, shuffled, rows.documents_N, resultant, config)
+    return Validation(scores, common_tokens(texts, run.setting.model.tokenizer), warning)
 
 
 def common_tokens(texts_NT: np.ndarray, tokenizer: Tokenizer, count: int = 8) -> str:

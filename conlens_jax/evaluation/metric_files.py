@@ -1,0 +1,60 @@
+"""Metrics on disk: ``metrics.json`` for programs, ``metrics.csv`` for spreadsheets."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from conlens_jax.evaluation.bootstrap import Interval
+
+Flat = dict[str, Interval]
+
+
+def flatten(
+    measured: Mapping[str, Mapping[str, Interval]],
+    main: str,
+    differences: Mapping[str, Mapping[str, Interval]],
+    statistics: Mapping[str, float],
+) -> Flat:
+    """One level of names. The main lens has no prefix; the others have ``warm_`` or ``control_``,
+    and differences end in ``_minus_warm`` or ``_minus_control``.
+
+    Args:
+      statistics: of the language model, without an interval.
+    """
+    flat: Flat = {}
+    for key, metrics in measured.items():
+        prefix = "" if key == main else f"{key}_"
+        flat |= {prefix + name: interval for name, interval in metrics.items()}
+    for key, metrics in differences.items():
+        flat |= {f"{name}_minus_{key}": interval for name, interval in metrics.items()}
+    return flat | {name: Interval(value) for name, value in statistics.items()}
+
+
+def write_metrics(folder: Path, flat: Flat, without_interval: Mapping[str, float]) -> None:
+    """``metrics.json`` (``name``, ``name_lo``, ``name_hi``; null where there is no number) and
+    ``metrics.csv`` (a row a metric). What never has an interval is one number in both."""
+    values: dict[str, float | None] = {}
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["metric", "value", "lo", "hi"])
+    for name, interval in flat.items():
+        ends = {"": interval.value, "_lo": interval.lo, "_hi": interval.hi}
+        numbers = [value if math.isfinite(value) else None for value in ends.values()]
+        if name in without_interval:
+            values[name] = numbers[0]
+        else:
+            values |= dict(zip((name + end for end in ends), numbers, strict=True))
+        writer.writerow([name, *("" if number is None else repr(number) for number in numbers)])
+    _replace(folder / "metrics.json", json.dumps(values, indent=2) + "\n")
+    _replace(folder / "metrics.csv", table.getvalue())
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

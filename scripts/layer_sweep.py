@@ -1,0 +1,54 @@
+"""What each layer's activations are like, to choose model.layer by: R, norms, and M's need of them.
+
+Command:  python scripts/layer_sweep.py --run=runs/quickstart
+Time:     seconds on the quickstart; one pass over the rows a layer, and no training.
+
+A layer whose 1 − R² is small is flagged: nearly all its activations point one way, so a cosine
+close to 1 says nothing there. A layer with a small KL of the mean is one that M does not read at P.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+
+from conlens_jax.evaluate import recorded_config
+from conlens_jax.evaluation.layers import LayerStatistics, layer_statistics
+from conlens_jax.training.console import Console
+from conlens_jax.training.setting import open_setting
+
+HEADER = ["layer", "R", "1 − R²", "median norm", "outliers", "KL of mean", "KL of zero", ""]
+
+
+def row_of(found: LayerStatistics) -> list[str]:
+    """A line of the table."""
+    return [
+        str(found.layer),
+        f"{found.resultant:.3f}",
+        f"{found.variance:.3f}",
+        f"{found.median_norm:.2f}",
+        f"{found.outliers:.1%}",
+        f"{found.kl_mean:.3f}",
+        f"{found.kl_zero:.3f}",
+        "low variance" if found.has_low_variance else "",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", required=True, help="run folder, whose held-out rows are read")
+    parser.add_argument("--rows", type=int, default=1024, help="rows, at most")
+    arguments = parser.parse_args()
+    console = Console()
+    setting = open_setting(recorded_config(arguments.run), console)
+    _, validation = setting.caches
+    rows = validation.rows(np.arange(min(arguments.rows, len(validation))))
+    found = layer_statistics(
+        setting.model.params, rows, setting.spec, setting.mesh, setting.config.evaluate.batch_size
+    )
+    console.table("layers", HEADER, [row_of(statistics) for statistics in found])
+
+
+if __name__ == "__main__":
+    main()
