@@ -3,23 +3,16 @@
 From a config.json alone: parameters, bytes of each device, FLOPs of a step; with ``--compile``
 XLA's own memory analysis of the real train steps. ``model.path`` may be the hub id of a model in
 ``third_party/model_configs``, any other hub id (its config.json is fetched), a folder, or
-``"embedded"``; ``--model-config`` gives a file instead. The mesh needs no devices: ``mesh.data``
-(0 counts as 1), ``mesh.fsdp`` and ``mesh.tensor`` are numbers.
+``"embedded"``; ``--model-config`` gives a file instead. The mesh needs no devices, see
+:func:`~conlens_jax.parallel.mesh.planned_mesh`.
 """
 
 from __future__ import annotations
 
-import sys
-
-import jax
 from absl import flags
 
 from conlens_jax import cli
-from conlens_jax.parallel.mesh import abstract_mesh, make_mesh
-from conlens_jax.planning.lens import make_plan
-from conlens_jax.planning.model_source import planned_model
-from conlens_jax.planning.report import print_plan
-from conlens_jax.training.console import Console
+from conlens_jax.planning.command import show_plan
 
 _CONFIG = cli.define_config()
 MODEL_CONFIG = flags.DEFINE_string(
@@ -29,15 +22,7 @@ COMPILE = flags.DEFINE_bool("compile", False, "Compile the train steps for virtu
 
 
 def main() -> None:
-    config = cli.load_config(_CONFIG)
-    mesh = config.mesh
-    devices = (mesh.data or 1) * mesh.fsdp * mesh.tensor
-    # Before the first use of JAX: planning never asks for an accelerator.
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", devices)
-    on = make_mesh(mesh) if COMPILE.value else abstract_mesh(mesh, devices)
-    plan = make_plan(config, planned_model(config, MODEL_CONFIG.value), on)
-    print_plan(plan, Console(sys.stdout), compiled=COMPILE.value)
+    show_plan(cli.load_config(_CONFIG), MODEL_CONFIG.value, compiled=COMPILE.value)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from conlens_jax.lens.vocabulary import text_terms
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import embed_tokens
 from conlens_jax.parallel.mesh import batch_sharding
+from conlens_jax.parallel.processes import local_rows, on_devices, to_host
 
 SAMPLING = 2  # purpose of the evaluation noise, apart from that of training
 TOP = 5
@@ -127,7 +128,7 @@ class Measurer:
             effects = {"clean": clean}
             for name, vectors_ND in candidates.items():
                 piece = np.asarray(vectors_ND[start : start + self.batch_size], np.float32)
-                vector_BD = jax.device_put(filled(piece, self.batch_size), self.sharding)
+                vector_BD = self._put(piece)
                 effects[name] = self._effect(original, context, next_token_B, vector_BD)
             return effects
 
@@ -139,15 +140,20 @@ class Measurer:
         for start in range(0, len(rows), self.batch_size):
             piece = rows.take(slice(start, start + self.batch_size))
             batch = make_batch(piece, self.sharding, self.batch_size, start)
-            outputs.append(jax.tree.map(np.asarray, run(batch, start)))
+            outputs.append(to_host(run(batch, start)))
         return jax.tree.map(lambda *pieces: np.concatenate(pieces)[: len(rows)], *outputs)
 
     def _over_texts(self, texts_NT: np.ndarray, run: Callable) -> np.ndarray:
         outputs = []
         for start in range(0, len(texts_NT), self.batch_size):
-            piece = filled(texts_NT[start : start + self.batch_size], self.batch_size)
-            outputs.append(np.asarray(run(jax.device_put(piece, self.sharding))))
+            piece = texts_NT[start : start + self.batch_size]
+            outputs.append(to_host(run(self._put(piece))))
         return np.concatenate(outputs)[: len(texts_NT)]
+
+    def _put(self, piece: np.ndarray) -> jax.Array:
+        """Up to ``batch_size`` rows on the devices, filled up."""
+        here = local_rows(self.sharding, self.batch_size)
+        return on_devices(filled(piece, self.batch_size)[here], self.sharding, self.batch_size)
 
 
 def _explain(
