@@ -71,7 +71,7 @@ def start(
 def wait(running: Sequence[subprocess.Popen], grace: float) -> int:
     """Waits for all; ends those that still run ``grace`` seconds after one has failed."""
     first_failure, deadline = 0, float("inf")
-    while any(process.poll() is None for process in running):
+    while None in [process.poll() for process in running]:  # polls every one of them
         failed = [process.returncode for process in running if process.returncode]
         if failed and not first_failure:
             first_failure, deadline = failed[0], time.monotonic() + grace
