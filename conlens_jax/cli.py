@@ -18,6 +18,9 @@ from conlens_jax.config import (
 )
 from conlens_jax.config import unknown_field_message as unknown_field
 from conlens_jax.parallel.host import keep_freed_memory
+from conlens_jax.parallel.preemption import PREEMPTED, Preempted
+from conlens_jax.parallel.processes import ProcessError, is_first, leave, start_processes
+from conlens_jax.training.console import Console
 from conlens_jax.training.loop import TrainingStopped
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the trace of an error.")
@@ -34,7 +37,9 @@ def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
     """Parses flags and runs ``main``; an error that the user can mend is printed, not traced.
 
     ``main`` gets the list of arguments that are no flags if it ``takes_arguments``; otherwise there
-    must be none. Exit codes: 0 done, 2 wrong input, 1 anything else.
+    must be none.
+
+    Exit codes: 0 done, 2 wrong input, 75 saved after SIGTERM and can go on, 1 anything else.
     """
 
     def guarded(argv: Sequence[str]) -> None:
@@ -45,7 +50,10 @@ def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
         logging.set_verbosity(logging.WARNING)
         try:
             main(*([list(argv[1:])] if takes_arguments else []))
-        except (ValueError, OSError, ImportError, TrainingStopped) as error:
+        except Preempted as stopped:
+            print(stopped, file=sys.stderr)
+            leave(PREEMPTED)
+        except (ValueError, OSError, ImportError, TrainingStopped, ProcessError) as error:
             if _TRACEBACK.value:
                 raise
             _fail(error.problems if isinstance(error, ConfigError) else [str(error)])
@@ -84,6 +92,16 @@ def load_config(holder: flags.FlagHolder) -> ExperimentConfig:
     return from_config_dict(holder.value.to_dict())
 
 
+def start(config: ExperimentConfig) -> Console:
+    """Joins the other processes of the run, if there are any; only the first one's console prints.
+
+    Raises:
+      ProcessError: they do not meet.
+    """
+    start_processes(config.distributed)
+    return Console(enabled=is_first())
+
+
 def _unknown_overrides(arguments: Sequence[str]) -> list[str]:
     """ml_collections answers an unknown field with a trace; we name the nearest one."""
     known = set(field_names())
@@ -100,4 +118,4 @@ def _fail(problems: Sequence[str]) -> None:
     for problem in problems:
         print(f"  {problem}", file=sys.stderr)
     print("(--traceback shows where)", file=sys.stderr)
-    sys.exit(2)
+    leave(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from conlens_jax import cli
+from conlens_jax.config import ConfigError
 from conlens_jax.data.extract import dump_activations
 from conlens_jax.training.console import Console
 from conlens_jax.training.setting import open_setting
@@ -12,6 +13,10 @@ _CONFIG = cli.define_config()
 
 def main() -> None:
     config = cli.load_config(_CONFIG)
+    if config.distributed.coordinator:
+        raise ConfigError(
+            ["distributed.coordinator: the dump runs in one process, on the devices of one machine"]
+        )
     setting = open_setting(config, Console())
     dump_activations(config, setting.model, setting.spec, setting.mesh, setting.console)
 

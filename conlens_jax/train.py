@@ -1,12 +1,13 @@
 """Activation cache → lens: python -m conlens_jax.train --config=configs/quickstart.py
 
-A run that was stopped goes on from its last checkpoint when the same command is given again.
+A run that was stopped goes on from its last checkpoint when the same command is given again. With
+``--config.launch.dry_run=true`` the steps are compiled from shapes alone and their memory is said.
 """
 
 from __future__ import annotations
 
 from conlens_jax import cli
-from conlens_jax.training.console import Console
+from conlens_jax.planning.command import show_plan
 from conlens_jax.training.loop import train_lens
 from conlens_jax.training.setting import open_setting
 
@@ -15,7 +16,10 @@ _CONFIG = cli.define_config()
 
 def main() -> None:
     config = cli.load_config(_CONFIG)
-    console = Console()
+    if config.launch.dry_run:
+        show_plan(config, compiled=True)
+        return
+    console = cli.start(config)
     folder = train_lens(open_setting(config, console))
     console.line("train", run=folder)
 

@@ -9,14 +9,17 @@ from jax.sharding import PartitionSpec as P
 from tiny_models import random_tokens, tiny_config, write_tiny_folder
 
 import conlens_jax
-from conlens_jax.config import ConfigError, MeshConfig
+from conlens_jax.config import ConfigError, MeshConfig, from_config_dict
 from conlens_jax.models.families.llama import param_table
 from conlens_jax.models.sharding import param_shardings
+from conlens_jax.parallel.constrain import constrain
 from conlens_jax.parallel.mesh import (
     AXES,
+    abstract_mesh,
     batch_sharding,
     check_batch,
     make_mesh,
+    planned_mesh,
     replicated,
     shardings_like,
     single_device_mesh,
@@ -69,6 +72,65 @@ def test_axes_that_do_not_multiply_to_the_devices(config):
     message = str(error.value)
     assert f"× {config.fsdp} × {config.tensor} must be the number of devices, 8" in message
     assert "mesh.data × mesh.fsdp × mesh.tensor" in message
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (MeshConfig("single"), (1, 1, 1)),
+        (MeshConfig("data8"), (8, 1, 1)),
+        (MeshConfig("fsdp8"), (1, 8, 1)),
+        (MeshConfig("fsdp2_tensor4"), (1, 2, 4)),
+        (MeshConfig("multislice", slices=2), (2, 4, 1)),
+        (MeshConfig("multislice"), (1, 8, 1)),
+    ],
+    ids=str,
+)
+def test_presets(config, shape):
+    assert tuple(make_mesh(config).shape.values()) == shape
+
+
+def test_presets_that_do_not_fit():
+    with pytest.raises(ConfigError, match="must be the number of devices, 4"):
+        make_mesh(MeshConfig("fsdp8"), jax.devices()[:4])
+    with pytest.raises(ConfigError, match="mesh.slices=3 does not divide the 8 devices"):
+        make_mesh(MeshConfig("multislice", slices=3))
+    clash = {"mesh": {"preset": "fsdp8", "fsdp": 4}}
+    with pytest.raises(ConfigError, match="leave them at 0, 1 and 1, or leave the preset empty"):
+        from_config_dict(clash)
+    with pytest.raises(ConfigError, match="mesh.slices is for mesh.preset='multislice'"):
+        from_config_dict({"mesh": {"slices": 2}})
+    with pytest.raises(ConfigError, match="mesh.preset must be one of"):
+        from_config_dict({"mesh": {"preset": "fsdp9"}})
+
+
+def test_devices_of_a_plan():
+    assert planned_mesh(MeshConfig("fsdp8")) == (MeshConfig("fsdp8"), 8)
+    assert planned_mesh(MeshConfig(fsdp=4, tensor=2))[1] == 8
+    planned, devices = planned_mesh(MeshConfig("multislice"))
+    assert (planned.slices, devices) == (2, 16)
+    assert dict(abstract_mesh(planned, devices).shape) == {"data": 2, "fsdp": 8, "tensor": 1}
+
+
+def test_an_axis_that_splits_nothing():
+    config = tiny_config()
+    norms = [row for row in param_table(config) if row.dims in ("D", "ND")]
+    with pytest.raises(ConfigError, match="mesh.tensor=2 splits nothing: .* set mesh.tensor=1"):
+        param_shardings(norms, config, make_mesh(SHARDED))
+    assert param_shardings(norms, config, make_mesh(MeshConfig(fsdp=2)))
+
+
+def test_activations_lie_by_the_names_of_their_dimensions():
+    mesh = make_mesh(SHARDED)
+    x = np.arange(4 * 3 * 6, dtype=np.float32).reshape(4, 3, 6)
+    assert constrain(x, "BSV") is x
+    with jax.set_mesh(mesh):
+        split = jax.jit(lambda x: constrain(x, "BSV"))(x)
+        odd = jax.jit(lambda x: constrain(x, "BSV"))(x[:1, :, :5])
+    assert split.sharding.spec == P(("data", "fsdp"), None, "tensor")
+    assert {shard.data.shape for shard in split.addressable_shards} == {(1, 3, 3)}
+    assert odd.sharding.is_fully_replicated
+    np.testing.assert_array_equal(split, x)
 
 
 def test_dimensions_that_do_not_divide_are_all_named():

@@ -24,16 +24,19 @@ from conlens_jax.config.settings import (
     ControlConfig,
     CorpusConfig,
     DataConfig,
+    DistributedConfig,
     DumpConfig,
     EmbeddedConfig,
     EvaluateConfig,
     ExperimentConfig,
     JointConfig,
+    LaunchConfig,
     LensConfig,
     LossConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    ProfileConfig,
     ScheduleConfig,
     TrainConfig,
     WandbConfig,
@@ -49,17 +52,20 @@ __all__ = [
     "ControlConfig",
     "CorpusConfig",
     "DataConfig",
+    "DistributedConfig",
     "DumpConfig",
     "EMBEDDED_MODEL",
     "EmbeddedConfig",
     "EvaluateConfig",
     "ExperimentConfig",
     "JointConfig",
+    "LaunchConfig",
     "LensConfig",
     "LossConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "ProfileConfig",
     "ScheduleConfig",
     "TrainConfig",
     "WandbConfig",
@@ -132,6 +138,8 @@ def _build(kind: type, values: Mapping[str, Any], prefix: str, problems: list[st
 def _coerce(kind: type, value: Any, dotted: str, problems: list[str]) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is tuple and isinstance(value, list):  # from JSON
+        return tuple(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         problems.append(f"{dotted} must be of type {kind.__name__}, not {value!r}")
     return value

@@ -8,8 +8,11 @@ from conlens_jax.config.estimator import ANY_SAMPLE_TAU, parse_estimator
 from conlens_jax.config.fields import field_names, lookup
 from conlens_jax.config.settings import (
     EMBEDDED_MODEL,
+    DistributedConfig,
     ExperimentConfig,
     LensConfig,
+    MeshConfig,
+    ProfileConfig,
     ScheduleConfig,
 )
 
@@ -26,6 +29,7 @@ _CHOICES = {
     "loss.lm_reference": ("text", "prompt", "warm"),
     "wandb.mode": ("disabled", "offline", "online"),
     "evaluate.suite": ("basic", "full", "interventions"),
+    "mesh.preset": ("", "single", "data8", "fsdp8", "fsdp2_tensor4", "multislice"),
 }
 LORA_TARGETS = ("query", "key", "value", "attention_out", "gate", "up", "down")
 _AT_LEAST_ONE = (
@@ -45,7 +49,7 @@ _AT_LEAST_ONE = (
     *("baseline.batch_size", "baseline.optimizer.accumulate", "baseline.optimizer.max_bad_steps"),
     *(f"train.{name}" for name in ("log_every", "validate_every", "sample_every")),
     *("train.validation_rows", "checkpoint.every", "checkpoint.keep_latest"),
-    *("mesh.fsdp", "mesh.tensor"),
+    *("mesh.fsdp", "mesh.tensor", "distributed.timeout"),
     *(f"evaluate.{name}" for name in ("batch_size", "bootstrap", "kl_horizon")),
     *("evaluate.audit_steps", "evaluate.best_of"),
 )
@@ -54,6 +58,7 @@ _AT_LEAST_ZERO = (
     *(f"dump.{name}" for name in ("min_position", "max_position", "after", "seed")),
     *("warm.steps", "warm.before", "warm.after", "joint.steps", "control.steps", "baseline.steps"),
     *("train.seed", "train.n_verbose_samples", "checkpoint.keep_best", "mesh.data"),
+    *("mesh.slices", "distributed.num_processes"),
     *("evaluate.rows", "evaluate.n_examples", "evaluate.seed", "embedded.copy_init"),
     "lens.input_patches",
 )
@@ -80,6 +85,9 @@ def config_problems(config: ExperimentConfig) -> Iterator[str]:
     yield from _lora_problems(config.lens)
     yield from _prefix_problems(config)
     yield from _estimator_problems(config)
+    yield from _mesh_problems(config.mesh)
+    yield from _process_problems(config.distributed)
+    yield from _profile_problems(config.profile)
 
 
 def _schedule_problems(name: str, schedule: ScheduleConfig) -> Iterator[str]:
@@ -205,6 +213,45 @@ def _estimator_problems(config: ExperimentConfig) -> Iterator[str]:
             f"loss.sample_tau must be constant 1 for lens.estimator={config.lens.estimator!r}: "
             f"only {' and '.join(ANY_SAMPLE_TAU)} sample at another temperature"
         )
+
+
+def _mesh_problems(mesh: MeshConfig) -> Iterator[str]:
+    if mesh.preset and (mesh.data, mesh.fsdp, mesh.tensor) != (0, 1, 1):
+        yield (
+            f"mesh.preset={mesh.preset!r} says mesh.data, mesh.fsdp and mesh.tensor; leave them at "
+            "0, 1 and 1, or leave the preset empty"
+        )
+    if mesh.slices and mesh.preset != "multislice":
+        yield "mesh.slices is for mesh.preset='multislice'; leave it 0"
+
+
+def _process_problems(distributed: DistributedConfig) -> Iterator[str]:
+    by_hand = (distributed.num_processes, distributed.process_id) != (0, -1)
+    coordinator = distributed.coordinator
+    if coordinator in ("", "auto"):
+        if by_hand:
+            yield (
+                "distributed.num_processes and distributed.process_id go with "
+                "distributed.coordinator='host:port'; leave them 0 and -1"
+            )
+        return
+    if not coordinator.rpartition(":")[2].isdigit() or not coordinator.rpartition(":")[0]:
+        yield (
+            "distributed.coordinator must be 'host:port', 'auto' or empty, not "
+            f"{distributed.coordinator!r}"
+        )
+    if not 0 <= distributed.process_id < distributed.num_processes:
+        yield (
+            f"distributed.process_id={distributed.process_id} must be 0 … num_processes − 1, with "
+            f"distributed.num_processes={distributed.num_processes}"
+        )
+
+
+def _profile_problems(profile: ProfileConfig) -> Iterator[str]:
+    steps = profile.steps
+    whole = all(isinstance(step, int) and step >= 0 for step in steps)
+    if len(steps) != 2 or not whole or steps[0] > steps[1]:
+        yield f"profile.steps must be (first, last) with first ≤ last, not {steps!r}"
 
 
 def _int8_problems(config: ExperimentConfig) -> Iterator[str]:

@@ -402,11 +402,58 @@ class WandbConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices on each mesh axis; ``data = 0`` takes all devices that the others leave."""
+    """Devices on each mesh axis.
 
+    Attributes:
+      preset: instead of numbers: ``"single"`` (the first device alone), ``"data8"``, ``"fsdp8"``,
+        ``"fsdp2_tensor4"``, or ``"multislice"``: ``data`` over the slices, ``fsdp`` over the
+        devices of each, so that only gradients cross the slow network.
+      data: copies of the model that share the batch; 0 takes all devices that the others leave.
+      fsdp: devices that share the batch and each parameter, split along the width.
+      tensor: devices that share heads, mlp and vocabulary.
+      slices: how many slices ``"multislice"`` has; 0: as many as the devices say (TPU), else one a
+        process.
+    """
+
+    preset: str = ""
     data: int = 0
     fsdp: int = 1
     tensor: int = 1
+    slices: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes, one run. Each gives the same config but for its ``process_id``.
+
+    Attributes:
+      coordinator: ``"host:port"`` of process 0; ``"auto"``: Slurm, Open MPI, Kubernetes and TPU
+        say it themselves, with the two numbers below (Slurm: one process a GPU); empty: one
+        process alone.
+      num_processes, process_id: how many there are, and which one this is, from 0.
+      timeout: seconds after which a process that no longer answers counts as dead and the others
+        stop.
+    """
+
+    coordinator: str = ""
+    num_processes: int = 0
+    process_id: int = -1
+    timeout: int = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchConfig:
+    """``dry_run``: compile the train steps from shapes alone, print memory, and exit."""
+
+    dry_run: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """``steps``: (first, last), counted over the whole run; these steps are written as a profile
+    into ``<run_dir>/profile``. Both 0: none."""
+
+    steps: tuple = (0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -457,4 +504,7 @@ class ExperimentConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     wandb: WandbConfig = WandbConfig()
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    launch: LaunchConfig = LaunchConfig()
+    profile: ProfileConfig = ProfileConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -26,6 +26,7 @@ from conlens_jax.lens.spec import LensSpec
 from conlens_jax.models.generate import generate as continue_text
 from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.mesh import batch_sharding
+from conlens_jax.parallel.processes import local_rows, on_devices, to_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +153,8 @@ class Measurer:
     def _piece(self, array_N: np.ndarray, start: int) -> jax.Array:
         """The entries of one batch on the device, filled up."""
         piece = filled(array_N[start : start + self.batch_size], self.batch_size)
-        return jax.device_put(piece, self.sharding)
+        here = local_rows(self.sharding, self.batch_size)
+        return on_devices(piece[here], self.sharding, self.batch_size)
 
     def unembedded(
         self, original: Params, rows: Rows, states_ND: np.ndarray
@@ -196,13 +198,13 @@ class Measurer:
         for start in range(0, len(rows), self.batch_size):
             piece = rows.take(slice(start, start + self.batch_size))
             batch = make_batch(piece, self.sharding, self.batch_size, start)
-            outputs.append(jax.tree.map(np.asarray, run(batch, start)))
+            outputs.append(to_host(run(batch, start)))
         return jax.tree.map(lambda *pieces: np.concatenate(pieces)[: len(rows)], *outputs)
 
     def _over_texts(self, arrays: Sequence[np.ndarray], run: Callable) -> np.ndarray:
         count, outputs = len(arrays[0]), []
         for start in range(0, count, self.batch_size):
-            outputs.append(np.asarray(run(*(self._piece(array, start) for array in arrays))))
+            outputs.append(to_host(run(*(self._piece(array, start) for array in arrays))))
         return np.concatenate(outputs)[:count]
 
 

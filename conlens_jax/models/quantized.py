@@ -31,6 +31,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from conlens_jax.parallel.constrain import looked_up, looked_up_bar
+
 _MOST = 127
 
 
@@ -130,9 +132,10 @@ def matmul(x: Float[Array, "*B D"], matrix: Matrix) -> Float[Array, "*B V"]:
 def take_rows(table_VD: Matrix, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
     """Rows of a table that may be int8."""
     if not isinstance(table_VD, Int8Matrix):
-        return jnp.take(table_VD, tokens, axis=0)
+        return looked_up(jnp.take(table_VD, tokens, axis=0))
     rows, scale = (jnp.take(leaf, tokens, axis=0) for leaf in (table_VD.values, table_VD.scale))
-    return (rows.astype(jnp.float32) * jax.lax.stop_gradient(scale)).astype(table_VD.dtype)
+    scaled = rows.astype(jnp.float32) * jax.lax.stop_gradient(scale)
+    return looked_up(scaled.astype(table_VD.dtype))
 
 
 def take_rows_bar(
@@ -140,7 +143,9 @@ def take_rows_bar(
 ) -> Matrix:
     """The table's cotangent from that of its rows."""
     zeros = zeros_bar(table_VD)
-    return zeros if isinstance(table_VD, Int8Matrix) else zeros.at[tokens].add(rows_bar)
+    if isinstance(table_VD, Int8Matrix):
+        return zeros
+    return zeros.at[tokens].add(looked_up_bar(rows_bar))
 
 
 def zeros_bar(tree: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,16 +21,17 @@ from conlens_jax.models.param_table import (
 )
 from conlens_jax.models.quantized import Int8Matrix
 from conlens_jax.models.transformer_config import TransformerConfig, array_dtype
-from conlens_jax.parallel.mesh import AXIS_OF_DIM, param_spec, shardings_like
+from conlens_jax.parallel.mesh import AXIS_OF_DIM, BATCH_AXES, param_spec, shardings_like
 
 
 def param_shardings(table: list[ParamRow], config: TransformerConfig, mesh: Mesh) -> Params:
     """The sharding of every parameter of a model.
 
     Raises:
-      ConfigError: a dimension that its mesh axis does not divide, all of them listed.
+      ConfigError: a dimension that its mesh axis does not divide, or an axis that splits nothing;
+        all of them listed.
     """
-    problems = []
+    problems = list(_idle_axes(table, mesh))
     for row in table:
         for dim, size in zip(row.dims, row.shape(config), strict=True):
             axis = AXIS_OF_DIM.get(dim)
@@ -41,6 +43,18 @@ def param_shardings(table: list[ParamRow], config: TransformerConfig, mesh: Mesh
     if problems:
         raise ConfigError(problems)
     return build_tree((row.path, _sharding(row, config, mesh)) for row in table)
+
+
+def _idle_axes(table: list[ParamRow], mesh: Mesh) -> Iterator[str]:
+    """Axes that would only copy the same work; the batch is split over ``data`` and ``fsdp``."""
+    used = {AXIS_OF_DIM.get(dim) for row in table for dim in row.dims}
+    for axis in mesh.axis_names:
+        if mesh.shape[axis] > 1 and axis not in used and axis not in BATCH_AXES:
+            dims = ", ".join(dim for dim, of in AXIS_OF_DIM.items() if of == axis)
+            yield (
+                f"mesh.{axis}={mesh.shape[axis]} splits nothing: no parameter of this model has "
+                f"one of the dimensions {dims}; set mesh.{axis}=1"
+            )
 
 
 def clone_shardings(tree: Any, config: TransformerConfig, mesh: Mesh) -> Any:

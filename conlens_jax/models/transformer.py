@@ -34,6 +34,7 @@ from conlens_jax.models.norms import apply_norm
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.quantized import Matrix, matmul, take_rows
 from conlens_jax.models.transformer_config import TransformerConfig
+from conlens_jax.parallel.constrain import constrain
 
 
 class Patches(NamedTuple):
@@ -80,7 +81,9 @@ def run_layers(
     """
     if layer_count(layers) == 0:
         return x_BSD, cache
+    x_BSD = constrain(x_BSD, "BSD")
     x_BSD, kept = scan_layers(layers, x_BSD, positions_BS, config, cache, patches)
+    x_BSD = constrain(x_BSD, "BSD")
     if cache is not None and slot is not None:
         return x_BSD, append(cache, kept.keys, kept.values, positions_BS, slot)
     return x_BSD, KVCache(kept.keys, kept.values, positions_BS) if keep_cache else cache
@@ -175,6 +178,8 @@ class Head:
         """fp32."""
         normed = apply_norm(state, self.norm, "final_norm", self.config)
         logits = matmul(normed, self.matrix_DV).astype(jnp.float32)
+        if logits.ndim > 1:
+            logits = constrain(logits, "B" + "T" * (logits.ndim - 2) + "V")
         cap = self.config.final_soft_cap
         return cap * jnp.tanh(logits / cap) if cap else logits
 

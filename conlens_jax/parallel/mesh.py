@@ -6,9 +6,12 @@ One table says which mesh axis a dimension letter of a parameter is split over. 
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,22 +25,54 @@ MESH_PRESETS = {
     "data8": MeshConfig(data=8),
     "fsdp8": MeshConfig(data=1, fsdp=8),
     "fsdp2_tensor4": MeshConfig(data=1, fsdp=2, tensor=4),
+    "multislice": MeshConfig(data=2, fsdp=4),
 }
-"""Meshes of one device and of eight, for plans and tests."""
+"""What each ``mesh.preset`` is on one device or on eight; ``multislice`` grows with the devices."""
 AXIS_OF_DIM = {"D": "fsdp", "V": "tensor", "H": "tensor", "K": "tensor", "F": "tensor"}
+_PLANNED_SLICES, _PLANNED_SLICE = 2, 8
 
 
-def make_mesh(config: MeshConfig | None = None) -> Mesh:
-    """A mesh over all devices of the run.
+def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] = ()) -> Mesh:
+    """A mesh over all devices of the run (``preset="single"``: over the first), or over those
+    that are given.
 
     Raises:
       ConfigError: the axes do not multiply to the number of devices.
     """
-    return jax.make_mesh(
-        mesh_shape(config or MeshConfig(), jax.device_count()),
-        AXES,
-        axis_types=(AxisType.Auto,) * len(AXES),
-    )
+    config = config or MeshConfig()
+    devices = list(devices or jax.devices())
+    if config.preset == "single":
+        devices = devices[:1]
+    if config.preset == "multislice" and not config.slices:
+        config = dataclasses.replace(config, slices=slice_count(devices))
+    shape = mesh_shape(config, len(devices))
+    types = (AxisType.Auto,) * len(AXES)
+    if _slice_indices(devices) and config.preset == "multislice":
+        ordered = create_hybrid_device_mesh((1, *shape[1:]), (shape[0], 1, 1), devices)
+        return Mesh(ordered, AXES, axis_types=types)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+
+
+def slice_count(devices: Sequence[jax.Device]) -> int:
+    """Groups of devices with a fast network inside: slices where devices tell theirs, else
+    processes."""
+    return len(_slice_indices(devices)) or len({device.process_index for device in devices})
+
+
+def _slice_indices(devices: Sequence[jax.Device]) -> set[int]:
+    """The slices of a TPU run of several; empty elsewhere."""
+    indices = {getattr(device, "slice_index", None) for device in devices} - {None}
+    return indices if len(indices) > 1 else set()
+
+
+def planned_mesh(config: MeshConfig) -> tuple[MeshConfig, int]:
+    """The mesh for a plan, and its number of devices, which need not be there: ``mesh.data=0``
+    counts as 1, and slices are 2 of 8 devices unless ``mesh.slices`` says otherwise."""
+    if config.preset == "multislice":
+        slices = config.slices or _PLANNED_SLICES
+        return dataclasses.replace(config, slices=slices), slices * _PLANNED_SLICE
+    numbers = MESH_PRESETS[config.preset] if config.preset else config
+    return config, (numbers.data or 1) * numbers.fsdp * numbers.tensor
 
 
 def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
@@ -50,11 +85,19 @@ def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
-    """The size of each of :data:`AXES`.
+    """The size of each of :data:`AXES`; ``multislice`` needs ``config.slices``.
 
     Raises:
       ConfigError: the axes do not multiply to the number of devices.
     """
+    if config.preset == "multislice":
+        if devices % config.slices:
+            raise ConfigError(
+                [f"mesh.slices={config.slices} does not divide the {devices} devices of the run"]
+            )
+        return config.slices, devices // config.slices, 1
+    if config.preset:
+        config = MESH_PRESETS[config.preset]
     others = config.fsdp * config.tensor
     data = config.data or max(devices // others, 1)
     if data * others != devices:

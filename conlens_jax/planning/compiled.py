@@ -38,6 +38,35 @@ class CompiledMemory:
         return self.arguments + self.temporary + self.outputs - self.aliased
 
 
+def compiled_program(
+    plan: Plan, stage: Stage, compiler_options: dict[str, Any] | None = None
+) -> jax.stages.Compiled:
+    """A stage's step, compiled; ``plan.mesh`` must have devices."""
+    with jax.set_mesh(plan.mesh):
+        lowered = plan.step(stage).lower(
+            plan.state(stage), plan.frozen_in(stage), plan.batch(stage)
+        )
+    return lowered.compile(compiler_options)
+
+
+def memory_of(compiled: jax.stages.Compiled, seconds: float) -> CompiledMemory:
+    """What the compiler says of a program's memory.
+
+    Raises:
+      ValueError: the backend does not tell it.
+    """
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise ValueError(f"--compile: the backend {jax.default_backend()!r} tells no memory")
+    return CompiledMemory(
+        analysis.argument_size_in_bytes,
+        analysis.temp_size_in_bytes,
+        analysis.output_size_in_bytes,
+        analysis.alias_size_in_bytes,
+        seconds,
+    )
+
+
 def compile_step(
     plan: Plan, stage: Stage, compiler_options: dict[str, Any] | None = None
 ) -> CompiledMemory:
@@ -47,14 +76,5 @@ def compile_step(
       ValueError: the backend does not tell its memory.
     """
     started = time.perf_counter()
-    lowered = plan.step(stage).lower(plan.state(stage), plan.frozen_in(stage), plan.batch(stage))
-    analysis = lowered.compile(compiler_options).memory_analysis()
-    if analysis is None:
-        raise ValueError(f"--compile: the backend {jax.default_backend()!r} tells no memory")
-    return CompiledMemory(
-        analysis.argument_size_in_bytes,
-        analysis.temp_size_in_bytes,
-        analysis.output_size_in_bytes,
-        analysis.alias_size_in_bytes,
-        time.perf_counter() - started,
-    )
+    compiled = compiled_program(plan, stage, compiler_options)
+    return memory_of(compiled, time.perf_counter() - started)

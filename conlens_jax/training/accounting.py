@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from conlens_jax.lens.spec import BELOW_THE_LAYERS, LensSpec
 from conlens_jax.models.param_table import Params
-from conlens_jax.parallel.footprint import count, device_bytes, total_bytes
+from conlens_jax.parallel.footprint import count, device_bytes, in_units, total_bytes
+from conlens_jax.training.state import TrainState
 
 SIDES = ("decoder", "encoder")
 
@@ -38,6 +39,20 @@ def parameter_table(
     ]
     rows.append(["total trained", "", *_size(trainable)])
     return ["part", "", "parameters", "bytes", "bytes per device"], rows
+
+
+def stored_table(state: TrainState, frozen: Params) -> tuple[list[str], list[list[str]]]:
+    """What a stage keeps on each device from step to step, and what its gradients take besides."""
+    parts = {
+        "original model": frozen["original"],
+        "frozen parts of the lens": {k: v for k, v in frozen.items() if k != "original"},
+        "trained weights": state.params,
+        "optimizer state": state.opt_state,
+    }
+    rows = [[name, in_units(device_bytes(part))] for name, part in parts.items()]
+    rows.append(["total", in_units(sum(map(device_bytes, parts.values())))])
+    rows.append(["gradients, during a step", in_units(device_bytes(state.params))])
+    return ["part", "bytes"], rows
 
 
 def _frozen_parts(frozen: Params) -> Iterator[tuple[str, Params]]:

@@ -22,12 +22,14 @@ from conlens_jax.config import ExperimentConfig, to_json_dict
 from conlens_jax.data.batches import grouped_batch, prefetch, read_groups, steps_per_epoch
 from conlens_jax.data.rows import RowSource
 from conlens_jax.evaluation.measure import Measurer, Reference
-from conlens_jax.lens.batch import make_batch
+from conlens_jax.lens.batch import read_batch
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.sharding import clone_shardings
 from conlens_jax.parallel.mesh import batch_sharding
-from conlens_jax.training.accounting import parameter_table
+from conlens_jax.parallel.preemption import Preempted, watching_for_sigterm
+from conlens_jax.parallel.processes import first_before_others, is_first, stopping_with_others
+from conlens_jax.training.accounting import parameter_table, stored_table
 from conlens_jax.training.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -35,6 +37,7 @@ from conlens_jax.training.checkpoint import (
     read_metadata,
 )
 from conlens_jax.training.console import Console
+from conlens_jax.training.profile import StepProfile
 from conlens_jax.training.run_folder import BASELINE, CONTROL, claim_folder, load_lens
 from conlens_jax.training.setting import Setting
 from conlens_jax.training.state import (
@@ -94,9 +97,12 @@ def train_lens(setting: Setting) -> Path:
     """
     config, console = setting.config, setting.console
     folder = Path(config.run_dir)
-    claim_folder(folder, config)
+    with first_before_others("run folder"):
+        claim_folder(folder, config, write=is_first())
     (train, validation), reference = setting.caches, setting.reference
-    tracker = WandbRun(config.wandb, folder, to_json_dict(config), console=console)
+    tracker = WandbRun(
+        config.wandb, folder, to_json_dict(config), enabled=is_first(), console=console
+    )
     run = Run(setting, folder, train, validation, reference, setting.measurer(), tracker)
     trainable, frozen = init_lens(
         setting.model.params,
@@ -105,7 +111,7 @@ def train_lens(setting: Setting) -> Path:
         reference.scale,
         seed=config.train.seed,
     )
-    trainable = placed(trainable, setting)
+    trainable, frozen = placed(trainable, setting), placed_frozen(frozen, setting)
     # The baseline starts from the same encoder; without one, nothing keeps the arrays alive.
     initial_encoder = trainable["encoder"] if config.baseline.steps else {}
     if config.train.init_from:
@@ -157,6 +163,7 @@ def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Para
     steps_per_epoch(n_rows, stage.batch_size)  # raises where there is not one batch
     optimizer, learning_rate = stage_optimizer(stage, trainable, n_rows)
     state = placed(init_state(jax.tree.map(jnp.copy, trainable), optimizer), run.setting)
+    console.table(f"{stage.name}: stored on each device", *stored_table(state, frozen))
     last_step = stage.first_step + stage.steps
     with Checkpoints(
         run.checkpoint_folder,
@@ -168,7 +175,7 @@ def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Para
         state, seconds = _resume(run, stage, checkpoints, state)
         if int(state.step) == stage.steps:
             return placed(state.params, run.setting)
-        log = MetricsFile(run.folder / "metrics.jsonl")
+        log = MetricsFile(run.folder / "metrics.jsonl", enabled=is_first())
         log.truncate_after(stage.first_step + int(state.step))
         step = make_step(
             stage,
@@ -191,6 +198,12 @@ def placed(tree: Any, setting: Setting) -> Any:
     :func:`~conlens_jax.models.sharding.clone_shardings`. What is restored into such a tree is on
     the mesh too."""
     return jax.device_put(tree, clone_shardings(tree, setting.model.config, setting.mesh))
+
+
+def placed_frozen(frozen: Params, setting: Setting) -> Params:
+    """The frozen parts on the mesh; the original model is there already."""
+    small = {name: part for name, part in frozen.items() if name != "original"}
+    return {"original": frozen["original"], **placed(small, setting)}
 
 
 class _StageLoop:
@@ -219,32 +232,42 @@ class _StageLoop:
     def run(self, step, state: TrainState) -> TrainState:
         stage, done = self.stage, int(state.step)
         started = time.time()
-        step = step.lower(state, self.frozen, self._read(done)).compile()
+        with jax.set_mesh(self.run_.setting.mesh):
+            step = step.lower(state, self.frozen, self._read(done)).compile()
         batches = prefetch(self._read, range(done, stage.steps))
-        with self.console.progress(stage.steps, stage.name, initial=done) as progress:
+        profile = StepProfile(self.config.profile, self.run_.folder / "profile", stage, step)
+        with (
+            self.console.progress(stage.steps, stage.name, initial=done) as progress,
+            watching_for_sigterm() as stops_behind,
+            stopping_with_others(),
+        ):
             mark = self._clock()
             for index, batch in batches:
+                profile.before(index)
                 state, metrics = step(state, self.frozen, batch)
+                profile.behind(index, metrics)
                 if index == done:
                     jax.block_until_ready(metrics)
                     self.console.line(stage.name, seconds_to_first_step=time.time() - started)
                 here = index + 1
-                if not self._pauses(here):
+                stops = stops_behind(stage.first_step + here) and here < stage.steps
+                if not (stops or self._pauses(here)):
                     progress.update(1)
                     continue
                 metrics = {name: float(value) for name, value in metrics.items()}
                 self.seconds += self._clock() - mark
                 progress.update(1, **_shown(metrics))
                 self._pause(here, state, metrics)
+                if stops:
+                    self._leave(here, state)
                 mark = self._clock()
         return state
 
     def _read(self, index: int):
         seed, here = self.config.train.seed, self.stage.first_step + index
         size = self.stage.batch_size
-        rows = self.run_.train.rows(grouped_batch(self.groups_nk, size, seed, here))
-        shared = self.stage.rows_per_document
-        return make_batch(rows, self.sharding, size, rows_per_document=shared)
+        indices_B = grouped_batch(self.groups_nk, size, seed, here)
+        return read_batch(self.run_.train, indices_B, self.sharding, self.stage.rows_per_document)
 
     def _pauses(self, here: int) -> bool:
         """Whether the host has something to do behind this step."""
@@ -269,6 +292,16 @@ class _StageLoop:
             self._samples(step, state)
         if last or step % self.config.checkpoint.every == 0:
             self._save(step, state, scores)
+
+    def _leave(self, here: int, state: TrainState) -> None:
+        """Saves, whatever step it is, and raises what ends the run."""
+        step = self.stage.first_step + here
+        self._save(step, state, {})
+        self.wait_for_checkpoints()
+        raise Preempted(
+            f"SIGTERM: saved behind step {step} in {self.checkpoints.folder}; the same command "
+            "goes on from there"
+        )
 
     def _validate(self, step: int, state: TrainState) -> Validation:
         validation = validate(self.run_, state.params, self.frozen)

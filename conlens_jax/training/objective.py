@@ -103,13 +103,15 @@ def warm_loss(
     parts: Metrics = {}
     if reads:
         encoder = encoder_of(trainable, frozen, spec)
-        window_BTD = embed_tokens(encoder.base, window_BT, spec.model)
-        _, error_B = _read_back(encoder, window_BTD, batch.activation_BD, objective)
+        with jax.named_scope("read"):
+            window_BTD = embed_tokens(encoder.base, window_BT, spec.model)
+            _, error_B = _read_back(encoder, window_BTD, batch.activation_BD, objective)
         parts["read_error"] = jnp.mean(error_B)
     if trainable["decoder"]:
         decoder = decoder_of(trainable, frozen)
-        states = teacher_forced_states(decoder, batch.activation_BD, window_BT, spec=spec)
-        terms = text_terms(head_of(decoder, spec), states, window_BT)
+        with jax.named_scope("write"):
+            states = teacher_forced_states(decoder, batch.activation_BD, window_BT, spec=spec)
+            terms = text_terms(head_of(decoder, spec), states, window_BT)
         parts["write_loss"] = jnp.mean(terms["nll"])
     return sum(parts.values(), jnp.float32(0)), parts
 
@@ -132,21 +134,24 @@ def prepare(
     spec, original, noise = objective.spec, frozen["original"], as_noise(noise)
     decoder, group = decoder_of(trainable, frozen), objective.texts_per_row
     activation_BD = repeat_rows(batch.activation_BD, group)
-    text_BT = generate(decoder, activation_BD, noise, spec=spec)
+    with jax.named_scope("decode"):
+        text_BT = generate(decoder, activation_BD, noise, spec=spec)
     context = None
     if objective.uses("kl"):
-        context = original_model.read_context(
-            original,
-            batch.tokens_GS,
-            batch.mask_GS,
-            batch.positions_B,
-            horizon=objective.loss.kl_horizon,
-            spec=spec,
-        )
-        context = original_model.repeat_context(context, group)
+        with jax.named_scope("prefix_pass"):
+            context = original_model.read_context(
+                original,
+                batch.tokens_GS,
+                batch.mask_GS,
+                batch.positions_B,
+                horizon=objective.loss.kl_horizon,
+                spec=spec,
+            )
+            context = original_model.repeat_context(context, group)
     reference = None
     if objective.uses("lm"):
-        reference = reference_text(frozen, activation_BD, text_BT, objective)
+        with jax.named_scope("reference"):
+            reference = reference_text(frozen, activation_BD, text_BT, objective)
     keys_BT = None
     if objective.estimator.kind == "gumbel_rao" and keys_B is not None:
         keys_BT = token_keys(keys_B, spec.text_len)
@@ -199,20 +204,24 @@ def joint_loss(
         text_BTD = embed_tokens(encoder.base, text_BT, spec.model)
     else:
         noise, keys_BT = prepared.noise, prepared.keys_BT
-        state_BTD = text_states(decoder, activation_BD, text_BT, noise, tau, spec, keys_BT)
-        rows_BTD = sampled_embeddings(
-            head,
-            state_BTD,
-            noise,
-            text_BT,
-            encoder.base["embedding"],
-            tau,
-            estimator=objective.estimator,
-            keys_BT=keys_BT,
-        )
-        text_BTD = scale_embeddings(rows_BTD, spec.model)
-    of_text = text_terms(head, state_BTD, text_BT, prepared.reference)
-    reconstruction_BD, error_B = _read_back(encoder, text_BTD, activation_BD, objective)
+        with jax.named_scope("re_forward"):
+            state_BTD = text_states(decoder, activation_BD, text_BT, noise, tau, spec, keys_BT)
+        with jax.named_scope("sampled_tokens"):
+            rows_BTD = sampled_embeddings(
+                head,
+                state_BTD,
+                noise,
+                text_BT,
+                encoder.base["embedding"],
+                tau,
+                estimator=objective.estimator,
+                keys_BT=keys_BT,
+            )
+            text_BTD = scale_embeddings(rows_BTD, spec.model)
+    with jax.named_scope("text_terms"):
+        of_text = text_terms(head, state_BTD, text_BT, prepared.reference)
+    with jax.named_scope("encode"):
+        reconstruction_BD, error_B = _read_back(encoder, text_BTD, activation_BD, objective)
     cost_B = weights["mse"] * error_B
     terms: Metrics = {"mse": jnp.mean(error_B)}
     if kind != "detached" or objective.uses("entropy"):  # else nothing else looks at the states
@@ -221,18 +230,20 @@ def joint_loss(
         swapped_in = swap_vector(
             reconstruction_BD, activation_BD, spec, group * batch.rows_per_document
         )
-        swapped = original_model.swapped_logits(
-            frozen["original"], prepared.context, swapped_in, spec=spec
-        )
-        kl_B = jnp.mean(kl_divergence(prepared.context.logits_BhV, swapped), axis=-1)
+        with jax.named_scope("swap"):
+            swapped = original_model.swapped_logits(
+                frozen["original"], prepared.context, swapped_in, spec=spec
+            )
+            kl_B = jnp.mean(kl_divergence(prepared.context.logits_BhV, swapped), axis=-1)
         terms["kl"] = jnp.mean(kl_B)
         cost_B += weights["kl"] * kl_B
     if prepared.reference is not None:
         terms["lm"] = jnp.mean(of_text["lm"])
     if objective.uses("text"):
-        terms["text"], anchor = warm_loss(
-            trainable, frozen, batch, objective=objective, reads=objective.loss.text_read
-        )
+        with jax.named_scope("text_anchor"):
+            terms["text"], anchor = warm_loss(
+                trainable, frozen, batch, objective=objective, reads=objective.loss.text_read
+            )
     else:
         anchor = {}
     sign = {"entropy": -1.0}

@@ -14,18 +14,24 @@ from conlens_jax.training.checkpoint import all_steps, restore_params
 CONTROL, BASELINE, AUDIT = "control", "baseline", "audit"
 """Folders, inside a run's, of the stages beside it."""
 
-# Fields that may differ between a run and its resumption: they change no loss.
+# Fields that may differ between a run and its resumption: they change nothing of what is learned.
 _FREE = ("run_dir", "train.resume", "train.log_every", "train.sample_every", "wandb", "evaluate")
 _FREE += (
     "train.compile_cache",
     "train.n_verbose_samples",
     "checkpoint.keep_latest",
     "checkpoint.keep_best",
+    # Where it runs: the sums of another mesh are rounded otherwise, nothing else changes.
+    "mesh",
+    "distributed",
+    "launch",
+    "profile",
 )
 
 
-def claim_folder(folder: Path, config: ExperimentConfig) -> None:
-    """Makes the run folder with its config.json, or checks that it is this run's.
+def claim_folder(folder: Path, config: ExperimentConfig, *, write: bool = True) -> None:
+    """Makes the run folder with its config.json, or checks that it is this run's. Without
+    ``write`` it only checks: one of several processes writes.
 
     Raises:
       ConfigError: the folder holds another run, or one that is not to be resumed.
@@ -48,6 +54,8 @@ def claim_folder(folder: Path, config: ExperimentConfig) -> None:
         ]
         if problems:
             raise ConfigError(problems)
+    if not write:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     recorded.write_text(json.dumps(to_json_dict(config), indent=2) + "\n", encoding="utf-8")
 

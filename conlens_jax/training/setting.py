@@ -20,6 +20,7 @@ from conlens_jax.models.sharding import loading_report
 from conlens_jax.models.transformer_config import TransformerConfig
 from conlens_jax.parallel.host import use_compilation_cache
 from conlens_jax.parallel.mesh import check_batch, make_mesh
+from conlens_jax.parallel.processes import first_before_others
 from conlens_jax.training.console import Console
 from conlens_jax.training.language_model import ensure_language_model
 from conlens_jax.training.objective import Objective
@@ -79,7 +80,7 @@ def open_setting(config: ExperimentConfig, console: Console) -> Setting:
     check_batches(config, mesh)
     path = config.model.path
     if path == EMBEDDED_MODEL:
-        path = str(ensure_language_model(config, console))
+        path = _embedded_model(config, console)
 
     def before_loading(shape: TransformerConfig) -> None:
         check_context(config, shape, path)
@@ -110,6 +111,12 @@ def open_setting(config: ExperimentConfig, console: Console) -> Setting:
         devices=mesh.size,
     )
     return Setting(config, console, mesh, model, spec, Objective(config.loss, config.warm, spec))
+
+
+def _embedded_model(config: ExperimentConfig, console: Console) -> str:
+    """The folder of the embedded model; the first process trains it where it is not there."""
+    with first_before_others("embedded model"):
+        return str(ensure_language_model(config, console))
 
 
 def check_batches(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> None:

@@ -141,7 +141,8 @@ def make_step(
     }
 
     def gradients(trainable: Params, frozen: Params, batch: Batch, step: Array):
-        batch = with_activations(batch, frozen["original"], objective.spec)
+        with jax.named_scope("capture"):
+            batch = with_activations(batch, frozen["original"], objective.spec)
         if stage.supervised:
             loss = functools.partial(warm_loss, objective=objective)
             (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch)
@@ -179,7 +180,9 @@ def make_step(
     def train_step(state: TrainState, frozen: Params, batch: Batch):
         total, terms, grads = accumulated(state.params, frozen, batch, state.step)
         grads = poison_if_not_finite(total, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = apply_updates(state.params, updates)
         metrics = {
             "loss": total,
             **terms,
@@ -188,7 +191,6 @@ def make_step(
             "bad_steps_in_a_row": bad_steps_in_a_row(opt_state),
             "bad_steps": bad_steps_total(opt_state),
         }
-        params = apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step

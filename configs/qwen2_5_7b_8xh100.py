@@ -1,0 +1,61 @@
+"""Qwen2.5-7B, layer 14 of 28, on 8 H100: trained clones.
+
+What:      decoder and encoder are full clones, in bfloat16 with fp32 moments, split over fsdp.
+Command:   python -m conlens_jax.dump --config=configs/qwen2_5_7b_8xh100.py
+           python -m conlens_jax.train --config=configs/qwen2_5_7b_8xh100.py
+           python -m conlens_jax.evaluate --config=configs/qwen2_5_7b_8xh100.py
+Needs:     internet (or copies) for the model, which asks for its licence, and for the corpus.
+Hardware:  one node of 8 H100 with 80 GB.
+Memory:    of each device, from shapes alone: python -m conlens_jax.plan --compile and the same
+           config; the table is in configs/README.md.
+Time, expected numbers: not measured.
+"""
+
+from conlens_jax.config import ExperimentConfig, schedule, to_config_dict
+
+
+def get_config():
+    config = to_config_dict(ExperimentConfig())
+    config.run_dir = "runs/qwen2_5_7b_8xh100"
+    config.mesh.preset = "fsdp8"
+
+    config.model.path = "Qwen/Qwen2.5-7B"
+    config.model.layer = 14
+    config.model.dtype = "bfloat16"
+    config.model.unroll = 1
+    config.model.remat = "full"
+    config.model.attention = "cudnn"
+
+    config.corpus.kind = "huggingface"
+    config.corpus.path = "HuggingFaceFW/fineweb"
+    config.corpus.name = "sample-10BT"
+    config.corpus.n_documents = 0
+    config.corpus.validation_fraction = 0.001
+
+    config.dump.cache_dir = "cache/qwen2_5_7b_8xh100"
+    config.dump.seq_len = 256
+    config.dump.n_samples = 1_000_000
+    config.dump.n_validation_samples = 4_096
+    config.dump.positions_per_sequence = 4
+    config.dump.min_position = 32
+    config.dump.after = 16
+    config.dump.dtype = "bfloat16"
+    config.dump.batch_size = 64
+
+    config.lens.text_len = 32
+
+    config.warm.before = 16
+    config.warm.after = 16
+    config.warm.steps = 10_000
+    config.warm.batch_size = 64
+    config.warm.optimizer.learning_rate = schedule("cosine", 1e-5, 1e-6, warmup=200)
+    config.joint.steps = 10_000
+    config.joint.batch_size = 64
+    config.joint.rows_per_document = 2
+    config.joint.optimizer.learning_rate = schedule("cosine", 1e-5, 1e-6, warmup=200)
+    config.loss.text = schedule("constant", 1.0)
+
+    config.evaluate.batch_size = 64
+    config.train.validate_every = 500
+    config.checkpoint.every = 500
+    return config

@@ -1,0 +1,128 @@
+"""Several processes that run one program on one mesh: starting, meeting, and stopping together.
+
+Every process runs the same steps. Only the first one speaks and writes; each reads only the rows
+that its own devices compute on. One process alone is a group of one: nothing here is special to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+
+from conlens_jax.config import DistributedConfig
+
+PyTree = Any
+LOST_PROCESS = 1
+
+
+class ProcessError(RuntimeError):
+    """The processes of a run did not come together; the message says what was waited for."""
+
+
+def start_processes(config: DistributedConfig) -> None:
+    """Joins the other processes of the run. Before the first use of JAX; once.
+
+    Raises:
+      ProcessError: they do not meet within five minutes, or ``"auto"`` finds no cluster.
+    """
+    if not config.coordinator:
+        return
+    timeouts = {
+        "heartbeat_timeout_seconds": config.timeout,
+        "shutdown_timeout_seconds": config.timeout,
+    }
+    try:
+        if config.coordinator == "auto":
+            jax.distributed.initialize(**timeouts)
+        else:
+            jax.distributed.initialize(
+                config.coordinator,
+                config.num_processes,
+                config.process_id,
+                cluster_detection_method="deactivate",
+                **timeouts,
+            )
+    except (ValueError, RuntimeError) as error:
+        raise ProcessError(
+            f"distributed.coordinator={config.coordinator!r}: the processes did not meet: {error}"
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process speaks and writes for all."""
+    return jax.process_index() == 0
+
+
+def meet(name: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def first_before_others(name: str) -> Iterator[None]:
+    """The first process goes through the block, then all others: what it wrote is there."""
+    if not is_first():
+        meet(name)
+    yield
+    if is_first():
+        meet(name)
+
+
+def local_rows(sharding: Sharding, n_rows: int) -> np.ndarray:
+    """Which of a global batch's rows lie on this process's devices, in rising order."""
+    slices = sharding.addressable_devices_indices_map((n_rows,)).values()
+    starts = {index[0].indices(n_rows)[:2] for index in slices}
+    return np.concatenate([np.arange(*start_stop) for start_stop in sorted(starts)])
+
+
+def on_devices(local: np.ndarray, sharding: Sharding, n_rows: int) -> jax.Array:
+    """A global array of ``n_rows`` from each process's :func:`local_rows` of it."""
+    return jax.make_array_from_process_local_data(sharding, local, (n_rows, *local.shape[1:]))
+
+
+def to_host(tree: PyTree) -> PyTree:
+    """Global arrays as NumPy arrays, whole in every process."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    return jax.tree.map(lambda leaf: multihost_utils.process_allgather(leaf, tiled=True), tree)
+
+
+@contextlib.contextmanager
+def stopping_with_others() -> Iterator[None]:
+    """Ends this process where the devices' work fails because another process is gone.
+
+    Such a failure cannot be mended here, and an orderly exit would wait for the lost process. The
+    message is every process's own: the first may be the one that died.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(
+            f"error: process {jax.process_index()} of {jax.process_count()} stops: work that all "
+            f"processes share failed ({str(error).splitlines()[0]}). If another process died, its "
+            "own log says why. The same command, with any number of processes, goes on from the "
+            "last checkpoint.",
+            file=sys.stderr,
+        )
+        leave(LOST_PROCESS)
+
+
+def leave(code: int) -> None:
+    """Exits with ``code``; where there are other processes without waiting for them, so that they
+    notice at once."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.distributed.is_initialized():
+        os._exit(code)
+    sys.exit(code)

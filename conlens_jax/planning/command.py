@@ -1,0 +1,40 @@
+"""The plan of a config on the console: what ``conlens_jax.plan`` and a dry run both do."""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+
+from conlens_jax.config import ExperimentConfig
+from conlens_jax.parallel.mesh import abstract_mesh, make_mesh, planned_mesh
+from conlens_jax.planning.gpu_target import target_mesh
+from conlens_jax.planning.lens import make_plan
+from conlens_jax.planning.model_source import planned_model
+from conlens_jax.planning.report import print_plan
+from conlens_jax.training.console import Console
+
+
+def show_plan(
+    config: ExperimentConfig, model_config: str = "", *, compiled: bool, target: str = ""
+) -> None:
+    """Prints what is known without weights and devices. Before the first use of JAX: a plan never
+    asks for an accelerator.
+
+    Args:
+      model_config: a config.json instead of ``model.path``.
+      compiled: also compile the train steps, for virtual devices.
+      target: for GPUs of this kind instead, which need not be there.
+    """
+    mesh, devices = planned_mesh(config.mesh)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+    if target:
+        on = target_mesh(target, mesh, devices)
+    else:
+        on = make_mesh(mesh) if compiled else abstract_mesh(mesh, devices)
+    print_plan(
+        make_plan(config, planned_model(config, model_config), on),
+        Console(sys.stdout),
+        compiled=compiled,
+    )

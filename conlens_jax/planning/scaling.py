@@ -1,0 +1,88 @@
+"""How a step grows with the devices, from compiled programs.
+
+The rows of a device stay the same (weak scaling): the config's batch is that of 8 devices. Up to 8
+devices they are one ``fsdp`` axis; more are slices of 8, ``data`` over the slices.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+
+from conlens_jax.benchmark.flops import step_flops, supervised_flops
+from conlens_jax.config import ExperimentConfig, MeshConfig
+from conlens_jax.parallel.footprint import in_units
+from conlens_jax.parallel.mesh import make_mesh
+from conlens_jax.planning.collectives import KINDS, Collective, collectives_of
+from conlens_jax.planning.compiled import compiled_program, memory_of
+from conlens_jax.planning.lens import Plan, make_plan
+from conlens_jax.planning.model_source import planned_model
+from conlens_jax.training.state import Stage, stages_of
+
+SLICE = 8
+# 40 % of an H100's 989e12 in bf16, a usual figure; 900 GB/s in both directions together; 400 Gb/s
+# for each GPU.
+FLOPS_PER_SECOND, NVLINK, INFINIBAND = 400e12, 450e9, 50e9
+HEADER = [
+    *("devices", "data×fsdp", "rows", "bytes", "FLOPs", *KINDS),
+    *("compute s", "NVLink s", "InfiniBand s"),
+]
+
+
+def report_row(config: ExperimentConfig, devices: int, stage_name: str) -> list[str]:
+    """One device count; all numbers are one device's."""
+    plan, stage = plan_for(config, devices, stage_name)
+    compiled = compiled_program(plan, stage)
+    found = collectives_of(compiled.as_text())
+    sent: collections.Counter[str] = collections.Counter()
+    for each in found:
+        sent[each.kind] += each.total_bytes
+    flops = flops_of(plan, stage) / devices
+    inside, between = seconds_of(found)
+    return [
+        str(devices),
+        f"{plan.mesh.shape['data']}×{plan.mesh.shape['fsdp']}",
+        str(stage.batch_size),
+        in_units(memory_of(compiled, 0.0).peak),
+        f"{flops:.2e}",
+        *(in_units(sent[kind]) for kind in KINDS),
+        f"{flops / FLOPS_PER_SECOND:.3f}",
+        f"{inside:.3f}",
+        f"{between:.3f}",
+    ]
+
+
+def plan_for(config: ExperimentConfig, devices: int, stage_name: str) -> tuple[Plan, Stage]:
+    """The config on so many devices, with as many rows each as on 8."""
+    fsdp = min(devices, SLICE)
+    mesh = MeshConfig(data=devices // fsdp, fsdp=fsdp)
+    grown = lambda rows: rows * devices // SLICE or 1
+    config = dataclasses.replace(
+        config,
+        mesh=mesh,
+        warm=dataclasses.replace(config.warm, batch_size=grown(config.warm.batch_size)),
+        joint=dataclasses.replace(config.joint, batch_size=grown(config.joint.batch_size)),
+        # These programs are not compiled here; any batch that the mesh divides will do.
+        dump=dataclasses.replace(config.dump, batch_size=devices),
+        evaluate=dataclasses.replace(config.evaluate, batch_size=devices),
+    )
+    on = make_mesh(mesh, jax.devices()[:devices])
+    plan = make_plan(config, planned_model(config), on)
+    return plan, next(stage for stage in stages_of(config) if stage.name == stage_name)
+
+
+def flops_of(plan: Plan, stage: Stage) -> float:
+    work = plan.workload(stage)
+    return sum(supervised_flops(work).values()) if stage.supervised else step_flops(work)["total"]
+
+
+def seconds_of(found: Sequence[Collective]) -> tuple[float, float]:
+    """On NVLink and on InfiniBand: a group within one slice, or across."""
+    seconds = [0.0, 0.0]
+    for each in found:
+        across = len({device // SLICE for device in each.group}) > 1
+        seconds[across] += each.total_bytes / (INFINIBAND if across else NVLINK)
+    return seconds[0], seconds[1]

@@ -1,0 +1,46 @@
+"""How a step grows with the devices, from compiled programs: no devices are needed.
+
+    python scripts/scaling_report.py --config=configs/llama3_1_8b_8xh100.py --devices=1,2,4,8
+
+For each count (see :mod:`conlens_jax.planning.scaling`): bytes and FLOPs of a device, bytes that it
+sends by each collective in a step, and the seconds that these numbers would take on H100s if
+nothing overlapped:
+
+    compute      FLOPs / 400e12
+    NVLink       bytes within 8 devices / 450e9
+    InfiniBand   bytes between slices / 50e9
+
+They are predictions from counts. FLOPs are the least that the step needs; XLA's CPU compiler
+decides which collectives there are, and a GPU's may merge or replace some of them.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+from absl import flags
+
+from conlens_jax import cli
+from conlens_jax.config import ConfigError
+from conlens_jax.planning.scaling import HEADER, report_row
+from conlens_jax.training.console import Console
+
+_CONFIG = cli.define_config()
+DEVICES = flags.DEFINE_list("devices", ["1", "2", "4", "8"], "Device counts, with commas between.")
+STAGE = flags.DEFINE_enum("stage", "joint", ["warm", "joint"], "Whose step.")
+
+
+def main() -> None:
+    config = cli.load_config(_CONFIG)
+    if not all(text.isdigit() and int(text) for text in DEVICES.value):
+        raise ConfigError([f"--devices={','.join(DEVICES.value)} must be whole numbers above 0"])
+    counts = sorted(map(int, DEVICES.value))
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", counts[-1])
+    rows = [report_row(config, count, STAGE.value) for count in counts]
+    Console(sys.stdout).table(f"a {STAGE.value} step, weak scaling", HEADER, rows)
+
+
+if __name__ == "__main__":
+    cli.run(main)

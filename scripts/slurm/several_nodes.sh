@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Several nodes of 8 GPUs, one process a GPU; each node is a slice: parameters are split over its
+# GPUs, and only gradients cross the network between nodes.
+#   mkdir -p logs && sbatch --nodes=4 scripts/slurm/several_nodes.sh --config=configs/llama3_3_70b_8xh100.py
+# The config's own mesh gives way: leave mesh.preset empty or "multislice" there, or override it here.
+#SBATCH --job-name=conlens
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=logs/%x-%j.out
+cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
+source scripts/slurm/common.sh
+train "$@" --config.distributed.coordinator=auto \
+  --config.mesh.preset=multislice --config.mesh.slices="$SLURM_JOB_NUM_NODES"
