@@ -2,4 +2,5 @@
 # Sets up the environment with the test tools and runs the tests; arguments go to pytest.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" test
-exec python -m pytest "$@"
+# A process a core, each with whole files: their fixtures are made once.
+exec python -m pytest -n auto --dist loadfile "$@"
