@@ -9,7 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
-from pipeline import open_world, quiet_console
+from pipeline import WARM_STEPS, open_world, quiet_console
 
 from conlens_jax.config import ConfigError
 from conlens_jax.data.stories import ATTRIBUTES
@@ -35,12 +35,12 @@ def run(world, tmp_path_factory):
     return folder
 
 
-def evaluate(world, folder, **changes):
+def evaluate(world, folder, inside="", **changes):
     fields = {"evaluate__suite": "full", "evaluate__audit_steps": AUDIT_STEPS}
     fields |= {"evaluate__best_of": BEST_OF, **changes}
     console, stream = quiet_console()
     setting = dataclasses.replace(world.changed(folder, **fields), console=console)
-    evaluate_run(setting, folder)
+    evaluate_run(setting, folder / inside)
     return stream.getvalue()
 
 
@@ -171,8 +171,8 @@ def test_interventions_need_known_words(world, run):
 def test_audit_of_unknown_corpus_has_no_truth(world, run, metrics, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
-    evaluate(world, folder, corpus__kind="stdlib")
+    evaluate(world, folder, f"checkpoints/{WARM_STEPS}", corpus__kind="stdlib")
     other = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    assert other["gap_frozen"] == metrics["gap_frozen"]
+    assert other["gap_frozen"] == metrics["warm_gap_frozen"]
     assert not any("recall" in name or "intervention" in name for name in other)
     assert np.isfinite(other["linear_code_fve_nrm"])

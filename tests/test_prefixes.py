@@ -12,7 +12,7 @@ from tiny_lens import TEXT_LEN, tiny_batch, tiny_lens, tiny_spec
 from tiny_models import random_tokens
 
 from conlens_jax.config import LossConfig, WarmConfig
-from conlens_jax.evaluation.suite import prefix_lengths
+from conlens_jax.evaluation.statistics import prefix_lengths
 from conlens_jax.lens.encoder import (
     encode_embeddings,
     encode_prefixes,

@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from conlens_jax.config import WarmConfig
 from conlens_jax.data.rows import Rows
 from conlens_jax.data.stories import ATTRIBUTES, story
 from conlens_jax.data.story_grammar import words
 from conlens_jax.data.tokenizer import train_word_tokenizer
 from conlens_jax.evaluation.interventions import EDITS, draw_edits
 from conlens_jax.evaluation.story_facts import NOT_MENTIONED, StoryFacts, attribute_values
+from conlens_jax.evaluation.suite import Suite
+from conlens_jax.evaluation.truth import truth_of_texts
 
 SEED, N_ROWS = 5, 40
 
@@ -67,6 +70,40 @@ def test_what_texts_state_and_claim(facts, rows, tokenizer):
     assert (claims[:, column("friend")] == 0).all()
     assert (claims[:, column("animal")] == 2).all() and (correct[:, column("animal")] == 1).all()
     assert claims.sum() == 3 * N_ROWS
+
+
+def test_recall_and_precision_by_hand(facts, rows, tokenizer):
+    """Every other row states its animal and a wrong colour, the others its food; a probe reads the
+    animal of all rows where it was mentioned, and nothing else."""
+    right = [story(SEED, int(d)).attributes for d in rows.documents_N]
+    lines = [
+        f"the {a['animal']} {'red' if a['colour'] != 'red' else 'blue'}"
+        if row % 2
+        else f"the {a['food']} was"
+        for row, a in enumerate(right)
+    ]
+    texts = np.array([tokenizer.encode(line) for line in lines])
+    names = list(facts.values)
+    readable = np.zeros_like(facts.mentioned_NA)
+    animal = names.index("animal")
+    readable[:, animal] = facts.mentioned_NA[:, animal]
+    warm = WarmConfig(before=1, after=1)
+    suite = Suite.make(None, rows, None, warm, frozenset(), n_resamples=20, seed=0)
+    found = truth_of_texts(suite, facts, readable, {"": texts, "other_": texts[::-1]})
+    value = lambda name: found[name].value
+    odd = np.arange(N_ROWS) % 2 == 1
+    said = readable[odd, animal].sum() / readable[:, animal].sum()
+    assert 0 < said < 1
+    assert value("recall") == value("recall_animal") == pytest.approx(said)
+    # 20 rows with one right and one wrong claim, 20 with one right.
+    assert value("precision") == pytest.approx(40 / 60)
+    assert value("precision_colour") == 0 and value("precision_food") == 1
+    assert value("probe_read") == pytest.approx(readable.sum() / facts.mentioned_NA.sum())
+    assert value("probe_read_animal") == 1 and value("probe_read_name") == 0
+    assert value("other_precision") < 0.2
+    near = (facts.distance_NA[:, animal] >= 0) & (facts.distance_NA[:, animal] <= 3)
+    assert value("recall_distance_0_3") == pytest.approx(odd[near].mean())
+    assert "recall_food" not in found
 
 
 def test_edits_change_the_word_that_they_say(tokenizer):

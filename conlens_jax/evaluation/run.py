@@ -226,6 +226,7 @@ def _notes(setting: Setting, measured: dict[str, Evaluated], has_baseline: bool)
 def _print_table(setting: Setting, systems: list[System]) -> None:
     names = (*HEADLINE, "null_shuffle_fve_nrm", "null_shuffle_kl_frac_mean", "top1_agree")
     names += ("attribute_stated", "null_shuffle_attribute_stated", "nll_text", "nll_window")
+    names += ("frozen_fve_nrm", "gap_frozen", "gap_frozen_window", "recall", "precision")
     rows = []
     for name in names:
         values = [system.evaluated.metrics.get(name) for system in systems]
