@@ -7,7 +7,8 @@ Command:   python -m conlens_jax.dump --config=configs/llama3_3_70b_8xh100.py
 Needs:     internet (or copies) for the model, which asks for its licence, and for the corpus.
 Hardware:  one node of 8 H100 with 80 GB.
 Memory:    of each device, from shapes alone: python -m conlens_jax.plan --compile and the same
-           config; the table is in configs/README.md.
+           config; the table is in configs/README.md. The estimate fits (42 GiB); XLA's
+           analysis for CPUs does not (139 GiB), and none for GPUs has been made.
 Time, expected numbers: not measured.
 """
 

@@ -69,7 +69,8 @@ def test_kubernetes_job_runs_in_dry_mode(flags):
     spec = job["spec"]["template"]["spec"]
     (container,) = spec["containers"]
     args = [arg.replace("$(JOB_COMPLETION_INDEX)", "1") for arg in container["args"]]
-    args = [arg for arg in args if not arg.startswith("--config=")] + flags
+    own = [arg for arg in args if not arg.startswith("--config=")]
+    args = [flags[0], *own, *flags[1:]]
     done = subprocess.run(
         [sys.executable, *container["command"][1:], *args, "--config.launch.dry_run=true"],
         cwd=ROOT,

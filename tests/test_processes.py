@@ -16,10 +16,16 @@ import pytest
 from pipeline import LAST_STEP, WARM_STEPS, child_settings, losses, open_world
 
 from conlens_jax import launch
-from conlens_jax.config import ConfigError, MeshConfig, from_config_dict, to_json_dict
+from conlens_jax.config import (
+    ConfigError,
+    DistributedConfig,
+    MeshConfig,
+    from_config_dict,
+    to_json_dict,
+)
 from conlens_jax.parallel.mesh import batch_sharding, make_mesh
 from conlens_jax.parallel.preemption import PREEMPTED, Preempted
-from conlens_jax.parallel.processes import local_rows, on_devices
+from conlens_jax.parallel.processes import ProcessError, local_rows, on_devices, start_processes
 from conlens_jax.training import loop
 from conlens_jax.training.checkpoint import all_steps
 from conlens_jax.training.loop import train_lens
@@ -74,6 +80,12 @@ def test_settings_of_processes():
     ):
         with pytest.raises(ConfigError, match=message):
             from_config_dict({"distributed": {**good, **change}})
+
+
+def test_processes_that_find_no_cluster():
+    with pytest.raises(ProcessError, match="distributed.coordinator='auto': .* did not meet"):
+        start_processes(DistributedConfig("auto"))
+    start_processes(DistributedConfig())  # alone: nothing to do
 
 
 # --- a run of several processes -----------------------------------------------------------------

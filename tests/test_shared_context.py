@@ -18,6 +18,7 @@ from conlens_jax.lens.batch import make_batch
 from conlens_jax.training.objective import TERMS, Objective, joint_loss, prepare, swap_vector
 
 SHARED = 2
+FIRST = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def rows_of(documents: list[int]) -> Rows:
@@ -107,10 +108,10 @@ def test_batches_are_whole_groups():
     seen = [grouped_batch(groups, 4, seed=0, step=step).tolist() for step in (0, 1)]
     assert sorted(seen[0] + seen[1]) == list(range(8))
     for indices in seen:
-        batch = make_batch(cache.rows(indices), jax.devices()[0], 4, rows_per_document=2)
+        batch = make_batch(cache.rows(indices), FIRST, 4, rows_per_document=2)
         assert batch.tokens_GS[:, 0].tolist() == [i // 2 for i in indices[::2]]
         assert batch.positions_B.tolist() == indices
     with pytest.raises(ValueError, match=r"joint.rows_per_document=4.*positions_per_sequence"):
         read_groups(cache, 4)
     with pytest.raises(ValueError, match="of one document"):
-        make_batch(cache.rows(np.asarray([0, 2])), jax.devices()[0], 2, rows_per_document=2)
+        make_batch(cache.rows(np.asarray([0, 2])), FIRST, 2, rows_per_document=2)

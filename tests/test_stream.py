@@ -70,8 +70,9 @@ def test_a_batch_captures_what_the_dump_wrote(world, tmp_path, rows_per_document
     stream, _ = open_stream(setting.config, setting.model, setting.spec, setting.mesh)
     cache, _ = open_caches(world.setting)
     indices = np.arange(16)
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     put = lambda source: make_batch(
-        source.rows(indices), jax.devices()[0], 16, rows_per_document=rows_per_document
+        source.rows(indices), first, 16, rows_per_document=rows_per_document
     )
     original = jax.device_put(setting.model.params, jax.devices()[0])
     found = jax.jit(lambda batch: with_activations(batch, original, setting.spec))(put(stream))

@@ -25,7 +25,7 @@ from conlens_jax.training.console import Console
 from conlens_jax.training.language_model import ensure_language_model
 from conlens_jax.training.objective import Objective
 
-_REFERENCE_ROWS = 16_384
+_REFERENCE_ROWS = _ROWS_AT_A_TIME = 16_384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,10 +176,12 @@ def open_caches(setting: Setting) -> tuple[RowSource, RowSource]:
 
 def _check_rows(config: ExperimentConfig, cache: RowSource) -> None:
     """The windows that training reads must lie inside every context."""
-    rows = cache.rows(np.arange(len(cache)))
     after = max(config.warm.after, config.loss.kl_horizon - 1, config.evaluate.kl_horizon - 1, 1)
-    short = int(np.sum(rows.positions_N + after >= rows.lengths_N))
-    early = int(np.sum(rows.positions_N + 1 < config.warm.before))
+    short = early = 0
+    for start in range(0, len(cache), _ROWS_AT_A_TIME):  # all activations at once may be too many
+        rows = cache.rows(np.arange(start, min(start + _ROWS_AT_A_TIME, len(cache))))
+        short += int(np.sum(rows.positions_N + after >= rows.lengths_N))
+        early += int(np.sum(rows.positions_N + 1 < config.warm.before))
     problems = []
     if short:
         problems.append(
