@@ -12,11 +12,14 @@ import pytest
 from pipeline import quick_compilation
 from tiny_user import LAYER, TEXT, TEXTS, tiny_user_lens
 
+from conlens_jax.config import MeshConfig
 from conlens_jax.inspection.explanations import Explanations
+from conlens_jax.inspection.lens import Lens
 from conlens_jax.inspection.programs import TOP
 from conlens_jax.lens.decoder import generate
 from conlens_jax.lens.encoder import encode_tokens
 from conlens_jax.lens.spec import decoder_of, encoder_of
+from conlens_jax.parallel.mesh import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,21 @@ def sampled(lens):
     return lens.explain(TEXTS, slice(-2, None), samples=2, decoding="sample", seed=3)
 
 
+@pytest.fixture(scope="module")
+def oracle(lens):
+    """The activations of every token of TEXT, what D writes of each, and what E makes of that;
+    from the plain capture and the lens's own functions."""
+
+    @jax.jit
+    def run(trainable, frozen, states_SD):
+        texts = generate(decoder_of(trainable, frozen), states_SD, None, spec=lens.spec)
+        encoder = encoder_of(trainable, frozen, lens.spec)
+        return texts, encode_tokens(encoder, texts, spec=lens.spec)
+
+    states_SD = lens.model.capture([ids_of(lens, TEXT)], LAYER)[0]
+    return states_SD, *run(lens.trainable, lens.frozen, states_SD)
+
+
 def ids_of(lens, text):
     return lens.model.tokenizer.encode(text, add_bos=True)
 
@@ -42,23 +60,16 @@ def ids_of(lens, text):
 # --- oracles ------------------------------------------------------------------------------------
 
 
-def test_explanations_are_the_decoders_of_the_captured_activations(lens, explained):
-    tokens = ids_of(lens, TEXT)
-    states_SD = lens.model.capture([tokens], LAYER)[0]
-    texts = generate(decoder_of(lens.trainable, lens.frozen), states_SD, None, spec=lens.spec)
+def test_explanations_are_the_decoders_of_the_captured_activations(lens, explained, oracle):
+    tokens, (states_SD, texts, _) = ids_of(lens, TEXT), oracle
     assert [row.explanation for row in explained] == lens.model.decode(texts)[1:]
     assert [row.position for row in explained] == list(range(1, len(tokens)))
     assert len({row.explanation for row in explained}) > 3
     np.testing.assert_allclose(lens.capture(TEXT, 4), states_SD[4], rtol=1e-5, atol=1e-5)
 
 
-def test_kl_and_predictions_are_those_of_the_full_forward_with_the_swap(lens, explained):
-    tokens = np.array([ids_of(lens, TEXT)])
-    states_SD = lens.model.capture(tokens, LAYER)[0]
-    texts = generate(decoder_of(lens.trainable, lens.frozen), states_SD, None, spec=lens.spec)
-    vectors = encode_tokens(
-        encoder_of(lens.trainable, lens.frozen, lens.spec), texts, spec=lens.spec
-    )
+def test_kl_and_predictions_are_those_of_the_full_forward_with_the_swap(lens, explained, oracle):
+    tokens, (states_SD, _, vectors) = np.array([ids_of(lens, TEXT)]), oracle
     clean = jax.nn.log_softmax(lens.model.logits(tokens)[0])
     for row in explained:
         at, reading = row.position, row.readings[0]
@@ -114,14 +125,18 @@ def test_swapping_an_explanation_is_what_explain_measured(lens, explained):
 
 
 def test_encode_reads_like_the_encoder_at_any_length(lens):
-    texts = ["one cat saw two", "fox", "the owl and the bee saw"]
+    texts = ["fox", "the owl and the bee saw"]
     together = lens.encode(texts)
-    encoder = encoder_of(lens.trainable, lens.frozen, lens.spec)
+    read = jax.jit(
+        lambda trainable, frozen, tokens: encode_tokens(
+            encoder_of(trainable, frozen, lens.spec), tokens, spec=lens.spec
+        )
+    )
     for text, vector in zip(texts, together, strict=True):
         tokens = jnp.array([lens.model.tokenizer.encode(text)])
-        expected = encode_tokens(encoder, tokens, spec=lens.spec)[0]
+        expected = read(lens.trainable, lens.frozen, tokens)[0]
         np.testing.assert_allclose(vector, expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(lens.encode("fox"), together[1], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(lens.encode("fox"), together[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("decoding", ["greedy", "sample"])
@@ -137,9 +152,8 @@ def test_compare_says_what_it_did(lens):
     found = lens.compare(a, b)
     a_D, b_D = lens.capture(*a), lens.capture(*b)
     mean_D = np.asarray(lens.frozen["statistics"]["mean"])
-    assert [found.a, found.b] == lens.decode(np.stack([a_D, b_D]))
-    assert found.towards_a == lens.decode(mean_D + a_D - b_D)
-    assert found.towards_b == lens.decode(mean_D + b_D - a_D)
+    vectors = np.stack([a_D, b_D, mean_D + a_D - b_D, mean_D + b_D - a_D])
+    assert [found.a, found.b, found.towards_a, found.towards_b] == lens.decode(vectors)
     read = lens.encode(found.a) - lens.encode(found.b)
     cos = read @ (a_D - b_D) / np.linalg.norm(read) / np.linalg.norm(a_D - b_D)
     assert found.cos == pytest.approx(cos, abs=1e-4)
@@ -154,6 +168,16 @@ def test_steering_moves_the_activation_by_the_edit(lens):
     assert found.before == lens.model.decode(tokens)[0]
     with pytest.raises(ValueError, match="edit changes nothing"):
         lens.steer(TEXT, 6, ("no such word", "x"))
+
+
+def test_on_a_mesh_it_says_the_same(lens, explained, tmp_path):
+    spread = Lens.load(lens.save(tmp_path / "lens"), make_mesh(MeshConfig(data=4, fsdp=2)))
+    leaf = spread.trainable["decoder"]["base"]["output_head"]
+    assert not leaf.sharding.is_fully_replicated
+    found = spread.explain(TEXT, progress=False)
+    assert [row.explanation for row in found] == [row.explanation for row in explained]
+    for one, other in zip(found, explained, strict=True):
+        assert one.best.kl == pytest.approx(other.best.kl, rel=1e-3, abs=1e-5)
 
 
 # --- results ------------------------------------------------------------------------------------
@@ -188,9 +212,9 @@ def test_html_is_whole_and_escaped(explained):
 def test_callback_gets_whole_tokens_as_they_come(lens):
     batches = []
     result = lens.explain(
-        TEXT, samples=2, decoding="sample", batch_size=6, progress=False, callback=batches.append
+        TEXT, slice(8), samples=2, decoding="sample", batch_size=9, callback=batches.append
     )
-    assert [len(batch) for batch in batches] == [3, 3, 3, 1]
+    assert [len(batch) for batch in batches] == [4, 4]
     assert [row for batch in batches for row in batch] == list(result)
 
 
@@ -220,7 +244,7 @@ def test_token_ids_and_chats_are_read_too(lens, explained):
         ({"text": []}, "empty list"),
         ({"text": 3.5}, "must be a text"),
         ({"text": "one " * 100}, "more than the 64"),
-        ({"text": [[1, 99]]}, "below 48"),
+        ({"text": [[1, 99]]}, "0 to 47; 1 are not, the first is 99"),
         ({"text": TEXT, "positions": 40}, "positions has 40"),
         ({"text": TEXT, "positions": "some"}, "'all'"),
         ({"text": TEXT, "positions": slice(50, 60)}, "positions has nothing"),

@@ -76,7 +76,10 @@ def _tokens(piece: Any, model: LanguageModel, add_bos: bool) -> list[int]:
     if _is_ids(piece):
         wrong = [int(token) for token in piece if not 0 <= token < model.config.vocab_size]
         if wrong:
-            raise ValueError(f"token ids must be below {model.config.vocab_size}, not {wrong}")
+            raise ValueError(
+                f"token ids must be 0 to {model.config.vocab_size - 1}; {len(wrong)} are not, the "
+                f"first is {wrong[0]}"
+            )
         return [int(token) for token in piece]
     raise ValueError(f"text must be texts, chat messages or token ids, not {piece!r:.80}")
 

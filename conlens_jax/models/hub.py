@@ -12,6 +12,7 @@ _FETCHED = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
     "vocab*",
     "merges.txt",
 )
