@@ -8,6 +8,7 @@ import tracemalloc
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from safetensors.numpy import save_file
 from test_param_table import CASES, CONFIG
 
@@ -17,7 +18,7 @@ from conlens_jax.models.param_loading import ParamReader
 from conlens_jax.models.param_table import ParamRow
 from conlens_jax.models.sharding import param_shardings
 from conlens_jax.models.tensor_files import TensorFiles
-from conlens_jax.parallel.mesh import make_mesh
+from conlens_jax.parallel.mesh import make_mesh, param_spec
 
 MIXTRAL = "h.{layer}.experts.{expert}.w"
 
@@ -60,7 +61,7 @@ def plainly(tensors, row, config=CONFIG):
 @pytest.mark.parametrize("case", ROWS)
 def test_every_layout_in_slices_and_chunks(folder, mesh, case, chunk_bytes):
     row, tensors = ROWS[case], TensorFiles(folder)
-    (sharding,) = jax.tree.leaves(param_shardings([row], CONFIG, mesh))
+    sharding = NamedSharding(mesh, param_spec(row.dims))
     seen = []
     reader = ParamReader(tensors, CONFIG, on_bytes=seen.append, chunk_bytes=chunk_bytes)
     loaded = reader.load(row, sharding)

@@ -9,6 +9,7 @@ the library sees only the dataclasses of ``settings.py``, already validated by `
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -99,8 +100,8 @@ def to_config_dict(config: ExperimentConfig) -> ml_collections.ConfigDict:
 
 
 def to_json_dict(config: ExperimentConfig) -> dict[str, Any]:
-    """Nested plain values, for ``config.json``."""
-    return dataclasses.asdict(config)
+    """Nested plain values, as ``config.json`` gives them back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_config_dict(values: Mapping[str, Any]) -> ExperimentConfig:
