@@ -29,7 +29,7 @@ from conlens_jax.training.setting import open_setting
 
 _OUT = flags.DEFINE_string("out", "runs/gradient_report", "Folder for the report.")
 _DRAWS = flags.DEFINE_integer("draws", 100_000, "Draws an estimator.", lower_bound=2)
-_SEED = flags.DEFINE_integer("seed", 0, "Which toy.")
+_SEED = flags.DEFINE_integer("toy_seed", 0, "Which toy.")
 _LENS_DRAWS = flags.DEFINE_integer(
     "lens_draws", 64, "Draws an estimator on the lens; the reference has 8 times as many.", 2
 )

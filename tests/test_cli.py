@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -174,3 +175,9 @@ def test_compiled_programs_are_kept_where_asked(tmp_path):
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+def test_entry_points_that_take_a_checkpoint_can_be_imported_together():
+    """They share evaluate's flags, and flags are global: no two may have one name."""
+    for name in ("evaluate", "explain", "explore", "gradient_report"):
+        importlib.import_module(f"conlens_jax.{name}")
