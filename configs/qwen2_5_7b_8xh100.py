@@ -4,7 +4,7 @@ What:      decoder and encoder are full clones, in bfloat16 with fp32 moments, s
 Command:   python -m conlens_jax.dump --config=configs/qwen2_5_7b_8xh100.py
            python -m conlens_jax.train --config=configs/qwen2_5_7b_8xh100.py
            python -m conlens_jax.evaluate --config=configs/qwen2_5_7b_8xh100.py
-Needs:     internet (or copies) for the model, which asks for its licence, and for the corpus.
+Needs:     internet (or copies) for the model and the corpus.
 Hardware:  one node of 8 H100 with 80 GB.
 Memory:    of each device, from shapes alone: python -m conlens_jax.plan --compile and the same
            config; the table is in configs/README.md.
