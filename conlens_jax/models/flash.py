@@ -11,6 +11,7 @@ import functools
 import logging
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from conlens_jax.models.attention import heads_last
@@ -24,10 +25,16 @@ def is_usable(config: TransformerConfig) -> bool:
     """Whether the kernel is asked for and can do what the model needs."""
     if config.attention != "cudnn":
         return False
-    reasons = obstacles(config, jax.default_backend())
+    reasons = obstacles(config, _platform())
     if reasons:
         _say_once("; ".join(reasons))
     return not reasons
+
+
+def _platform() -> str:
+    """Of the devices that the program is for; this process may not have them."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 def obstacles(config: TransformerConfig, backend: str) -> list[str]:
@@ -56,10 +63,18 @@ def attend(
     value_BKSX: Float[Array, "B K S X"],
     mask_BSS: Bool[Array, "B S S"],
     scale: float,
-    implementation: str = "cudnn",
 ) -> Float[Array, "B S H X"]:
-    """:func:`conlens_jax.models.attention.attend` of tokens to themselves."""
-    return jax.nn.dot_product_attention(
+    """:func:`conlens_jax.models.attention.attend` of tokens to themselves.
+
+    The kernel's gradient wants an even length: an odd one gets a token at the end, which sees and
+    is seen by itself alone.
+    """
+    length = mask_BSS.shape[-1]
+    if length % 2:
+        longer = lambda x: jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, 1), (0, 0)])
+        query, key_BKSX, value_BKSX = map(longer, (query, key_BKSX, value_BKSX))
+        mask_BSS = jnp.pad(mask_BSS, [(0, 0), (0, 1), (0, 1)]).at[:, -1, -1].set(True)
+    attended = jax.nn.dot_product_attention(
         heads_last(query),
         key_BKSX.swapaxes(1, 2),
         value_BKSX.swapaxes(1, 2),
@@ -67,5 +82,6 @@ def attend(
         scale=scale,
         # Already in the mask; said again so that the kernel skips what lies ahead.
         is_causal=True,
-        implementation=implementation,
+        implementation="cudnn",
     )
+    return attended[:, :length]
