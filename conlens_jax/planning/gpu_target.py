@@ -1,7 +1,8 @@
 """A mesh of GPUs that are not there, for compiling: XLA's GPU compiler needs no GPU.
 
-It comes in two wheels beside JAX. Autotuning, which would need a device, is switched off; the
-memory figures are those of the real compiler all the same.
+It comes in two wheels beside JAX. Autotuning, which would need a device, is switched off, and with
+it Triton's matrix products, whose tiles it chooses (products are cuBLAS calls then); the memory
+figures are those of the real compiler all the same.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from conlens_jax.config import ConfigError, MeshConfig
 from conlens_jax.parallel.mesh import AXES, mesh_shape
 
 _DEVICES_PER_HOST = 8
+_WITHOUT_TUNING = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 # Source: xla/backends/gpu/target_config/specs/h100_sxm.txtpb of openxla/xla.
 _H100 = """
 gpu_device_info {
@@ -69,7 +71,7 @@ def target_mesh(target: str, config: MeshConfig, devices: int) -> Mesh:
             [f"--target={target}: {devices} devices do not fill hosts of {_DEVICES_PER_HOST}"]
         )
     flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()
+    os.environ["XLA_FLAGS"] = f"{flags} {_WITHOUT_TUNING}".strip()
     hosts = max(devices // _DEVICES_PER_HOST, 1)
     topology = topologies.get_topology_desc(
         target,
