@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from tiny_lens import (
     BATCH,
     TEXT_LEN,
@@ -36,10 +37,9 @@ from conlens_jax.config import (
 )
 from conlens_jax.lens.decoder import generate, teacher_forced_logits
 from conlens_jax.lens.encoder import encode_tokens
+from conlens_jax.lens.sharding import lens_shardings
 from conlens_jax.lens.spec import decoder_of, encoder_of, init_lens
-from conlens_jax.models.families.llama import param_table
-from conlens_jax.models.sharding import param_shardings
-from conlens_jax.parallel.mesh import make_mesh, replicated, shardings_like
+from conlens_jax.parallel.mesh import make_mesh
 from conlens_jax.training.accounting import parameter_table
 from conlens_jax.training.checkpoint import Checkpoints, restore_params
 from conlens_jax.training.objective import Objective, warm_loss
@@ -279,17 +279,27 @@ def test_adapters_go_through_a_checkpoint(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, trainable)
 
 
-def test_on_a_mesh_adapters_are_whole_and_give_the_same_logits():
+def test_on_a_mesh_adapters_are_split_and_give_the_same_logits():
     spec = lora_spec()
     trainable, frozen = tiny_lens(spec)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    model = param_shardings(param_table(spec.model), spec.model, mesh)
-    shardings = shardings_like(trainable, model, mesh)
-    assert {*jax.tree.leaves(shardings)} == {replicated(mesh)}
-    placed = (
-        jax.device_put(trainable, shardings),
-        jax.device_put(frozen, shardings_like(frozen, model, mesh)),
+    placed = tuple(
+        jax.device_put(part, lens_shardings(part, spec.model, mesh)) for part in (trainable, frozen)
     )
+    lora = placed[0]["decoder"]["lora"]
+    specs = {
+        (target, side): matrix.sharding.spec
+        for target, adapter in lora.items()
+        for side, matrix in adapter.items()
+    }
+    assert specs["query", "in"] == P(None, "fsdp", None)
+    assert specs["query", "out"] == P(None, None, "tensor", None)
+    assert specs["down", "in"] == P(None, "tensor", None)  # mesh.fsdp does not divide the rank
+    assert specs["down", "out"] == P(None, None, "fsdp")
+    assert placed[0]["decoder"]["projection"]["kernel"].sharding.spec == P("fsdp", None)
+    even = {"lora": {"down": {"in": jax.ShapeDtypeStruct((2, 40, 4), jnp.float32)}}}
+    found = lens_shardings(even, spec.model, mesh)
+    assert found["lora"]["down"]["in"].spec == P(None, "tensor", "fsdp")
     gate = placed[1]["original"]["layers"]["gate"]
     assert not gate.sharding.is_fully_replicated
     given = inputs(spec, frozen)

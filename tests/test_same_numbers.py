@@ -16,10 +16,10 @@ from conlens_jax.config import MeshConfig
 from conlens_jax.data.rows import Rows
 from conlens_jax.lens.batch import make_batch
 from conlens_jax.lens.gumbel import example_keys
+from conlens_jax.lens.sharding import lens_shardings
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.lens.vocabulary import noise_of_texts
 from conlens_jax.models.model import load_model
-from conlens_jax.models.sharding import clone_shardings
 from conlens_jax.parallel.mesh import batch_sharding, make_mesh
 from conlens_jax.planning.lens import make_plan
 from conlens_jax.planning.model_source import planned_model
@@ -76,7 +76,7 @@ def train(folder: Path, mesh_config: MeshConfig, n_devices: int) -> tuple[np.nda
     joint = stages_of(config)[1]
     model = load_model(folder, mesh=mesh, unroll=1)
     trainable, frozen = init_lens(model.params, plan.spec, np.ones(32, np.float32) / 8, 1.0)
-    place = lambda tree: jax.device_put(tree, clone_shardings(tree, model.config, mesh))
+    place = lambda tree: jax.device_put(tree, lens_shardings(tree, model.config, mesh))
     trainable = place(trainable)
     optimizer, _ = stage_optimizer(joint, trainable, config.dump.n_samples)
     state, step = place(init_state(trainable, optimizer)), plan.step(joint)

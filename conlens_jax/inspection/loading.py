@@ -22,10 +22,10 @@ from conlens_jax.config import (
 )
 from conlens_jax.inspection import folder as saved
 from conlens_jax.inspection.lens import Lens
+from conlens_jax.lens.sharding import lens_shardings
 from conlens_jax.lens.spec import init_lens, make_spec
 from conlens_jax.models.model import LanguageModel, load_model
 from conlens_jax.models.param_table import Params
-from conlens_jax.models.sharding import clone_shardings
 from conlens_jax.training.checkpoint import all_steps, read_metadata, restore_params
 from conlens_jax.training.console import Console
 from conlens_jax.training.language_model import ensure_language_model
@@ -131,7 +131,7 @@ class _LensMaker:
         self.spec = make_spec(model.config, layer, lens, model.tokenizer)
         mean_D = np.asarray(statistics["mean"], np.float32)
         trainable, self.frozen = init_lens(model.params, self.spec, mean_D, statistics["scale"])
-        shardings = clone_shardings(trainable, model.config, mesh)
+        shardings = lens_shardings(trainable, model.config, mesh)
         self.template = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             trainable,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -21,7 +19,7 @@ from conlens_jax.models.param_table import (
 )
 from conlens_jax.models.quantized import Int8Matrix
 from conlens_jax.models.transformer_config import TransformerConfig, array_dtype
-from conlens_jax.parallel.mesh import AXIS_OF_DIM, BATCH_AXES, param_spec, shardings_like
+from conlens_jax.parallel.mesh import AXIS_OF_DIM, BATCH_AXES, param_spec
 
 
 def param_shardings(table: list[ParamRow], config: TransformerConfig, mesh: Mesh) -> Params:
@@ -55,15 +53,6 @@ def _idle_axes(table: list[ParamRow], mesh: Mesh) -> Iterator[str]:
                 f"mesh.{axis}={mesh.shape[axis]} splits nothing: no parameter of this model has "
                 f"one of the dimensions {dims}; set mesh.{axis}=1"
             )
-
-
-def clone_shardings(tree: Any, config: TransformerConfig, mesh: Mesh) -> Any:
-    """Shardings for a lens or its train state: clones of the model's parameters and their moments
-    are split like these, and small parts (adapters too) are whole on every device."""
-    # Clones are floats, also where the model is int8.
-    floats = dataclasses.replace(config, quantise="")
-    shardings = param_shardings(family_of(config).param_table(config), floats, mesh)
-    return shardings_like(tree, shardings, mesh)
 
 
 def _sharding(row: ParamRow, config: TransformerConfig, mesh: Mesh) -> NamedSharding | Int8Matrix:

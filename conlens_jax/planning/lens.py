@@ -17,10 +17,11 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from conlens_jax.benchmark.shapes import Workload
 from conlens_jax.config import ExperimentConfig
 from conlens_jax.lens.batch import Batch
+from conlens_jax.lens.sharding import lens_shardings
 from conlens_jax.lens.spec import LensSpec, init_lens, make_spec
 from conlens_jax.models.families import family_of
 from conlens_jax.models.param_table import Params, abstract_params
-from conlens_jax.models.sharding import clone_shardings, param_shardings
+from conlens_jax.models.sharding import param_shardings
 from conlens_jax.models.transformer_config import TransformerConfig
 from conlens_jax.parallel.mesh import batch_sharding
 from conlens_jax.planning.model_source import PlannedModel
@@ -129,7 +130,7 @@ def make_plan(config: ExperimentConfig, model: PlannedModel, mesh: Mesh | Abstra
 
 def on_mesh(tree: PyTree, model: TransformerConfig, mesh: Mesh | AbstractMesh) -> PyTree:
     """Shapes of a lens or its train state, lying as training has them lie."""
-    return jax.tree.map(_lying, tree, clone_shardings(tree, model, mesh))
+    return jax.tree.map(_lying, tree, lens_shardings(tree, model, mesh))
 
 
 def _lying(leaf: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -23,9 +23,9 @@ from conlens_jax.data.batches import grouped_batch, prefetch, read_groups, steps
 from conlens_jax.data.rows import RowSource
 from conlens_jax.evaluation.measure import Measurer, Reference
 from conlens_jax.lens.batch import read_batch
+from conlens_jax.lens.sharding import lens_shardings
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.models.param_table import Params
-from conlens_jax.models.sharding import clone_shardings
 from conlens_jax.parallel.mesh import batch_sharding
 from conlens_jax.parallel.preemption import Preempted, watching_for_sigterm
 from conlens_jax.parallel.processes import first_before_others, is_first, stopping_with_others
@@ -195,9 +195,9 @@ def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Para
 
 def placed(tree: Any, setting: Setting) -> Any:
     """A lens or its train state on the mesh, see
-    :func:`~conlens_jax.models.sharding.clone_shardings`. What is restored into such a tree is on
+    :func:`~conlens_jax.lens.sharding.lens_shardings`. What is restored into such a tree is on
     the mesh too."""
-    return jax.device_put(tree, clone_shardings(tree, setting.model.config, setting.mesh))
+    return jax.device_put(tree, lens_shardings(tree, setting.model.config, setting.mesh))
 
 
 def placed_frozen(frozen: Params, setting: Setting) -> Params:
