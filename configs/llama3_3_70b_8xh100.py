@@ -6,10 +6,9 @@ Command:   python -m conlens_jax.dump --config=configs/llama3_3_70b_8xh100.py
            python -m conlens_jax.evaluate --config=configs/llama3_3_70b_8xh100.py
 Needs:     internet (or copies) for the model, which asks for its licence, and for the corpus.
 Hardware:  one node of 8 H100 with 80 GB.
-Memory:    of each device, from shapes alone: python -m conlens_jax.plan --compile and the same
-           config; the table is in configs/README.md. The estimate fits (42 GiB); XLA's
-           analysis for CPUs does not (139 GiB), and none for GPUs has been made.
-Time, expected numbers: not measured.
+Memory:    35.1 GiB (warm start), 53.1 GiB (joint) of each device, by XLA's
+           compiler for H100s: python -m conlens_jax.plan --target=h100 with this config.
+Time, expected numbers: not measured; it has not been run.
 """
 
 from conlens_jax.config import ExperimentConfig, schedule, to_config_dict

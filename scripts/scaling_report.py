@@ -1,6 +1,9 @@
 """How a step grows with the devices, from compiled programs: no devices are needed.
 
-    python scripts/scaling_report.py --config=configs/llama3_1_8b_8xh100.py --devices=1,2,4,8
+    python scripts/scaling_report.py --config=configs/llama3_1_8b_8xh100.py --target=h100
+
+Without ``--target`` the programs are XLA's for CPUs, which need no further wheels
+(:mod:`conlens_jax.planning.gpu_target`) but take more memory.
 
 For each count (see :mod:`conlens_jax.planning.scaling`): bytes and FLOPs of a device, bytes that it
 sends by each collective in a step, and the seconds that these numbers would take on H100s if
@@ -10,8 +13,8 @@ nothing overlapped:
     NVLink       bytes within 8 devices / 450e9
     InfiniBand   bytes between slices / 50e9
 
-They are predictions from counts. FLOPs are the least that the step needs; XLA's CPU compiler
-decides which collectives there are, and a GPU's may merge or replace some of them.
+They are predictions from counts. FLOPs are the least that the step needs. Compiling takes minutes
+for each count of devices; a row is printed as soon as it is known.
 """
 
 from __future__ import annotations
@@ -27,8 +30,9 @@ from conlens_jax.planning.scaling import HEADER, report_row
 from conlens_jax.training.console import Console
 
 _CONFIG = cli.define_config()
-DEVICES = flags.DEFINE_list("devices", ["1", "2", "4", "8"], "Device counts, with commas between.")
+DEVICES = flags.DEFINE_list("devices", "1,2,4,8,64,512".split(","), "Counts, with commas between.")
 STAGE = flags.DEFINE_enum("stage", "joint", ["warm", "joint"], "Whose step.")
+TARGET = flags.DEFINE_string("target", "", "Compile for this GPU, which need not be there: h100.")
 
 
 def main() -> None:
@@ -37,8 +41,12 @@ def main() -> None:
         raise ConfigError([f"--devices={','.join(DEVICES.value)} must be whole numbers above 0"])
     counts = sorted(map(int, DEVICES.value))
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", counts[-1])
-    rows = [report_row(config, count, STAGE.value) for count in counts]
+    if not TARGET.value:
+        jax.config.update("jax_num_cpu_devices", counts[-1])
+    rows = []
+    for count in counts:
+        rows.append(report_row(config, count, STAGE.value, TARGET.value))
+        print(*rows[-1], sep="  ", flush=True)
     Console(sys.stdout).table(f"a {STAGE.value} step, weak scaling", HEADER, rows)
 
 

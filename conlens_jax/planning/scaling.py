@@ -18,6 +18,7 @@ from conlens_jax.parallel.footprint import in_units
 from conlens_jax.parallel.mesh import make_mesh
 from conlens_jax.planning.collectives import KINDS, Collective, collectives_of
 from conlens_jax.planning.compiled import compiled_program, memory_of
+from conlens_jax.planning.gpu_target import target_mesh
 from conlens_jax.planning.lens import Plan, make_plan
 from conlens_jax.planning.model_source import planned_model
 from conlens_jax.training.state import Stage, stages_of
@@ -32,9 +33,15 @@ HEADER = [
 ]
 
 
-def report_row(config: ExperimentConfig, devices: int, stage_name: str) -> list[str]:
-    """One device count; all numbers are one device's."""
-    plan, stage = plan_for(config, devices, stage_name)
+def report_row(
+    config: ExperimentConfig, devices: int, stage_name: str, target: str = ""
+) -> list[str]:
+    """One device count; all numbers are one device's.
+
+    Args:
+      target: for GPUs of this kind (:mod:`~conlens_jax.planning.gpu_target`), not CPU devices.
+    """
+    plan, stage = plan_for(config, devices, stage_name, target)
     compiled = compiled_program(plan, stage)
     found = collectives_of(compiled.as_text())
     sent: collections.Counter[str] = collections.Counter()
@@ -55,7 +62,9 @@ def report_row(config: ExperimentConfig, devices: int, stage_name: str) -> list[
     ]
 
 
-def plan_for(config: ExperimentConfig, devices: int, stage_name: str) -> tuple[Plan, Stage]:
+def plan_for(
+    config: ExperimentConfig, devices: int, stage_name: str, target: str = ""
+) -> tuple[Plan, Stage]:
     """The config on so many devices, with as many rows each as on 8."""
     fsdp = min(devices, SLICE)
     mesh = MeshConfig(data=devices // fsdp, fsdp=fsdp)
@@ -69,7 +78,10 @@ def plan_for(config: ExperimentConfig, devices: int, stage_name: str) -> tuple[P
         dump=dataclasses.replace(config.dump, batch_size=devices),
         evaluate=dataclasses.replace(config.evaluate, batch_size=devices),
     )
-    on = make_mesh(mesh, jax.devices()[:devices])
+    if target:
+        on = target_mesh(target, mesh, devices)
+    else:
+        on = make_mesh(mesh, jax.devices()[:devices])
     plan = make_plan(config, planned_model(config), on)
     return plan, next(stage for stage in stages_of(config) if stage.name == stage_name)
 
