@@ -17,7 +17,7 @@ from conlens_jax.config import ExperimentConfig, schedule, to_config_dict
 def get_config():
     config = to_config_dict(ExperimentConfig())
     config.run_dir = "runs/qwen2_5_7b_8xh100"
-    config.mesh.preset = "fsdp8"
+    config.mesh.preset = "fsdp2_tensor4"  # 4 key-value heads
 
     config.model.path = "Qwen/Qwen2.5-7B"
     config.model.layer = 14

@@ -30,6 +30,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %alone = f32[4]{0} all-reduce(%p), replica_groups=[8,1]<=[8], to_apply=%add
   %m = f32[3]{0} all-reduce(%p), replica_groups=mesh['x'=2,'y'=4] {'x'}, to_apply=%add
   %q = f32[5]{0} all-to-all(%p), replica_groups=mesh['x'=2,'y'=4] {'x','y':(2)2}, dimensions={0}
+  %o = f32[9]{0} all-to-all(%p), replica_groups=mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'x'}
   ROOT %c = f32[10]{0} collective-permute(%p), source_target_pairs={{0,1},{1,0}}
 }
 """
@@ -49,7 +50,9 @@ def test_bytes_groups_and_times_by_hand():
     assert found["collective-permute1"].n_bytes == 40
     assert [each.group for each in everything if each.n_bytes == 12] == [(0, 4)]
     assert found["all-to-all1"].group == (0, 1, 4, 5)
-    assert len(everything) == 7
+    # Mesh [[0, 2, 4, 6], [1, 3, 5, 7]].
+    assert [each.group for each in everything if each.n_bytes == 18] == [(0, 1)]
+    assert len(everything) == 8
     with pytest.raises(ValueError, match="no groups of devices"):
         collectives_of(HLO.replace("replica_groups={{0,2},{1,3}}", "replica_groups=somehow"))
 

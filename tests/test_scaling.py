@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from test_plan import config_of
 from tiny_models import write_tiny_folder
 
+from conlens_jax.config import MeshConfig
 from conlens_jax.parallel.footprint import device_bytes
 from conlens_jax.planning.collectives import Collective
 from conlens_jax.planning.memory import step_memory
@@ -19,7 +22,8 @@ def plans(tmp_path_factory):
     """The joint stage of a tiny model with 2 rows for each device."""
     folder = tmp_path_factory.mktemp("model")
     write_tiny_folder(folder)
-    config = config_of(folder, **{"joint.batch_size": 16, "joint.rows_per_document": 1})
+    mesh = {"mesh.data": 1, "mesh.fsdp": 8, "mesh.tensor": 1}
+    config = config_of(folder, **mesh, **{"joint.batch_size": 16, "joint.rows_per_document": 1})
     return {count: plan_for(config, count, "joint") for count in COUNTS}
 
 
@@ -49,6 +53,12 @@ def test_more_than_a_slice_sends_gradients_between_slices():
 
 def test_counts_become_meshes(plans):
     config = plans[8][0].config
-    for devices, shape in ((8, (1, 8, 1)), (4, (1, 4, 1))):
-        plan, _ = plan_for(config, devices, "warm")
+    split = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=4, tensor=2))
+    for given, devices, shape in (
+        (config, 8, (1, 8, 1)),
+        (config, 4, (1, 4, 1)),
+        (split, 8, (1, 4, 2)),
+        (split, 2, (1, 1, 2)),
+    ):
+        plan, _ = plan_for(given, devices, "warm")
         assert tuple(plan.mesh.shape.values()) == shape

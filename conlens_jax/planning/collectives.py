@@ -27,7 +27,10 @@ _CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\]"
+    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
 _MESH_AXIS = re.compile(r"'(\w+)'=(\d+)")
 _MESH_PART = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
 _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
@@ -134,25 +137,30 @@ def _sent(kind: str, result: float, group: int) -> float:
 
 def _group(rest: str) -> tuple[int, ...]:
     if iota := _IOTA_GROUPS.search(rest):
-        shape, dims, order = (
-            tuple(int(n) for n in part.split(",")) if part else None for part in iota.groups()
-        )
-        devices = np.arange(math.prod(dims)).reshape(dims)
-        if order:
-            devices = devices.transpose(order)
-        return tuple(devices.reshape(shape)[0].tolist())
+        shape, dims, order = iota.groups()
+        return tuple(_iota(dims, order).reshape(_numbers(shape))[0].tolist())
     if named := _MESH_GROUPS.search(rest):
         return _mesh_group(*named.groups())
     if listed := _LISTED_GROUPS.search(rest):
-        return tuple(int(n) for n in listed[1].split(","))
+        return _numbers(listed[1])
     if pair := _PAIRS.search(rest):
         return int(pair[1]), int(pair[2])
     raise ValueError(f"collectives: no groups of devices that can be read in {rest[:200]!r}")
 
 
-def _mesh_group(axes: str, parts: str) -> tuple[int, ...]:
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """Devices by number, in the shape ``dims``, its dimensions put in another order."""
+    devices = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
+    return devices.transpose(_numbers(order)) if order else devices
+
+
+def _mesh_group(axes: str, dims: str | None, order: str | None, parts: str) -> tuple[int, ...]:
     """The first group of ``mesh['a'=2,'b'=4] {'b'}``; ``'b':(2)2`` is the part of size 2 of an axis
-    that has 2 before it."""
+    that has 2 before it. The mesh's devices may be in another order (``device_ids``)."""
     sizes = {name: int(size) for name, size in _MESH_AXIS.findall(axes)}
     within = {}
     for name, before, size in _MESH_PART.findall(parts):
@@ -163,6 +171,7 @@ def _mesh_group(axes: str, parts: str) -> tuple[int, ...]:
         before, size = within.get(name, (whole, 1))
         shape += [before, size, whole // before // size]
         along.append(slice(None) if name in within else 0)
-    devices = np.arange(math.prod(sizes.values())).reshape(shape)
+    devices = _iota(dims, order) if dims else np.arange(math.prod(sizes.values()))
+    devices = devices.reshape(shape)
     index = tuple(part for size in along for part in (0, size, 0))
     return tuple(np.ravel(devices[index]).tolist())

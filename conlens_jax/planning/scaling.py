@@ -1,7 +1,8 @@
 """How a step grows with the devices, from compiled programs.
 
-The rows of a device stay the same (weak scaling): the config's batch is that of 8 devices. Up to 8
-devices they are one ``fsdp`` axis; more are slices of 8, ``data`` over the slices.
+The rows of a device stay the same (weak scaling): the config's batch is that of 8 devices, and so
+is its mesh. Fewer devices have shorter axes, ``fsdp`` before ``tensor``; more are slices of 8, with
+``data`` over them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax
 from conlens_jax.benchmark.flops import step_flops, supervised_flops
 from conlens_jax.config import ExperimentConfig, MeshConfig
 from conlens_jax.parallel.footprint import in_units
-from conlens_jax.parallel.mesh import make_mesh
+from conlens_jax.parallel.mesh import MESH_PRESETS, make_mesh
 from conlens_jax.planning.collectives import KINDS, Collective, collectives_of
 from conlens_jax.planning.compiled import compiled_program, memory_of
 from conlens_jax.planning.gpu_target import target_mesh
@@ -28,7 +29,7 @@ SLICE = 8
 # for each GPU.
 FLOPS_PER_SECOND, NVLINK, INFINIBAND = 400e12, 450e9, 50e9
 HEADER = [
-    *("devices", "data×fsdp", "rows", "bytes", "FLOPs", *KINDS),
+    *("devices", "data×fsdp×tensor", "rows", "bytes", "FLOPs", *KINDS),
     *("compute s", "NVLink s", "InfiniBand s"),
 ]
 
@@ -51,7 +52,7 @@ def report_row(
     inside, between = seconds_of(found)
     return [
         str(devices),
-        f"{plan.mesh.shape['data']}×{plan.mesh.shape['fsdp']}",
+        "×".join(map(str, plan.mesh.shape.values())),
         str(stage.batch_size),
         in_units(memory_of(compiled, 0.0).peak),
         f"{flops:.2e}",
@@ -66,8 +67,9 @@ def plan_for(
     config: ExperimentConfig, devices: int, stage_name: str, target: str = ""
 ) -> tuple[Plan, Stage]:
     """The config on so many devices, with as many rows each as on 8."""
-    fsdp = min(devices, SLICE)
-    mesh = MeshConfig(data=devices // fsdp, fsdp=fsdp)
+    inside = min(devices, SLICE)
+    tensor = min(MESH_PRESETS.get(config.mesh.preset, config.mesh).tensor, inside)
+    mesh = MeshConfig(data=devices // inside, fsdp=inside // tensor, tensor=tensor)
     grown = lambda rows: rows * devices // SLICE or 1
     config = dataclasses.replace(
         config,
