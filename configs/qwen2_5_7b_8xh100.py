@@ -1,6 +1,6 @@
 """Qwen2.5-7B, layer 14 of 28, on 8 H100: trained clones.
 
-What:      decoder and encoder are full clones, in bfloat16 with fp32 moments, split over tensor and fsdp.
+What:      decoder and encoder are full clones, bfloat16 with fp32 moments, split over tensor, fsdp.
 Command:   python -m conlens_jax.dump --config=configs/qwen2_5_7b_8xh100.py
            python -m conlens_jax.train --config=configs/qwen2_5_7b_8xh100.py
            python -m conlens_jax.evaluate --config=configs/qwen2_5_7b_8xh100.py
