@@ -1,10 +1,30 @@
-"""Settings that hold for every test: 8 virtual CPU devices, strict dtype promotion."""
+"""Settings of every test: 8 virtual CPU devices, strict dtype promotion, a compiler in a hurry."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import pytest
 
+# Tests compile much and compute little; what the library compiles is reached by the environment.
+_QUICK_COMPILE = (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+)
+
+
+def _is_known(flag: str) -> bool:
+    """A process whose XLA does not know a flag ends, so another one tries it."""
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    environment = {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+    return not subprocess.run(command, env=environment, capture_output=True).returncode
+
+
+if "XLA_FLAGS" not in os.environ:  # pytest-xdist's workers inherit it
+    os.environ["XLA_FLAGS"] = " ".join(filter(_is_known, _QUICK_COMPILE))
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
