@@ -55,7 +55,7 @@ def dump_activations(
     root = Path(config.dump.cache_dir)
     wanted = {"train": config.dump.n_samples, "validation": config.dump.n_validation_samples}
     with watching_for_sigterm() as stops_behind:
-        batches = itertools.count(1)  # over both splits: the processes agree by this number
+        batches = itertools.count(1)  # over both splits: the number must rise
         stops = lambda: stops_behind(next(batches))
         for split in SPLITS:
             metadata = _metadata(config, model, corpus, split)

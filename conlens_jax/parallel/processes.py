@@ -59,6 +59,9 @@ def start_processes(config: DistributedConfig) -> None:
         raise ProcessError(
             f"distributed.coordinator={config.coordinator!r}: the processes did not meet: {error}"
         ) from error
+    # Connections are made at the first meeting, and on a CPU within 30 seconds: not where one
+    # process may keep the others waiting.
+    meet("start")
 
 
 def is_first() -> bool:
