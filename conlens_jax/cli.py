@@ -19,7 +19,13 @@ from conlens_jax.config import (
 from conlens_jax.config import unknown_field_message as unknown_field
 from conlens_jax.parallel.host import keep_freed_memory
 from conlens_jax.parallel.preemption import PREEMPTED, Preempted
-from conlens_jax.parallel.processes import ProcessError, is_first, leave, start_processes
+from conlens_jax.parallel.processes import (
+    ProcessError,
+    is_first,
+    leave,
+    start_processes,
+    stopping_with_others,
+)
 from conlens_jax.training.console import Console
 from conlens_jax.training.loop import TrainingStopped
 
@@ -33,11 +39,13 @@ def define_config(default: str | None = None) -> flags.FlagHolder:
     )
 
 
-def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
+def run(
+    main: Callable[..., None], *, takes_arguments: bool = False, one_process: bool = False
+) -> None:
     """Parses flags and runs ``main``; an error that the user can mend is printed, not traced.
 
     ``main`` gets the list of arguments that are no flags if it ``takes_arguments``; otherwise there
-    must be none.
+    must be none. Flags for several processes are refused where it runs in ``one_process``.
 
     Exit codes: 0 done, 2 wrong input, 75 saved after SIGTERM and can go on, 1 anything else.
     """
@@ -49,7 +57,8 @@ def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
         # Orbax and JAX narrate at INFO; their warnings and errors stay.
         logging.set_verbosity(logging.WARNING)
         try:
-            main(*([list(argv[1:])] if takes_arguments else []))
+            with stopping_with_others():
+                main(*([list(argv[1:])] if takes_arguments else []))
         except Preempted as stopped:
             print(stopped, file=sys.stderr)
             leave(PREEMPTED)
@@ -59,6 +68,8 @@ def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
             _fail(error.problems if isinstance(error, ConfigError) else [str(error)])
 
     problems = _unknown_overrides(sys.argv[1:])
+    if one_process:
+        problems += _process_flags(sys.argv[1:])
     if problems:
         _fail(problems)
     app.run(guarded, flags_parser=_parse)
@@ -74,6 +85,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 def _wrong_value(message: str) -> str:
     """absl's message, or a better one where it is about a field of the config."""
+    override = re.match(r"Unknown command line flag '(config\.[\w.]+)'", message)
+    if override:
+        return f"--{override[1]} changes a field of a config file: give --config=<file> too"
     match = re.match(r"flag --(?:config\.)?([\w.]+)=(.*?): ", message, re.DOTALL)
     kinds = {int: "a whole number", float: "a number", bool: "true or false"}
     if not match or (kind := kinds.get(field_types().get(match[1]))) is None:
@@ -111,6 +125,12 @@ def _unknown_overrides(arguments: Sequence[str]) -> list[str]:
         if match and match.group(1) not in known:
             problems.append(unknown_field(match.group(1)))
     return problems
+
+
+def _process_flags(arguments: Sequence[str]) -> list[str]:
+    """The flags for several processes, each as a problem."""
+    flags_given = [re.match(r"--?config\.distributed\.\w+", argument) for argument in arguments]
+    return [f"{flag[0]}: this command runs in one process" for flag in flags_given if flag]
 
 
 def _fail(problems: Sequence[str]) -> None:

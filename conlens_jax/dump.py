@@ -1,11 +1,12 @@
-"""Corpus → activation cache: python -m conlens_jax.dump --config=configs/quickstart.py"""
+"""Corpus → activation cache: python -m conlens_jax.dump --config=configs/quickstart.py
+
+A dump that was stopped goes on behind its last whole shard when the same command is given again.
+"""
 
 from __future__ import annotations
 
 from conlens_jax import cli
-from conlens_jax.config import ConfigError
 from conlens_jax.data.extract import dump_activations
-from conlens_jax.training.console import Console
 from conlens_jax.training.setting import open_setting
 
 _CONFIG = cli.define_config()
@@ -13,11 +14,7 @@ _CONFIG = cli.define_config()
 
 def main() -> None:
     config = cli.load_config(_CONFIG)
-    if config.distributed.coordinator:
-        raise ConfigError(
-            ["distributed.coordinator: the dump runs in one process, on the devices of one machine"]
-        )
-    setting = open_setting(config, Console())
+    setting = open_setting(config, cli.start(config))
     dump_activations(config, setting.model, setting.spec, setting.mesh, setting.console)
 
 

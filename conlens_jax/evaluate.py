@@ -3,7 +3,8 @@
 ``--checkpoint`` is a run folder or one checkpoint in it. The configuration is the run's own unless
 ``--config`` gives another one; with ``--config`` alone its ``run_dir`` is evaluated.
 ``--suite=full`` adds the audit, baselines, truth, interventions and best of K to the metrics
-(docs/evaluation.md); ``--suite=interventions`` the interventions alone.
+(docs/evaluation.md); ``--suite=interventions`` the interventions alone. Several processes need
+``--config``, whose fields say how they meet.
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ from pathlib import Path
 from absl import flags
 
 from conlens_jax import cli
-from conlens_jax.config import ConfigError, ExperimentConfig, from_config_dict
+from conlens_jax.config import (
+    ConfigError,
+    DistributedConfig,
+    ExperimentConfig,
+    from_config_dict,
+)
 from conlens_jax.evaluation.run import evaluate_run
-from conlens_jax.training.console import Console
+from conlens_jax.parallel.processes import is_first
 from conlens_jax.training.run_folder import checkpoint_of
 from conlens_jax.training.setting import open_setting
 
@@ -29,7 +35,7 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run folder, or a checkpoin
 
 
 def recorded_config(checkpoint: str) -> ExperimentConfig:
-    """The configuration that a run was made with.
+    """The configuration that a run was made with, but for the processes that it was made in.
 
     Raises:
       ConfigError: the folder is no run.
@@ -38,7 +44,8 @@ def recorded_config(checkpoint: str) -> ExperimentConfig:
     file = Path(folder).parent / "config.json"
     if not file.exists():
         raise ConfigError([f"--checkpoint={checkpoint}: there is no {file}; give a run folder"])
-    return from_config_dict(json.loads(file.read_text(encoding="utf-8")))
+    recorded = from_config_dict(json.loads(file.read_text(encoding="utf-8")))
+    return dataclasses.replace(recorded, distributed=DistributedConfig())
 
 
 def main() -> None:
@@ -51,8 +58,10 @@ def main() -> None:
     if SUITE.value:
         evaluate = dataclasses.replace(config.evaluate, suite=SUITE.value)
         config = dataclasses.replace(config, evaluate=evaluate)
-    setting = open_setting(config, Console())
-    print(evaluate_run(setting, CHECKPOINT.value or config.run_dir))
+    setting = open_setting(config, cli.start(config))
+    report = evaluate_run(setting, CHECKPOINT.value or config.run_dir)
+    if is_first():
+        print(report)
 
 
 if __name__ == "__main__":

@@ -73,4 +73,4 @@ def positions_of(value: str) -> str | list[int]:
 
 
 if __name__ == "__main__":
-    cli.run(main, takes_arguments=True)
+    cli.run(main, takes_arguments=True, one_process=True)

@@ -90,4 +90,4 @@ def _write(name: str, numbers: Mapping[str, Any], report: Report) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, one_process=True)

@@ -12,6 +12,7 @@ from conlens_jax import cli
 from conlens_jax.config import ExperimentConfig
 from conlens_jax.data.extract import dump_activations
 from conlens_jax.evaluation.run import evaluate_run
+from conlens_jax.parallel.processes import is_first
 from conlens_jax.training.console import Console
 from conlens_jax.training.loop import train_lens
 from conlens_jax.training.setting import open_setting
@@ -29,7 +30,10 @@ def run_quickstart(config: ExperimentConfig, console: Console) -> Path:
 
 
 def main() -> None:
-    print(run_quickstart(cli.load_config(_CONFIG), Console()).absolute())
+    config = cli.load_config(_CONFIG)
+    report = run_quickstart(config, cli.start(config))
+    if is_first():
+        print(report.absolute())
 
 
 if __name__ == "__main__":

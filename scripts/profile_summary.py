@@ -29,7 +29,7 @@ def main() -> None:
     total = sum(seconds.values())
     phases: collections.Counter[str] = collections.Counter()
     for name, value in seconds.items():
-        phases[phase_of(scopes.get(name, ""))] += value
+        phases[phase_of(scopes.get(name, ""), name)] += value
     share = lambda value: [f"{value * 1e3:.2f}", f"{value / total:.1%}"]
     console = Console(sys.stdout)
     rows = [[name, *share(value)] for name, value in phases.most_common()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -16,7 +17,14 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from pipeline import TINY, child_settings, open_world
 
-from conlens_jax.config import ConfigError, ExperimentConfig, from_config_dict, to_json_dict
+from conlens_jax import cli
+from conlens_jax.config import (
+    ConfigError,
+    DistributedConfig,
+    ExperimentConfig,
+    from_config_dict,
+    to_json_dict,
+)
 from conlens_jax.parallel.host import use_compilation_cache
 
 ROOT = Path(__file__).parents[1]
@@ -92,14 +100,28 @@ def test_impossible_values_are_all_named():
 
 def test_missing_config_is_named():
     assert_refused(run("dump"), "--config is missing", "--config=configs/quickstart.py")
+    message = cli._wrong_value("Unknown command line flag 'config.mesh.data'")
+    assert message.startswith("--config.mesh.data changes a field of a config file: give --config=")
+
+
+def test_commands_of_one_process_refuse_several():
+    flags_given = (
+        "--config.distributed.coordinator=node1:1234",
+        "--config.distributed.process_id=1",
+    )
+    done = run("explain", "--checkpoint=runs/x", "once upon a time", *flags_given)
+    for flag in flags_given:
+        assert_refused(done, f"{flag.partition('=')[0]}: this command runs in one process")
 
 
 def test_evaluate_reads_the_config_of_a_run(tmp_path):
     from conlens_jax.evaluate import recorded_config
 
     config = ExperimentConfig(run_dir=str(tmp_path / "run"))
+    # The processes that it was trained in are not those that evaluate it.
+    trained = dataclasses.replace(config, distributed=DistributedConfig("node1:1234", 4, 0))
     (tmp_path / "run" / "checkpoints" / "7" / "state").mkdir(parents=True)
-    (tmp_path / "run" / "config.json").write_text(json.dumps(to_json_dict(config)))
+    (tmp_path / "run" / "config.json").write_text(json.dumps(to_json_dict(trained)))
     for inside in ("", "checkpoints", "checkpoints/7"):
         assert recorded_config(str(tmp_path / "run" / inside)) == config
     with pytest.raises(ConfigError, match="give a run folder"):

@@ -12,7 +12,7 @@ import pytest
 from pipeline import open_world, quiet_console
 
 from conlens_jax.config import ConfigError
-from conlens_jax.data import extract
+from conlens_jax.data import extract, shared_writer
 from conlens_jax.data.cache import ActivationCache, CacheError
 from conlens_jax.data.cache_writer import CacheWriter
 from conlens_jax.data.corpus import CorpusError
@@ -171,7 +171,7 @@ def test_interrupted_dump_goes_on_to_the_same_bytes(world, tmp_path, monkeypatch
             return super()._write_shard(rows, cursor)
 
     setting = changed(world, tmp_path)
-    monkeypatch.setattr(extract, "CacheWriter", Dying)
+    monkeypatch.setattr(shared_writer, "CacheWriter", Dying)
     with pytest.raises(Interrupted):
         dump(setting)
     monkeypatch.undo()

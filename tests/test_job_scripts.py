@@ -86,15 +86,23 @@ def test_kubernetes_job_runs_in_dry_mode(flags):
     assert rule["action"] == "Ignore" and rule["onExitCodes"]["values"] == [75]
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (2, False)])
-def test_only_a_run_that_saved_is_requeued(code, requeued, tmp_path):
+@pytest.mark.parametrize(
+    ("code", "requeued", "command"),
+    [(75, True, "train"), (0, False, "train"), (2, False, "train"), (75, True, "dump")],
+)
+def test_only_a_run_that_saved_is_requeued(code, requeued, command, tmp_path):
     """With srun and scontrol replaced."""
-    called = tmp_path / "called"
-    for name, body in (("srun", f"exit {code}"), ("scontrol", f'echo "$@" > {called}')):
+    called, started = tmp_path / "called", tmp_path / "started"
+    chosen = {} if command == "train" else {"CONLENS_COMMAND": command}
+    for name, body in (
+        ("srun", f'echo "$@" > {started}; exit {code}'),
+        ("scontrol", f'echo "$@" > {called}'),
+    ):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    done = run("scripts/slurm/several_nodes.sh", ["--config=x.py"], PATH=path)
+    done = run("scripts/slurm/several_nodes.sh", ["--config=x.py"], PATH=path, **chosen)
+    assert f"-m conlens_jax.{command} --config=x.py" in started.read_text()
     assert done.returncode == (0 if requeued else code)
     assert called.exists() == requeued
     if requeued:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,15 +26,19 @@ from conlens_jax.config import (
     from_config_dict,
     to_json_dict,
 )
+from conlens_jax.data import cache
+from conlens_jax.data.cache import ActivationCache
+from conlens_jax.data.cache_writer import CacheWriter
+from conlens_jax.evaluation.run import evaluate_run
+from conlens_jax.parallel import processes
 from conlens_jax.parallel.mesh import batch_sharding, make_mesh
 from conlens_jax.parallel.preemption import PREEMPTED, Preempted
 from conlens_jax.parallel.processes import ProcessError, local_rows, on_devices, start_processes
 from conlens_jax.training import loop
 from conlens_jax.training.checkpoint import all_steps
 from conlens_jax.training.loop import train_lens
+from conlens_jax.training.setting import open_caches, training_reference
 from conlens_jax.training.validation import Validation
-
-STEPS = 40
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +95,63 @@ def test_processes_that_find_no_cluster():
     start_processes(DistributedConfig())  # alone: nothing to do
 
 
+# --- what each process reads ---------------------------------------------------------------------
+
+
+def test_each_process_reads_its_share_of_the_cache_at_start(world, monkeypatch):
+    """Two processes, one after the other: the second is told what the first has said."""
+    whole, said = world.setting.reference, []
+    read: dict[tuple[str, int], int] = collections.Counter()
+    rows, problem = ActivationCache.rows, cache.shard_problem
+
+    def gathered(value):
+        if processes.is_first():
+            said.append(value)
+            return [value, None]
+        return [said.pop(0), value]
+
+    def counting_rows(self, indices):
+        read["rows", jax.process_index()] += len(indices)
+        return rows(self, indices)
+
+    def counting_problem(folder, shard, with_hash):
+        read["verified", jax.process_index()] += shard.rows * with_hash
+        return problem(folder, shard, with_hash)
+
+    monkeypatch.setattr(processes, "gathered", gathered)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(ActivationCache, "rows", counting_rows)
+    monkeypatch.setattr(cache, "shard_problem", counting_problem)
+    for number in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda number=number: number)
+        train, validation = open_caches(world.setting)
+        reference = training_reference(train)
+        np.testing.assert_array_equal(reference.mean_D, whole.mean_D)
+        assert reference.scale == whole.scale and reference.n_rows == len(train)
+    assert not said
+    # Shards of 48 rows: 4 and 2 of them.
+    assert [read["rows", number] for number in (0, 1)] == [len(train), 0]
+    assert [read["verified", number] for number in (0, 1)] == [96 + 48, 96 + 16]
+    assert len(train) + len(validation) == 96 + 48 + 96 + 16
+
+
+def test_what_fails_in_one_process_fails_in_all(monkeypatch):
+    def fail():
+        raise OSError("disk full")
+
+    others = lambda value: [value, "no such corpus"]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "gathered", others)
+    with pytest.raises(OSError, match="disk full"):
+        processes.together(fail)
+    with pytest.raises(ProcessError, match="process 1 could not go on: no such corpus"):
+        processes.together(lambda: 1)
+    sums = np.array([1, 1, 2], np.uint32)
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", lambda _: sums)
+    with pytest.raises(ProcessError, match="process 2 has another config than process 0"):
+        processes.check_same("config", b"")
+
+
 # --- a run of several processes -----------------------------------------------------------------
 
 
@@ -97,10 +161,11 @@ def quick_children(monkeypatch):
     for name, value in child_settings().items():
         if name != "jax_num_cpu_devices":
             monkeypatch.setenv(name.upper(), str(value))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
 
 
 def started(setting, folder: Path) -> tuple[list[subprocess.Popen], Path]:
-    """``train`` in two processes with four devices each, and the file of what they say."""
+    """several_processes.py in two processes of four devices, and the file of what they say."""
     file = folder / "config.py"
     values = json.dumps(to_json_dict(setting.config))
     file.write_text(
@@ -112,7 +177,7 @@ def started(setting, folder: Path) -> tuple[list[subprocess.Popen], Path]:
     said = folder / "said.txt"
     with said.open("wb") as stream:
         running = launch.start(
-            ["conlens_jax.train", f"--config={file}"], 2, 4, stdout=stream, stderr=stream
+            ["several_processes", f"--config={file}"], 2, 4, stdout=stream, stderr=stream
         )
     return running, said
 
@@ -125,36 +190,56 @@ def wait_for_step(step: int, checkpoints: Path, running, said: Path, seconds: fl
         time.sleep(0.01)
 
 
-def test_two_processes_are_stopped_lose_one_and_go_on_as_one(
+def interrupted_dump(world, folder: Path) -> None:
+    """What a dump leaves that was killed behind its first shard."""
+    whole = ActivationCache.open(world.cache / "train")
+    shard = whole.metadata.shards[0]
+    metadata = dataclasses.replace(whole.metadata, n_rows=0, shards=())
+    writer = CacheWriter(folder / "train", metadata, shard.rows)
+    writer.append(whole.rows(range(shard.rows)), [shard.cursor] * shard.rows)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.*")}
+
+
+def warm_run(world, folder: Path) -> Path:
+    """The world's run as the warm start left it, for a run with other settings behind that; returns
+    its checkpoints."""
+    checkpoints = world.copy_run(folder) / "checkpoints"
+    (folder / "config.json").unlink()
+    shutil.rmtree(folder / "control")
+    for step in all_steps(checkpoints):
+        if step != WARM_STEPS:
+            shutil.rmtree(checkpoints / str(step))
+    return checkpoints
+
+
+def test_two_processes_give_what_one_gives_are_stopped_lose_one_and_go_on_as_one(
     world, tmp_path, quick_children, monkeypatch
 ):
-    """Two processes of 4 devices: SIGTERM to one of them saves and ends both with 75; the same
-    command goes on; a killed process ends the other within seconds; one process of 8 devices
+    """Two processes of 4 devices finish an interrupted dump and evaluate a lens: the cache and the
+    report of one process of 8. In the joint stage SIGTERM to one of them saves and ends both with
+    75; the same command goes on; a killed process ends the other within seconds; one process
     finishes. The losses are those of a run of one process."""
-    settings = {
-        "warm__steps": STEPS,
-        "joint__steps": 0,
-        "control__enabled": False,
-        "checkpoint__every": 1,
-        "train__validate_every": 1000,
-        "train__n_verbose_samples": 0,
-    }
-    monkeypatch.setattr(loop, "validate", lambda *_: Validation({}, ""))
-    alone, run = world.changed(tmp_path / "alone", **settings), tmp_path / "run"
-    together, checkpoints = world.changed(run, **settings), run / "checkpoints"
-    train_lens(alone)
+    run, quiet = tmp_path / "run", {"control__enabled": False, "train__n_verbose_samples": 0}
+    often = {"checkpoint__every": 1, "train__validate_every": 1}
+    together = world.changed(run, dump__cache_dir=str(tmp_path / "cache"), **quiet, **often)
+    interrupted_dump(world, tmp_path / "cache")
+    checkpoints = warm_run(world, run)
     running, said = started(together, tmp_path)
     try:
-        wait_for_step(2, checkpoints, running, said)
+        wait_for_step(WARM_STEPS + 1, checkpoints, running, said)
         running[1].send_signal(signal.SIGTERM)
         codes = [process.wait(timeout=300) for process in running]
         assert codes == [PREEMPTED, PREEMPTED] == [75, 75], said.read_text()
         (stopped_at,) = all_steps(checkpoints)[-1:]
-        assert stopped_at < STEPS and f"saved behind step {stopped_at}" in said.read_text()
+        assert stopped_at < LAST_STEP and f"saved behind step {stopped_at}" in said.read_text()
         assert said.read_text().count("model      id=") == 1  # one of them speaks
+        assert "resumed_after=48" in said.read_text()
 
         running, said = started(together, tmp_path)
-        wait_for_step(stopped_at + 2, checkpoints, running, said)
+        wait_for_step(stopped_at + 1, checkpoints, running, said)
         running[1].kill()
         killed = time.monotonic()
         assert running[0].wait(timeout=300) != 0, said.read_text()
@@ -165,28 +250,45 @@ def test_two_processes_are_stopped_lose_one_and_go_on_as_one(
         for process in running:
             process.kill()
             process.wait()
-    assert all_steps(checkpoints)[-1] < STEPS
+    assert contents(tmp_path / "cache") == contents(world.cache)
+    warm_run(world, tmp_path / "alone")
+    evaluate_run(world.changed(tmp_path / "alone", **quiet, **often), tmp_path / "alone")
+    assert_same_evaluation(run, tmp_path / "alone")
+
+    assert all_steps(checkpoints)[-1] < LAST_STEP
+    monkeypatch.setattr(loop, "validate", lambda *_: Validation({}, ""))
     train_lens(together)
-    steps = [step for _, step, _ in losses(run)]
-    assert steps == list(range(1, STEPS + 1))
-    np.testing.assert_allclose(
-        [loss for *_, loss in losses(run)], [loss for *_, loss in losses(tmp_path / "alone")], 1e-5
-    )
+    found, expected = losses(run), losses(world.run)
+    assert [step[:2] for step in found] == [step[:2] for step in expected]
+    # A sampled token that is another one changes a loss by far more.
+    np.testing.assert_allclose([step[2] for step in found], [step[2] for step in expected], 1e-5)
+
+
+def assert_same_evaluation(run: Path, other: Path) -> None:
+    """Every metric to 1e-5, and every text of the reports, greedy and sampled."""
+    found, expected = (json.loads((folder / "metrics.json").read_text()) for folder in (run, other))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == (value if value is None else pytest.approx(value, rel=1e-5)), name
+    pages = [(folder / "report.html").read_text() for folder in (run, other)]
+    before_config = [page[: page.index('<section id="config">')] for page in pages]
+    assert before_config[0] == before_config[1]
 
 
 # --- SIGTERM ------------------------------------------------------------------------------------
 
 
 def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(world, tmp_path, monkeypatch):
-    """In the joint stage, between two checkpoints."""
+    """In the joint stage, between two checkpoints; the warm start is the world's."""
     quiet = {"control__enabled": False, "train__n_verbose_samples": 0}
     monkeypatch.setattr(loop, "validate", lambda *_: Validation({}, ""))
     setting, read, calls = world.changed(tmp_path / "run", **quiet), loop.read_batch, []
+    checkpoints = warm_run(world, tmp_path / "run")
 
     def read_and_be_stopped(*arguments):
         calls.append(arguments)
         # Two batches are read ahead, and one for compiling.
-        if len(calls) == WARM_STEPS + 1 + 5:
+        if len(calls) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return read(*arguments)
 
@@ -195,7 +297,7 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(world, tmp_pat
     with pytest.raises(Preempted, match="saved behind step .* the same command goes on"):
         train_lens(setting)
     assert signal.getsignal(signal.SIGTERM) is before
-    stopped_at = all_steps(tmp_path / "run" / "checkpoints")[-1]
+    stopped_at = all_steps(checkpoints)[-1]
     assert WARM_STEPS < stopped_at < LAST_STEP
     monkeypatch.setattr(loop, "read_batch", read)
     train_lens(setting)

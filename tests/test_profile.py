@@ -11,6 +11,7 @@ from pipeline import WARM_STEPS, open_world
 
 from conlens_jax.config import ConfigError, from_config_dict
 from conlens_jax.planning.profile_reading import (
+    EXCHANGE,
     Event,
     own_times,
     phase_of,
@@ -47,6 +48,9 @@ def test_phases_of_scopes():
         ("jit(train_step)/add", "other"),
     ):
         assert phase_of(scope) == phase
+        assert phase_of(scope, "fusion.7") == phase
+        for operation in ("all-reduce.162", "reduce-scatter.1", "all-gather-start.3"):
+            assert phase_of(scope, operation) == EXCHANGE
 
 
 def test_settings_of_a_profile():

@@ -424,7 +424,8 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    """Several processes, one run. Each gives the same config but for its ``process_id``.
+    """Several processes, one dump, run or evaluation. Each gives the same config but for its
+    ``process_id``, and sees the same files.
 
     Attributes:
       coordinator: ``"host:port"`` of process 0; ``"auto"``: Slurm, Open MPI, Kubernetes and TPU

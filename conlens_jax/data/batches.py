@@ -17,7 +17,6 @@ import numpy as np
 from conlens_jax.data.rows import RowSource
 
 Item = TypeVar("Item")
-_ROWS_AT_A_TIME = 16_384
 
 # Keeps this stream of random numbers apart from others that are keyed by the same seed.
 _PURPOSE = 0x0DE2
@@ -89,12 +88,8 @@ def read_groups(cache: RowSource, size: int) -> np.ndarray:
     """
     if size == 1:
         return np.arange(len(cache))[:, None]
-    pieces = range(0, len(cache), _ROWS_AT_A_TIME)
-    documents = [
-        cache.rows(np.arange(start, min(start + _ROWS_AT_A_TIME, len(cache)))).documents_N
-        for start in pieces
-    ]
-    groups_nk = document_groups(np.concatenate(documents), size)
+    documents_N = np.concatenate([piece.documents_N for piece in cache.places()])
+    groups_nk = document_groups(documents_N, size)
     if not len(groups_nk):
         raise ValueError(
             f"joint.rows_per_document={size}: no document of the cache has so many rows; lower it "

@@ -13,7 +13,7 @@ exceeds float16's range (65504).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +28,7 @@ from conlens_jax.data.cache_metadata import (
     check_metadata,
 )
 from conlens_jax.data.cache_writer import CacheWriter
-from conlens_jax.data.rows import Rows, checked_indices
+from conlens_jax.data.rows import Places, Rows, checked_indices
 from conlens_jax.data.shard_files import map_shard, shard_problem
 
 __all__ = [
@@ -52,13 +52,20 @@ class ActivationCache:
         self._maps: dict[int, Rows] = {}
 
     @classmethod
-    def open(cls, folder: str | Path, verify: bool | Literal["sizes"] = True) -> ActivationCache:
+    def open(
+        cls,
+        folder: str | Path,
+        verify: bool | Literal["sizes"] = True,
+        share: tuple[int, int] = (0, 1),
+    ) -> ActivationCache:
         """Opens a finished cache.
 
         Args:
           folder: the folder with ``metadata.json``.
           verify: True also reads every shard and compares its sha256; ``"sizes"`` or False only
             looks whether all shards are there with their right sizes.
+          share: (i, n): of n readers that each do their share of ``verify=True``, this is the i-th,
+            from 0. It reads every n-th shard.
 
         Raises:
           CacheError: no finished cache, an unknown schema version, or shards that are missing,
@@ -75,10 +82,11 @@ class ActivationCache:
             )
             raise CacheError(f"no activation cache at {folder} (no {METADATA_FILE}); {hint}")
         metadata = CacheMetadata.from_json(path.read_text(), str(path))
+        reads = lambda number: verify is True and number % share[1] == share[0]
         problems = [
             problem
-            for shard in metadata.shards
-            if (problem := shard_problem(folder, shard, with_hash=verify is True))
+            for number, shard in enumerate(metadata.shards)
+            if (problem := shard_problem(folder, shard, with_hash=reads(number)))
         ]
         n_rows = sum(shard.rows for shard in metadata.shards)
         if n_rows != metadata.n_rows or not n_rows:
@@ -112,6 +120,11 @@ class ActivationCache:
         rows = Rows.concatenate(parts) if parts else self._shard(0).take(indices)
         rows = rows.take(np.argsort(order))
         return dataclasses.replace(rows, activations_ND=rows.activations_ND.astype(np.float32))
+
+    def places(self) -> Iterator[Places]:
+        """Positions, lengths and documents of all rows, shard by shard; nothing else is read."""
+        for number in range(len(self.metadata.shards)):
+            yield Places.of(self._shard(number))
 
     def _shard(self, number: int) -> Rows:
         if number not in self._maps:

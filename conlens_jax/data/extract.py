@@ -3,6 +3,9 @@
 A row is one position of one document. Which positions are drawn depends on the seed and the
 document alone, and batches are made of the same documents after an interruption, so a dump that
 was interrupted ends with the same bytes as one that was not.
+
+Several processes share M's devices and its work. Each reads the whole corpus, puts its part of a
+batch of documents on its own devices, and gets back the rows of all; the first one writes them.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +24,16 @@ from jax.sharding import Mesh
 
 from conlens_jax.config import DumpConfig, ExperimentConfig
 from conlens_jax.data.batches import pad_tokens
-from conlens_jax.data.cache_metadata import CacheMetadata, cache_is_complete
-from conlens_jax.data.cache_writer import CacheWriter
+from conlens_jax.data.cache_metadata import CacheMetadata
 from conlens_jax.data.corpus import Corpus, CorpusError, Document, open_corpus
 from conlens_jax.data.rows import Rows
+from conlens_jax.data.shared_writer import SharedWriter
 from conlens_jax.lens.original import capture
 from conlens_jax.lens.spec import LensSpec
 from conlens_jax.models.model import LanguageModel
 from conlens_jax.parallel.mesh import batch_sharding, check_batch
+from conlens_jax.parallel.preemption import Preempted, watching_for_sigterm
+from conlens_jax.parallel.processes import check_same, local_rows, on_devices, to_host
 from conlens_jax.training.console import Console
 
 SPLITS = ("train", "validation")
@@ -43,19 +48,23 @@ def dump_activations(
       ValueError: settings that do not fit, a corpus without a usable document, or a cache that is
         there already with other settings.
       OSError: the disk is full; what is written is safe.
+      Preempted: SIGTERM; whole shards are safe.
     """
     check_batch("dump.batch_size", config.dump.batch_size, mesh)
     corpus = open_corpus(config.corpus)
     root = Path(config.dump.cache_dir)
     wanted = {"train": config.dump.n_samples, "validation": config.dump.n_validation_samples}
-    for split in SPLITS:
-        metadata = _metadata(config, model, corpus, split)
-        if cache_is_complete(root / split, metadata):
-            console.line("dump", split=split, found=root / split)
-            continue
-        writer = CacheWriter(root / split, metadata, config.dump.rows_per_shard)
-        extractor = Extractor(config.dump, model, spec, mesh, corpus, split)
-        _dump_split(extractor, writer, wanted[split], console)
+    with watching_for_sigterm() as stops_behind:
+        batches = itertools.count(1)  # over both splits: the number must rise
+        stops = lambda: stops_behind(next(batches))
+        for split in SPLITS:
+            metadata = _metadata(config, model, corpus, split)
+            writer = SharedWriter(root / split, metadata, config.dump.rows_per_shard)
+            if writer.complete:
+                console.line("dump", split=split, found=root / split)
+                continue
+            extractor = Extractor(config.dump, model, spec, mesh, corpus, split)
+            _dump_split(extractor, writer, wanted[split], console, stops)
     return root
 
 
@@ -80,8 +89,14 @@ def _metadata(
     )
 
 
-def _dump_split(extractor: Extractor, writer: CacheWriter, wanted: int, console: Console) -> None:
-    started, before = time.time(), writer.rows_written
+def _dump_split(
+    extractor: Extractor,
+    writer: SharedWriter,
+    wanted: int,
+    console: Console,
+    stops: Callable[[], bool],
+) -> None:
+    started, before = time.time(), writer.rows_before
     split = extractor.split
     if before:
         console.line("dump", split=split, resumed_after=before)
@@ -93,6 +108,11 @@ def _dump_split(extractor: Extractor, writer: CacheWriter, wanted: int, console:
             progress.update(min(len(rows), room), samples_per_s=rate)
             if writer.rows_appended >= wanted:
                 break
+            if stops():
+                raise Preempted(
+                    f"SIGTERM: the whole shards of {writer.folder}.partial are safe; the same "
+                    "command goes on behind them"
+                )
     if writer.rows_appended == 0:
         raise CorpusError(extractor.nothing_message())
     if writer.rows_appended < wanted:
@@ -101,13 +121,13 @@ def _dump_split(extractor: Extractor, writer: CacheWriter, wanted: int, console:
             split=split,
             note=f"the corpus gave only {writer.rows_appended} of {wanted} rows",
         )
-    metadata = writer.finish()
+    writer.finish()
     console.line(
         "dump",
         split=split,
-        rows=metadata.n_rows,
+        rows=writer.rows_appended,
         too_short=extractor.too_short,
-        samples_per_s=(metadata.n_rows - before) / max(time.time() - started, 1e-9),
+        samples_per_s=(writer.rows_appended - before) / max(time.time() - started, 1e-9),
         folder=writer.folder,
     )
 
@@ -207,18 +227,19 @@ class Extractor:
         positions_Bk = np.zeros((size, per_document), np.int32)
         positions_Bk[row_of, number] = rows.positions_N
         padding = ((0, size - len(documents)), (0, 0))
+        tokens_BS = np.pad(rows.tokens_NS[first], padding)
+        lengths_B = np.pad(rows.lengths_N[first], padding[0])
+        # Otherwise rows would be written with other tokens than their activations come from.
+        check_same("text in the corpus", tokens_BS.tobytes())
+        here = local_rows(self.sharding, size)
         activations_BkD = self._capture(
             self.model.params,
             *(
-                jax.device_put(array, self.sharding)
-                for array in (
-                    np.pad(rows.tokens_NS[first], padding),
-                    np.pad(rows.lengths_N[first], padding[0]),
-                    positions_Bk,
-                )
+                on_devices(array[here], self.sharding, size)
+                for array in (tokens_BS, lengths_B, positions_Bk)
             ),
         )
-        activations_ND = np.asarray(activations_BkD)[row_of, number]
+        activations_ND = to_host(activations_BkD)[row_of, number]
         return dataclasses.replace(rows, activations_ND=activations_ND)
 
     def _positions(self, document: int, length: int) -> np.ndarray:

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,13 +44,19 @@ from conlens_jax.data.legacy_files import (
     recorded_by_shards,
     recorded_by_sidecar,
 )
-from conlens_jax.data.rows import Rows, checked_indices
+from conlens_jax.data.rows import Places, Rows, checked_indices
 
 
 def open_cache(
-    folder: str | Path, verify: bool | Literal["sizes"] = True, pad_id: int | None = None
+    folder: str | Path,
+    verify: bool | Literal["sizes"] = True,
+    pad_id: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> ActivationCache | LegacyCache:
-    """Opens a cache of any known layout (``pad_id`` is for the earlier ones only).
+    """Opens a cache of any known layout.
+
+    ``pad_id`` is for the earlier ones only, which are read whole whatever ``verify`` and ``share``
+    (see :meth:`ActivationCache.open`) say.
 
     Raises:
       CacheError: nothing there, an unknown layout, or a damaged cache.
@@ -57,7 +64,7 @@ def open_cache(
     folder = Path(folder)
     if pt_files(folder) or parquet_files(folder):
         return LegacyCache.open(folder, pad_id)
-    return ActivationCache.open(folder, verify)
+    return ActivationCache.open(folder, verify, share)
 
 
 @dataclasses.dataclass
@@ -199,6 +206,11 @@ class LegacyCache:
             np.array([len(row.tokens) for row in rows], np.int32),
             np.array([row.document for row in rows], np.int64),
         )
+
+    def places(self) -> Iterator[Places]:
+        """As :meth:`ActivationCache.places`, block by block; these layouts are read whole."""
+        for start, end in itertools.pairwise([0, *self._ends]):
+            yield Places.of(self.rows(np.arange(start, end)))
 
     def check(self, **expected: Any) -> None:
         """As :meth:`ActivationCache.check`; what the old files do not record is not compared."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import ml_dtypes
@@ -76,11 +76,28 @@ class Rows:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where N rows lie, as in :class:`Rows`, without contexts and activations: 16 bytes a row."""
+
+    positions_N: np.ndarray
+    lengths_N: np.ndarray
+    documents_N: np.ndarray
+
+    @staticmethod
+    def of(rows: Rows) -> Places:
+        return Places(rows.positions_N, rows.lengths_N, rows.documents_N)
+
+
 class RowSource(Protocol):
-    """Where rows come from: a cache on disk, a corpus, or memory."""
+    """Where rows come from: a cache on disk, a corpus, or memory.
+
+    ``places`` are those of all rows, in order and in pieces.
+    """
 
     def __len__(self) -> int: ...
     def rows(self, indices: np.ndarray | Sequence[int]) -> Rows: ...
+    def places(self) -> Iterator[Places]: ...
 
 
 def checked_indices(indices: np.ndarray | Sequence[int], n_rows: int) -> np.ndarray:

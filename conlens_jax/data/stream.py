@@ -7,7 +7,7 @@ positions are kept; activations are captured where they are used
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from conlens_jax.config import ExperimentConfig
 from conlens_jax.data.corpus import CorpusError, open_corpus
 from conlens_jax.data.extract import Extractor
-from conlens_jax.data.rows import Rows, checked_indices
+from conlens_jax.data.rows import Places, Rows, checked_indices
 from conlens_jax.lens.spec import LensSpec
 from conlens_jax.models.model import LanguageModel
 
@@ -57,6 +57,11 @@ class TokenStream:
             documents_N=self._documents_G[documents],
         )
 
+    def places(self) -> Iterator[Places]:
+        """Positions, lengths and documents of all rows."""
+        documents = self._document_of_N
+        yield Places(self._positions_N, self._lengths_G[documents], self._documents_G[documents])
+
     def captured(self, count: int) -> Rows:
         """The first ``count`` rows with their activations."""
         return Rows.concatenate(list(self._extractor.captured(count)))
@@ -74,6 +79,10 @@ class CapturedRows:
     def rows(self, indices: np.ndarray | Sequence[int]) -> Rows:
         """The rows at ``indices``, in that order."""
         return self._rows.take(checked_indices(indices, len(self)))
+
+    def places(self) -> Iterator[Places]:
+        """Positions, lengths and documents of all rows."""
+        yield Places.of(self._rows)
 
 
 def open_stream(

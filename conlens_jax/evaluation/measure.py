@@ -241,6 +241,14 @@ class Reference:
     resultant: float
     n_rows: int
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, exact."""
+        return {**dataclasses.asdict(self), "mean_D": self.mean_D.tolist()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Reference:
+        return cls(**{**values, "mean_D": np.asarray(values["mean_D"], np.float32)})
+
 
 def reference_of(activations_ND: np.ndarray) -> Reference:
     wide = activations_ND.astype(np.float64)

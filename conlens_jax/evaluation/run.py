@@ -12,12 +12,14 @@ import numpy as np
 from conlens_jax.config import ConfigError, to_json_dict
 from conlens_jax.evaluation.document_heat import document_heat
 from conlens_jax.evaluation.full import Studies
+from conlens_jax.evaluation.heat_map import HeatMap
 from conlens_jax.evaluation.metric_files import flatten, write_metrics
 from conlens_jax.evaluation.page import PageData, System, build_report
 from conlens_jax.evaluation.report import Interval, write_report
 from conlens_jax.evaluation.suite import HEADLINE, Evaluated, Suite, attribute_token_ids
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.models.param_table import Params
+from conlens_jax.parallel.processes import told_by_first
 from conlens_jax.training.checkpoint import all_steps, read_metadata
 from conlens_jax.training.language_model import STATISTICS_FILE
 from conlens_jax.training.loop import placed
@@ -37,8 +39,22 @@ class _Lens:
     step: int
 
 
+@dataclasses.dataclass(frozen=True)
+class _Results:
+    """What all lenses of a run gave; ``main`` is the one that was asked for."""
+
+    main: _Lens
+    suite: Suite
+    systems: list[System]
+    heat_maps: list[HeatMap]
+    has_baseline: bool
+    has_studies: bool
+
+
 def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
     """Measures a checkpoint beside the warm start and the control of its run, where they exist.
+
+    Several processes measure together; the first one writes.
 
     Args:
       checkpoint: a run folder (its last checkpoint counts) or one step's folder in
@@ -96,28 +112,37 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
         systems.append(System(lens.key, NAMES.get(lens.key, lens.key), evaluated))
         headline = {name: evaluated.metrics[name].value for name in HEADLINE}
         console.line("evaluate", lens=lens.key, step=lens.step, **headline)
-    measured = {system.key: system.evaluated for system in systems}
-    differences = _differences(suite, measured, main.key)
+    _print_table(setting, systems)
+    results = _Results(main, suite, systems, heat_maps, baseline is not None, studies is not None)
+    return Path(told_by_first(lambda: str(_write(setting, run_folder, results))))
+
+
+def _write(setting: Setting, run_folder: Path, results: _Results) -> Path:
+    """Writes ``metrics.json``, ``metrics.csv`` and ``report.html``; returns the report's path."""
+    config, suite, main = setting.config, results.suite, results.main.key
+    measured = {system.key: system.evaluated for system in results.systems}
+    differences = _differences(suite, measured, main)
     statistics = _model_statistics(setting.model.folder)
     metrics_of = {key: evaluated.metrics for key, evaluated in measured.items()}
-    flat = flatten(metrics_of, main.key, differences, statistics)
+    flat = flatten(metrics_of, main, differences, statistics)
     write_metrics(run_folder, flat, statistics)
+    reference = suite.reference
     documents = len(np.unique(suite.rows.documents_N))
     facts = {
         "model": setting.model.model_id,
         "layer": setting.spec.layer,
-        "rows": f"{count} rows of {documents} held-out documents",
+        "rows": f"{len(suite.rows)} rows of {documents} held-out documents",
         "T": f"{setting.spec.text_len} tokens",
         "R": f"{reference.resultant:.3f}, on {reference.n_rows} training rows",
-        "checkpoint": f"step {main.step}",
+        "checkpoint": f"step {results.main.step}",
         **{name: f"{value:.3f} nats a token" for name, value in statistics.items()},
         "weights": setting.model.weights_hash[:12],
     }
     data = PageData(
-        systems=systems,
-        main=main.key,
+        systems=results.systems,
+        main=main,
         differences={
-            f"{NAMES[main.key].capitalize()} minus {NAMES[key]}": values
+            f"{NAMES[main].capitalize()} minus {NAMES[key]}": values
             for key, values in differences.items()
         },
         records=_records(run_folder),
@@ -126,12 +151,12 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
         partner_N=suite.partner_N,
         config=to_json_dict(config),
         n_examples=config.evaluate.n_examples,
-        notes=_notes(setting, measured, baseline is not None),
-        heat_maps=heat_maps,
-        ranked=studies is not None,
+        notes=_notes(setting, measured, results.has_baseline),
+        heat_maps=results.heat_maps,
+        ranked=results.has_studies,
     )
-    _print_table(setting, systems)
-    return write_report(build_report(data, tokenizer), run_folder / "report.html")
+    page = build_report(data, setting.model.tokenizer)
+    return write_report(page, run_folder / "report.html")
 
 
 def _find_lenses(checkpoint: str | Path) -> tuple[list[_Lens], Path]:

@@ -118,9 +118,16 @@ class Lens:
             a step.
 
         Raises:
-          ValueError: no lens there, or its model is another one now.
+          ValueError: no lens there, or its model is another one now; or a run of several
+            processes.
         """
         from conlens_jax.inspection.loading import load
+
+        if jax.process_count() > 1:
+            raise ValueError(
+                "Lens.load works in one process: leave jax.distributed.initialize out, or measure "
+                "with conlens_jax.evaluate"
+            )
 
         return load(path_or_hub_id, mesh or single_device_mesh(), dtype, step)
 

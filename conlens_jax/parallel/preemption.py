@@ -25,7 +25,8 @@ def watching_for_sigterm() -> Iterator[Callable[[int], bool]]:
 
     A signal to one process stops all of them behind the same step, the one after the furthest
     (JAX's preemption service agrees on it, and has the signal's handler where there are several
-    processes).
+    processes). Orbax asks the service too, with the steps of its checkpoints: training's must be
+    the same, and must rise.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point

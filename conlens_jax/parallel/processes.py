@@ -7,10 +7,12 @@ that its own devices compute on. One process alone is a group of one: nothing he
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
-from collections.abc import Iterator
-from typing import Any
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,11 +22,14 @@ from jax.sharding import Sharding
 from conlens_jax.config import DistributedConfig
 
 PyTree = Any
+Json = Any
+Result = TypeVar("Result")
 LOST_PROCESS = 1
 
 
 class ProcessError(RuntimeError):
-    """The processes of a run did not come together; the message says what was waited for."""
+    """The processes of a run did not come together; the message says what was waited for, or in
+    what they differ."""
 
 
 def start_processes(config: DistributedConfig) -> None:
@@ -54,6 +59,9 @@ def start_processes(config: DistributedConfig) -> None:
         raise ProcessError(
             f"distributed.coordinator={config.coordinator!r}: the processes did not meet: {error}"
         ) from error
+    # Connections are made at the first meeting, and on a CPU within 30 seconds: not where one
+    # process may keep the others waiting.
+    meet("start")
 
 
 def is_first() -> bool:
@@ -75,6 +83,63 @@ def first_before_others(name: str) -> Iterator[None]:
     yield
     if is_first():
         meet(name)
+
+
+def gathered(value: Json) -> list[Json]:
+    """Every process's value, anything JSON can hold, by process; the same list in all of them."""
+    if jax.process_count() == 1:
+        return [value]
+    content = json.dumps(value).encode()
+    lengths = multihost_utils.process_allgather(np.int32(len(content)))
+    # One program for many lengths.
+    padded = np.zeros(1 << int(max(lengths) - 1).bit_length(), np.uint8)
+    padded[: len(content)] = np.frombuffer(content, np.uint8)
+    everyones = multihost_utils.process_allgather(padded)
+    return [
+        json.loads(row[:length].tobytes()) for row, length in zip(everyones, lengths, strict=True)
+    ]
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """``work()``, when every process has done its own; what fails in one fails in all.
+
+    Raises:
+      ProcessError: where it failed in another process. There its own error is raised: ValueError
+        or OSError; others are not waited for.
+    """
+    if jax.process_count() == 1:
+        return work()
+    result, failure = None, None
+    try:
+        result = work()
+    except (ValueError, OSError) as error:
+        failure = error
+    failures = gathered(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for number, message in enumerate(failures):
+        if message is not None:
+            raise ProcessError(f"process {number} could not go on: {message}")
+    return result
+
+
+def told_by_first(work: Callable[[], Json]) -> Json:
+    """What ``work`` gives in the first process, the only one to do it, in every process; its
+    errors are those of :func:`together`."""
+    return gathered(together(lambda: work() if is_first() else None))[0]
+
+
+def check_same(what: str, content: bytes) -> None:
+    """Raises ProcessError in every process where ``content`` is not the same in all."""
+    if jax.process_count() == 1:
+        return
+    sums = multihost_utils.process_allgather(np.uint32(zlib.crc32(content)))
+    others = np.flatnonzero(sums != sums[0])
+    if len(others):
+        raise ProcessError(
+            f"process {others[0]} has another {what} than process 0: all need the same code, "
+            "config and files; is there a shared file system?"
+        )
 
 
 def local_rows(sharding: Sharding, n_rows: int) -> np.ndarray:
@@ -111,8 +176,8 @@ def stopping_with_others() -> Iterator[None]:
         print(
             f"error: process {jax.process_index()} of {jax.process_count()} stops: work that all "
             f"processes share failed ({str(error).splitlines()[0]}). If another process died, its "
-            "own log says why. The same command, with any number of processes, goes on from the "
-            "last checkpoint.",
+            "own log says why. The same command, with any number of processes, goes on from what "
+            "was saved last.",
             file=sys.stderr,
         )
         leave(LOST_PROCESS)

@@ -23,6 +23,8 @@ PHASES = (
     *("capture", "decode", "prefix_pass", "reference", "re_forward", "sampled_tokens"),
     *("text_terms", "encode", "swap", "text_anchor", "read", "write", "optimizer"),
 )
+EXCHANGE = "between devices"
+_EXCHANGE = re.compile(r"all-(reduce|gather|to-all)|reduce-scatter|collective-")
 
 
 class Event(NamedTuple):
@@ -83,8 +85,11 @@ def scopes_of(folder: Path) -> dict[str, str]:
     return dict(_OP_NAME.findall((folder / HLO_FILE).read_text(encoding="utf-8")))
 
 
-def phase_of(scope: str) -> str:
-    """The outermost phase of a path of names; its gradient is a phase of its own."""
+def phase_of(scope: str, operation: str = "") -> str:
+    """The outermost phase of a path of names; its gradient is a phase of its own. What devices
+    exchange is one phase: XLA merges the sums of many, and names them after one of these."""
+    if _EXCHANGE.match(operation):
+        return EXCHANGE
     for part in scope.split("/"):
         inner = re.findall(r"[\w\-]+", part)
         if inner and inner[-1] in PHASES:

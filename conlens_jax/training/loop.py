@@ -250,7 +250,7 @@ class _StageLoop:
                     jax.block_until_ready(metrics)
                     self.console.line(stage.name, seconds_to_first_step=time.time() - started)
                 here = index + 1
-                stops = stops_behind(stage.first_step + here) and here < stage.steps
+                stops = stops_behind(stage.first_step + here)
                 if not (stops or self._pauses(here)):
                     progress.update(1)
                     continue

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from conlens_jax.config import EMBEDDED_MODEL, ConfigError, ExperimentConfig, lookup
-from conlens_jax.data.legacy import open_cache
+from conlens_jax.data.cache import ActivationCache
+from conlens_jax.data.legacy import LegacyCache, open_cache
 from conlens_jax.data.rows import Rows, RowSource
 from conlens_jax.data.stream import TokenStream, open_stream
 from conlens_jax.evaluation.measure import Measurer, Reference, reference_of
@@ -20,12 +23,12 @@ from conlens_jax.models.sharding import loading_report
 from conlens_jax.models.transformer_config import TransformerConfig
 from conlens_jax.parallel.host import use_compilation_cache
 from conlens_jax.parallel.mesh import check_batch, make_mesh
-from conlens_jax.parallel.processes import first_before_others
+from conlens_jax.parallel.processes import first_before_others, together, told_by_first
 from conlens_jax.training.console import Console
 from conlens_jax.training.language_model import ensure_language_model
 from conlens_jax.training.objective import Objective
 
-_REFERENCE_ROWS = _ROWS_AT_A_TIME = 16_384
+_REFERENCE_ROWS = 16_384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +146,9 @@ def check_context(config: ExperimentConfig, model: TransformerConfig, name: str)
 def open_caches(setting: Setting) -> tuple[RowSource, RowSource]:
     """The training and validation rows, checked against the model.
 
+    Several processes share the reading: each verifies some of the shards, the first looks at the
+    positions.
+
     Raises:
       ValueError: not there, damaged, or made with another model, layer or tokenizer.
     """
@@ -154,14 +160,7 @@ def open_caches(setting: Setting) -> tuple[RowSource, RowSource]:
     root = Path(setting.config.dump.cache_dir)
     caches = []
     for split in ("train", "validation"):
-        if not (root / split).exists():
-            raise ConfigError(
-                [
-                    f"dump.cache_dir={str(root)!r}: there is no {split} cache; make it with "
-                    "python -m conlens_jax.dump and the same config"
-                ]
-            )
-        cache = open_cache(root / split, pad_id=setting.model.tokenizer.pad_id)
+        cache = together(lambda folder=root / split: _open_split(setting, folder))
         cache.check(
             model_id=setting.model.model_id,
             weights_hash=setting.model.weights_hash,
@@ -174,33 +173,51 @@ def open_caches(setting: Setting) -> tuple[RowSource, RowSource]:
     return caches[0], caches[1]
 
 
+def _open_split(setting: Setting, folder: Path) -> ActivationCache | LegacyCache:
+    if not folder.exists():
+        raise ConfigError(
+            [
+                f"dump.cache_dir={str(folder.parent)!r}: there is no {folder.name} cache; make it "
+                "with python -m conlens_jax.dump and the same config"
+            ]
+        )
+    share = (jax.process_index(), jax.process_count())
+    return open_cache(folder, pad_id=setting.model.tokenizer.pad_id, share=share)
+
+
 def _check_rows(config: ExperimentConfig, cache: RowSource) -> None:
-    """The windows that training reads must lie inside every context."""
+    """Raises ConfigError where windows that training reads do not lie inside every context."""
+    problems = told_by_first(lambda: list(_row_problems(config, cache)))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _row_problems(config: ExperimentConfig, cache: RowSource) -> Iterator[str]:
     after = max(config.warm.after, config.loss.kl_horizon - 1, config.evaluate.kl_horizon - 1, 1)
     short = early = 0
-    for start in range(0, len(cache), _ROWS_AT_A_TIME):  # all activations at once may be too many
-        rows = cache.rows(np.arange(start, min(start + _ROWS_AT_A_TIME, len(cache))))
+    for rows in cache.places():
         short += int(np.sum(rows.positions_N + after >= rows.lengths_N))
         early += int(np.sum(rows.positions_N + 1 < config.warm.before))
-    problems = []
     if short:
-        problems.append(
+        yield (
             f"dump.cache_dir: {short} rows have fewer than {after} tokens behind their position, "
             "which warm.after, loss.kl_horizon and evaluate.kl_horizon read; lower these or dump "
             "again with a larger dump.after"
         )
     if early:
-        problems.append(
+        yield (
             f"dump.cache_dir: {early} rows lie before token warm.before={config.warm.before}; "
             "lower warm.before or dump again with a larger dump.min_position"
         )
-    if problems:
-        raise ConfigError(problems)
 
 
 def training_reference(cache: RowSource) -> Reference:
-    """Mean, scale and R of (up to 16,384 of) the training activations."""
-    return reference_of(training_rows(cache, _REFERENCE_ROWS).activations_ND)
+    """Mean, scale and R of (up to 16,384 of) the training activations. Of several processes the
+    first one reads them; a stream's are captured by all."""
+    of_rows = lambda: reference_of(training_rows(cache, _REFERENCE_ROWS).activations_ND)
+    if isinstance(cache, TokenStream):
+        return of_rows()
+    return Reference.from_json(told_by_first(lambda: of_rows().to_json()))
 
 
 def training_rows(cache: RowSource, most: int) -> Rows:

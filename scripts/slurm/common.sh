@@ -1,5 +1,7 @@
 # Sourced by the job scripts: the environment of a GPU node, one training, and the requeue.
 #
+# CONLENS_COMMAND=dump sbatch scripts/slurm/<script>.sh --config=…   runs conlens_jax.dump (or
+# evaluate, quickstart) in the place of conlens_jax.train.
 # DRY_RUN=1 bash scripts/slurm/<script>.sh --config=…   compiles the same run from shapes on a CPU,
 # prints the memory of each device and exits: no node, no GPU, no weights.
 
@@ -11,14 +13,14 @@ export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-1}"
 unset http_proxy https_proxy HTTP_PROXY HTTPS_PROXY
 PYTHON="${PYTHON:-python}"
 
-# Trains with the given flags. Exit code 75 (saved after SIGTERM) puts the job back into the queue,
-# where it goes on from its checkpoint; any other code is the job's.
+# Trains (or runs $CONLENS_COMMAND) with the given flags. Exit code 75 (saved after SIGTERM) puts the
+# job back into the queue, where it goes on from what it saved; any other code is the job's.
 train() {
   if [ -n "${DRY_RUN:-}" ]; then
     "$PYTHON" -m conlens_jax.train "$@" --config.launch.dry_run=true
     return
   fi
-  srun --kill-on-bad-exit=1 "$PYTHON" -m conlens_jax.train "$@"
+  srun --kill-on-bad-exit=1 "$PYTHON" -m "conlens_jax.${CONLENS_COMMAND:-train}" "$@"
   local code=$?
   if [ "$code" -eq 75 ]; then
     scontrol requeue "$SLURM_JOB_ID"
