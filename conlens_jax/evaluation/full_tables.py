@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from conlens_jax.data.stories import ATTRIBUTES
 from conlens_jax.evaluation.best_of import best_of_curves
 from conlens_jax.evaluation.bootstrap import Interval
 from conlens_jax.evaluation.report import MetricGroup, MetricRow
 from conlens_jax.evaluation.svg import CurveChart, Series
 from conlens_jax.evaluation.text_changes import CHANGES
-from conlens_jax.evaluation.truth import DISTANCES, distance_name
+from conlens_jax.evaluation.truth import COMPARED, RANGES
 
 HIGHER, LOWER, NEITHER = "higher", "lower", ""
 Metrics = Mapping[str, Interval]
@@ -29,7 +28,7 @@ AUDIT: tuple[Rowspec, ...] = (
     ("frozen_tokens_to_half", "the same for the audit encoder", NEITHER),
 )
 TRUTH: tuple[Rowspec, ...] = (
-    ("recall", "share of the probe-readable attributes that the greedy text states", HIGHER),
+    ("recall", "share of the probe-readable values that the greedy text states", HIGHER),
     ("sampled_recall", "… the sampled text", HIGHER),
     ("null_shuffle_recall", "… the text of another row", NEITHER),
     ("text_only_recall", "… M's own continuation of the context, without the vector", NEITHER),
@@ -39,7 +38,8 @@ TRUTH: tuple[Rowspec, ...] = (
     ("null_shuffle_precision", "… the text of another row", NEITHER),
     ("text_only_precision", "… M's own continuation, without the vector", NEITHER),
     ("window_precision", "… the true window", NEITHER),
-    ("probe_read", "share of the mentioned attributes that a linear probe reads from a", NEITHER),
+    ("probe_read", "share of the decided values that a linear probe reads from a", NEITHER),
+    ("prior_read", "… that are the most frequent value of training rows", NEITHER),
 )
 
 _COMPARED: tuple[tuple[str, str, str], ...] = (
@@ -115,35 +115,88 @@ def damage(systems: Mapping[str, Metrics]) -> MetricGroup:
     )
 
 
-def truth_by(metrics: Metrics) -> list[MetricGroup]:
-    """The greedy text by attribute, and by distance from the last mention."""
-    groups = []
-    for title, note, keys in (
-        ("By attribute", "A person is a right claim if it is the hero or the friend.", ATTRIBUTES),
-        (
-            "By distance",
-            "Tokens from the last mention of the attribute to P.",
-            [f"distance_{distance_name(*ends)}" for ends in DISTANCES],
+_TRUTH_COLUMNS = {
+    "probe": "probe_read{}",
+    "most frequent value": "prior_read{}",
+    **{
+        f"{what}, {who}": f"{prefix}{what}{{}}"
+        for what in ("recall", "precision")
+        for prefix, who in zip(
+            COMPARED, ("greedy text", "another row's", "M's own words", "window"), strict=True
+        )
+    },
+}
+
+
+def truth_by(metrics: Metrics, variables: Sequence[str]) -> list[MetricGroup]:
+    """Texts by variable, by distance from where the context states it, and by layer."""
+    groups = [
+        _table(
+            "Truth by variable",
+            "The probe and the most frequent value are shares of what the context decides; recall "
+            "is of what the probe reads. Where several variables look alike in a text, a value is "
+            "right if it is that of any.",
+            {name: f"_{name}" for name in variables},
+            _TRUTH_COLUMNS,
+            metrics,
         ),
-    ):
-        columns = ("probe_read", "recall", "precision")
-        rows = [
-            MetricRow(key.removeprefix("distance_").replace("_", " to "), "", NEITHER, values)
-            for key in keys
-            if any(values := [metrics.get(f"{column}_{key}") for column in columns])
-        ]
-        shown = [i for i in range(len(columns)) if any(row.values[i] for row in rows)]
-        rows = [MetricRow(row.name, "", NEITHER, [row.values[i] for i in shown]) for row in rows]
-        groups.append(MetricGroup(title, note, rows, [columns[i] for i in shown]))
+        _table(
+            "Truth by distance",
+            "Tokens from the last statement to P; ahead: from P to the first one, of what the "
+            "context decides and has not stated.",
+            {name.replace("_", " "): f"_{name}" for name in RANGES},
+            _TRUTH_COLUMNS,
+            metrics,
+        ),
+    ]
+    layers = [
+        name.removeprefix("recall_layer_") for name in metrics if name.startswith("recall_layer_")
+    ]
+    columns = {"probe at the lens's layer": "probe_read{}"}
+    columns |= {f"probe at layer {n}": f"probe_read_layer_{n}{{}}" for n in layers}
+    keys = {"all": "", **{name: f"_{name}" for name in variables}}
+    if layers:
+        note = "M's activation at other blocks, the same rows and place: what could be read there."
+        groups.append(_table("Control: another layer", note, keys, columns, metrics))
+    of_layers = {
+        f"{where} layer {n}": f"{key}_{n}"
+        for n in layers
+        for where, key in (("at", "layer"), ("at the lens's but not at", "beyond_layer"))
+    }
+    by_text = {name: c.replace("{}", "_{}") for name, c in _TRUTH_COLUMNS.items() if "recall" in c}
+    note = "Recall of what a probe reads there."
+    groups.append(_table("What is read at another layer", note, of_layers, by_text, metrics))
     return groups
 
 
-def interventions(metrics: Metrics) -> MetricGroup:
-    """The edit and its two controls, all rows together and by attribute."""
+def _table(
+    title: str, note: str, rows: Mapping[str, str], columns: Mapping[str, str], metrics: Metrics
+) -> MetricGroup:
+    """Cells by name of a metric: a column's with the row's part in its braces. Empty rows and
+    columns are left out."""
+    cells = {
+        row: [metrics.get(column.format(part)) for column in columns.values()]
+        for row, part in rows.items()
+    }
+    shown = [i for i in range(len(columns)) if any(values[i] for values in cells.values())]
+    return MetricGroup(
+        title,
+        note,
+        [
+            MetricRow(row, "", NEITHER, [values[i] for i in shown])
+            for row, values in cells.items()
+            if any(values)
+        ],
+        [list(columns)[i] for i in shown],
+    )
+
+
+def interventions(metrics: Metrics, variables: Sequence[str]) -> MetricGroup:
+    """The edit and its two controls, all rows together and by variable."""
     columns = ("edit to w", "control: to a third value", "control: random word")
     prefixes = ("", "third_value_", "random_word_")
-    groups = [("", "every attribute word"), ("next_", "where it is what M is about to say")]
-    groups += [(f"{name}_", name) for name in ATTRIBUTES]
+    groups = [("", "every value"), ("next_", "where it is what M is about to say")]
+    groups += [(f"{name}_", name) for name in variables]
     rows = []
     for key, name in groups:
         for what, explanation in (
@@ -155,7 +208,7 @@ def interventions(metrics: Metrics) -> MetricGroup:
                 rows.append(MetricRow(f"{what}: {name}", explanation, HIGHER, values))
     return MetricGroup(
         "Interventions",
-        "A word v of the explanation is replaced by w, the text is read again and swapped in.",
+        "A value v that the explanation states becomes w, the text is read again and swapped in.",
         rows,
         columns,
     )
@@ -176,16 +229,20 @@ def parts(metrics: Metrics) -> MetricGroup:
     return MetricGroup("By position and by norm", note, rows, columns)
 
 
-def full_groups(main: str, systems: Mapping[str, Metrics]) -> list[MetricGroup]:
+def full_groups(
+    main: str, systems: Mapping[str, Metrics], variables: Sequence[str]
+) -> list[MetricGroup]:
     """Tables with columns of their own; empty ones are left out.
 
     Args:
       main: name of the lens that all tables but that of the damage are about.
+      variables: what is known of every document.
     """
     metrics = systems[main]
     # Of the basic suite alone the comparison would only repeat its tables.
     groups = [comparison(metrics)] if "gap_frozen" in metrics else []
-    groups += [damage(systems), *truth_by(metrics), interventions(metrics), parts(metrics)]
+    groups += [damage(systems), *truth_by(metrics, variables)]
+    groups += [interventions(metrics, variables), parts(metrics)]
     return [group for group in groups if group.rows]
 
 

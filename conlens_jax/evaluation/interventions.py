@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from conlens_jax.data.statements import NOTHING, TokenVariable
 from conlens_jax.evaluation.bootstrap import Interval, Statistic
 from conlens_jax.evaluation.statistics import difference_of, mean_of, ratio_of
 from conlens_jax.evaluation.suite import Evaluated, PerRow, Suite
@@ -37,41 +38,44 @@ class Edits:
     texts: dict[str, np.ndarray]
 
 
-def draw_edits(texts_NT: np.ndarray, values: Mapping[str, np.ndarray], seed: int) -> Edits:
+def draw_edits(texts_NT: np.ndarray, variables: Mapping[str, TokenVariable], seed: int) -> Edits:
     """Draws an edit for each text: which of its attribute words, the values w and the third one,
     and the place and token (one of all texts') of the random word.
 
     Args:
-      values: attribute → token ids of its values, at least three for those that are edited.
+      variables: how a text states each; those with less than three values are not edited, because
+        there is no third one.
     """
-    # Names and friends share their values; the first attribute that has a token owns it.
-    owner = {}
-    for index, ids in enumerate(values.values()):
-        for token in ids.tolist() if len(ids) >= 3 else ():
-            owner.setdefault(token, index)
-    lists = list(values.values())
-    count = len(texts_NT)
+    count, of_index = len(texts_NT), list(variables.values())
+    stated_ANT = np.stack(
+        [
+            v.stated(texts_NT) if len(v.values_K) >= 3 else np.full_like(texts_NT, NOTHING)
+            for v in of_index
+        ]
+    )
     attribute_N, pairs_N2 = np.full(count, -1), np.zeros((count, 2), np.int32)
     edited = {name: texts_NT.copy() for name in EDITS}
     pool = texts_NT.reshape(-1)
     for row, text in enumerate(texts_NT):
         rng = np.random.default_rng((seed, row))
-        places = [place for place, token in enumerate(text.tolist()) if token in owner]
-        if not places or len(text) < 2:
+        places = np.flatnonzero((stated_ANT[:, row] != NOTHING).any(axis=0))
+        if not len(places) or len(text) < 2:
             continue
         place = rng.choice(places)
         first = int(text[place])
-        attribute_N[row] = owner[first]
-        others = np.setdiff1d(lists[owner[first]], text)
+        # Names and friends look alike; the first variable that can be meant is.
+        index = int(np.argmax(stated_ANT[:, row, place] != NOTHING))
+        others = np.setdiff1d(of_index[index].values_K, text)
         if len(others) < 2:
-            attribute_N[row] = -1
             continue
+        attribute_N[row] = index
         second, third = rng.choice(others, 2, replace=False)
         pairs_N2[row] = first, second
         # Everywhere: a text may say a word twice.
-        edited["edit"][row, text == first] = second
-        edited["third_value"][row, text == first] = third
-        elsewhere = np.flatnonzero(text != first)
+        here_T = stated_ANT[index, row] == first
+        edited["edit"][row, here_T] = second
+        edited["third_value"][row, here_T] = third
+        elsewhere = np.flatnonzero(~here_T)
         if len(elsewhere):
             edited["random_word"][row, rng.choice(elsewhere)] = rng.choice(pool)
     return Edits(attribute_N, pairs_N2, edited)
@@ -82,7 +86,7 @@ def intervene(
     evaluated: Evaluated,
     trainable: Params,
     frozen: Params,
-    values: Mapping[str, np.ndarray],
+    variables: Mapping[str, TokenVariable],
     seed: int,
 ) -> dict[str, Interval]:
     """Shift and success of the edits of greedy explanations.
@@ -91,7 +95,7 @@ def intervene(
     P..P+h−1. *Success* is the share of rows where M preferred v at P before the edit and prefers w
     after it. ``next_`` looks only at the rows where v is what M is about to say.
     """
-    edits = draw_edits(evaluated.explained.texts["greedy"], values, seed)
+    edits = draw_edits(evaluated.explained.texts["greedy"], variables, seed)
     vectors = {
         name: suite.measurer.read(trainable, frozen, texts) for name, texts in edits.texts.items()
     }
@@ -103,7 +107,7 @@ def intervene(
     groups = {"": stated_N, "next_": is_next_N}
     groups |= {
         f"{name}_": edits.attribute_N == index
-        for index, name in enumerate(values)
+        for index, name in enumerate(variables)
         if np.any(edits.attribute_N == index)
     }
     per_row: PerRow = {}

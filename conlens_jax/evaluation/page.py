@@ -100,6 +100,7 @@ class PageData:
       records: of metrics.jsonl, by curve set ("" for the run, "control" for the control).
       facts: label → value.
       heat_maps: documents token by token.
+      variables: names of what is known of every document; none but in a generated corpus.
       ranked: show the best, median and worst rows before those at equal distances.
     """
 
@@ -114,6 +115,7 @@ class PageData:
     n_examples: int
     notes: Sequence[str]
     heat_maps: Sequence[HeatMap] = ()
+    variables: Sequence[str] = ()
     ranked: bool = False
 
 
@@ -144,13 +146,15 @@ def build_report(data: PageData, tokenizer: Tokenizer) -> Report:
             data,
         ),
         _group(
-            "Truth: what the text states of the story",
-            "Attributes are single words, known from the story's generator. A text may state right "
-            "what M is about to say because the warm start taught it to look ahead.",
+            "Truth: what the text states of what is known",
+            "The generator of the corpus knows every value. A text may state right what M is about "
+            "to say because the warm start taught it to look ahead.",
             TRUTH,
             data,
         ),
-        *full_groups(main.name, {s.name: s.evaluated.metrics for s in data.systems}),
+        *full_groups(
+            main.name, {s.name: s.evaluated.metrics for s in data.systems}, data.variables
+        ),
         *_difference_groups(data),
     ]
     return Report(

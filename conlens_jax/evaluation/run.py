@@ -25,6 +25,13 @@ from conlens_jax.training.run_folder import BASELINE, CONTROL, checkpoint_of, lo
 from conlens_jax.training.setting import Setting
 from conlens_jax.training.tracking import read_metrics
 
+_STATISTICS = {
+    "lm_loss": "{:.3f} nats a token",
+    "generator_entropy": "{:.3f} nats a token",
+    "answers_right": "{:.3f} of M's answers",
+    "exact_answers": "{:.3f} of the documents",
+}
+"""What is known of an embedded model, and how it is shown."""
 NAMES = {"warm": "warm start", "joint": "joint training", "control": "matched-compute control"}
 
 
@@ -110,7 +117,7 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
         "T": f"{setting.spec.text_len} tokens",
         "R": f"{reference.resultant:.3f}, on {reference.n_rows} training rows",
         "checkpoint": f"step {main.step}",
-        **{name: f"{value:.3f} nats a token" for name, value in statistics.items()},
+        **{name: _STATISTICS[name].format(value) for name, value in statistics.items()},
         "weights": setting.model.weights_hash[:12],
     }
     data = PageData(
@@ -128,6 +135,7 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
         n_examples=config.evaluate.n_examples,
         notes=_notes(setting, measured, baseline is not None),
         heat_maps=heat_maps,
+        variables=() if studies is None else studies.variables,
         ranked=studies is not None,
     )
     _print_table(setting, systems)
@@ -169,12 +177,13 @@ def _differences(
 
 
 def _model_statistics(folder: Path) -> dict[str, float]:
-    """The embedded model's own loss and its corpus's entropy; nothing for other models."""
+    """The embedded model's own loss, its corpus's entropy and its share of right answers;
+    nothing for other models."""
     file = folder / STATISTICS_FILE
     if not file.exists():
         return {}
     values = json.loads(file.read_text(encoding="utf-8"))
-    return {name: values[name] for name in ("lm_loss", "generator_entropy") if name in values}
+    return {name: values[name] for name in _STATISTICS if name in values}
 
 
 def _records(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -217,8 +226,8 @@ def _notes(setting: Setting, measured: dict[str, Evaluated], has_baseline: bool)
         )
     if "generator_entropy" in _model_statistics(setting.model.folder):
         notes.append(
-            "generator_entropy is what the story generator itself spends on its choices, nats a "
-            "token; lm_loss is the embedded model's loss on the same held-out stories."
+            "generator_entropy is what the corpus's generator itself spends on its choices, nats a "
+            "token; lm_loss is the embedded model's loss on the same held-out documents."
         )
     return notes
 
