@@ -9,7 +9,7 @@ from conlens_jax.evaluation.bootstrap import Interval
 from conlens_jax.evaluation.report import MetricGroup, MetricRow
 from conlens_jax.evaluation.svg import CurveChart, Series
 from conlens_jax.evaluation.text_changes import CHANGES
-from conlens_jax.evaluation.truth import COMPARED, RANGES
+from conlens_jax.evaluation.truth import COMPARED, RANGES, SOON
 
 HIGHER, LOWER, NEITHER = "higher", "lower", ""
 Metrics = Mapping[str, Interval]
@@ -137,6 +137,13 @@ def truth_by(metrics: Metrics, variables: Sequence[str]) -> list[MetricGroup]:
             "is of what the probe reads. Where several variables look alike in a text, a value is "
             "right if it is that of any.",
             {name: f"_{name}" for name in variables},
+            _TRUTH_COLUMNS,
+            metrics,
+        ),
+        _table(
+            "Truth by variable, before it is stated",
+            f"Where the context decides the value and first states it 1 to {SOON} tokens behind P.",
+            {name: f"_{name}_soon" for name in variables},
             _TRUTH_COLUMNS,
             metrics,
         ),

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from conlens_jax.data.rows import Rows
+from conlens_jax.data.statements import NOTHING
 from conlens_jax.evaluation.bootstrap import Interval, Statistic
 from conlens_jax.evaluation.known_facts import KnownFacts
 from conlens_jax.evaluation.probe import probe_values
@@ -24,6 +25,8 @@ DISTANCES = ((0, 3), (4, 7), (8, 15), (16, 31), (32, 1_000_000))
 """Tokens from the last statement to P."""
 AHEAD = ((1, 3), (4, 7), (8, 15), (16, 1_000_000))
 """Tokens from P to the first statement, where the context decides the value without stating it."""
+SOON = 7
+"""A value that is first stated up to so many tokens behind P is looked at apart, by variable."""
 COMPARED = ("", "null_shuffle_", "text_only_", "window_")
 """Texts (prefixes of their metrics) that are also looked at by variable and by distance."""
 
@@ -78,26 +81,41 @@ class Readable:
 def readable_variables(
     train_ND: np.ndarray, x_ND: np.ndarray, train_facts: KnownFacts, facts: KnownFacts
 ) -> np.ndarray:
-    """Which variables of each row a linear probe reads right from its activation, [N, A]."""
+    """Which variables of each row linear probes read right from its activation, [N, A].
+
+    A probe of its own reads each variable where it has been stated, and one for each range of
+    :data:`AHEAD` where it has not: M holds a value that it is about to write otherwise than one
+    that it has yet to work out.
+    """
     read_NA = np.zeros(facts.truth_NA.shape, bool)
     for index, variable in enumerate(facts.variables.values()):
-        labels_N = _labels(train_facts, index)
-        read_N = probe_values(train_ND, labels_N, variable.values_K, x_ND)
-        read_NA[:, index] = read_N == facts.truth_NA[:, index]
+        train_parts, parts = _probed_parts(train_facts, index), _probed_parts(facts, index)
+        for train_N, here_N in zip(train_parts, parts, strict=True):
+            if not here_N.any():
+                continue
+            labels_N = np.where(train_N, train_facts.truth_NA[:, index], NOTHING)
+            found_N = probe_values(train_ND, labels_N, variable.values_K, x_ND[here_N])
+            read_NA[here_N, index] = found_N == facts.truth_NA[here_N, index]
     return read_NA & facts.known_NA
+
+
+def _probed_parts(facts: KnownFacts, index: int) -> list[np.ndarray]:
+    """Rows by where the variable is stated, [N] each: up to P, and by range ahead of it or nowhere
+    in the context."""
+    known_N, ahead_N = facts.known_NA[:, index], facts.ahead_NA[:, index]
+    parts = [known_N & (ahead_N >= low) & (ahead_N <= high) for low, high in AHEAD]
+    stated_N = known_N & facts.mentioned_NA[:, index]
+    return [stated_N, *parts, known_N & ~stated_N & (ahead_N == NOTHING)]
 
 
 def _guessed(train_facts: KnownFacts, facts: KnownFacts) -> np.ndarray:
     guessed_NA = np.zeros(facts.truth_NA.shape, bool)
     for index, variable in enumerate(facts.variables.values()):
-        counts_K = (_labels(train_facts, index)[:, None] == variable.values_K).sum(axis=0)
+        labels_N = np.where(train_facts.known_NA, train_facts.truth_NA, NOTHING)[:, index]
+        counts_K = (labels_N[:, None] == variable.values_K).sum(axis=0)
         guess = variable.values_K[np.argmax(counts_K)]
         guessed_NA[:, index] = facts.truth_NA[:, index] == guess
     return guessed_NA & facts.known_NA
-
-
-def _labels(facts: KnownFacts, index: int) -> np.ndarray:
-    return np.where(facts.known_NA[:, index], facts.truth_NA[:, index], -1).astype(np.int32)
 
 
 def truth_of_texts(
@@ -107,7 +125,7 @@ def truth_of_texts(
 
     Args:
       texts: prefix of the metrics' names → token ids [N, T]. Those of :data:`COMPARED` are also
-        looked at by variable and by distance.
+        looked at by variable, by distance, and by variable where it is stated :data:`SOON`.
     """
     shares = _Shares()
     known_NA, own_NA = facts.known_NA, readable.own_NA
@@ -128,20 +146,20 @@ def truth_of_texts(
             shares.add(f"{prefix}recall_beyond_layer_{layer}", stated_NA & beyond_NA, beyond_NA)
         for key, part_NA in parts.items() if prefix in COMPARED else ():
             shares.add(f"{prefix}recall{key}", stated_NA & own_NA & part_NA, own_NA & part_NA)
-            if key[1:] in facts.variables:
-                shares.add(f"{prefix}precision{key}", right_NA * part_NA, claims_NA * part_NA)
+            shares.add(f"{prefix}precision{key}", right_NA * part_NA, claims_NA * part_NA)
     return suite.intervals(shares.statistics, shares.per_row)
 
 
 def _parts(facts: KnownFacts) -> dict[str, np.ndarray]:
-    """``_`` and the name of a variable or of a range of tokens → which facts it holds, broadcast
-    to [N, A]."""
+    """``_`` and the name of a variable or of a range of tokens → which facts it holds, broadcast to
+    [N, A]; ``_NAME_soon`` is a variable where the context decides it and states it soon."""
     columns = np.eye(len(facts.variables), dtype=bool)
     parts = {f"_{name}": columns[i][None] for i, name in enumerate(facts.variables)}
     for name, (low, high) in RANGES.items():
         tokens_NA = facts.distance_NA if name.startswith("distance") else facts.ahead_NA
-        parts[f"_{name}"] = (tokens_NA >= low) & (tokens_NA <= high)
-    return parts
+        parts[f"_{name}"] = facts.known_NA & (tokens_NA >= low) & (tokens_NA <= high)
+    soon_NA = facts.known_NA & (facts.ahead_NA >= 1) & (facts.ahead_NA <= SOON)
+    return parts | {f"_{name}_soon": soon_NA & parts[f"_{name}"] for name in facts.variables}
 
 
 @dataclasses.dataclass
