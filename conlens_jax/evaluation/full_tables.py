@@ -9,7 +9,7 @@ from conlens_jax.evaluation.bootstrap import Interval
 from conlens_jax.evaluation.report import MetricGroup, MetricRow
 from conlens_jax.evaluation.svg import CurveChart, Series
 from conlens_jax.evaluation.text_changes import CHANGES
-from conlens_jax.evaluation.truth import COMPARED, RANGES, SOON
+from conlens_jax.evaluation.truth_tables import truth_by
 
 HIGHER, LOWER, NEITHER = "higher", "lower", ""
 Metrics = Mapping[str, Interval]
@@ -27,21 +27,6 @@ AUDIT: tuple[Rowspec, ...] = (
     ("tokens_to_half", "… half of what the whole text explains", NEITHER),
     ("frozen_tokens_to_half", "the same for the audit encoder", NEITHER),
 )
-TRUTH: tuple[Rowspec, ...] = (
-    ("recall", "share of the probe-readable values that the greedy text states", HIGHER),
-    ("sampled_recall", "… the sampled text", HIGHER),
-    ("null_shuffle_recall", "… the text of another row", NEITHER),
-    ("text_only_recall", "… M's own continuation of the context, without the vector", NEITHER),
-    ("window_recall", "… the true window that the warm start teaches", NEITHER),
-    ("precision", "share of the values that the greedy text states which are right", HIGHER),
-    ("sampled_precision", "… the sampled text", HIGHER),
-    ("null_shuffle_precision", "… the text of another row", NEITHER),
-    ("text_only_precision", "… M's own continuation, without the vector", NEITHER),
-    ("window_precision", "… the true window", NEITHER),
-    ("probe_read", "share of the decided values that a linear probe reads from a", NEITHER),
-    ("prior_read", "… that are the most frequent value of training rows", NEITHER),
-)
-
 _COMPARED: tuple[tuple[str, str, str], ...] = (
     ("", "lens, greedy text", "read by its own encoder"),
     ("sampled_", "lens, sampled text", "read by its own encoder"),
@@ -112,89 +97,6 @@ def damage(systems: Mapping[str, Metrics]) -> MetricGroup:
         "where the changed text misleads.",
         rows,
         list(columns),
-    )
-
-
-_TRUTH_COLUMNS = {
-    "probe": "probe_read{}",
-    "most frequent value": "prior_read{}",
-    **{
-        f"{what}, {who}": f"{prefix}{what}{{}}"
-        for what in ("recall", "precision")
-        for prefix, who in zip(
-            COMPARED, ("greedy text", "another row's", "M's own words", "window"), strict=True
-        )
-    },
-}
-
-
-def truth_by(metrics: Metrics, variables: Sequence[str]) -> list[MetricGroup]:
-    """Texts by variable, by distance from where the context states it, and by layer."""
-    groups = [
-        _table(
-            "Truth by variable",
-            "The probe and the most frequent value are shares of what the context decides; recall "
-            "is of what the probe reads. Where several variables look alike in a text, a value is "
-            "right if it is that of any.",
-            {name: f"_{name}" for name in variables},
-            _TRUTH_COLUMNS,
-            metrics,
-        ),
-        _table(
-            "Truth by variable, before it is stated",
-            f"Where the context decides the value and first states it 1 to {SOON} tokens behind P.",
-            {name: f"_{name}_soon" for name in variables},
-            _TRUTH_COLUMNS,
-            metrics,
-        ),
-        _table(
-            "Truth by distance",
-            "Tokens from the last statement to P; ahead: from P to the first one, of what the "
-            "context decides and has not stated.",
-            {name.replace("_", " "): f"_{name}" for name in RANGES},
-            _TRUTH_COLUMNS,
-            metrics,
-        ),
-    ]
-    layers = [
-        name.removeprefix("recall_layer_") for name in metrics if name.startswith("recall_layer_")
-    ]
-    columns = {"probe at the lens's layer": "probe_read{}"}
-    columns |= {f"probe at layer {n}": f"probe_read_layer_{n}{{}}" for n in layers}
-    keys = {"all": "", **{name: f"_{name}" for name in variables}}
-    if layers:
-        note = "M's activation at other blocks, the same rows and place: what could be read there."
-        groups.append(_table("Control: another layer", note, keys, columns, metrics))
-    of_layers = {
-        f"{where} layer {n}": f"{key}_{n}"
-        for n in layers
-        for where, key in (("at", "layer"), ("at the lens's but not at", "beyond_layer"))
-    }
-    by_text = {name: c.replace("{}", "_{}") for name, c in _TRUTH_COLUMNS.items() if "recall" in c}
-    note = "Recall of what a probe reads there."
-    groups.append(_table("What is read at another layer", note, of_layers, by_text, metrics))
-    return groups
-
-
-def _table(
-    title: str, note: str, rows: Mapping[str, str], columns: Mapping[str, str], metrics: Metrics
-) -> MetricGroup:
-    """Cells by name of a metric: a column's with the row's part in its braces. Empty rows and
-    columns are left out."""
-    cells = {
-        row: [metrics.get(column.format(part)) for column in columns.values()]
-        for row, part in rows.items()
-    }
-    shown = [i for i in range(len(columns)) if any(values[i] for values in cells.values())]
-    return MetricGroup(
-        title,
-        note,
-        [
-            MetricRow(row, "", NEITHER, [values[i] for i in shown])
-            for row, values in cells.items()
-            if any(values)
-        ],
-        [list(columns)[i] for i in shown],
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from conlens_jax.data.rows import Rows
 from conlens_jax.data.tokenizer import Tokenizer
 from conlens_jax.evaluation.bootstrap import Interval
-from conlens_jax.evaluation.full_tables import AUDIT, TRUTH, full_charts, full_groups
+from conlens_jax.evaluation.full_tables import AUDIT, full_charts, full_groups
 from conlens_jax.evaluation.heat_map import HeatMap
 from conlens_jax.evaluation.report import (
     CurveChart,
@@ -23,6 +23,7 @@ from conlens_jax.evaluation.report import (
     Series,
 )
 from conlens_jax.evaluation.suite import HEADLINE, Evaluated
+from conlens_jax.evaluation.truth_tables import TRUTH
 
 HIGHER, LOWER, NEITHER = "higher", "lower", ""
 Rowspec = tuple[str, str, str]  # metric, explanation, which way is better
