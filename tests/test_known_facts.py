@@ -130,11 +130,11 @@ def test_edits_change_the_word_that_they_say(tokenizer):
     found = set()
     for seed in range(30):
         edits = draw_edits(texts, variables, seed)
-        assert list(edits.attribute_N >= 0) == [True, False, True]
+        assert list(edits.variable_N >= 0) == [True, False, True]
         np.testing.assert_array_equal(edits.texts["edit"][1], texts[1])
         for row in (0, 2):
             first, second = edits.pairs_N2[row]
-            name = list(variables)[edits.attribute_N[row]]
+            name = list(variables)[edits.variable_N[row]]
             found.add((row, name))
             assert first in texts[row] and second not in texts[row]
             assert {first, second} <= set(variables[name].values_K.tolist())
@@ -222,7 +222,7 @@ def test_an_edit_of_a_sum_keeps_the_same_digit_elsewhere(sums):
     texts = np.array([line] * 20, np.int32)
     edits = draw_edits(texts, facts.variables, 0)
     # Of two values there is no third, so a carry is never edited.
-    assert {list(facts.variables)[i] for i in edits.attribute_N} == {"ones"}
+    assert {list(facts.variables)[i] for i in edits.variable_N} == {"ones"}
     for row in range(20):
         changed = np.flatnonzero(edits.texts["edit"][row] != line)
         assert changed.tolist() == [7] and edits.texts["edit"][row, 7] == edits.pairs_N2[row, 1]
@@ -235,3 +235,21 @@ def test_variables_that_a_tokenizer_cannot_say_are_left_out():
     assert list(found) == ["ones", "tens", "carries"]
     assert tokenizer.decode(found["ones"].values_K) == "1 2 7 9"
     assert tokenizer.decode(found["carries"].values_K) == "1 2"
+
+
+def test_what_is_ahead_is_read_by_a_probe_of_its_own(sums):
+    """An activation that holds what is stated with one sign, and what is ahead with the other: no
+    single linear map reads both."""
+    _, rows, facts = sums
+    values = np.unique([value for v in facts.variables.values() for value in v.values_K])
+    one_hot_NAV = (facts.truth_NA[:, :, None] == values).astype(np.float32)
+    sign_NA = np.where(facts.mentioned_NA, 1.0, -1.0)
+    holds = (sign_NA[:, :, None] * one_hot_NAV).reshape(len(rows), -1)
+    here = (dataclasses.replace(rows, activations_ND=holds.astype(np.float32)), facts)
+    nothing = np.zeros_like(here[0].activations_ND)
+    found = Readable.of(*here, *here, {7: (nothing, nothing)})
+    np.testing.assert_array_equal(found.own_NA, facts.known_NA)
+    # Without anything to look at, the best that a probe can do is to name a frequent value.
+    guessed, blind = found.prior_NA.mean(), found.layers[7].mean()
+    assert guessed - 0.05 < blind < 0.8 * facts.known_NA.mean()
+    assert not found.prior_NA[~facts.known_NA].any()

@@ -60,13 +60,8 @@ _AT_LEAST_ZERO = (
     *("warm.steps", "warm.before", "warm.after", "joint.steps", "control.steps", "baseline.steps"),
     *("train.seed", "train.n_verbose_samples", "checkpoint.keep_best", "mesh.data"),
     *("mesh.slices", "distributed.num_processes"),
-    *(
-        "evaluate.rows",
-        "evaluate.n_examples",
-        "evaluate.seed",
-        "evaluate.audit_shift",
-        "embedded.copy_init",
-    ),
+    *(f"evaluate.{name}" for name in ("rows", "n_examples", "seed", "audit_shift")),
+    "embedded.copy_init",
     "lens.input_patches",
 )
 
