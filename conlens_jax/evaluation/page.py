@@ -208,7 +208,7 @@ def _difference_groups(data: PageData) -> list[MetricGroup]:
 
 
 def _summary(metrics: Mapping[str, Interval], name: str) -> str:
-    show = lambda key: f"{metrics[key].value:.2f}"
+    show = lambda key: _two_digits(metrics[key])
     carried = metrics["kl_frac_mean"].lo > max(metrics["null_shuffle_kl_frac_mean"].hi, 0.0)
     verdict = "carries the activation" if carried else "does not carry the activation"
     return (
@@ -216,8 +216,12 @@ def _summary(metrics: Mapping[str, Interval], name: str) -> str:
         f"explanation removes {show('kl_frac_mean')} of the harm that the mean activation does to "
         f"the model's prediction, and explains {show('fve_nrm')} of the activations' directional "
         f"variance. With the text of another row it is {show('null_shuffle_kl_frac_mean')} and "
-        f"{show('null_shuffle_fve_nrm')}." + _audit_sentence(metrics)
+        f"{show('null_shuffle_fve_nrm')}." + _audit_sentence(metrics) + _truth_sentence(metrics)
     )
+
+
+def _two_digits(interval: Interval) -> str:
+    return f"{interval.value:.2f}".replace("-", "−")
 
 
 def _audit_sentence(metrics: Mapping[str, Interval]) -> str:
@@ -227,8 +231,19 @@ def _audit_sentence(metrics: Mapping[str, Interval]) -> str:
     gap, skill = metrics["gap_frozen"], metrics["gap_frozen_window"]
     verdict = "loses no more than on true text" if gap.lo <= skill.hi else "loses more"
     return (
-        f" A reader that never saw a decoder's text {verdict}: {gap.value:.2f} of the variance, "
-        f"and {skill.value:.2f} on true text."
+        f" A reader that never saw a decoder's text {verdict}: {_two_digits(gap)} of the variance, "
+        f"and {_two_digits(skill)} on true text."
+    )
+
+
+def _truth_sentence(metrics: Mapping[str, Interval]) -> str:
+    """How often the text is right, which no reconstruction says; nothing where it is not known."""
+    own, other = metrics.get("precision"), metrics.get("null_shuffle_precision")
+    if own is None or other is None:
+        return ""
+    return (
+        f" Of the values that it states {_two_digits(own)} are right, and {_two_digits(other)} of "
+        "those that the text of another row states."
     )
 
 
