@@ -173,7 +173,7 @@ def test_split_is_disjoint_complete_and_stable():
     assert [i for i in range(60) if is_held_out(0, i, 0.1)] == PINNED_HELD_OUT
 
 
-@pytest.mark.parametrize("kind", ["stories", "text", "jsonl", "parquet", "huggingface"])
+@pytest.mark.parametrize("kind", ["stories", "sums", "text", "jsonl", "parquet", "huggingface"])
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_start_gives_what_skipping_gives(kind, split, folder):
     corpus = open_corpus(local_config(kind, folder, n_documents=50))
@@ -204,7 +204,7 @@ def folder(tmp_path):
 
 
 def local_config(kind, folder, **changes):
-    path = {"stories": "", "huggingface": "jsonl"}.get(kind, kind)
+    path = {"stories": "", "sums": "", "huggingface": "jsonl"}.get(kind, kind)
     values = dict(kind=kind, path=str(folder / path), text_field="body", validation_fraction=0.3)
     return CorpusConfig(**(values | {"n_documents": 0} | changes))
 

@@ -163,7 +163,8 @@ def test_report_shows_lenses_metrics_curves_and_settings(world, result):
     assert result.page.count("<svg") >= 4
     assert world.setting.model.model_id in result.page
     assert f"step {LAST_STEP}" in result.page
-    assert f"{result.metrics['kl_frac_mean']:.2f}" in result.page
+    # With a minus sign, as all numbers of the page.
+    assert f"{result.metrics['kl_frac_mean']:.2f}".replace("-", "−") in result.page
     assert result.page.count("Control: text of another row") == world.config.evaluate.n_examples
 
 

@@ -93,6 +93,12 @@ def test_truth_is_bounded_and_falls_for_other_texts(metrics):
     for name in ("recall", "sampled_recall", "null_shuffle_recall", "text_only_recall"):
         assert 0 <= metrics[name] <= 1, name
     assert any(f"probe_read_{name}" in metrics for name in ATTRIBUTES)
+    # The lens reads block 1 of 3; the controls are the first and the last.
+    for layer in (0, 2):
+        assert 0 < metrics[f"probe_read_layer_{layer}"] <= 1
+        assert metrics[f"window_recall_layer_{layer}"] > 0
+    assert "probe_read_layer_1" not in metrics
+    assert 0 < metrics["prior_read"] < metrics["probe_read"]
     # The true window holds true words alone: what the story says of itself. The tiny lens's greedy
     # text states nothing, so its precision is not there.
     assert metrics["window_precision"] == 1
@@ -102,7 +108,14 @@ def test_truth_is_bounded_and_falls_for_other_texts(metrics):
 
 def test_the_page_shows_the_studies(run):
     page = (run / "report.html").read_text(encoding="utf-8")
-    for title in ("Side by side", "private code", "Truth", "Interventions", "By distance"):
+    for title in (
+        "Side by side",
+        "private code",
+        "Truth",
+        "Interventions",
+        "by distance",
+        "another layer",
+    ):
         assert title in page
     assert "Best of K" in page and "Truncation" in page
     assert page.count('class="hot ') > 20 and "the longest of the held-out rows" in page

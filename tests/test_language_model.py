@@ -167,3 +167,19 @@ def test_real_text_works_too(tmp_path):
     statistics = json.loads((folder / language_model.STATISTICS_FILE).read_text())
     assert "generator_entropy" not in statistics and 0 < statistics["lm_loss"] < 10
     assert folder.name.startswith("llama-stdlib-")
+
+
+def test_a_task_with_answers_is_scored(tmp_path):
+    changes = {
+        "corpus__kind": "sums",
+        "corpus__n_documents": 60,
+        "model__layer": 0,
+        "embedded__n_layers": 1,
+        "embedded__steps": 2,
+        "embedded__batch_size": 8,
+    }
+    folder, _ = ensure(tiny_config(tmp_path, **changes))
+    statistics = json.loads((folder / language_model.STATISTICS_FILE).read_text())
+    assert folder.name.startswith("llama-sums-")
+    assert statistics["exact_answers"] == 0 <= statistics["answers_right"] < 0.5
+    assert 0 < statistics["generator_entropy"] < statistics["lm_loss"]

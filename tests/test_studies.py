@@ -13,12 +13,13 @@ import pytest
 
 from conlens_jax.config import WarmConfig
 from conlens_jax.data.rows import Rows
+from conlens_jax.data.statements import TokenVariable
 from conlens_jax.evaluation.audit import audit_lens
 from conlens_jax.evaluation.interventions import intervene
 from conlens_jax.evaluation.measure import Explained, reference_of
 from conlens_jax.evaluation.measurements import Effect
 from conlens_jax.evaluation.suite import Evaluated, Suite
-from conlens_jax.evaluation.text_changes import Lexicon
+from conlens_jax.evaluation.text_changes import DROPPED, Lexicon
 
 N_ROWS, TEXT_LEN, VOCABULARY = 24, 6, 40
 RNG = np.random.default_rng(0)
@@ -132,8 +133,10 @@ def test_a_bag_of_words_survives_what_keeps_its_words(audited, name):
 
 
 def test_it_does_not_survive_missing_words(audited):
-    assert audited["drop_tokens_retention"] < 0.95
-    assert audited["drop_tokens_kl_retention"] < 0.95
+    assert audited["drop_25_retention"] < 0.95
+    assert audited["drop_25_kl_retention"] < 0.95
+    left = [audited[f"drop_{percent}_fve_nrm"] for percent in DROPPED]
+    assert left == sorted(left, reverse=True) and left[-1] < left[0]
     at = [audited[f"fve_nrm_at_{k}"] for k in (1, 2, 4, TEXT_LEN)]
     assert at == sorted(at) and at[0] < 0.6 and at[-1] == pytest.approx(1, abs=1e-5)
     assert audited["tokens_to_half"] == next(
@@ -158,7 +161,7 @@ def test_interventions_of_a_bag_of_words(suite, evaluated, texts):
         evaluated,
         {"encoder": 1.0},
         {"original": None},
-        {"animal": ANIMALS, "colour": np.arange(0)},
+        {"animal": TokenVariable(ANIMALS), "colour": TokenVariable(np.arange(0))},
         seed=0,
     )
     value = lambda name: found[name].value

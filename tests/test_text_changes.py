@@ -7,7 +7,7 @@ import pytest
 
 from conlens_jax.data.stories import SYNONYMS
 from conlens_jax.data.tokenizer import train_bpe_tokenizer, train_word_tokenizer
-from conlens_jax.evaluation.text_changes import CHANGES, Lexicon, changed, is_changed
+from conlens_jax.evaluation.text_changes import CHANGES, DROPPED, Lexicon, changed, is_changed
 
 WORDS = "tom was a little happy dog . he smiled , and anna shouted !"
 
@@ -19,7 +19,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def lexicon(tokenizer):
-    return Lexicon.of(tokenizer, knows_synonyms=True)
+    return Lexicon.of(tokenizer, SYNONYMS)
 
 
 def texts(tokenizer, *lines):
@@ -41,7 +41,7 @@ def test_words_are_shuffled_and_none_is_lost(tokenizer, lexicon):
 def test_pieces_of_a_word_stay_together():
     """In a vocabulary whose tokens carry the space before a word."""
     tokenizer = train_bpe_tokenizer([WORDS] * 4, 300)
-    lexicon = Lexicon.of(tokenizer, knows_synonyms=False)
+    lexicon = Lexicon.of(tokenizer, {})
     before = texts(tokenizer, " zzqx tom jjq was")
     after = changed(np.repeat(before, 8, axis=0), "shuffle_words", lexicon, 0)
     found = {written(tokenizer, after, row) for row in range(8)}
@@ -51,9 +51,11 @@ def test_pieces_of_a_word_stay_together():
 
 def test_tokens_are_dropped_and_one_stays(tokenizer, lexicon):
     before = texts(tokenizer, *[WORDS] * 400)
-    after = changed(before, "drop_tokens", lexicon, 0)
-    assert after.lengths_N.mean() == pytest.approx(0.75 * before.shape[1], rel=0.03)
-    single = changed(before[:, :1], "drop_tokens", lexicon, 0)
+    for percent in DROPPED:
+        after = changed(before, f"drop_{percent}", lexicon, 0)
+        kept = (1 - percent / 100) * before.shape[1]
+        assert after.lengths_N.mean() == pytest.approx(kept, rel=0.03)
+    single = changed(before[:, :1], "drop_50", lexicon, 0)
     assert (single.lengths_N == 1).all()
 
 
@@ -74,7 +76,7 @@ def test_synonyms_are_the_grammars(tokenizer, lexicon):
 
 def test_no_synonyms_are_known_of_another_corpus(tokenizer):
     before = texts(tokenizer, WORDS)
-    after = changed(before, "synonyms", Lexicon.of(tokenizer, knows_synonyms=False), 0)
+    after = changed(before, "synonyms", Lexicon.of(tokenizer, {}), 0)
     assert not is_changed(before, after).any()
 
 

@@ -20,6 +20,7 @@ from conlens_jax.config.fields import field_names, field_types, lookup, unknown_
 from conlens_jax.config.rules import config_problems
 from conlens_jax.config.settings import (
     EMBEDDED_MODEL,
+    GENERATED_CORPORA,
     BaselineConfig,
     CheckpointConfig,
     ControlConfig,
@@ -59,6 +60,7 @@ __all__ = [
     "EmbeddedConfig",
     "EvaluateConfig",
     "ExperimentConfig",
+    "GENERATED_CORPORA",
     "JointConfig",
     "LaunchConfig",
     "LensConfig",

@@ -8,6 +8,7 @@ from conlens_jax.config.estimator import ANY_SAMPLE_TAU, parse_estimator
 from conlens_jax.config.fields import field_names, lookup
 from conlens_jax.config.settings import (
     EMBEDDED_MODEL,
+    GENERATED_CORPORA,
     DistributedConfig,
     ExperimentConfig,
     LensConfig,
@@ -20,7 +21,7 @@ _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "products", "full"),
     "model.attention": ("xla", "cudnn"),
-    "corpus.kind": ("stories", "stdlib", "text", "jsonl", "parquet", "huggingface"),
+    "corpus.kind": (*GENERATED_CORPORA, "stdlib", "text", "jsonl", "parquet", "huggingface"),
     "data.source": ("cache", "stream"),
     "dump.dtype": ("float32", "bfloat16"),
     "lens.train_decoder": ("full", "frozen", "lora"),
@@ -59,7 +60,8 @@ _AT_LEAST_ZERO = (
     *("warm.steps", "warm.before", "warm.after", "joint.steps", "control.steps", "baseline.steps"),
     *("train.seed", "train.n_verbose_samples", "checkpoint.keep_best", "mesh.data"),
     *("mesh.slices", "distributed.num_processes"),
-    *("evaluate.rows", "evaluate.n_examples", "evaluate.seed", "embedded.copy_init"),
+    *(f"evaluate.{name}" for name in ("rows", "n_examples", "seed", "audit_shift")),
+    "embedded.copy_init",
     "lens.input_patches",
 )
 
@@ -144,8 +146,8 @@ def _shape_problems(config: ExperimentConfig) -> Iterator[str]:
         )
     if config.corpus.kind in ("text", "jsonl", "parquet", "huggingface") and not config.corpus.path:
         yield f"corpus.path must be given for corpus.kind={config.corpus.kind!r}"
-    if config.corpus.kind == "stories" and config.corpus.n_documents < 1:
-        yield "corpus.n_documents must be given for corpus.kind='stories'"
+    if config.corpus.kind in GENERATED_CORPORA and config.corpus.n_documents < 1:
+        yield f"corpus.n_documents must be given for corpus.kind={config.corpus.kind!r}"
     if not 0 < config.corpus.validation_fraction < 1 and not config.corpus.validation_split:
         yield "corpus.validation_fraction must be between 0 and 1"
     if config.model.path == EMBEDDED_MODEL and config.model.layer >= config.embedded.n_layers:

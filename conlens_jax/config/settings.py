@@ -9,6 +9,8 @@ import dataclasses
 from typing import Any
 
 EMBEDDED_MODEL = "embedded"
+GENERATED_CORPORA = ("stories", "sums")
+"""Kinds of corpora that a seeded generator writes, so that their content is known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +81,9 @@ class CorpusConfig:
     """Where text comes from.
 
     Attributes:
-      kind: ``"stories"`` (seeded generator), ``"stdlib"`` (documentation strings of the installed
-        Python), ``"text"``, ``"jsonl"``, ``"parquet"`` (local files), or ``"huggingface"``.
+      kind: ``"stories"`` or ``"sums"`` (seeded generators), ``"stdlib"`` (documentation strings of
+        the installed Python), ``"text"``, ``"jsonl"``, ``"parquet"`` (local files), or
+        ``"huggingface"``.
       path: file, folder or glob for local files; dataset name or folder for ``"huggingface"``.
       name: configuration name of a Hugging Face dataset.
       split: split of a Hugging Face dataset that documents are read from.
@@ -88,8 +91,8 @@ class CorpusConfig:
         documents of ``split`` are held out, chosen by a hash of the document's index.
       text_field: column that holds the text.
       streaming: read a Hugging Face dataset without downloading it first.
-      n_documents: how many documents to read at most (0: all; the story generator needs a number).
-      seed: seed of the story generator.
+      n_documents: how many documents to read at most (0: all; a generator needs a number).
+      seed: seed of a generator.
     """
 
     kind: str = "stories"
@@ -470,6 +473,8 @@ class EvaluateConfig:
       seed: of sampled texts, resamples and changes of a text.
       audit_steps, audit_seed: training of the encoder that reads the text as a stranger, on
         windows of true text in batches of the warm start's size.
+      audit_shift: these windows lie up to so many tokens before or behind those that the warm
+        start teaches.
       best_of: K, the most texts that the full suite samples for a row.
     """
 
@@ -482,6 +487,7 @@ class EvaluateConfig:
     seed: int = 0
     audit_steps: int = 300
     audit_seed: int = 1
+    audit_shift: int = 0
     best_of: int = 16
 
 

@@ -7,6 +7,7 @@ document 1,234" means the same in every run, and the hold-out is a property of t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -29,12 +30,15 @@ class Document:
       text: the text itself.
       attributes: what the generator decided the text is about; empty for real text.
       nats: −ln probability of all choices that made the text; None for real text.
+      given: the beginning of the text that decides all attributes, as the task of a sum does;
+        empty where each attribute is known only once the text has mentioned it.
     """
 
     index: int
     text: str
     attributes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     nats: float | None = None
+    given: str = ""
 
 
 class Corpus(Protocol):
@@ -139,10 +143,15 @@ def open_corpus(config: CorpusConfig) -> Corpus:
       CorpusError: an unknown kind, or a path, column or split that is not there.
     """
     # Imported here because every one of these modules needs the classes above.
-    from conlens_jax.data import stdlib_docs, stories, text_files
+    from conlens_jax.data import stdlib_docs, text_files
+    from conlens_jax.data.generated import GeneratedCorpus
+    from conlens_jax.data.generators import GENERATORS
 
     openers: dict[str, Callable[[CorpusConfig], Corpus]] = {
-        "stories": stories.StoryCorpus,
+        **{
+            kind: functools.partial(GeneratedCorpus, generator=generator)
+            for kind, generator in GENERATORS.items()
+        },
         "stdlib": stdlib_docs.open_stdlib,
         "text": text_files.open_text,
         "jsonl": text_files.open_jsonl,

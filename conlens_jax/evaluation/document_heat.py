@@ -56,5 +56,5 @@ def document_heat(suite: Suite, trainable: Params, frozen: Params, tokenizer: To
         "explanation; gray tokens were not read.",
         "nats",
         tokens,
-        spaced=bool(Lexicon.of(tokenizer, False).starts_word.all()),
+        spaced=bool(Lexicon.of(tokenizer, {}).starts_word.all()),
     )

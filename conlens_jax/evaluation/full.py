@@ -5,18 +5,23 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from conlens_jax.config import ConfigError, EvaluateConfig
+import numpy as np
+
+from conlens_jax.config import GENERATED_CORPORA, ConfigError, EvaluateConfig
+from conlens_jax.data.generators import GENERATORS
 from conlens_jax.data.rows import Rows
+from conlens_jax.data.statements import token_variables
 from conlens_jax.evaluation.audit import audit_lens
 from conlens_jax.evaluation.baselines import baselines, text_only
 from conlens_jax.evaluation.best_of import best_of
 from conlens_jax.evaluation.bootstrap import Interval
 from conlens_jax.evaluation.interventions import intervene
+from conlens_jax.evaluation.known_facts import KnownFacts
+from conlens_jax.evaluation.measure import Measurer
 from conlens_jax.evaluation.slices import sliced
-from conlens_jax.evaluation.story_facts import StoryFacts
 from conlens_jax.evaluation.suite import Evaluated, Suite
 from conlens_jax.evaluation.text_changes import Lexicon
-from conlens_jax.evaluation.truth import readable_attributes, truth_of_texts
+from conlens_jax.evaluation.truth import Readable, truth_of_texts
 from conlens_jax.models.param_table import Params
 from conlens_jax.training.auditor import train_auditor
 from conlens_jax.training.setting import Setting, training_rows
@@ -32,7 +37,8 @@ class Studies:
     Attributes:
       untrained: the lens as it is before any training.
       train: training rows, for linear maps.
-      facts, train_facts: what is true of the rows' stories; None for another corpus.
+      facts: what is true of the rows' documents; None where the corpus is not a generated one.
+      readable: which of it can be read from activations; None where the suite has no truth study.
       lexicon: what changes to a text know of its tokens.
       auditor: the audit encoder; None where the suite has no audit.
     """
@@ -42,8 +48,8 @@ class Studies:
     frozen: Params
     untrained: Params
     train: Rows
-    facts: StoryFacts | None
-    train_facts: StoryFacts | None
+    facts: KnownFacts | None
+    readable: Readable | None
     lexicon: Lexicon
     auditor: Params | None
 
@@ -54,30 +60,44 @@ class Studies:
         """Trains the audit encoder where the suite asks for one that is not there.
 
         Raises:
-          ConfigError: interventions on a corpus whose attributes are not known.
+          ConfigError: interventions on a corpus whose content is not known.
         """
         config, tokenizer = setting.config, setting.model.tokenizer
-        is_stories = config.corpus.kind == "stories"
-        if config.evaluate.suite == "interventions" and not is_stories:
+        generator = GENERATORS.get(config.corpus.kind)
+        if generator is not None and not token_variables(generator.variables, tokenizer):
+            generator = None  # of another model's vocabulary, no word is one of its tokens
+        if config.evaluate.suite == "interventions" and generator is None:
             raise ConfigError(
                 [
                     "evaluate.suite='interventions' needs words whose meaning is known, which only "
-                    f"corpus.kind='stories' has, not {config.corpus.kind!r}; use suite='full'"
+                    f"corpus.kind={' or '.join(map(repr, GENERATED_CORPORA))} has, not "
+                    f"{config.corpus.kind!r}; use suite='full'"
                 ]
             )
         train = training_rows(setting.caches[0], _TRAIN_ROWS)
-        facts_of = lambda rows: StoryFacts.of(rows, tokenizer, config.corpus.seed)
+        facts, readable, is_full = None, None, config.evaluate.suite == "full"
+        if generator is not None:
+            facts_of = lambda rows: KnownFacts.of(rows, tokenizer, generator, config.corpus.seed)
+            facts = facts_of(suite.rows)
+            if is_full:
+                layers = _other_layers(setting, frozen["original"], train, suite.rows)
+                readable = Readable.of(train, facts_of(train), suite.rows, facts, layers)
         return Studies(
             config=config.evaluate,
             suite=suite,
             frozen=frozen,
             untrained=untrained,
             train=train,
-            facts=facts_of(suite.rows) if is_stories else None,
-            train_facts=facts_of(train) if is_stories else None,
-            lexicon=Lexicon.of(tokenizer, knows_synonyms=is_stories),
-            auditor=train_auditor(setting, run_folder) if config.evaluate.suite == "full" else None,
+            facts=facts,
+            readable=readable,
+            lexicon=Lexicon.of(tokenizer, {} if generator is None else generator.synonyms),
+            auditor=train_auditor(setting, run_folder) if is_full else None,
         )
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Names of what is known of every document."""
+        return () if self.facts is None else tuple(self.facts.variables)
 
     def of_lens(self, evaluated: Evaluated, trainable: Params) -> dict[str, Interval]:
         """What the suite measures of every lens: the audit, and the truth of its text."""
@@ -92,13 +112,12 @@ class Studies:
             self.lexicon,
             self.config.seed,
         )
-        if self.facts is not None and self.train_facts is not None:
+        if self.facts is not None and self.readable is not None:
             suite, texts = self.suite, evaluated.explained.texts
-            readable_NA = readable_attributes(self.train, self.train_facts, suite.rows, self.facts)
             measured |= truth_of_texts(
                 suite,
                 self.facts,
-                readable_NA,
+                self.readable,
                 {
                     "": texts["greedy"],
                     "sampled_": texts["sampled"],
@@ -119,7 +138,7 @@ class Studies:
                 evaluated,
                 trainable,
                 self.frozen,
-                self.facts.values,
+                self.facts.variables,
                 self.config.seed,
             )
         if self.auditor is None:
@@ -136,3 +155,19 @@ class Studies:
             self.train,
             self.config.seed,
         )
+
+
+def _other_layers(
+    setting: Setting, original: Params, train: Rows, rows: Rows
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """M's activations of the training rows and of the rows behind its first and its last block,
+    but for the lens's own layer."""
+    found = {}
+    for layer in {0, setting.spec.model.n_layers - 1} - {setting.spec.layer}:
+        spec = dataclasses.replace(setting.spec, layer=layer)
+        batch_size = setting.config.evaluate.batch_size
+        measurer = Measurer(spec, setting.mesh, horizon=1, batch_size=batch_size, seed=0)
+        found[layer] = tuple(
+            measurer.with_activations(original, part).activations_ND for part in (train, rows)
+        )
+    return found

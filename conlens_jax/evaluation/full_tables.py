@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from conlens_jax.data.stories import ATTRIBUTES
 from conlens_jax.evaluation.best_of import best_of_curves
 from conlens_jax.evaluation.bootstrap import Interval
 from conlens_jax.evaluation.report import MetricGroup, MetricRow
 from conlens_jax.evaluation.svg import CurveChart, Series
 from conlens_jax.evaluation.text_changes import CHANGES
-from conlens_jax.evaluation.truth import DISTANCES, distance_name
+from conlens_jax.evaluation.truth_tables import truth_by
 
 HIGHER, LOWER, NEITHER = "higher", "lower", ""
 Metrics = Mapping[str, Interval]
@@ -28,20 +27,6 @@ AUDIT: tuple[Rowspec, ...] = (
     ("tokens_to_half", "… half of what the whole text explains", NEITHER),
     ("frozen_tokens_to_half", "the same for the audit encoder", NEITHER),
 )
-TRUTH: tuple[Rowspec, ...] = (
-    ("recall", "share of the probe-readable attributes that the greedy text states", HIGHER),
-    ("sampled_recall", "… the sampled text", HIGHER),
-    ("null_shuffle_recall", "… the text of another row", NEITHER),
-    ("text_only_recall", "… M's own continuation of the context, without the vector", NEITHER),
-    ("window_recall", "… the true window that the warm start teaches", NEITHER),
-    ("precision", "share of the values that the greedy text states which are right", HIGHER),
-    ("sampled_precision", "… the sampled text", HIGHER),
-    ("null_shuffle_precision", "… the text of another row", NEITHER),
-    ("text_only_precision", "… M's own continuation, without the vector", NEITHER),
-    ("window_precision", "… the true window", NEITHER),
-    ("probe_read", "share of the mentioned attributes that a linear probe reads from a", NEITHER),
-)
-
 _COMPARED: tuple[tuple[str, str, str], ...] = (
     ("", "lens, greedy text", "read by its own encoder"),
     ("sampled_", "lens, sampled text", "read by its own encoder"),
@@ -115,35 +100,12 @@ def damage(systems: Mapping[str, Metrics]) -> MetricGroup:
     )
 
 
-def truth_by(metrics: Metrics) -> list[MetricGroup]:
-    """The greedy text by attribute, and by distance from the last mention."""
-    groups = []
-    for title, note, keys in (
-        ("By attribute", "A person is a right claim if it is the hero or the friend.", ATTRIBUTES),
-        (
-            "By distance",
-            "Tokens from the last mention of the attribute to P.",
-            [f"distance_{distance_name(*ends)}" for ends in DISTANCES],
-        ),
-    ):
-        columns = ("probe_read", "recall", "precision")
-        rows = [
-            MetricRow(key.removeprefix("distance_").replace("_", " to "), "", NEITHER, values)
-            for key in keys
-            if any(values := [metrics.get(f"{column}_{key}") for column in columns])
-        ]
-        shown = [i for i in range(len(columns)) if any(row.values[i] for row in rows)]
-        rows = [MetricRow(row.name, "", NEITHER, [row.values[i] for i in shown]) for row in rows]
-        groups.append(MetricGroup(title, note, rows, [columns[i] for i in shown]))
-    return groups
-
-
-def interventions(metrics: Metrics) -> MetricGroup:
-    """The edit and its two controls, all rows together and by attribute."""
+def interventions(metrics: Metrics, variables: Sequence[str]) -> MetricGroup:
+    """The edit and its two controls, all rows together and by variable."""
     columns = ("edit to w", "control: to a third value", "control: random word")
     prefixes = ("", "third_value_", "random_word_")
-    groups = [("", "every attribute word"), ("next_", "where it is what M is about to say")]
-    groups += [(f"{name}_", name) for name in ATTRIBUTES]
+    groups = [("", "every value"), ("next_", "where it is what M is about to say")]
+    groups += [(f"{name}_", name) for name in variables]
     rows = []
     for key, name in groups:
         for what, explanation in (
@@ -155,7 +117,7 @@ def interventions(metrics: Metrics) -> MetricGroup:
                 rows.append(MetricRow(f"{what}: {name}", explanation, HIGHER, values))
     return MetricGroup(
         "Interventions",
-        "A word v of the explanation is replaced by w, the text is read again and swapped in.",
+        "A value v that the explanation states becomes w, the text is read again and swapped in.",
         rows,
         columns,
     )
@@ -176,16 +138,20 @@ def parts(metrics: Metrics) -> MetricGroup:
     return MetricGroup("By position and by norm", note, rows, columns)
 
 
-def full_groups(main: str, systems: Mapping[str, Metrics]) -> list[MetricGroup]:
+def full_groups(
+    main: str, systems: Mapping[str, Metrics], variables: Sequence[str]
+) -> list[MetricGroup]:
     """Tables with columns of their own; empty ones are left out.
 
     Args:
       main: name of the lens that all tables but that of the damage are about.
+      variables: what is known of every document.
     """
     metrics = systems[main]
     # Of the basic suite alone the comparison would only repeat its tables.
     groups = [comparison(metrics)] if "gap_frozen" in metrics else []
-    groups += [damage(systems), *truth_by(metrics), interventions(metrics), parts(metrics)]
+    groups += [damage(systems), *truth_by(metrics, variables)]
+    groups += [interventions(metrics, variables), parts(metrics)]
     return [group for group in groups if group.rows]
 
 

@@ -1,7 +1,7 @@
 """Interventions: change one word of an explanation, read it again, and see what M then predicts.
 
-Where an explanation states a value v of an attribute, v is replaced by another value w of the same
-attribute. The edited text is read and swapped into M, and the change of log p(w) − log p(v) is
+Where an explanation states a value v of a variable, v is replaced by another value w of the same
+variable. The edited text is read and swapped into M, and the change of log p(w) − log p(v) is
 compared with that of two edits of the same size: v replaced by a third value (which takes v away as
 well, but says nothing of w), and another word of the text replaced by a random one.
 """
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from conlens_jax.data.statements import NOTHING, TokenVariable
 from conlens_jax.evaluation.bootstrap import Interval, Statistic
 from conlens_jax.evaluation.statistics import difference_of, mean_of, ratio_of
 from conlens_jax.evaluation.suite import Evaluated, PerRow, Suite
@@ -27,54 +28,57 @@ class Edits:
     """One edit of each of N texts and its two controls.
 
     Attributes:
-      attribute_N: index of the attribute that is edited, −1 where the text states none.
+      variable_N: index of the variable that is edited, −1 where the text states none.
       pairs_N2: token ids of v and w.
       texts: edited texts [N, T], by name of :data:`EDITS`.
     """
 
-    attribute_N: np.ndarray
+    variable_N: np.ndarray
     pairs_N2: np.ndarray
     texts: dict[str, np.ndarray]
 
 
-def draw_edits(texts_NT: np.ndarray, values: Mapping[str, np.ndarray], seed: int) -> Edits:
-    """Draws an edit for each text: which of its attribute words, the values w and the third one,
-    and the place and token (one of all texts') of the random word.
+def draw_edits(texts_NT: np.ndarray, variables: Mapping[str, TokenVariable], seed: int) -> Edits:
+    """Draws an edit for each text: which of the values that it states, w and the third one, and
+    the place and token (one of all texts') of the random word.
 
     Args:
-      values: attribute → token ids of its values, at least three for those that are edited.
+      variables: how a text states each; those with less than three values are not edited, because
+        there is no third one.
     """
-    # Names and friends share their values; the first attribute that has a token owns it.
-    owner = {}
-    for index, ids in enumerate(values.values()):
-        for token in ids.tolist() if len(ids) >= 3 else ():
-            owner.setdefault(token, index)
-    lists = list(values.values())
-    count = len(texts_NT)
-    attribute_N, pairs_N2 = np.full(count, -1), np.zeros((count, 2), np.int32)
+    count, listed = len(texts_NT), list(variables.values())
+    stated_ANT = np.stack(
+        [
+            v.stated(texts_NT) if len(v.values_K) >= 3 else np.full_like(texts_NT, NOTHING)
+            for v in listed
+        ]
+    )
+    variable_N, pairs_N2 = np.full(count, -1), np.zeros((count, 2), np.int32)
     edited = {name: texts_NT.copy() for name in EDITS}
     pool = texts_NT.reshape(-1)
     for row, text in enumerate(texts_NT):
         rng = np.random.default_rng((seed, row))
-        places = [place for place, token in enumerate(text.tolist()) if token in owner]
-        if not places or len(text) < 2:
+        places = np.flatnonzero((stated_ANT[:, row] != NOTHING).any(axis=0))
+        if not len(places) or len(text) < 2:
             continue
         place = rng.choice(places)
         first = int(text[place])
-        attribute_N[row] = owner[first]
-        others = np.setdiff1d(lists[owner[first]], text)
+        # Names and friends look alike; the first variable that can be meant is.
+        index = int(np.argmax(stated_ANT[:, row, place] != NOTHING))
+        others = np.setdiff1d(listed[index].values_K, text)
         if len(others) < 2:
-            attribute_N[row] = -1
             continue
+        variable_N[row] = index
         second, third = rng.choice(others, 2, replace=False)
         pairs_N2[row] = first, second
         # Everywhere: a text may say a word twice.
-        edited["edit"][row, text == first] = second
-        edited["third_value"][row, text == first] = third
-        elsewhere = np.flatnonzero(text != first)
+        here_T = stated_ANT[index, row] == first
+        edited["edit"][row, here_T] = second
+        edited["third_value"][row, here_T] = third
+        elsewhere = np.flatnonzero(~here_T)
         if len(elsewhere):
             edited["random_word"][row, rng.choice(elsewhere)] = rng.choice(pool)
-    return Edits(attribute_N, pairs_N2, edited)
+    return Edits(variable_N, pairs_N2, edited)
 
 
 def intervene(
@@ -82,7 +86,7 @@ def intervene(
     evaluated: Evaluated,
     trainable: Params,
     frozen: Params,
-    values: Mapping[str, np.ndarray],
+    variables: Mapping[str, TokenVariable],
     seed: int,
 ) -> dict[str, Interval]:
     """Shift and success of the edits of greedy explanations.
@@ -91,20 +95,20 @@ def intervene(
     P..P+h−1. *Success* is the share of rows where M preferred v at P before the edit and prefers w
     after it. ``next_`` looks only at the rows where v is what M is about to say.
     """
-    edits = draw_edits(evaluated.explained.texts["greedy"], values, seed)
+    edits = draw_edits(evaluated.explained.texts["greedy"], variables, seed)
     vectors = {
         name: suite.measurer.read(trainable, frozen, texts) for name, texts in edits.texts.items()
     }
     vectors["before"] = evaluated.explained.reconstructions["greedy"]
     odds = suite.measurer.odds(frozen["original"], suite.rows, vectors, edits.pairs_N2)
-    stated_N = edits.attribute_N >= 0
+    stated_N = edits.variable_N >= 0
     is_next_N = stated_N & (evaluated.effects["clean"].top_tokens[:, 0] == edits.pairs_N2[:, 0])
     before_Nh = odds.pop("before")
     groups = {"": stated_N, "next_": is_next_N}
     groups |= {
-        f"{name}_": edits.attribute_N == index
-        for index, name in enumerate(values)
-        if np.any(edits.attribute_N == index)
+        f"{name}_": edits.variable_N == index
+        for index, name in enumerate(variables)
+        if np.any(edits.variable_N == index)
     }
     per_row: PerRow = {}
     statistics: dict[str, Statistic] = {}

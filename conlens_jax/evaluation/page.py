@@ -11,7 +11,7 @@ import numpy as np
 from conlens_jax.data.rows import Rows
 from conlens_jax.data.tokenizer import Tokenizer
 from conlens_jax.evaluation.bootstrap import Interval
-from conlens_jax.evaluation.full_tables import AUDIT, TRUTH, full_charts, full_groups
+from conlens_jax.evaluation.full_tables import AUDIT, full_charts, full_groups
 from conlens_jax.evaluation.heat_map import HeatMap
 from conlens_jax.evaluation.report import (
     CurveChart,
@@ -23,6 +23,7 @@ from conlens_jax.evaluation.report import (
     Series,
 )
 from conlens_jax.evaluation.suite import HEADLINE, Evaluated
+from conlens_jax.evaluation.truth_tables import TRUTH
 
 HIGHER, LOWER, NEITHER = "higher", "lower", ""
 Rowspec = tuple[str, str, str]  # metric, explanation, which way is better
@@ -100,6 +101,7 @@ class PageData:
       records: of metrics.jsonl, by curve set ("" for the run, "control" for the control).
       facts: label → value.
       heat_maps: documents token by token.
+      variables: names of what is known of every document; none but in a generated corpus.
       ranked: show the best, median and worst rows before those at equal distances.
     """
 
@@ -114,6 +116,7 @@ class PageData:
     n_examples: int
     notes: Sequence[str]
     heat_maps: Sequence[HeatMap] = ()
+    variables: Sequence[str] = ()
     ranked: bool = False
 
 
@@ -144,13 +147,15 @@ def build_report(data: PageData, tokenizer: Tokenizer) -> Report:
             data,
         ),
         _group(
-            "Truth: what the text states of the story",
-            "Attributes are single words, known from the story's generator. A text may state right "
-            "what M is about to say because the warm start taught it to look ahead.",
+            "Truth: what the text states of what is known",
+            "The generator of the corpus knows every value. A text may state right what M is about "
+            "to say because the warm start taught it to look ahead.",
             TRUTH,
             data,
         ),
-        *full_groups(main.name, {s.name: s.evaluated.metrics for s in data.systems}),
+        *full_groups(
+            main.name, {s.name: s.evaluated.metrics for s in data.systems}, data.variables
+        ),
         *_difference_groups(data),
     ]
     return Report(
@@ -203,7 +208,7 @@ def _difference_groups(data: PageData) -> list[MetricGroup]:
 
 
 def _summary(metrics: Mapping[str, Interval], name: str) -> str:
-    show = lambda key: f"{metrics[key].value:.2f}"
+    show = lambda key: _two_digits(metrics[key])
     carried = metrics["kl_frac_mean"].lo > max(metrics["null_shuffle_kl_frac_mean"].hi, 0.0)
     verdict = "carries the activation" if carried else "does not carry the activation"
     return (
@@ -211,8 +216,12 @@ def _summary(metrics: Mapping[str, Interval], name: str) -> str:
         f"explanation removes {show('kl_frac_mean')} of the harm that the mean activation does to "
         f"the model's prediction, and explains {show('fve_nrm')} of the activations' directional "
         f"variance. With the text of another row it is {show('null_shuffle_kl_frac_mean')} and "
-        f"{show('null_shuffle_fve_nrm')}." + _audit_sentence(metrics)
+        f"{show('null_shuffle_fve_nrm')}." + _audit_sentence(metrics) + _truth_sentence(metrics)
     )
+
+
+def _two_digits(interval: Interval) -> str:
+    return f"{interval.value:.2f}".replace("-", "−")
 
 
 def _audit_sentence(metrics: Mapping[str, Interval]) -> str:
@@ -222,8 +231,19 @@ def _audit_sentence(metrics: Mapping[str, Interval]) -> str:
     gap, skill = metrics["gap_frozen"], metrics["gap_frozen_window"]
     verdict = "loses no more than on true text" if gap.lo <= skill.hi else "loses more"
     return (
-        f" A reader that never saw a decoder's text {verdict}: {gap.value:.2f} of the variance, "
-        f"and {skill.value:.2f} on true text."
+        f" A reader that never saw a decoder's text {verdict}: {_two_digits(gap)} of the variance, "
+        f"and {_two_digits(skill)} on true text."
+    )
+
+
+def _truth_sentence(metrics: Mapping[str, Interval]) -> str:
+    """How often the text is right, which no reconstruction says; nothing where it is not known."""
+    own, other = metrics.get("precision"), metrics.get("null_shuffle_precision")
+    if own is None or other is None:
+        return ""
+    return (
+        f" Of the values that it states {_two_digits(own)} are right, and {_two_digits(other)} of "
+        "those that the text of another row states."
     )
 
 

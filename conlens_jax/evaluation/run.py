@@ -27,6 +27,13 @@ from conlens_jax.training.run_folder import BASELINE, CONTROL, checkpoint_of, lo
 from conlens_jax.training.setting import Setting
 from conlens_jax.training.tracking import read_metrics
 
+_STATISTICS = {
+    "lm_loss": "{:.3f} nats a token",
+    "generator_entropy": "{:.3f} nats a token",
+    "answers_right": "{:.3f} of M's answers",
+    "exact_answers": "{:.3f} of the documents",
+}
+"""What is known of an embedded model, and how it is shown."""
 NAMES = {"warm": "warm start", "joint": "joint training", "control": "matched-compute control"}
 
 
@@ -48,7 +55,7 @@ class _Results:
     systems: list[System]
     heat_maps: list[HeatMap]
     has_baseline: bool
-    has_studies: bool
+    studies: Studies | None
 
 
 def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
@@ -113,7 +120,7 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
         headline = {name: evaluated.metrics[name].value for name in HEADLINE}
         console.line("evaluate", lens=lens.key, step=lens.step, **headline)
     _print_table(setting, systems)
-    results = _Results(main, suite, systems, heat_maps, baseline is not None, studies is not None)
+    results = _Results(main, suite, systems, heat_maps, baseline is not None, studies)
     return Path(told_by_first(lambda: str(_write(setting, run_folder, results))))
 
 
@@ -135,7 +142,7 @@ def _write(setting: Setting, run_folder: Path, results: _Results) -> Path:
         "T": f"{setting.spec.text_len} tokens",
         "R": f"{reference.resultant:.3f}, on {reference.n_rows} training rows",
         "checkpoint": f"step {results.main.step}",
-        **{name: f"{value:.3f} nats a token" for name, value in statistics.items()},
+        **{name: _STATISTICS[name].format(value) for name, value in statistics.items()},
         "weights": setting.model.weights_hash[:12],
     }
     data = PageData(
@@ -153,7 +160,8 @@ def _write(setting: Setting, run_folder: Path, results: _Results) -> Path:
         n_examples=config.evaluate.n_examples,
         notes=_notes(setting, measured, results.has_baseline),
         heat_maps=results.heat_maps,
-        ranked=results.has_studies,
+        variables=() if results.studies is None else results.studies.variables,
+        ranked=results.studies is not None,
     )
     page = build_report(data, setting.model.tokenizer)
     return write_report(page, run_folder / "report.html")
@@ -194,12 +202,13 @@ def _differences(
 
 
 def _model_statistics(folder: Path) -> dict[str, float]:
-    """The embedded model's own loss and its corpus's entropy; nothing for other models."""
+    """The embedded model's own loss, its corpus's entropy and its share of right answers;
+    nothing for other models."""
     file = folder / STATISTICS_FILE
     if not file.exists():
         return {}
     values = json.loads(file.read_text(encoding="utf-8"))
-    return {name: values[name] for name in ("lm_loss", "generator_entropy") if name in values}
+    return {name: values[name] for name in _STATISTICS if name in values}
 
 
 def _records(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -242,8 +251,8 @@ def _notes(setting: Setting, measured: dict[str, Evaluated], has_baseline: bool)
         )
     if "generator_entropy" in _model_statistics(setting.model.folder):
         notes.append(
-            "generator_entropy is what the story generator itself spends on its choices, nats a "
-            "token; lm_loss is the embedded model's loss on the same held-out stories."
+            "generator_entropy is what the corpus's generator itself spends on its choices, nats a "
+            "token; lm_loss is the embedded model's loss on the same held-out documents."
         )
     return notes
 

@@ -16,8 +16,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from conlens_jax.config import WarmConfig
+from conlens_jax.data.generators import GENERATORS
 from conlens_jax.data.rows import Rows
-from conlens_jax.data.stories import ATTRIBUTES
+from conlens_jax.data.statements import token_variables
 from conlens_jax.data.tokenizer import Tokenizer
 from conlens_jax.evaluation import metrics
 from conlens_jax.evaluation.bootstrap import (
@@ -86,7 +87,7 @@ class Suite:
         """Draws the resamples, one set for all metrics and lenses, so that they are paired.
 
         Args:
-          attribute_ids: tokens that state an attribute of a story; empty for other corpora.
+          attribute_ids: of :func:`attribute_token_ids`.
           baseline: trained parts of an encoder that reads the true last T tokens; where there is
             none, each lens's own encoder reads them, which it has not learnt.
         """
@@ -229,8 +230,10 @@ class Suite:
 
 
 def attribute_token_ids(corpus_kind: str, tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids of the words that are values of a story's attributes; empty for other corpora."""
-    if corpus_kind != "stories":
+    """Ids of the words that state a variable of a generated corpus by themselves, as the words of
+    the stories do; none for other corpora."""
+    generator = GENERATORS.get(corpus_kind)
+    if generator is None:
         return frozenset()
-    encoded = [tokenizer.encode(word) for words in ATTRIBUTES.values() for word in words]
-    return frozenset(ids[0] for ids in encoded if len(ids) == 1 and ids[0] != tokenizer.unk_id)
+    variables = token_variables(generator.variables, tokenizer).values()
+    return frozenset(int(i) for v in variables if not v.tag for i in v.values_K)

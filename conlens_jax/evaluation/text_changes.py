@@ -7,15 +7,17 @@ for each row. They are data (:data:`CHANGES`), so that every reader is tried wit
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from conlens_jax.data.stories import SYNONYMS
+from conlens_jax.data.statements import known_ids
 from conlens_jax.data.tokenizer import Tokenizer
 
-DROPPED_SHARE = 0.25
+DROPPED = (10, 25, 50)
+"""Percent of the tokens that are left out at random."""
 
 
 class Texts(NamedTuple):
@@ -45,14 +47,14 @@ class Lexicon:
     synonym: np.ndarray
 
     @staticmethod
-    def of(tokenizer: Tokenizer, knows_synonyms: bool) -> Lexicon:
-        """``knows_synonyms``: the corpus is the stories, whose synonyms are exact."""
+    def of(tokenizer: Tokenizer, synonyms: Mapping[str, str]) -> Lexicon:
+        """``synonyms``: a word and its exact synonym, which only a generated corpus has."""
         words = [tokenizer.token(token) for token in range(tokenizer.vocab_size)]
         spaced = np.array([word.startswith(" ") for word in words])
         synonym = np.arange(len(words), dtype=np.int32)
-        for word, other in SYNONYMS.items() if knows_synonyms else ():
-            ids = [tokenizer.encode(w) for w in (word, other)]
-            if all(len(i) == 1 and i[0] != tokenizer.unk_id for i in ids):
+        for word, other in synonyms.items():
+            ids = [known_ids(w, tokenizer) for w in (word, other)]
+            if all(len(i) == 1 for i in ids):
                 synonym[ids[0][0]] = ids[1][0]
         return Lexicon(
             starts_word=spaced if spaced.any() else np.ones(len(words), bool),
@@ -72,8 +74,10 @@ def _shuffle_words(text: np.ndarray, lexicon: Lexicon, rng: np.random.Generator)
     return np.concatenate([words[index] for index in rng.permutation(len(words))])
 
 
-def _drop_tokens(text: np.ndarray, lexicon: Lexicon, rng: np.random.Generator) -> np.ndarray:
-    return text[rng.random(len(text)) >= DROPPED_SHARE]
+def _drop_tokens(
+    text: np.ndarray, lexicon: Lexicon, rng: np.random.Generator, *, percent: int
+) -> np.ndarray:
+    return text[rng.random(len(text)) >= percent / 100]
 
 
 def _no_punctuation(text: np.ndarray, lexicon: Lexicon, rng: np.random.Generator) -> np.ndarray:
@@ -86,7 +90,13 @@ def _synonyms(text: np.ndarray, lexicon: Lexicon, rng: np.random.Generator) -> n
 
 CHANGES: Mapping[str, tuple[Change, str]] = {
     "shuffle_words": (_shuffle_words, "the words in random order"),
-    "drop_tokens": (_drop_tokens, f"{DROPPED_SHARE:.0%} of the tokens left out at random"),
+    **{
+        f"drop_{percent}": (
+            functools.partial(_drop_tokens, percent=percent),
+            f"{percent} % of the tokens left out at random",
+        )
+        for percent in DROPPED
+    },
     "no_punctuation": (_no_punctuation, "punctuation and quotes left out"),
     "synonyms": (_synonyms, "words replaced by exact synonyms of the corpus"),
 }

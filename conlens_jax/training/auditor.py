@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from conlens_jax.config import WarmConfig
+from conlens_jax.data.rows import Rows, RowSource
+from conlens_jax.data.stream import CapturedRows, TokenStream
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.models.param_table import Params
 from conlens_jax.training.loop import Run, placed, run_stage
 from conlens_jax.training.run_folder import AUDIT
-from conlens_jax.training.setting import Setting
+from conlens_jax.training.setting import Setting, training_rows
 from conlens_jax.training.state import Stage
 from conlens_jax.training.tracking import WandbRun
 
 
 def train_auditor(setting: Setting, run_folder: Path) -> Params:
-    """Trains an encoder on the true windows that the warm start teaches, or takes up the one that
-    lies in ``<run>/audit`` already.
+    """Trains an encoder on true windows of the corpus, or takes up the one that lies in
+    ``<run>/audit`` already.
 
     It starts where E started, as a clone of M (one that started from nothing would first have to
-    learn the language). From there its rows come in an order of their own, ``audit_seed``; and
-    every prefix of a window counts alike, so that it reads texts of 1 to T tokens.
+    learn the language). From there its rows come in an order of their own, ``audit_seed``; the
+    windows begin up to ``audit_shift`` tokens before or behind those that the warm start teaches;
+    and every prefix of a window counts alike, so that it reads texts of 1 to T tokens.
 
     Returns:
       ``{"encoder": …}``, to stand in the place of a lens's own.
@@ -41,9 +48,40 @@ def train_auditor(setting: Setting, run_folder: Path) -> Params:
         setting.model.params, setting.spec, reference.mean_D, reference.scale, seed=seed
     )
     encoder = placed({"decoder": {}, "encoder": trainable["encoder"]}, setting)
-    folder = run_folder / AUDIT / f"seed{seed}-steps{steps}"
+    shift = config.evaluate.audit_shift
+    if shift:
+        if isinstance(train, TokenStream):
+            # A step would capture the activation of the shifted position.
+            train = CapturedRows(training_rows(train, steps * config.warm.batch_size))
+        train = ShiftedWindows(train, config.warm, shift, seed)
+    folder = run_folder / AUDIT / f"seed{seed}-steps{steps}-shift{shift}"
     tracker = WandbRun(config.wandb, folder, {}, enabled=False)
     run = Run(alone, folder, train, validation, reference, setting.measurer(), tracker)
     stage = Stage("audit", steps, config.warm.batch_size, config.warm.optimizer)
     folder.mkdir(parents=True, exist_ok=True)
     return {"encoder": run_stage(run, stage, encoder, frozen)["encoder"]}
+
+
+class ShiftedWindows:
+    """Rows whose position is moved within the document while the activation stays: the window that
+    is read there is true text somewhere around the activation's own place.
+
+    The shift of a row is drawn once, uniformly among those up to ``shift`` tokens in either
+    direction that leave the whole window inside the document.
+    """
+
+    def __init__(self, source: RowSource, window: WarmConfig, shift: int, seed: int):
+        self._source, self._window, self._shift = source, window, shift
+        self._draws_N = np.random.default_rng(seed).random(len(source))
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def rows(self, indices: np.ndarray | Sequence[int]) -> Rows:
+        """The rows at ``indices``, in that order."""
+        rows, window, shift = self._source.rows(indices), self._window, self._shift
+        before_N = np.clip(rows.positions_N - (window.before - 1), 0, shift)
+        behind_N = np.clip(rows.lengths_N - 1 - window.after - rows.positions_N, 0, shift)
+        choices_N = before_N + behind_N + 1
+        shifts_N = np.floor(self._draws_N[indices] * choices_N).astype(np.int32) - before_N
+        return dataclasses.replace(rows, positions_N=rows.positions_N + shifts_N.astype(np.int32))

@@ -23,9 +23,17 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from conlens_jax.config import CorpusConfig, EmbeddedConfig, ExperimentConfig, ScheduleConfig
+from conlens_jax.config import (
+    GENERATED_CORPORA,
+    CorpusConfig,
+    EmbeddedConfig,
+    ExperimentConfig,
+    ScheduleConfig,
+)
 from conlens_jax.data.batches import batch_indices, pad_tokens
 from conlens_jax.data.corpus import Document, open_corpus
+from conlens_jax.data.generators import GENERATORS
+from conlens_jax.data.statements import token_variables
 from conlens_jax.data.tokenizer import Tokenizer, train_bpe_tokenizer, train_word_tokenizer
 from conlens_jax.lens.losses import cross_entropy
 from conlens_jax.lens.schedules import make_schedule
@@ -34,6 +42,7 @@ from conlens_jax.models.families import llama
 from conlens_jax.models.param_table import Params, init_params
 from conlens_jax.models.transformer import forward
 from conlens_jax.models.transformer_config import RopeConfig, TransformerConfig
+from conlens_jax.training.answers import answer_statistics
 from conlens_jax.training.console import Console
 
 STATISTICS_FILE = "training.json"
@@ -79,7 +88,9 @@ def train_language_model(
     Returns:
       ``lm_loss``: nats per token on held-out documents (the end-of-document token is not part of
       it), and for a generated corpus ``generator_entropy``: the nats per token that the generator
-      itself spent on the same documents, the least that any model can reach.
+      itself spent on the same documents, the least that any model can reach. Where the beginning
+      of a document decides the rest (a sum), also how many values the model predicts right, see
+      :func:`~conlens_jax.training.answers.answer_statistics`.
     """
     started = time.time()
     source = open_corpus(corpus)
@@ -122,6 +133,9 @@ def train_language_model(
     hf_io.save_model(folder, model, params)
     tokenizer.save(folder)
     statistics = _statistics(params, model, tokenizer, held_out, config)
+    if corpus.kind in GENERATED_CORPORA and all(document.given for document in held_out):
+        variables = token_variables(GENERATORS[corpus.kind].variables, tokenizer).values()
+        statistics |= answer_statistics(params, model, tokenizer, variables, held_out)
     console.line("model", **statistics, seconds=time.time() - started)
     return statistics
 
@@ -130,7 +144,7 @@ def _train_tokenizer(
     corpus: CorpusConfig, config: EmbeddedConfig, documents: list[Document]
 ) -> Tokenizer:
     texts = [document.text for document in documents]
-    if corpus.kind == "stories":
+    if corpus.kind in GENERATED_CORPORA:
         return train_word_tokenizer(texts, config.vocab_size)
     return train_bpe_tokenizer(texts, config.vocab_size)
 
