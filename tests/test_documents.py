@@ -1,8 +1,8 @@
 """Every code block of every document, and the notebook, run as they stand, at tiny sizes.
 
 Python blocks are executed. A command is parsed by its own entry point and its config validated,
-with the repository's real files; then it runs, in a folder where ``configs/quickstart.py`` is a tiny
-page. What cannot run here is in ``NOT_RUN``, with the reason; anything else fails the test.
+with the repository's real files; then it runs, in a folder where ``configs/quickstart.py`` is a
+tiny page. What cannot run here is in ``NOT_RUN``, with the reason; anything else fails the test.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from absl import flags
 from documents import (
     DOCUMENTS,
     ROOT,
@@ -36,6 +37,7 @@ NOTEBOOK = ROOT / "scripts" / "notebooks" / "explore.ipynb"
 NAMES = [str(document.relative_to(ROOT)) for document in DOCUMENTS]
 
 INSTALLS = "installs packages"
+FULL = "test_full_suite evaluates a copy of the same run in full"
 NOT_RUN = {
     "pip install -e .": INSTALLS,
     "python -m venv .venv": INSTALLS,
@@ -46,6 +48,11 @@ NOT_RUN = {
     ".venv/bin/ruff format --check": "ruff is not among the packages of the tests",
     "python -m conlens_jax.launch --processes=2 --devices=4 -- conlens_jax.train "
     "--config=configs/quickstart.py": "two processes; test_processes runs one like it",
+    "python -m conlens_jax.quickstart --config.run_dir=runs/short "
+    "--config.dump.n_samples=12288 --config.warm.steps=420 --config.joint.steps=60 "
+    "--config.control.steps=100 --config.baseline.steps=150": "test_cli runs one like it",
+    "python -m conlens_jax.evaluate --checkpoint=runs/short --suite=full": FULL,
+    "python -m conlens_jax.evaluate --checkpoint=runs/quickstart --suite=full": FULL,
     "python scripts/profile_summary.py runs/quickstart/profile/joint": "test_profile runs it",
     "python scripts/check_real_model.py EleutherAI/pythia-160m": "a download; "
     "test_check_real_model runs it on a tiny model",
@@ -55,9 +62,13 @@ NOT_RUN = {
     "--dtype=bfloat16 --unroll=1 --remat=full --train=lora --no-naive": "needs a GPU",
 }
 
-# What a command may say of a size is overruled.
-SIZES = {**TINY, "baseline.steps": 2}
-EVALUATION = {"audit_steps": 6, "best_of": 2}
+# What a command says of a size is overruled.
+SIZES = TINY
+# For runs in a folder of their own: stages that the tests of training run, and all would repeat.
+FEWER_STAGES = {
+    "conlens_jax.train": ["--config.control.enabled=false"],
+    "conlens_jax.quickstart": ["--config.control.enabled=false", "--config.joint.steps=0"],
+}
 TINY_PAGE = '''"""The page of the tests' tiny world."""
 
 import json
@@ -77,14 +88,13 @@ def place(tmp_path_factory):
 
 
 def make_place(world: World, root: Path) -> Path:
-    """A folder with what the documents speak of: ``configs``, ``path/to/folder`` (a model),
+    """The folder with what the documents speak of: ``configs``, ``path/to/folder`` (a model),
     ``runs/quickstart`` (a finished run) and ``my-texts``."""
     for name in ("scripts", "third_party"):
         (root / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "configs", root / "configs")
     values = to_json_dict(world.config)
     values["run_dir"] = "runs/quickstart"
-    values["evaluate"] |= EVALUATION
     page = TINY_PAGE.format(values=json.dumps(values))
     (root / "configs" / "quickstart.py").write_text(page, encoding="utf-8")
     shutil.copytree(world.setting.model.folder, root / "path" / "to" / "folder")
@@ -96,6 +106,12 @@ def make_place(world: World, root: Path) -> Path:
         text = "\n\n".join(story.text for story in part)
         (root / "my-texts" / f"{number}.txt").write_text(text, encoding="utf-8")
     return root
+
+
+@pytest.fixture(scope="module")
+def done() -> set[Command]:
+    """The commands that have run."""
+    return set()
 
 
 @pytest.fixture
@@ -152,19 +168,41 @@ def test_nothing_is_listed_that_no_document_says():
     assert set(NOT_RUN) <= said, set(NOT_RUN) - said
 
 
+@pytest.mark.parametrize(
+    ("line", "error", "message"),
+    [
+        ("make all", AssertionError, "say in NOT_RUN"),
+        ("python -m conlens_jax.train --config=configs/quickstart.py --config.joint.step=3",)
+        + (ValueError, "did you mean 'joint.steps'"),
+        ("python -m conlens_jax.dump --config=configs/quickstart.py --config.model.dtype=half",)
+        + (ValueError, "model.dtype must be one of"),
+        ("python -m conlens_jax.explain --checkpoints=runs/x", flags.Error, "checkpoints"),
+        ("python -m conlens_jax.nothing", ImportError, "nothing"),
+        ("python scripts/int8_error.py --shapes=S", SystemExit, "2"),
+        ("pip install -e '.[everything]'", AssertionError, "everything"),
+    ],
+)
+def test_a_wrong_command_is_found(line, error, message, tmp_path):
+    (command,) = commands(line)
+    with pytest.raises(error, match=message):
+        check_command(command, tmp_path)
+
+
 # --- what runs ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
-def test_document(document, place, served):
-    """Its blocks one after the other: the Python blocks share their names."""
+def test_document(document, place, served, done):
+    """Its blocks one after the other: the Python blocks share their names. A command that several
+    documents give runs once."""
     names: dict = {}
     for block in blocks(document):
         if block.language == "bash":
             for command in commands(block.text):
                 check_command(command, place)
-                if str(command) not in NOT_RUN:
+                if str(command) not in NOT_RUN and command not in done:
                     run_command(command, served)
+                    done.add(command)
         else:
             title = f"{document.name}: {block.text.splitlines()[0]}"
             exec(compile(block.text, title, "exec"), names)
@@ -216,12 +254,14 @@ def run_command(command: Command, served: list) -> None:
         for field, value in SIZES.items()
         if f"--config.{field}" in named or "--config=configs/mine.py" in arguments
     }
-    run(target, [*arguments, *(f"--config.{field}={value}" for field, value in small.items())])
+    arguments += [f"--config.{field}={value}" for field, value in small.items()]
+    own_folder = "--config.run_dir" in named or "--config=configs/mine.py" in arguments
+    run(target, [*arguments, *(FEWER_STAGES.get(target, []) if own_folder else [])])
     if target == "conlens_jax.explore":
         check_served(served.pop())
 
 
-def check_served(call) -> None:
+def check_served(call: tuple) -> None:
     from starlette.testclient import TestClient
 
     app, options = call
