@@ -129,7 +129,8 @@ def _own_flags() -> Iterator[None]:
         flag.name: (module, flag)
         for module, own in flags.FLAGS.flags_by_module_dict().items()
         for flag in own
-        if module in ENTRY_POINTS
+        # --config and its fields are defined for the entry points, in cli.
+        if module in ENTRY_POINTS or flag.name.split(".")[0] == "config"
     }
     for name in known:
         delattr(flags.FLAGS, name)
