@@ -28,7 +28,7 @@ from documents import (
     inline_commands,
 )
 from entry_points import check, run
-from pipeline import TINY, World, open_world
+from pipeline import TINY, WARM_STEPS, World, open_world
 
 from conlens_jax.config import CorpusConfig, to_json_dict
 from conlens_jax.data.corpus import open_corpus
@@ -44,10 +44,13 @@ NOT_RUN = {
     ".venv/bin/pip install -e '.[test]' ruff": INSTALLS,
     "bash scripts/quickstart.sh": "installs packages; test_cli runs the quickstart",
     "bash scripts/test.sh": "installs packages, then runs this very test",
+    "wandb sweep configs/sweeps/joint.yaml": "needs a login; test_sweep reads the file",
     ".venv/bin/ruff check": "ruff is not among the packages of the tests",
     ".venv/bin/ruff format --check": "ruff is not among the packages of the tests",
     "python -m conlens_jax.launch --processes=2 --devices=4 -- conlens_jax.train "
     "--config=configs/quickstart.py": "two processes; test_processes runs one like it",
+    "python -m conlens_jax.train --config=configs/quickstart.py --config.joint.steps=500 "
+    "--config.run_dir=runs/longer": "trains what the commands around it train",
     "python -m conlens_jax.quickstart --config.run_dir=runs/short "
     "--config.dump.n_samples=12288 --config.warm.steps=420 --config.joint.steps=60 "
     "--config.control.steps=100 --config.baseline.steps=150": "test_cli runs one like it",
@@ -64,8 +67,9 @@ NOT_RUN = {
 
 # What a command says of a size is overruled.
 SIZES = TINY
-# For runs in a folder of their own: stages that the tests of training run, and all would repeat.
-FEWER_STAGES = {
+# And what the tests of training run, and every command would only repeat.
+LESS = {
+    "conlens_jax.sweep": ["--trials=1"],
     "conlens_jax.train": ["--config.control.enabled=false"],
     "conlens_jax.quickstart": ["--config.control.enabled=false", "--config.joint.steps=0"],
 }
@@ -97,6 +101,10 @@ def make_place(world: World, root: Path) -> Path:
     values["run_dir"] = "runs/quickstart"
     page = TINY_PAGE.format(values=json.dumps(values))
     (root / "configs" / "quickstart.py").write_text(page, encoding="utf-8")
+    sweep = root / "configs" / "sweeps" / "joint.yaml"
+    warm_start = f"runs/quickstart/checkpoints/{WARM_STEPS}"
+    text = re.sub(r"runs/quickstart/checkpoints/\d+", warm_start, sweep.read_text("utf-8"))
+    sweep.write_text(text, encoding="utf-8")
     shutil.copytree(world.setting.model.folder, root / "path" / "to" / "folder")
     folder = world.copy_run(root / "runs" / "quickstart")
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
@@ -255,8 +263,9 @@ def run_command(command: Command, served: list) -> None:
         if f"--config.{field}" in named or "--config=configs/mine.py" in arguments
     }
     arguments += [f"--config.{field}={value}" for field, value in small.items()]
-    own_folder = "--config.run_dir" in named or "--config=configs/mine.py" in arguments
-    run(target, [*arguments, *(FEWER_STAGES.get(target, []) if own_folder else [])])
+    goes_on = "--config.run_dir" not in named and "--config=configs/quickstart.py" in arguments
+    less = [] if goes_on and target == "conlens_jax.train" else LESS.get(target, [])
+    run(target, [*arguments, *less])
     if target == "conlens_jax.explore":
         check_served(served.pop())
 
