@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from tqdm import tqdm
 
-from conlens_jax.inspection import batching
+from conlens_jax.inspection import batching, changes
+from conlens_jax.inspection.changes import Place, Vector
 from conlens_jax.inspection.explanations import (
     ExplainedToken,
     Explanations,
@@ -29,48 +30,6 @@ from conlens_jax.models.generate import bucket
 from conlens_jax.models.model import LanguageModel
 from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.mesh import single_device_mesh
-
-Vector = Float[np.ndarray, "D"]
-Place = tuple[Any, int]
-"""A text and an index into its tokens."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """What :meth:`Lens.compare` finds between activations a and b.
-
-    Attributes:
-      a, b: what the decoder writes of each of them.
-      towards_a, towards_b: what it writes of ``mean + (a − b)`` and of ``mean + (b − a)``: the mean
-        training activation moved by the difference alone.
-      cos: cosine of a − b and the difference of what the encoder makes of the texts a and b: how
-        much of the difference the two texts carry.
-      cos_towards_a: cosine of a − b and what the encoder makes of ``towards_a``, less the mean.
-    """
-
-    a: str
-    b: str
-    towards_a: str
-    towards_b: str
-    cos: float
-    cos_towards_a: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Steered:
-    """What :meth:`Lens.steer` does to M.
-
-    Attributes:
-      written, edited: the explanation before and after the edit.
-      effect: what M predicts with the moved activation.
-      before, after: how M goes on with the text, greedily, without and with it.
-    """
-
-    written: str
-    edited: str
-    effect: ExplainedToken
-    before: str
-    after: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,7 +289,7 @@ class Lens:
             (self._reading(replacement if is_text else "", effect, 0),),
         )
 
-    def compare(self, a: Place | Vector, b: Place | Vector) -> Comparison:
+    def compare(self, a: Place | Vector, b: Place | Vector) -> changes.Comparison:
         """Explains the difference of two activations.
 
         The decoder has learnt to read activations, not differences. So it reads both of them, and
@@ -340,20 +299,7 @@ class Lens:
         Args:
           a, b: (text, position), or an activation [D].
         """
-        vector_of = lambda value: (
-            self.capture(*value) if isinstance(value, tuple) else np.asarray(value, np.float32)
-        )
-        mean_D = np.asarray(self.frozen["statistics"]["mean"])
-        a_D, b_D = vector_of(a), vector_of(b)
-        difference_D = a_D - b_D
-        texts = self.decode(np.stack([a_D, b_D, mean_D + difference_D, mean_D - difference_D]))
-        # A text of special tokens alone is empty, and cannot be read back.
-        read_a, read_b, towards_a, _ = (self.encode(text) if text else mean_D for text in texts)
-        return Comparison(
-            *texts,
-            cos=_cosine(read_a - read_b, difference_D),
-            cos_towards_a=_cosine(towards_a - mean_D, difference_D),
-        )
+        return changes.compare(self, a, b)
 
     def steer(
         self,
@@ -363,7 +309,7 @@ class Lens:
         *,
         strength: float = 1.0,
         new_tokens: int = 12,
-    ) -> Steered:
+    ) -> changes.Steered:
         """Changes what an activation says, and shows what M makes of it.
 
         The activation is moved by ``strength`` times the difference of what the encoder makes of
@@ -376,34 +322,7 @@ class Lens:
         Raises:
           ValueError: the edit changes nothing.
         """
-        *_, written = self.write(text, position)
-        if isinstance(edit, tuple):
-            edited = written.replace(*edit)
-        else:
-            edited = edit if isinstance(edit, str) else edit(written)
-        if edited == written:
-            raise ValueError(f"edit changes nothing in the explanation {written!r}")
-        move_D = self.encode(edited) - (self.encode(written) if written else 0.0)
-        activation_D = self.capture(text, position)
-        moved_D = (activation_D + strength * move_D).astype(np.float32)
-        effect = self.swap(text, position, moved_D)
-        before = self._continued(text, position, activation_D, new_tokens)
-        after = self._continued(text, position, moved_D, new_tokens)
-        return Steered(written, edited, effect, before, after)
-
-    def _continued(self, text: Any, position: int, vector_D: Vector, count: int) -> str:
-        """How M goes on, greedily, with a vector at the position; every token by a full pass."""
-        (tokens,) = token_lists([text], self.model, self.add_bos)
-        length = len(tokens)
-        row_1S = np.zeros((1, bucket(length + count)), np.int32)
-        row_1S[0, :length] = tokens
-        place = np.arange(row_1S.shape[1])
-        for end in range(length, length + count):
-            logits = self.model.swap(
-                row_1S, self.spec.layer, position % length, vector_D[None], (place < end)[None]
-            )
-            row_1S[0, end] = int(np.argmax(logits[0, end - 1]))
-        return self.model.tokenizer.decode(row_1S[0, length : length + count])
+        return changes.steer(self, text, position, edit, strength, new_tokens)
 
     # --- sharing --------------------------------------------------------------------------------
 
@@ -466,8 +385,3 @@ def _check_explain(samples: int, decoding: str, batch_size: int, temperature: fl
         problems.append(f"batch_size must be at least 1, not {batch_size}")
     if problems:
         raise ValueError("; ".join(problems))
-
-
-def _cosine(x: np.ndarray, y: np.ndarray) -> float:
-    size = np.linalg.norm(x) * np.linalg.norm(y)
-    return float(x @ y / size) if size else 0.0
