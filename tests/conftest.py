@@ -33,7 +33,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 def _no_environment(monkeypatch):
     """Tests never reach for the network or a login."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -10,6 +10,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from absl import flags
@@ -18,7 +19,7 @@ from pipeline import CHECKPOINT_EVERY, LAST_STEP, WARM_STEPS, open_world, quiet_
 from conlens_jax import gradient_report
 from conlens_jax.config import ConfigError
 from conlens_jax.data.tokenizer import Tokenizer
-from conlens_jax.evaluation import lens_gradients
+from conlens_jax.evaluation import lens_gradients, run
 from conlens_jax.evaluation.run import evaluate_run
 from conlens_jax.evaluation.suite import HEADLINE
 from conlens_jax.training.checkpoint import CheckpointError
@@ -62,7 +63,9 @@ def evaluate(world, folder: Path, inside: str = "", **changes) -> Result:
         world.copy_run(folder)
     console, stream = quiet_console()
     setting = dataclasses.replace(world.changed(folder, **changes), console=console)
-    report = evaluate_run(setting, folder / inside)
+    with mock.patch.object(run, "track_evaluation") as track:
+        report = evaluate_run(setting, folder / inside)
+    assert track.call_args.args == (setting.config, folder, console)
     assert report == folder / "report.html"
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     return Result(folder, metrics, report.read_text(encoding="utf-8"), stream.getvalue())

@@ -183,6 +183,18 @@ def test_on_a_mesh_it_says_the_same(lens, explained, tmp_path):
 # --- results ------------------------------------------------------------------------------------
 
 
+def test_a_low_temperature_is_greedy_and_a_high_one_is_not(lens, explained, sampled):
+    settings = dict(samples=2, decoding="sample", progress=False)
+    texts = lambda **changes: {
+        reading.text
+        for row in lens.explain(TEXT, [3, -1], **settings, **changes)
+        for reading in row.readings
+    }
+    greedy = {lens.explain(TEXT, [3, -1])[n].explanation for n in range(2)}
+    assert texts(temperature=1e-4) == greedy
+    assert texts(temperature=1.0) == texts() != texts(temperature=50.0)
+
+
 def test_results_as_json_and_pandas(lens, sampled, tmp_path):
     text = sampled.to_json(tmp_path / "explained.json")
     assert (tmp_path / "explained.json").read_text(encoding="utf-8") == text
@@ -249,6 +261,7 @@ def test_token_ids_and_chats_are_read_too(lens, explained):
         ({"text": TEXT, "positions": "some"}, "'all'"),
         ({"text": TEXT, "positions": slice(50, 60)}, "positions has nothing"),
         ({"text": TEXT, "samples": 3}, "decoding='sample'"),
+        ({"text": TEXT, "decoding": "sample", "temperature": 0.0}, "temperature must be above 0"),
         ({"text": TEXT, "decoding": "beam", "batch_size": 0}, "decoding must.*batch_size must"),
     ],
 )

@@ -136,7 +136,8 @@ def test_requests_at_the_same_time_are_not_mixed(lens, address):
 
 
 def test_when_too_many_wait_the_next_one_is_told(lens):
-    from conlens_jax.inspection.server import Busy, Turns, make_app
+    from conlens_jax.inspection.server import make_app
+    from conlens_jax.inspection.turns import Busy, Turns
 
     turns = Turns(1)
     with turns.turn(), pytest.raises(Busy, match="too many"), turns.turn():

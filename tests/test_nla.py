@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -12,6 +13,7 @@ import safetensors.numpy
 import yaml
 from pipeline import quick_compilation
 from tiny_lens import tiny_original, tiny_spec
+from tiny_models import write_tiny_folder
 from tiny_user import LAYER, TEXT, TEXTS, tiny_user_lens
 
 from conlens_jax.inspection.nla import SIDECAR, VALUE_HEAD, NlaPair, _explanation, read_sidecar
@@ -162,6 +164,60 @@ def test_a_pair_is_scored_by_what_the_model_then_predicts(lens, pair):
         assert row.best.cos == pytest.approx(again.best.cos, abs=1e-4)
         assert row.token == again.token
         assert [p.token for p in row.before] == [p.token for p in again.before]
+
+
+def wrapped(folder, copy, prefix):
+    """The folder of a text model as the text part of a multimodal one, with a tower beside it."""
+    shutil.copytree(folder, copy)
+    text = json.loads((folder / "config.json").read_text())
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 16}
+    config = {"model_type": "gemma3", "text_config": text, "vision_config": vision}
+    (copy / "config.json").write_text(json.dumps(config))
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    nested = {prefix + name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    nested["vision_tower.vision_model.head"] = np.ones(3, np.float32)
+    safetensors.numpy.save_file(nested, copy / "model.safetensors")
+    return copy
+
+
+def test_a_pair_of_multimodal_gemma3_is_read_for_its_text_part(tmp_path):
+    """Each half under one of the names that such folders have; the oracle has the text models.
+    Gemma scales the embeddings of tokens, and not the vector in their midst."""
+    n_new, layer = 3, 1
+    av, ar = tmp_path / "av", tmp_path / "ar"
+    for folder, seed, shape in ((av, 0, {}), (ar, 1, {"num_hidden_layers": layer + 1})):
+        folder.mkdir()
+        write_tiny_folder(folder, seed=seed, model_type="gemma3_text", **shape)
+    (av / "chat_template.jinja").write_text(TEMPLATE.replace("the ", "word4 "))
+    tokens = {"injection_char": "word9", "injection_token_id": 9}
+    template = {"av": "word5 {injection_char} word6"}
+    sidecar = {**META, "role": "av", "tokens": tokens, "prompt_templates": template}
+    (av / SIDECAR).write_text(yaml.safe_dump(sidecar))
+    sidecar = {**META, "role": "critic", "prompt_templates": {"critic": "word7 {explanation}"}}
+    (ar / SIDECAR).write_text(yaml.safe_dump(sidecar))
+    random = np.random.default_rng(2)
+    head = random.standard_normal((WIDTH, WIDTH)).astype(np.float32)
+    safetensors.numpy.save_file({"weight": head}, ar / VALUE_HEAD)
+    pair = NlaPair.load(
+        wrapped(av, tmp_path / "av-wrapped", "language_model.model."),
+        wrapped(ar, tmp_path / "ar-wrapped", "model.language_model."),
+        max_new_tokens=n_new,
+        unroll=1,
+    )
+    vector = random.standard_normal(WIDTH).astype(np.float32)
+    theirs = transformers_model(av)
+    ids = pair.av.tokenizer.encode("word4 word5 word9 word6 and")
+    embeddings = embedded(theirs, ids)
+    embeddings[2] = SCALE * vector / np.linalg.norm(vector)
+    written = greedy(theirs, embeddings, n_new)
+    eos = pair.av.tokenizer.eos_id
+    written = written[: written.index(eos)] if eos in written else written
+    assert pair.verbalise(vector[None]) == [pair.av.tokenizer.decode(written)] != [""]
+    theirs = transformers_model(ar)
+    ids = pair.av.tokenizer.encode("word7 word11 word12")
+    expected = head @ last_state(theirs, embedded(theirs, ids))
+    (found,) = pair.reconstruct(["word11 word12"])
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 
 def test_what_stands_between_the_tags():

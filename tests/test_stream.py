@@ -30,7 +30,7 @@ def world(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    score = Validation({"kl_at_sampled": 1.0}, common_tokens="")
+    score = Validation({"kl_at_sampled": 1.0})
     monkeypatch.setattr(loop, "validate", lambda run, trainable, frozen: score)
 
 

@@ -15,7 +15,10 @@ import pytest
 
 from conlens_jax.config import WandbConfig
 from conlens_jax.training.console import Console, format_value
-from conlens_jax.training.tracking import MetricsFile, WandbRun, read_metrics
+from conlens_jax.training.stage_log import BINS, StageLog, histogram
+from conlens_jax.training.tracking import MetricsFile, read_metrics
+from conlens_jax.training.validation import Sample, token_shares
+from conlens_jax.training.wandb_run import WandbRun
 
 # --- console ------------------------------------------------------------------------------------
 
@@ -167,13 +170,14 @@ def test_other_processes_write_nothing(tmp_path):
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
 
 
 class FakeRun:
     def __init__(self, fail_at: int | None = None):
         self.logged, self.finished, self.fail_at = [], False, fail_at
+        self.id, self.summary, self.artifacts = "abc", {}, []
 
     def define_metric(self, name, step_metric=None):
         pass
@@ -183,8 +187,19 @@ class FakeRun:
             raise OSError("no space left on device")
         self.logged.append(values)
 
+    def log_artifact(self, artifact):
+        self.artifacts.append(artifact)
+
     def finish(self):
         self.finished = True
+
+
+class FakeArtifact:
+    def __init__(self, name, type):
+        self.name, self.type, self.files = name, type, []
+
+    def add_file(self, path):
+        self.files.append(path)
 
 
 def fake_wandb(monkeypatch, run, api_key="key"):
@@ -200,6 +215,8 @@ def fake_wandb(monkeypatch, run, api_key="key"):
         init=init,
         Settings=dict,
         Table=lambda columns, data: (columns, data),
+        Histogram=lambda np_histogram: np_histogram,
+        Artifact=FakeArtifact,
         api=types.SimpleNamespace(api_key=api_key),
     )
     monkeypatch.setitem(sys.modules, "wandb", module)
@@ -239,6 +256,15 @@ def test_the_run_id_is_stable_and_the_environment_wins(tmp_path, monkeypatch):
     assert first["dir"] == str(tmp_path) and first["config"] == {"seed": 1}
 
 
+def test_the_agent_of_a_sweep_names_the_run(tmp_path, monkeypatch):
+    calls = fake_wandb(monkeypatch, FakeRun())
+    monkeypatch.setenv("WANDB_RUN_ID", "trial7")
+    start(tmp_path, "offline")
+    monkeypatch.delenv("WANDB_RUN_ID")
+    start(tmp_path, "offline")  # the evaluation, later
+    assert [call["id"] for call in calls] == ["trial7", "trial7"]
+
+
 @pytest.mark.parametrize("way", ["config", "environment", "other process"])
 def test_disabled_never_imports_wandb(tmp_path, monkeypatch, way):
     real_import = builtins.__import__
@@ -254,6 +280,9 @@ def test_disabled_never_imports_wandb(tmp_path, monkeypatch, way):
     run, stream = start(tmp_path, mode, enabled=way != "other process")
     run.log({"loss": 1.0}, 1)
     run.table("samples", ["text"], [["a"]], 1)
+    run.histogram("cos", [1], [0.0, 1.0], 1)
+    run.summary({"cos": 1.0})
+    run.artifact("evaluation", [tmp_path / "report.html"])
     run.finish()
     # The guard's AssertionError would have been caught and said here.
     assert stream.getvalue() == "" and not run.active
@@ -298,6 +327,10 @@ def test_an_offline_run_is_really_written(tmp_path, monkeypatch, capfd):
     for step in (1, 2, 1):
         run.log({"loss": 0.5 * step}, step)
     run.table("samples", ["text", "kl"], [["a b c", 0.5]], 2)
+    run.histogram("cos", *histogram("cos", np.linspace(0, 1, 9)), 2)
+    run.summary({"evaluation/cos": 0.25})
+    (tmp_path / "report.html").write_text("<p>the report</p>")
+    run.artifact("evaluation", [tmp_path / "report.html"])
     run.finish()
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     (data,) = folder.glob("*.wandb")
@@ -306,7 +339,75 @@ def test_an_offline_run_is_really_written(tmp_path, monkeypatch, capfd):
     deadline = time.monotonic() + 10
     while b"samples" not in data.read_bytes() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert b"loss" in data.read_bytes() and b"samples" in data.read_bytes()
+    written = data.read_bytes()
+    assert b"loss" in written and b"samples" in written and b"histogram" in written
+    assert b"evaluation/cos" in written and b"report.html" in written
     assert stream.getvalue() == ""
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+# --- both ---------------------------------------------------------------------------------------
+
+SAMPLE = Sample("a fox", "ran", "fox ran", 0.5, 0.25, "ran 0.90", "ran 0.70")
+
+
+def test_a_stage_writes_its_numbers_samples_and_histograms_twice(tmp_path, monkeypatch):
+    inner = FakeRun()
+    fake_wandb(monkeypatch, inner)
+    tracker, stream = start(tmp_path, "offline")
+    log = StageLog(tmp_path, "joint", tracker)
+    log.numbers(3, {"loss": 1.5})
+    log.samples(3, [SAMPLE, SAMPLE])
+    cos = np.array([-1.0, 0.1, 0.9, 1.0, np.nan])
+    log.distributions(3, {"cos_sampled": cos, "kl_at_sampled": cos + 1}, [("fox", 0.25)])
+    (numbers,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert (numbers["step"], numbers["stage"], numbers["loss"]) == (3, "joint", 1.5)
+    samples = read_metrics(tmp_path / "samples.jsonl")
+    assert len(samples) == 2 and samples[1]["explanation"] == "fox ran" and samples[1]["kl"] == 0.25
+    (record,) = read_metrics(tmp_path / "histograms.jsonl")
+    assert record["token_shares"] == {"fox": 0.25}
+    counts, edges = record["cos_sampled"]["counts"], record["cos_sampled"]["edges"]
+    assert (len(counts), len(edges), sum(counts)) == (BINS, BINS + 1, 4)
+    assert (edges[0], edges[-1]) == (-1.0, 1.0)  # so that two steps lie over each other
+    assert record["kl_at_sampled"]["edges"][-1] == 2.0
+    logged = {name: value for entry in inner.logged for name, value in entry.items()}
+    assert all(entry["step"] == 3 for entry in inner.logged)
+    assert logged["joint/loss"] == 1.5 and logged["joint/tokens"][1] == [["fox", 0.25]]
+    columns, rows = logged["joint/samples"]
+    assert columns[:3] == ["context", "continuation", "explanation"] and rows[0][2] == "fox ran"
+    assert logged["joint/cos_sampled"][0].tolist() == counts
+    log.truncate_after(2)
+    for name in ("metrics", "samples", "histograms"):
+        assert read_metrics(tmp_path / f"{name}.jsonl") == []
+    assert stream.getvalue() == ""
+
+
+def test_shares_of_tokens_are_counted():
+    tokenizer = types.SimpleNamespace(token=lambda token: f"t{token}")
+    texts_NT = np.array([[1, 1, 2], [1, 3, 2]])
+    assert token_shares(texts_NT, tokenizer, 2) == [("t1", 0.5), ("t2", pytest.approx(1 / 3))]
+
+
+def test_the_evaluation_goes_into_the_run_that_was_trained(tmp_path, monkeypatch):
+    from conlens_jax.config import ExperimentConfig
+    from conlens_jax.evaluation.tracking import FILES, track_evaluation
+
+    inner = FakeRun()
+    calls = fake_wandb(monkeypatch, inner)
+    start(tmp_path, "offline")[0].finish()  # training
+    for name in FILES:
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "metrics.json").write_text('{"kl_frac_mean": 0.5, "kl_frac_mean_lo": null}')
+    console = Console(io.StringIO())
+    track_evaluation(ExperimentConfig(), tmp_path, console)
+    trained, evaluated = calls
+    assert trained["id"] == evaluated["id"] and evaluated["config"] == {} and inner.finished
+    expected = {"evaluation/kl_frac_mean": 0.5, "evaluation/kl_frac_mean_lo": None}
+    assert inner.summary == expected
+    (artifact,) = inner.artifacts
+    assert (artifact.name, artifact.type) == ("evaluation-abc", "evaluation")
+    assert artifact.files == [str(tmp_path / name) for name in FILES]
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    track_evaluation(ExperimentConfig(), tmp_path, console)
+    assert len(calls) == 2

@@ -74,7 +74,7 @@ def _no_tracking(monkeypatch):
 @pytest.fixture
 def unwatched(monkeypatch):
     """Leaves validation out: it takes seconds to compile and changes no loss."""
-    score = Validation({"kl_at_sampled": 1.0}, common_tokens="")
+    score = Validation({"kl_at_sampled": 1.0})
     monkeypatch.setattr(loop, "validate", lambda run, trainable, frozen: score)
 
 
@@ -156,6 +156,26 @@ def test_validation_is_at_its_steps_and_at_the_end_of_a_stage(world):
     # The encoder as the warm start left it reads beside the joint stage's, not beside itself.
     assert [step for step in scored if "validation_gap_frozen" in scored[step]] == [LAST_STEP]
     assert scored[LAST_STEP]["validation_gap_frozen"] != 0
+
+
+def test_samples_and_histograms_lie_beside_the_metrics(world):
+    samples = read_metrics(world.run / "samples.jsonl")
+    assert [(r["stage"], r["step"]) for r in samples] == [("warm", WARM_STEPS)] * 2 + [
+        ("joint", LAST_STEP)
+    ] * 2
+    assert all(record["explanation"] and record["kl"] >= 0 for record in samples)
+    scored = {r["step"]: r for r in read_metrics(world.run / "metrics.jsonl")}
+    for record in read_metrics(world.run / "histograms.jsonl"):
+        found = record["kl_at_sampled"]
+        rows = world.config.train.validation_rows
+        assert sum(found["counts"]) == sum(record["cos_shuffle"]["counts"]) == rows
+        # The mean lies within half a bin of what the bins' middles say.
+        middles = np.convolve(found["edges"], [0.5, 0.5], "valid")
+        mean = np.dot(found["counts"], middles) / rows
+        half_bin = (found["edges"][1] - found["edges"][0]) / 2
+        score = scored[record["step"]]["validation_kl_at_sampled"]
+        assert abs(mean - score) <= half_bin + 1e-6
+        assert 0 < sum(record["token_shares"].values()) <= 1 + 1e-9
 
 
 def test_console_shows_parts_samples_and_tokens(world):

@@ -17,6 +17,7 @@ from conlens_jax.evaluation.metric_files import flatten, write_metrics
 from conlens_jax.evaluation.page import PageData, System, build_report
 from conlens_jax.evaluation.report import Interval, write_report
 from conlens_jax.evaluation.suite import HEADLINE, Evaluated, Suite, attribute_token_ids
+from conlens_jax.evaluation.tracking import track_evaluation
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.processes import told_by_first
@@ -69,7 +70,8 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
 
     Returns:
       The path of ``report.html``; ``metrics.json`` and ``metrics.csv`` lie beside it, in the run
-      folder.
+      folder. The three also go to W&B, see
+      :func:`~conlens_jax.evaluation.tracking.track_evaluation`.
 
     Raises:
       ValueError: no checkpoint there, or one of another model or lens.
@@ -164,7 +166,9 @@ def _write(setting: Setting, run_folder: Path, results: _Results) -> Path:
         ranked=results.studies is not None,
     )
     page = build_report(data, setting.model.tokenizer)
-    return write_report(page, run_folder / "report.html")
+    report = write_report(page, run_folder / "report.html")
+    track_evaluation(config, run_folder, setting.console)
+    return report
 
 
 def _find_lenses(checkpoint: str | Path) -> tuple[list[_Lens], Path]:

@@ -15,62 +15,21 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from tqdm import tqdm
 
-from conlens_jax.inspection import batching
+from conlens_jax.inspection import batching, changes
+from conlens_jax.inspection.changes import Place, Vector
 from conlens_jax.inspection.explanations import (
     ExplainedToken,
     Explanations,
     Prediction,
     Reading,
 )
-from conlens_jax.inspection.programs import Effect, Programs, text_keys
+from conlens_jax.inspection.programs import Effect, Programs, Sampling, sampling_of
 from conlens_jax.inspection.texts import Positions, token_indices, token_lists
 from conlens_jax.lens.spec import LensSpec
 from conlens_jax.models.generate import bucket
 from conlens_jax.models.model import LanguageModel
 from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.mesh import single_device_mesh
-
-Vector = Float[np.ndarray, "D"]
-Place = tuple[Any, int]
-"""A text and an index into its tokens."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """What :meth:`Lens.compare` finds between activations a and b.
-
-    Attributes:
-      a, b: what the decoder writes of each of them.
-      towards_a, towards_b: what it writes of ``mean + (a − b)`` and of ``mean + (b − a)``: the mean
-        training activation moved by the difference alone.
-      cos: cosine of a − b and the difference of what the encoder makes of the texts a and b: how
-        much of the difference the two texts carry.
-      cos_towards_a: cosine of a − b and what the encoder makes of ``towards_a``, less the mean.
-    """
-
-    a: str
-    b: str
-    towards_a: str
-    towards_b: str
-    cos: float
-    cos_towards_a: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Steered:
-    """What :meth:`Lens.steer` does to M.
-
-    Attributes:
-      written, edited: the explanation before and after the edit.
-      effect: what M predicts with the moved activation.
-      before, after: how M goes on with the text, greedily, without and with it.
-    """
-
-    written: str
-    edited: str
-    effect: ExplainedToken
-    before: str
-    after: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +108,7 @@ class Lens:
         *,
         samples: int = 1,
         decoding: str = "greedy",
+        temperature: float = 1.0,
         seed: int = 0,
         batch_size: int = 32,
         progress: bool = True,
@@ -160,7 +120,8 @@ class Lens:
           text: a text, a list of texts, chat messages or a list of chats, or token ids.
           positions: ``"all"`` (but for a bos token in front), indices, or a slice; of every text.
           samples: explanations a token; more than one needs ``decoding="sample"``.
-          decoding: ``"greedy"``, or ``"sample"`` with the model's own probabilities.
+          decoding: ``"greedy"``, or ``"sample"`` from the decoder's probabilities.
+          temperature: of the samples; 1, as in training, takes the probabilities as they are.
           seed: of the samples. A text gets the same ones alone or in a list.
           batch_size: explanations written at once.
           progress: show a bar, where there is a terminal or more than one batch.
@@ -169,7 +130,7 @@ class Lens:
         Raises:
           ValueError: texts or positions that there are not, or settings out of range.
         """
-        _check_explain(samples, decoding, batch_size)
+        _check_explain(samples, decoding, batch_size, temperature)
         documents = token_lists(text, self.model, self.add_bos)
         bos = self.model.tokenizer.bos_id
         indices = [token_indices(positions, tokens, bos) for tokens in documents]
@@ -183,24 +144,29 @@ class Lens:
                 reading = self._read(group.tokens_GS, group.mask_GS)
                 for rows, arrays in batching.batches_of(group, batch_size, self.mesh):
                     explained = self._explain_batch(
-                        documents, reading, rows, arrays, decoding, seed
+                        documents, reading, rows, arrays, decoding, seed, temperature
                     )
                     found |= {(row.document, row.position): row for row in explained}
                     bar.update(len(rows))
                     if callback is not None:
                         callback(explained)
         order = [(d, p) for d, chosen in enumerate(indices) for p in chosen]
+        settings = {"decoding": decoding, "samples": samples, "seed": seed}
+        if temperature != 1.0:
+            settings["temperature"] = temperature
         return Explanations(
             tuple(found[key] for key in order),
             tuple(tuple(map(self.model.tokenizer.token, tokens)) for tokens in documents),
-            {**self.facts, "decoding": decoding, "samples": samples, "seed": seed},
+            {**self.facts, **settings},
         )
 
-    def _explain_batch(self, documents, reading, rows, arrays, decoding, seed):
+    def _explain_batch(self, documents, reading, rows, arrays, decoding, seed, temperature):
         places_B, positions_B, samples_B = arrays
-        keys_B = text_keys(seed, positions_B, samples_B) if decoding == "sample" else None
+        sampling = None
+        if decoding == "sample":
+            sampling = sampling_of(seed, positions_B, samples_B, temperature)
         text_BT, effect = self._programs.explain(
-            self.trainable, self.frozen, reading, places_B, positions_B, keys_B
+            self.trainable, self.frozen, reading, places_B, positions_B, sampling
         )
         texts, effect = self.model.decode(text_BT), jax.tree.map(np.asarray, effect)
         tokens: dict[tuple[int, int], list[int]] = {}
@@ -218,30 +184,62 @@ class Lens:
         ]
 
     def write(
-        self, text: Any, position: int, *, decoding: str = "greedy", seed: int = 0
+        self,
+        text: Any,
+        position: int,
+        *,
+        decoding: str = "greedy",
+        temperature: float = 1.0,
+        seed: int = 0,
     ) -> Iterator[str]:
         """Writes the explanation of one activation, token by token: yields the text so far."""
-        _check_explain(1, decoding, 1)
-        activation_BD = jnp.asarray(self.capture(text, position))[None]
         (tokens,) = token_lists([text], self.model, self.add_bos)
-        keys = None
+        (index,) = token_indices(position, tokens, None)
+        vector_D = self.capture(text, position)
+        return self.write_vector(
+            vector_D, decoding=decoding, temperature=temperature, seed=seed, position=index
+        )
+
+    def write_vector(
+        self,
+        vector: Vector,
+        *,
+        decoding: str = "greedy",
+        temperature: float = 1.0,
+        seed: int = 0,
+        position: int = 0,
+    ) -> Iterator[str]:
+        """:meth:`write` for an activation [D] that is there already. ``position`` only tells apart
+        the samples of one seed."""
+        _check_explain(1, decoding, 1, temperature)
+        vector_BD = np.asarray(vector, np.float32)[None]
+        self._check_width(vector_BD)
+        sampling = None
         if decoding == "sample":
-            index = token_indices(position, tokens, None)
-            keys = text_keys(seed, jnp.array(index, jnp.int32), jnp.zeros(1, jnp.int32))
-        state = self._programs.first_token(self.trainable, self.frozen, activation_BD, keys)
+            one = jnp.array([position], jnp.int32)
+            sampling = sampling_of(seed, one, jnp.zeros(1, jnp.int32), temperature)
+        return self._written(jnp.asarray(vector_BD), sampling)
+
+    def _written(self, vector_BD: jax.Array, sampling: Sampling | None) -> Iterator[str]:
+        state = self._programs.first_token(self.trainable, self.frozen, vector_BD, sampling)
         written = [int(state.token_B[0])]
         yield self.model.tokenizer.decode(written)
         for step in range(1, self.spec.text_len):
             state = self._programs.next_token(
-                self.trainable, self.frozen, state, jnp.int32(step), keys
+                self.trainable, self.frozen, state, jnp.int32(step), sampling
             )
             written.append(int(state.token_B[0]))
             yield self.model.tokenizer.decode(written)
 
-    def capture(self, text: Any, position: int) -> Vector:
-        """The activation of one token: the output of the lens's block, fp32."""
-        reading, index = self._read_one(text, position)
-        return np.asarray(reading.residual_GSD[0, index], np.float32)
+    def capture(self, text: Any, position: Positions) -> Float[np.ndarray, "*N D"]:
+        """Activations of one text, the output of the lens's block, fp32: [D] of one position, or
+        [N, D] of several (``"all"``: of every token, a bos token too)."""
+        (tokens,) = token_lists([text], self.model, self.add_bos)
+        indices = token_indices(position, tokens, None)
+        (group,) = batching.groups_of([tokens], [indices], 1)
+        reading = self._read(group.tokens_GS, group.mask_GS)
+        vectors_ND = np.asarray(reading.residual_GSD[0, np.array(indices)], np.float32)
+        return vectors_ND[0] if isinstance(position, int | np.integer) else vectors_ND
 
     def decode(self, activations: Float[np.ndarray, "*N D"]) -> str | list[str]:
         """What the decoder writes, greedily, of one activation or of several."""
@@ -298,7 +296,7 @@ class Lens:
             (self._reading(replacement if is_text else "", effect, 0),),
         )
 
-    def compare(self, a: Place | Vector, b: Place | Vector) -> Comparison:
+    def compare(self, a: Place | Vector, b: Place | Vector) -> changes.Comparison:
         """Explains the difference of two activations.
 
         The decoder has learnt to read activations, not differences. So it reads both of them, and
@@ -308,20 +306,7 @@ class Lens:
         Args:
           a, b: (text, position), or an activation [D].
         """
-        vector_of = lambda value: (
-            self.capture(*value) if isinstance(value, tuple) else np.asarray(value, np.float32)
-        )
-        mean_D = np.asarray(self.frozen["statistics"]["mean"])
-        a_D, b_D = vector_of(a), vector_of(b)
-        difference_D = a_D - b_D
-        texts = self.decode(np.stack([a_D, b_D, mean_D + difference_D, mean_D - difference_D]))
-        # A text of special tokens alone is empty, and cannot be read back.
-        read_a, read_b, towards_a, _ = (self.encode(text) if text else mean_D for text in texts)
-        return Comparison(
-            *texts,
-            cos=_cosine(read_a - read_b, difference_D),
-            cos_towards_a=_cosine(towards_a - mean_D, difference_D),
-        )
+        return changes.compare(self, a, b)
 
     def steer(
         self,
@@ -331,7 +316,7 @@ class Lens:
         *,
         strength: float = 1.0,
         new_tokens: int = 12,
-    ) -> Steered:
+    ) -> changes.Steered:
         """Changes what an activation says, and shows what M makes of it.
 
         The activation is moved by ``strength`` times the difference of what the encoder makes of
@@ -344,34 +329,7 @@ class Lens:
         Raises:
           ValueError: the edit changes nothing.
         """
-        *_, written = self.write(text, position)
-        if isinstance(edit, tuple):
-            edited = written.replace(*edit)
-        else:
-            edited = edit if isinstance(edit, str) else edit(written)
-        if edited == written:
-            raise ValueError(f"edit changes nothing in the explanation {written!r}")
-        move_D = self.encode(edited) - (self.encode(written) if written else 0.0)
-        activation_D = self.capture(text, position)
-        moved_D = (activation_D + strength * move_D).astype(np.float32)
-        effect = self.swap(text, position, moved_D)
-        before = self._continued(text, position, activation_D, new_tokens)
-        after = self._continued(text, position, moved_D, new_tokens)
-        return Steered(written, edited, effect, before, after)
-
-    def _continued(self, text: Any, position: int, vector_D: Vector, count: int) -> str:
-        """How M goes on, greedily, with a vector at the position; every token by a full pass."""
-        (tokens,) = token_lists([text], self.model, self.add_bos)
-        length = len(tokens)
-        row_1S = np.zeros((1, bucket(length + count)), np.int32)
-        row_1S[0, :length] = tokens
-        place = np.arange(row_1S.shape[1])
-        for end in range(length, length + count):
-            logits = self.model.swap(
-                row_1S, self.spec.layer, position % length, vector_D[None], (place < end)[None]
-            )
-            row_1S[0, end] = int(np.argmax(logits[0, end - 1]))
-        return self.model.tokenizer.decode(row_1S[0, length : length + count])
+        return changes.steer(self, text, position, edit, strength, new_tokens)
 
     # --- sharing --------------------------------------------------------------------------------
 
@@ -420,8 +378,10 @@ class Lens:
             raise ValueError(f"an activation of this model has width {width}, not {vectors.shape}")
 
 
-def _check_explain(samples: int, decoding: str, batch_size: int) -> None:
+def _check_explain(samples: int, decoding: str, batch_size: int, temperature: float) -> None:
     problems = []
+    if not 0 < temperature < float("inf"):
+        problems.append(f"temperature must be above 0, not {temperature}; greedy is a decoding")
     if decoding not in ("greedy", "sample"):
         problems.append(f"decoding must be 'greedy' or 'sample', not {decoding!r}")
     if samples < 1:
@@ -432,8 +392,3 @@ def _check_explain(samples: int, decoding: str, batch_size: int) -> None:
         problems.append(f"batch_size must be at least 1, not {batch_size}")
     if problems:
         raise ValueError("; ".join(problems))
-
-
-def _cosine(x: np.ndarray, y: np.ndarray) -> float:
-    size = np.linalg.norm(x) * np.linalg.norm(y)
-    return float(x @ y / size) if size else 0.0

@@ -15,6 +15,8 @@ transformer-circuits.pub/2026/nla). What is assumed here is what its public repo
 * Both are trained up to length: the norm of a reconstruction means nothing. Where one is swapped
   into the model it gets the norm of the activation that it stands for.
 
+Halves of Gemma 3 may be multimodal folders; their text part is read.
+
 An activation is the output of block ``extraction_layer_index``, 0-based.
 """
 

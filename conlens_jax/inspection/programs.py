@@ -41,12 +41,21 @@ class Effect(NamedTuple):
     after: tuple[Int[Array, "B k"], Float[Array, "B k"]]
 
 
-def text_keys(seed: int, positions_B: Array, samples_B: Array) -> Key[Array, "B"]:
+class Sampling(NamedTuple):
+    """How texts are drawn: a key for each row, and the decoder's temperature."""
+
+    keys_B: Key[Array, "B"]
+    temperature: Float[Array, ""]
+
+
+def sampling_of(
+    seed: int, positions_B: Array, samples_B: Array, temperature: float = 1.0
+) -> Sampling:
     """A key a row from (seed, position, sample): the same text gets the same samples, alone or
     among others."""
     key = jax.random.fold_in(jax.random.key(seed), _PURPOSE)
     fold = lambda p, s: jax.random.fold_in(jax.random.fold_in(key, p), s)
-    return jax.vmap(fold)(positions_B, samples_B)
+    return Sampling(jax.vmap(fold)(positions_B, samples_B), jnp.float32(temperature))
 
 
 class Programs:
@@ -63,8 +72,11 @@ class Programs:
         self.next_token = jax.jit(functools.partial(_next_token, spec=spec), donate_argnums=2)
 
 
-def _noise(keys_B: Key[Array, "B"] | None, spec: LensSpec) -> Noise | None:
-    return None if keys_B is None else drawn_noise(keys_B, spec.text_len)
+def _noise(sampling: Sampling | None, spec: LensSpec) -> Noise | None:
+    """The largest of logits + t·noise is a draw at temperature t: that of logits / t + noise."""
+    if sampling is None:
+        return None
+    return drawn_noise(sampling.keys_B, spec.text_len, sampling.temperature)
 
 
 def _explain(
@@ -73,13 +85,13 @@ def _explain(
     reading: Reading,
     documents_B: Int[Array, "B"],
     indices_B: Int[Array, "B"],
-    keys_B: Key[Array, "B"] | None,
+    sampling: Sampling | None,
     *,
     spec: LensSpec,
 ) -> tuple[Int[Array, "B T"], Effect]:
-    """A text for each row, and the effect of what the encoder makes of it. No keys: greedy."""
+    """A text for each row, and the effect of what the encoder makes of it. No sampling: greedy."""
     activation_BD = reading.residual_GSD[documents_B, indices_B].astype(jnp.float32)
-    text_BT = _write(trainable, frozen, activation_BD, keys_B, spec=spec)
+    text_BT = _write(trainable, frozen, activation_BD, sampling, spec=spec)
     vector_BD = encode_tokens(encoder_of(trainable, frozen, spec), text_BT, spec=spec)
     return text_BT, _swap(frozen, reading, documents_B, indices_B, vector_BD, spec=spec)
 
@@ -122,16 +134,16 @@ def _encode(
     return encode_tokens(encoder, tokens_BT, spec=spec, mask_BT=mask_BT)
 
 
-def _write(trainable, frozen, activation_BD, keys_B, *, spec: LensSpec) -> Int[Array, "B T"]:
+def _write(trainable, frozen, activation_BD, sampling, *, spec: LensSpec) -> Int[Array, "B T"]:
     decoder = decoder_of(trainable, frozen)
-    return writing.generate(decoder, activation_BD, _noise(keys_B, spec), spec=spec)
+    return writing.generate(decoder, activation_BD, _noise(sampling, spec), spec=spec)
 
 
-def _first_token(trainable, frozen, activation_BD, keys_B, *, spec: LensSpec) -> writing.Writing:
+def _first_token(trainable, frozen, activation_BD, sampling, *, spec: LensSpec) -> writing.Writing:
     decoder = decoder_of(trainable, frozen)
-    return writing.first_token(decoder, activation_BD, _noise(keys_B, spec), spec=spec)
+    return writing.first_token(decoder, activation_BD, _noise(sampling, spec), spec=spec)
 
 
-def _next_token(trainable, frozen, state, step, keys_B, *, spec: LensSpec) -> writing.Writing:
+def _next_token(trainable, frozen, state, step, sampling, *, spec: LensSpec) -> writing.Writing:
     decoder = decoder_of(trainable, frozen)
-    return writing.next_token(decoder, state, step, _noise(keys_B, spec), spec=spec)
+    return writing.next_token(decoder, state, step, _noise(sampling, spec), spec=spec)

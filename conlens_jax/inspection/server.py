@@ -10,6 +10,7 @@ requests are served. They also bring far fewer packages along.
     POST /api/explain  {text, position, decoding, seed} → a JSON line {"text": so far} for each
                        token, and a last one {"row": explained token}
     POST /api/swap     {text, position, explanation} → {"row": explained token}
+    …    /nla/…        Neuronpedia's NLA API, see :mod:`conlens_jax.inspection.nla_server`
 
 Requests share nothing but the lens, and take turns at it: a stream gives way after every token.
 What is refused comes back as {"error": message}.
@@ -17,11 +18,9 @@ What is refused comes back as {"error": message}.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.resources
 import json
-import threading
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -33,13 +32,11 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from conlens_jax.inspection.explanations import ExplainedToken
 from conlens_jax.inspection.lens import Lens
+from conlens_jax.inspection.nla_server import make_nla_app
+from conlens_jax.inspection.turns import Busy, Turns
 
 MAX_CHARACTERS = 100_000
 _BYTES_A_CHARACTER = 6  # JSON may write one as \uXXXX
-
-
-class Busy(RuntimeError):
-    """Too many requests are waiting."""
 
 
 class TooLarge(ValueError):
@@ -59,24 +56,6 @@ class ExplainRequest(TextRequest):
 class SwapRequest(TextRequest):
     position: int
     explanation: str
-
-
-class Turns:
-    """One request at a time at the lens, and not too many waiting for it."""
-
-    def __init__(self, most_waiting: int):
-        self._lock, self._places = threading.Lock(), threading.Semaphore(most_waiting)
-
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
-        """Waits for the lens. Raises Busy where too many do already."""
-        if not self._places.acquire(blocking=False):
-            raise Busy("too many requests are waiting; try again in a moment")
-        try:
-            with self._lock:
-                yield
-        finally:
-            self._places.release()
 
 
 def make_app(
@@ -143,10 +122,10 @@ def make_app(
     @app.post("/api/explain")
     def explain(request: ExplainRequest) -> StreamingResponse:
         tokens_of(request.text)
-        pieces = lens.write(
-            request.text, request.position, decoding=request.decoding, seed=request.seed
-        )
         with turns.turn():  # what is wrong with the request shows here, before anything is sent
+            pieces = lens.write(
+                request.text, request.position, decoding=request.decoding, seed=request.seed
+            )
             first = next(pieces)
         return StreamingResponse(lines(request, first, pieces), media_type="application/x-ndjson")
 
@@ -179,6 +158,7 @@ def make_app(
             row = lens.swap(request.text, request.position, request.explanation)
         return {"row": _plain(row)}
 
+    app.mount("/nla", make_nla_app(lens, turns, max_tokens))
     return app
 
 

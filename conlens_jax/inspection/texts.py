@@ -70,9 +70,7 @@ def _tokens(piece: Any, model: LanguageModel, add_bos: bool) -> list[int]:
     if isinstance(piece, str):
         return tokenizer.encode(piece, add_bos=add_bos)
     if _is_chat(piece):
-        tokens = tokenizer.encode(render_chat(piece, model.folder))
-        begins = tokens[:1] == [tokenizer.bos_id]
-        return tokens if begins or not add_bos else tokenizer.encode("", add_bos=True) + tokens
+        return chat_tokens(piece, model, add_bos)
     if _is_ids(piece):
         wrong = [int(token) for token in piece if not 0 <= token < model.config.vocab_size]
         if wrong:
@@ -82,6 +80,16 @@ def _tokens(piece: Any, model: LanguageModel, add_bos: bool) -> list[int]:
             )
         return [int(token) for token in piece]
     raise ValueError(f"text must be texts, chat messages or token ids, not {piece!r:.80}")
+
+
+def chat_tokens(
+    messages: Sequence[Mapping], model: LanguageModel, add_bos: bool, *, answer: bool = False
+) -> list[int]:
+    """Token ids of :func:`render_chat`, with one bos token where ``add_bos``."""
+    tokenizer = model.tokenizer
+    tokens = tokenizer.encode(render_chat(messages, model.folder, answer=answer))
+    begins = tokens[:1] == [tokenizer.bos_id]
+    return tokens if begins or not add_bos else tokenizer.encode("", add_bos=True) + tokens
 
 
 def render_chat(messages: Sequence[Mapping], folder: Path, *, answer: bool = False) -> str:

@@ -17,7 +17,7 @@ from conlens_jax.training.loop import Run, placed, run_stage
 from conlens_jax.training.run_folder import AUDIT
 from conlens_jax.training.setting import Setting, training_rows
 from conlens_jax.training.state import Stage
-from conlens_jax.training.tracking import WandbRun
+from conlens_jax.training.wandb_run import WandbRun
 
 
 def train_auditor(setting: Setting, run_folder: Path) -> Params:

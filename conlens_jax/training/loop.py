@@ -40,6 +40,7 @@ from conlens_jax.training.console import Console
 from conlens_jax.training.profile import StepProfile
 from conlens_jax.training.run_folder import BASELINE, CONTROL, claim_folder, load_lens
 from conlens_jax.training.setting import Setting
+from conlens_jax.training.stage_log import StageLog
 from conlens_jax.training.state import (
     Stage,
     TrainState,
@@ -48,8 +49,8 @@ from conlens_jax.training.state import (
     stage_optimizer,
     stages_of,
 )
-from conlens_jax.training.tracking import MetricsFile, WandbRun
 from conlens_jax.training.validation import Validation, validate, verbose_samples
+from conlens_jax.training.wandb_run import WandbRun
 
 CHECKPOINT_METRIC = "kl_at_sampled"
 
@@ -175,7 +176,7 @@ def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Para
         state, seconds = _resume(run, stage, checkpoints, state)
         if int(state.step) == stage.steps:
             return placed(state.params, run.setting)
-        log = MetricsFile(run.folder / "metrics.jsonl", enabled=is_first())
+        log = StageLog(run.folder, stage.name, run.tracker, enabled=is_first())
         log.truncate_after(stage.first_step + int(state.step))
         step = make_step(
             stage,
@@ -218,7 +219,7 @@ class _StageLoop:
         run: Run,
         stage: Stage,
         checkpoints: Checkpoints,
-        log: MetricsFile,
+        log: StageLog,
         frozen: Params,
         groups_nk: np.ndarray,
         seconds: float,
@@ -281,9 +282,7 @@ class _StageLoop:
         step, last = stage.first_step + here, here == stage.steps
         self._stop_if_diverged(step, metrics)
         if last or step % train.log_every == 0:
-            record = {**metrics, "train_seconds": self.seconds}
-            self.log.write(step, stage=stage.name, **record)
-            self.run_.tracker.log(self._named(record), step)
+            self.log.numbers(step, {**metrics, "train_seconds": self.seconds})
             self.console.line(stage.name, step=step, **_shown(metrics))
         scores = {}
         if stage.writes_text and (last or step % train.validate_every == 0):
@@ -306,8 +305,8 @@ class _StageLoop:
     def _validate(self, step: int, state: TrainState) -> Validation:
         validation = validate(self.run_, state.params, self.frozen)
         scores = {f"validation_{name}": value for name, value in validation.scores.items()}
-        self.log.write(step, stage=self.stage.name, **scores)
-        self.run_.tracker.log(self._named(scores), step)
+        self.log.numbers(step, scores)
+        self.log.distributions(step, validation.distributions, validation.token_shares)
         self.console.line(
             "validation", step=step, **validation.scores, common=validation.common_tokens
         )
@@ -321,9 +320,7 @@ class _StageLoop:
             return
         samples = verbose_samples(self.run_, state.params, self.frozen, count)
         self.console.block(f"samples at step {step}", "\n\n".join(s.text() for s in samples))
-        columns = list(dataclasses.asdict(samples[0]))
-        rows = [list(dataclasses.asdict(sample).values()) for sample in samples]
-        self.run_.tracker.table(f"{self.stage.name}/samples", columns, rows, step)
+        self.log.samples(step, samples)
 
     def _save(self, step: int, state: TrainState, scores: Mapping[str, float]) -> None:
         metadata = {
@@ -379,9 +376,6 @@ class _StageLoop:
         if not steps:
             return "no checkpoint was written yet."
         return f"the last good checkpoint is {self.checkpoints.folder / str(steps[-1])}."
-
-    def _named(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        return {f"{self.stage.name}/{name}": value for name, value in metrics.items()}
 
 
 def _shown(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Where metrics go: a JSON-lines file in the run folder, and Weights & Biases if it is there."""
+"""Files of records in the run folder: one JSON object a line."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import json
 import math
 import numbers
 import os
-import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conlens_jax.config import WandbConfig
-from conlens_jax.training.console import Console
-
 
 class MetricsFile:
-    """``metrics.jsonl``: one JSON object a line, on disk as soon as it is written.
+    """``metrics.jsonl`` or its like: one JSON object a line, on disk as soon as it is written.
 
     Every record has ``step`` and ``time`` (Unix seconds). Values that are not finite are written
     as null, since JSON has no NaN.
@@ -71,105 +67,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
                 f"{path}, line {number} is not JSON; remove the line, or the file: {error}"
             ) from error
     return records
-
-
-class WandbRun:
-    """A Weights & Biases run that can fail without failing the training.
-
-    The environment's ``WANDB_MODE`` wins over ``config.mode``. With ``"disabled"`` wandb is never
-    imported. Whatever goes wrong (not installed, not logged in, no network) is said in one line on
-    the console, and tracking is off from there on. The run's id is kept in
-    ``run_dir/wandb_id.txt``, so a resumed training goes on in the same run; the files of the
-    offline mode are in ``run_dir/wandb``.
-
-    Args:
-      config_dict: the whole configuration, shown beside the run.
-      enabled: False does nothing, for all processes but the first.
-    """
-
-    def __init__(
-        self,
-        config: WandbConfig,
-        run_dir: str | Path,
-        config_dict: Mapping[str, Any],
-        *,
-        enabled: bool = True,
-        console: Console | None = None,
-    ):
-        self._console = console or Console()
-        self._run: Any = None
-        mode = os.environ.get("WANDB_MODE") or config.mode
-        if enabled and mode != "disabled":
-            self._attempt(lambda: self._start(config, mode, Path(run_dir), config_dict))
-
-    @property
-    def active(self) -> bool:
-        """Whether metrics are being tracked."""
-        return self._run is not None
-
-    def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Scalars at an optimizer step."""
-        if self._run is not None:
-            self._attempt(lambda: self._run.log({**metrics, "step": step}))
-
-    def table(
-        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
-    ) -> None:
-        """A table, such as verbose samples, at an optimizer step."""
-
-        def log_table() -> None:
-            import wandb
-
-            table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
-            self._run.log({name: table, "step": step})
-
-        if self._run is not None:
-            self._attempt(log_table)
-
-    def finish(self) -> None:
-        """Ends the run; wandb writes what is left at the latest when the process exits."""
-        if self._run is not None:
-            self._attempt(lambda: self._run.finish())
-            self._run = None
-
-    def _start(
-        self, config: WandbConfig, mode: str, run_dir: Path, config_dict: Mapping[str, Any]
-    ) -> None:
-        import wandb
-
-        if mode == "online" and not wandb.api.api_key:
-            # Without this wandb would ask on the terminal and hold the training up.
-            raise RuntimeError("no login; run `wandb login`, or set wandb.mode to 'offline'")
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
-            project=config.project,
-            name=config.name or run_dir.absolute().name,
-            id=_run_id(run_dir / "wandb_id.txt"),
-            resume="allow" if mode == "online" else None,
-            dir=str(run_dir),
-            config=dict(config_dict),
-            mode=mode,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
-        )
-        # A resumed run writes steps of before the kill again, which wandb's own step forbids.
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-
-    def _attempt(self, action: Callable[[], None]) -> None:
-        try:
-            action()
-        # Tracking is a guest of the training: no error of its many kinds may end the run.
-        except Exception as error:
-            self._run = None
-            self._console.line("wandb", warning=f"tracking is off: {error or type(error).__name__}")
-
-
-def _run_id(path: Path) -> str:
-    if path.exists() and (known := path.read_text(encoding="utf-8").strip()):
-        return known
-    new = secrets.token_hex(4)
-    path.write_text(new + "\n", encoding="utf-8")
-    return new
 
 
 def _has_torn_line(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,15 +19,30 @@ from conlens_jax.training.collapse import collapse_warning
 if TYPE_CHECKING:
     from conlens_jax.training.loop import Run
 
+_SHOWN = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """Scores by name, the most common tokens of the sampled texts with their share, and what is
-    wrong with the texts, in words."""
+    """What a validation found.
+
+    Attributes:
+      scores: by name.
+      token_shares: the most common tokens of the sampled texts, each with its share.
+      distributions: values of every row by name, [N]: ``cos_…`` and ``kl_at_…`` (nats), of greedy
+        and sampled text and of another row's.
+      warning: what is wrong with the texts, in words.
+    """
 
     scores: dict[str, float]
-    common_tokens: str
+    token_shares: Sequence[tuple[str, float]] = ()
+    distributions: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     warning: str = ""
+
+    @property
+    def common_tokens(self) -> str:
+        """The first of ``token_shares``, for a line of the log."""
+        return " ".join(f"{token}:{share:.0%}" for token, share in self.token_shares[:_SHOWN])
 
 
 def validate(run: Run, trainable: Params, frozen: Params) -> Validation:
@@ -48,9 +64,10 @@ def validate(run: Run, trainable: Params, frozen: Params) -> Validation:
         "self": actual,
     }
     effects = run.measurer.effects(frozen["original"], rows, vectors)
-    scores = {}
+    scores, distributions = {}, {}
     for name in ("greedy", "sampled", "shuffle"):
         cos = metrics.cosine(vectors[name], actual)
+        distributions |= {f"cos_{name}": cos, f"kl_at_{name}": effects[name].kl_at}
         scores[f"fve_nrm_{name}"] = metrics.fve_nrm(cos, run.reference.resultant)
         scores[f"kl_frac_{name}"] = metrics.kl_frac(effects[name].kl_at, effects["mean"].kl_at)
     scores["kl_at_sampled"] = float(effects["sampled"].kl_at.mean())
@@ -63,18 +80,19 @@ def validate(run: Run, trainable: Params, frozen: Params) -> Validation:
     texts = explained.texts["sampled"]
     scores["distinct_2"] = metrics.distinct_2(texts)
     scores["repeat_4gram"] = float(metrics.repeat_4gram(texts).mean())
-    own, shuffled = (metrics.cosine(vectors[name], actual) for name in ("sampled", "shuffle"))
+    own, shuffled = distributions["cos_sampled"], distributions["cos_shuffle"]
     resultant, config = run.reference.resultant, run.config
     warning = collapse_warning(own, shuffled, rows.documents_N, resultant, config)
-    return Validation(scores, common_tokens(texts, run.setting.model.tokenizer), warning)
+    shares = token_shares(texts, run.setting.model.tokenizer)
+    return Validation(scores, shares, distributions, warning)
 
 
-def common_tokens(texts_NT: np.ndarray, tokenizer: Tokenizer, count: int = 8) -> str:
-    """The most common tokens and their share, for a line of the log."""
+def token_shares(
+    texts_NT: np.ndarray, tokenizer: Tokenizer, count: int = 32
+) -> list[tuple[str, float]]:
+    """The most common tokens, each with its share of all, most common first."""
     counted = collections.Counter(texts_NT.reshape(-1).tolist()).most_common(count)
-    return " ".join(
-        f"{tokenizer.token(token)}:{times / texts_NT.size:.0%}" for token, times in counted
-    )
+    return [(tokenizer.token(token), times / texts_NT.size) for token, times in counted]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,125 @@
+"""What can be done with what a lens says: the difference of two activations, and edits.
+
+:class:`~conlens_jax.inspection.lens.Lens` offers both as methods.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from conlens_jax.inspection.explanations import ExplainedToken
+from conlens_jax.inspection.texts import token_lists
+from conlens_jax.models.generate import bucket
+
+if TYPE_CHECKING:
+    from conlens_jax.inspection.lens import Lens
+
+Vector = Float[np.ndarray, "D"]
+Place = tuple[Any, int]
+"""A text and an index into its tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What :meth:`Lens.compare` finds between activations a and b.
+
+    Attributes:
+      a, b: what the decoder writes of each of them.
+      towards_a, towards_b: what it writes of ``mean + (a − b)`` and of ``mean + (b − a)``: the mean
+        training activation moved by the difference alone.
+      cos: cosine of a − b and the difference of what the encoder makes of the texts a and b: how
+        much of the difference the two texts carry.
+      cos_towards_a: cosine of a − b and what the encoder makes of ``towards_a``, less the mean.
+    """
+
+    a: str
+    b: str
+    towards_a: str
+    towards_b: str
+    cos: float
+    cos_towards_a: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Steered:
+    """What :meth:`Lens.steer` does to M.
+
+    Attributes:
+      written, edited: the explanation before and after the edit.
+      effect: what M predicts with the moved activation.
+      before, after: how M goes on with the text, greedily, without and with it.
+    """
+
+    written: str
+    edited: str
+    effect: ExplainedToken
+    before: str
+    after: str
+
+
+def compare(lens: Lens, a: Place | Vector, b: Place | Vector) -> Comparison:
+    """See :meth:`~conlens_jax.inspection.lens.Lens.compare`."""
+    vector_of = lambda value: (
+        lens.capture(*value) if isinstance(value, tuple) else np.asarray(value, np.float32)
+    )
+    mean_D = np.asarray(lens.frozen["statistics"]["mean"])
+    a_D, b_D = vector_of(a), vector_of(b)
+    difference_D = a_D - b_D
+    texts = lens.decode(np.stack([a_D, b_D, mean_D + difference_D, mean_D - difference_D]))
+    # A text of special tokens alone is empty, and cannot be read back.
+    read_a, read_b, towards_a, _ = (lens.encode(text) if text else mean_D for text in texts)
+    return Comparison(
+        *texts,
+        cos=_cosine(read_a - read_b, difference_D),
+        cos_towards_a=_cosine(towards_a - mean_D, difference_D),
+    )
+
+
+def steer(
+    lens: Lens,
+    text: Any,
+    position: int,
+    edit: str | tuple[str, str] | Callable[[str], str],
+    strength: float,
+    new_tokens: int,
+) -> Steered:
+    """See :meth:`~conlens_jax.inspection.lens.Lens.steer`."""
+    *_, written = lens.write(text, position)
+    if isinstance(edit, tuple):
+        edited = written.replace(*edit)
+    else:
+        edited = edit if isinstance(edit, str) else edit(written)
+    if edited == written:
+        raise ValueError(f"edit changes nothing in the explanation {written!r}")
+    move_D = lens.encode(edited) - (lens.encode(written) if written else 0.0)
+    activation_D = lens.capture(text, position)
+    moved_D = (activation_D + strength * move_D).astype(np.float32)
+    effect = lens.swap(text, position, moved_D)
+    before = _continued(lens, text, position, activation_D, new_tokens)
+    after = _continued(lens, text, position, moved_D, new_tokens)
+    return Steered(written, edited, effect, before, after)
+
+
+def _continued(lens: Lens, text: Any, position: int, vector_D: Vector, count: int) -> str:
+    """How M goes on, greedily, with a vector at the position; every token by a full pass."""
+    (tokens,) = token_lists([text], lens.model, lens.add_bos)
+    length = len(tokens)
+    row_1S = np.zeros((1, bucket(length + count)), np.int32)
+    row_1S[0, :length] = tokens
+    place = np.arange(row_1S.shape[1])
+    for end in range(length, length + count):
+        logits = lens.model.swap(
+            row_1S, lens.spec.layer, position % length, vector_D[None], (place < end)[None]
+        )
+        row_1S[0, end] = int(np.argmax(logits[0, end - 1]))
+    return lens.model.tokenizer.decode(row_1S[0, length : length + count])
+
+
+def _cosine(x: np.ndarray, y: np.ndarray) -> float:
+    size = np.linalg.norm(x) * np.linalg.norm(y)
+    return float(x @ y / size) if size else 0.0

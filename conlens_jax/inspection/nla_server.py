@@ -1,0 +1,287 @@
+"""Neuronpedia's NLA inference API, spoken by a lens.
+
+Source: github.com/hijohnnylin/neuronpedia, ``apps/nla`` at commit 17bc391 (``README.md``,
+``openapi.json`` 0.1.0, ``server.py``; ``tests/test_frame_contract.py`` pins the keys of the
+frames), read on 2026-11-25. A client of that server finds here, under ``/nla``:
+
+    GET  /nla/          which models, and the limits
+    POST /nla/tokenize  {text | messages} → {tokens, prompt_length, text}
+    POST /nla/extract   {text | messages} → {layer_index, tokens: [… activation, l2_norm]}
+    POST /nla/explain   {text | messages, positions, temperature, reverse, stream} →
+                        {layer_index, results: [… description, mse, cosine_similarity]}
+    POST /nla/describe  {activations, temperature, stream} → {results: [description, mse, …]}
+    POST /nla/score     {description, activation} → {mse, cosine_similarity}
+
+A stream is server-sent events: ``{layer_index, total, prompt_length}`` (of explain), a
+``{position | index, text, done: false}`` for each token of a text, the result itself, and
+``[DONE]`` at the end. ``mse`` is that of vectors scaled to norm √d, 2(1 − cos).
+
+What differs, because a lens is no NLA pair: a text has the lens's own length, so a smaller
+``max_new_tokens`` is refused; texts are written one after the other, and a request gets the same
+samples again. Tokens are not grouped into glyphs (``fragment_count`` is 1), nor given the roles of
+a chat (null). ``continue_final_message``, ``enable_thinking``, ``/compare`` and ``/completion`` are
+not offered; a stream that has to end early says ``{error}`` in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, Field
+
+from conlens_jax.inspection.lens import Lens
+from conlens_jax.inspection.texts import chat_tokens, token_lists
+from conlens_jax.inspection.turns import Busy, Turns
+
+MAX_CHARACTERS, MAX_DESCRIPTION, MAX_POSITIONS, MAX_ACTIVATIONS = 65_536, 8_192, 512, 512
+
+
+class Message(BaseModel):
+    role: str
+    content: str = ""
+
+
+class TextRequest(BaseModel):
+    text: str | None = Field(None, max_length=MAX_CHARACTERS)
+    messages: list[Message] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    enable_thinking: bool | None = None
+
+
+class Writing(BaseModel):
+    temperature: float = Field(0.7, ge=0, le=5)
+    max_new_tokens: int = Field(200, gt=0, le=4096)
+    stream: bool = False
+
+
+class ExplainRequest(TextRequest, Writing):
+    positions: list[int] | None = Field(None, max_length=MAX_POSITIONS)
+    reverse: bool = True
+
+
+class DescribeRequest(Writing):
+    activations: list[list[float]] = Field(min_length=1, max_length=MAX_ACTIVATIONS)
+
+
+class ScoreRequest(BaseModel):
+    description: str = Field(max_length=MAX_DESCRIPTION)
+    activation: list[float]
+
+
+def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
+    """The API as an application to be mounted.
+
+    Args:
+      turns: shared with whatever else uses the lens.
+      max_tokens: longer texts are refused.
+    """
+    app = FastAPI(title="NLA API of a consistency lens", docs_url=None, redoc_url=None)
+    width, layer = lens.spec.model.d_model, lens.spec.layer
+
+    @app.exception_handler(ValueError)
+    async def refuse(_: Request, error: ValueError):
+        return JSONResponse({"detail": str(error)}, status_code=400)
+
+    @app.exception_handler(Busy)
+    async def wait(_: Request, error: Busy):
+        return JSONResponse({"detail": str(error)}, status_code=429)
+
+    def tokens_of(request: TextRequest) -> list[int]:
+        if request.continue_final_message or request.enable_thinking is not None:
+            raise ValueError("continue_final_message and enable_thinking are not offered here")
+        if request.messages:
+            messages = [message.model_dump() for message in request.messages]
+            answer = request.add_generation_prompt
+            tokens = chat_tokens(messages, lens.model, lens.add_bos, answer=answer)
+        elif request.text is None:
+            raise ValueError("give text or messages")
+        else:
+            (tokens,) = token_lists([request.text], lens.model, lens.add_bos)
+        if len(tokens) > max_tokens:
+            raise ValueError(f"the text has {len(tokens)} tokens; at most {max_tokens} are read")
+        return tokens
+
+    def decoding_of(request: Writing) -> dict[str, Any]:
+        if request.max_new_tokens < lens.spec.text_len:
+            raise ValueError(
+                f"max_new_tokens={request.max_new_tokens}: this lens writes {lens.spec.text_len}"
+            )
+        if request.temperature == 0:
+            return {"decoding": "greedy"}
+        return {"decoding": "sample", "temperature": request.temperature}
+
+    def vector_of(activation: Sequence[float]) -> np.ndarray:
+        vector = np.array(activation, np.float32)
+        if len(vector) != width:
+            raise ValueError(f"activation length {len(vector)} != d_model {width}")
+        if not np.isfinite(vector).all() or not vector.any():
+            raise ValueError("the activation is zero, or not finite")
+        return vector
+
+    def scored(description: str, vector: np.ndarray) -> dict[str, float]:
+        if not description.strip():
+            raise ValueError("the description is empty")
+        with turns.turn():
+            found = lens.encode(description)
+        size = float(np.linalg.norm(found) * np.linalg.norm(vector))
+        return _similarity(float(found @ vector) / size if size else 0.0)
+
+    def written(pieces: Iterator[str]) -> Iterator[str]:
+        """The text so far, a turn at the lens for each token."""
+        while True:
+            with turns.turn():
+                text = next(pieces, None)
+            if text is None:
+                return
+            yield text
+
+    @app.get("/")
+    def health() -> dict[str, Any]:
+        return {
+            "status": "ok",
+            "verbalizer_model": str(lens.facts.get("model", lens.model.model_id)),
+            "reconstructor_available": True,
+            "source_model": lens.model.model_id,
+            "d_model": width,
+            "extraction_layer": layer,
+            "completion_available": False,
+            "num_cuda_devices": sum(device.platform == "gpu" for device in jax.devices()),
+            **dict.fromkeys(("max_concurrent", "source_max_concurrent"), 1),
+            "reconstructor_max_concurrent": 1,
+            **dict.fromkeys(("max_concurrent_explains", "max_describe_requests"), turns.most),
+            "limits": {
+                "max_input_chars": MAX_CHARACTERS,
+                "max_positions_per_request": MAX_POSITIONS,
+                "max_new_tokens": 4096,
+                "max_describe_batch": MAX_ACTIVATIONS,
+                "max_description_chars": MAX_DESCRIPTION,
+                "max_completion_tokens": 0,
+            },
+        }
+
+    @app.post("/tokenize")
+    def tokenize(request: TextRequest) -> dict[str, Any]:
+        tokens = tokens_of(request)
+        entries = [_token(lens, tokens, position) for position in range(len(tokens))]
+        text = lens.model.tokenizer.decode(tokens)
+        return {"tokens": entries, "prompt_length": len(tokens), "text": text}
+
+    @app.post("/extract")
+    def extract(request: TextRequest) -> dict[str, Any]:
+        tokens = tokens_of(request)
+        with turns.turn():
+            vectors = lens.capture(tokens, "all")
+        names = ("token", "token_id", "position")
+        entries = [
+            {name: value for name, value in _token(lens, tokens, position).items() if name in names}
+            | {"activation": vector.tolist(), "l2_norm": float(np.linalg.norm(vector))}
+            for position, vector in enumerate(vectors)
+        ]
+        return {"layer_index": layer, "tokens": entries}
+
+    @app.post("/explain")
+    def explain(request: ExplainRequest):
+        tokens, decoding = tokens_of(request), decoding_of(request)
+        chosen = [_index(p, len(tokens)) for p in request.positions or range(len(tokens))]
+        if len(chosen) > MAX_POSITIONS:
+            raise ValueError(
+                f"resolved {len(chosen)} positions, but max is {MAX_POSITIONS} per request; give "
+                "positions"
+            )
+        if request.reverse:
+            chosen.reverse()
+        with turns.turn():
+            vectors = lens.capture(tokens, chosen)
+
+        def result(position: int, vector: np.ndarray) -> dict[str, Any]:
+            with turns.turn():
+                (row,) = lens.explain(tokens, position, progress=False, **decoding)
+            return {
+                **_token(lens, tokens, position),
+                "l2_norm": float(np.linalg.norm(vector)),
+                "description": row.explanation,
+                **_similarity(row.best.cos),
+                "generated": False,
+            }
+
+        places = list(zip(chosen, vectors, strict=True))
+        if not request.stream:
+            return {"layer_index": layer, "results": [result(*place) for place in places]}
+
+        def frames() -> Iterator[dict[str, Any]]:
+            yield {"layer_index": layer, "total": len(chosen), "prompt_length": len(tokens)}
+            for position, vector in places:
+                pieces = lens.write_vector(vector, position=position, **decoding)
+                for text in written(pieces):
+                    yield {"position": position, "text": text, "done": False}
+                yield result(position, vector)
+
+        return _events(frames())
+
+    @app.post("/describe")
+    def describe(request: DescribeRequest):
+        decoding = decoding_of(request)
+        vectors = [vector_of(activation) for activation in request.activations]
+
+        def frames() -> Iterator[dict[str, Any]]:
+            for index, vector in enumerate(vectors):
+                text = ""
+                for text in written(lens.write_vector(vector, position=index, **decoding)):
+                    yield {"index": index, "text": text, "done": False}
+                unread = {"mse": None, "cosine_similarity": None}  # special tokens alone
+                yield {"description": text, **(scored(text, vector) if text.strip() else unread)}
+
+        if request.stream:
+            return _events(frames())
+        return {"results": [frame for frame in frames() if "description" in frame]}
+
+    @app.post("/score")
+    def score(request: ScoreRequest) -> dict[str, float]:
+        return scored(request.description, vector_of(request.activation))
+
+    return app
+
+
+def _token(lens: Lens, tokens: Sequence[int], position: int) -> dict[str, Any]:
+    """What the API says of a token wherever it names one."""
+    return {
+        "token": lens.model.tokenizer.token(tokens[position]),
+        "token_id": int(tokens[position]),
+        "position": position,
+        "fragment_index": 0,
+        "fragment_count": 1,
+        **dict.fromkeys(("role", "section", "channel", "message_index")),
+    }
+
+
+def _index(position: int, length: int) -> int:
+    if not -length <= position < length:
+        raise ValueError(f"Position {position} out of range (0..{length - 1})")
+    return position % length
+
+
+def _similarity(cos: float) -> dict[str, float]:
+    return {"mse": 2 * (1 - cos), "cosine_similarity": cos}
+
+
+def _events(frames: Iterator[dict[str, Any]]) -> StreamingResponse:
+    """Server-sent events, one a frame."""
+
+    def lines() -> Iterator[str]:
+        with contextlib.closing(frames):
+            try:
+                for frame in frames:
+                    yield f"data: {json.dumps(frame, ensure_ascii=False)}\n\n"
+                yield "data: [DONE]\n\n"
+            except Busy as error:  # the answer has begun
+                yield f"data: {json.dumps({'error': str(error)})}\n\n"
+
+    return StreamingResponse(lines(), media_type="text/event-stream")

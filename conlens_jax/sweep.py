@@ -1,0 +1,62 @@
+"""Many runs of a config: python -m conlens_jax.sweep --config=… --sweep=configs/sweeps/joint.yaml
+
+Trains ``--trials`` runs in ``<run_dir>/sweep/0``, ``1`` … one after the other, where ``<run_dir>``
+is the config's, and prints them, the best first; ``<run_dir>/sweep/trials.jsonl`` has the same
+table. The same command goes on where it was stopped. The sweep file is W&B's form, and
+``wandb sweep`` takes it too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from absl import flags
+
+from conlens_jax import cli
+from conlens_jax.config import ConfigError
+from conlens_jax.training.console import Console
+from conlens_jax.training.loop import train_lens
+from conlens_jax.training.setting import open_setting
+from conlens_jax.training.sweep import read_sweep, result_of, trial_config, trials
+
+_CONFIG = cli.define_config()
+_SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, such as configs/sweeps/joint.yaml.")
+_TRIALS = flags.DEFINE_integer("trials", 0, "How many runs; 0: all of a grid.", lower_bound=0)
+_SEED = flags.DEFINE_integer("sweep_seed", 0, "Of a random search.")
+
+
+def main() -> None:
+    if not _SWEEP.value:
+        raise ConfigError(["--sweep is missing; for example --sweep=configs/sweeps/joint.yaml"])
+    config, sweep = cli.load_config(_CONFIG), read_sweep(_SWEEP.value)
+    folder = Path(config.run_dir) / "sweep"
+    # Every trial is checked before the first one begins.
+    chosen = trials(sweep, _TRIALS.value, _SEED.value)
+    configs = [
+        trial_config(config, values, folder / str(number)) for number, values in enumerate(chosen)
+    ]
+    console, results = Console(), []
+    for number, (values, trial) in enumerate(zip(chosen, configs, strict=True)):
+        console.line("sweep", trial=number, of=len(chosen), **values)
+        result = result_of(sweep, train_lens(open_setting(trial, console)))
+        results.append({"trial": number, sweep.metric: result, **values})
+        lines = "".join(json.dumps(_plain(result)) + "\n" for result in results)
+        (folder / "trials.jsonl").write_text(lines, encoding="utf-8")
+    sign = -1 if sweep.maximize else 1
+    last = lambda value: math.inf if math.isnan(value) else sign * value
+    results.sort(key=lambda result: last(result[sweep.metric]))
+    console.table("trials, the best first", list(results[0]), [list(r.values()) for r in results])
+
+
+def _plain(result: dict) -> dict:
+    """Without NaN, which JSON does not know."""
+    return {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in result.items()
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,189 @@
+"""Sweeps: many runs that differ in a few fields of the config, judged by one logged number.
+
+The file is W&B's own form (docs.wandb.ai, "Define a sweep configuration"), so that ``wandb sweep``
+takes it as it is; here its grid and random searches run without W&B.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from conlens_jax.config import (
+    ConfigError,
+    ExperimentConfig,
+    field_names,
+    from_config_dict,
+    to_json_dict,
+    unknown_field_message,
+)
+from conlens_jax.training.stage_log import METRICS
+from conlens_jax.training.tracking import read_metrics
+
+PREFIX = "config."
+"""In front of a field's name, as on a command line."""
+
+_DISTRIBUTIONS = ("uniform", "log_uniform_values", "int_uniform")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What to vary and how to judge it.
+
+    Attributes:
+      method: ``"grid"`` or ``"random"`` (``"bayes"`` is W&B's alone).
+      stage, metric: of the number that counts, as in ``metrics.jsonl``.
+      maximize: whether more is better.
+      parameters: by field name without ``config.``: ``{"value": …}``, ``{"values": […]}``, or
+        ``{"min": …, "max": …, "distribution": …}``.
+    """
+
+    method: str
+    stage: str
+    metric: str
+    maximize: bool
+    parameters: Mapping[str, Mapping[str, Any]]
+
+
+def read_sweep(file: str | Path) -> Sweep:
+    """Reads and checks a sweep file.
+
+    Raises:
+      ConfigError: what cannot be run, all of it in one message.
+    """
+    values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    metric = values.get("metric") or {}
+    stage, _, name = str(metric.get("name", "")).partition("/")
+    parameters = values.get("parameters") or {}
+    problems = []
+    if values.get("method") not in ("grid", "random", "bayes"):
+        problems.append(f"method must be grid, random or bayes, not {values.get('method')!r}")
+    if not name:
+        problems.append(
+            "metric.name must be <stage>/<name of metrics.jsonl>, such as "
+            "joint/validation_kl_at_sampled"
+        )
+    if metric.get("goal") not in ("minimize", "maximize"):
+        problems.append(f"metric.goal must be minimize or maximize, not {metric.get('goal')!r}")
+    if not parameters:
+        problems.append("parameters is empty")
+    known = set(field_names())
+    for given, choice in parameters.items():
+        field = given.removeprefix(PREFIX)
+        if field == given:
+            problems.append(f"parameters.{given} must begin with {PREFIX!r}, as a flag does")
+        elif field not in known:
+            problems.append(unknown_field_message(field))
+        problems += _choice_problems(given, choice, values.get("method"))
+    if problems:
+        raise ConfigError([f"{file}: {problem}" for problem in problems])
+    fields = {given.removeprefix(PREFIX): choice for given, choice in parameters.items()}
+    return Sweep(values["method"], stage, name, metric["goal"] == "maximize", fields)
+
+
+def _choice_problems(name: str, choice: Any, method: str | None) -> Iterator[str]:
+    if not isinstance(choice, Mapping):
+        yield f"parameters.{name} must say value, values, or min and max"
+    elif "value" in choice or choice.get("values"):
+        return
+    elif not {"min", "max"} <= set(choice):
+        yield f"parameters.{name} must say value, values, or min and max"
+    elif method == "grid":
+        yield f"parameters.{name}: a grid needs values, not min and max"
+    elif _distribution(choice) not in _DISTRIBUTIONS:
+        yield f"parameters.{name}.distribution must be one of {', '.join(_DISTRIBUTIONS)}"
+    elif not choice["min"] < choice["max"]:
+        yield f"parameters.{name}: min must be less than max"
+    elif _distribution(choice) == "log_uniform_values" and choice["min"] <= 0:
+        yield f"parameters.{name}: log_uniform_values needs a min above 0"
+
+
+def _distribution(choice: Mapping[str, Any]) -> str:
+    """As W&B chooses it where the file does not."""
+    whole = all(isinstance(choice[end], int) for end in ("min", "max"))
+    return choice.get("distribution", "int_uniform" if whole else "uniform")
+
+
+def trials(sweep: Sweep, count: int, seed: int) -> list[dict[str, Any]]:
+    """The values of each trial by field: of a grid all (``count`` at most; 0: every one), in a
+    random search ``count`` draws, of which trial n is the same whatever the count.
+
+    Raises:
+      ConfigError: a bayes search, or a random one without a count.
+    """
+    if sweep.method == "bayes":
+        raise ConfigError(["method bayes runs in W&B alone; take grid or random"])
+    if sweep.method == "grid":
+        lists = [choice.get("values") or [choice["value"]] for choice in sweep.parameters.values()]
+        found = [
+            dict(zip(sweep.parameters, values, strict=True)) for values in itertools.product(*lists)
+        ]
+        return found[: count or None]
+    if count < 1:
+        raise ConfigError([f"a random search needs --trials of at least 1, not {count}"])
+    return [
+        {
+            field: _drawn(choice, np.random.default_rng([seed, trial, number]))
+            for number, (field, choice) in enumerate(sweep.parameters.items())
+        }
+        for trial in range(count)
+    ]
+
+
+def _drawn(choice: Mapping[str, Any], random: np.random.Generator) -> Any:
+    if "value" in choice:
+        return choice["value"]
+    if choice.get("values"):
+        return choice["values"][random.integers(len(choice["values"]))]
+    low, high, kind = choice["min"], choice["max"], _distribution(choice)
+    if kind == "int_uniform":
+        return int(random.integers(low, high + 1))
+    if kind == "log_uniform_values":
+        return math.exp(random.uniform(math.log(low), math.log(high)))
+    return float(random.uniform(low, high))
+
+
+def trial_config(
+    config: ExperimentConfig, values: Mapping[str, Any], folder: Path
+) -> ExperimentConfig:
+    """The config of one trial, in a run folder of its own.
+
+    Raises:
+      ConfigError: values that do not fit together.
+    """
+    changed = to_json_dict(config)
+    for field, value in {**values, "run_dir": str(folder)}.items():
+        *sections, name = field.split(".")
+        part = changed
+        for section in sections:
+            part = part[section]
+        part[name] = value
+    return from_config_dict(changed)
+
+
+def result_of(sweep: Sweep, run_folder: Path) -> float:
+    """The last value of the sweep's metric in a run.
+
+    Raises:
+      ConfigError: the run never logged it.
+    """
+    stage_folder = run_folder / sweep.stage
+    folder = stage_folder if stage_folder.is_dir() else run_folder  # control, baseline
+    records = read_metrics(folder / METRICS)
+    found = [r[sweep.metric] for r in records if r["stage"] == sweep.stage and sweep.metric in r]
+    if not found:
+        names = sorted({name for r in records if r["stage"] == sweep.stage for name in r})
+        raise ConfigError(
+            [
+                f"metric.name: {run_folder} has no {sweep.metric!r} of the {sweep.stage} stage; "
+                f"it has {', '.join(names) or 'no such stage'}"
+            ]
+        )
+    return math.nan if found[-1] is None else float(found[-1])
