@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_lens import fast_jit, flat, relative_error, tiny_batch, tiny_lens, tiny_noise, tiny_spec
+from tiny_lens import flat, relative_error, tiny_batch, tiny_lens, tiny_noise, tiny_spec
 
 from conlens_jax.benchmark.flops import causal, dump_flops, stack_cost, step_flops
 from conlens_jax.benchmark.naive import naive_loss
@@ -54,8 +54,8 @@ def test_naive_step_is_the_same_function():
         )
         return jax.value_and_grad(loss, has_aux=True)(trainable)
 
-    (loss, terms), gradient = fast_jit(ours)(trainable, frozen, batch)
-    (expected, expected_terms), expected_gradient = fast_jit(plain)(trainable, frozen, batch)
+    (loss, terms), gradient = jax.jit(ours)(trainable, frozen, batch)
+    (expected, expected_terms), expected_gradient = jax.jit(plain)(trainable, frozen, batch)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
     assert relative_error(terms, {name: expected_terms[name] for name in terms}) < 1e-4
     assert jax.tree.structure(gradient) == jax.tree.structure(expected_gradient)
@@ -130,7 +130,7 @@ def test_script_measures_everything(tmp_path, capsys):
     out = tmp_path / "step.json"
     arguments = "--shape=tiny --text-len=2 --batch=4 --context=16 --repeat=1 --unroll=1"
     arguments += " --rows-per-document=2"
-    quick = fast_jit.keywords["compiler_options"]
+    quick = jax.jit.keywords["compiler_options"]
     result = script("benchmark_step").main([*arguments.split(), f"--json={out}"], quick)
     assert json.loads(out.read_text(encoding="utf-8")) == result
     phases = "noise decode reference encode swap losses forward backward gradient update step"

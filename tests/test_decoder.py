@@ -13,7 +13,6 @@ from tiny_lens import (
     BATCH,
     TEXT_LEN,
     cosine,
-    fast_jit,
     plain_prompt,
     plain_text,
     relative_error,
@@ -50,12 +49,12 @@ def setting(name: str):
     return spec, trainable, frozen, activation_BD, tiny_noise(), jnp.asarray(cotangent)
 
 
-@functools.partial(fast_jit, static_argnames="spec")
+@functools.partial(jax.jit, static_argnames="spec")
 def write(trainable, frozen, activation_BD, noise_BTV, *, spec):
     return generate(decoder_of(trainable, frozen), activation_BD, noise_BTV, spec=spec)
 
 
-@functools.partial(fast_jit, static_argnames="spec")
+@functools.partial(jax.jit, static_argnames="spec")
 def pulled(trainable, frozen, activation_BD, text_BT, noise_BTV, tau, cotangent, *, spec):
     """Logits, and the gradient of ⟨logits, cotangent⟩ for (trainable decoder, activation)."""
 
@@ -67,7 +66,7 @@ def pulled(trainable, frozen, activation_BD, text_BT, noise_BTV, tau, cotangent,
     return logits, pull(cotangent)
 
 
-@functools.partial(fast_jit, static_argnames="spec")
+@functools.partial(jax.jit, static_argnames="spec")
 def oracle(trainable, frozen, activation_BD, noise_BTV, tau, cotangent, history, *, spec):
     def run(decoder, activation_BD):
         return plain_text(
@@ -147,7 +146,7 @@ def test_greedy_text_is_that_of_the_plain_loop():
 def test_teacher_forcing_on_own_text_gives_the_logits_it_was_sampled_from():
     spec, trainable, frozen, activation_BD, noise_BTV, _ = setting("untied")
     text_BT = text_of("untied")
-    force = fast_jit(functools.partial(teacher_forced_logits, spec=spec))
+    force = jax.jit(functools.partial(teacher_forced_logits, spec=spec))
     logits = force(decoder_of(trainable, frozen), activation_BD, text_BT)
     assert logits.dtype == jnp.float32
     np.testing.assert_array_equal(np.argmax(logits + noise_BTV, axis=-1), text_BT)
@@ -159,7 +158,7 @@ def test_teacher_forcing_on_own_text_gives_the_logits_it_was_sampled_from():
     assert moved.tolist() == [False, False, True, True]
 
 
-@functools.partial(fast_jit, static_argnames="spec")
+@functools.partial(jax.jit, static_argnames="spec")
 def cached_scan(trainable, frozen, activation_BD, noise_BTV, tau, cotangent, *, spec):
     """Gradient by autodiff straight through the decoding loop and its key-value cache."""
 

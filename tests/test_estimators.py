@@ -10,15 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
-from tiny_lens import (
-    fast_jit,
-    relative_error,
-    text_logits,
-    tiny_batch,
-    tiny_lens,
-    tiny_noise,
-    tiny_spec,
-)
+from tiny_lens import relative_error, text_logits, tiny_batch, tiny_lens, tiny_noise, tiny_spec
 
 from conlens_jax import gradient_report
 from conlens_jax.config import LossConfig, WarmConfig
@@ -253,7 +245,7 @@ def test_history_gradient_is_that_of_writing_token_by_token(kind):
                 history = history.at[:, t].set(embedded)
         return jnp.sum(logits * target)
 
-    found, oracle = (fast_jit(jax.grad(loss))(trainable) for loss in (parallel, one_by_one))
+    found, oracle = (jax.jit(jax.grad(loss))(trainable) for loss in (parallel, one_by_one))
     assert relative_error(found["decoder"], oracle["decoder"]) < 1e-5
 
 

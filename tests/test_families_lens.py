@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from tiny_lens import fast_jit, relative_error, tiny_batch, tiny_lens, tiny_noise, tiny_spec
+from tiny_lens import relative_error, tiny_batch, tiny_lens, tiny_noise, tiny_spec
 
 from conlens_jax.benchmark.naive import naive_loss
 from conlens_jax.config import LossConfig, WarmConfig, constant
@@ -39,7 +39,7 @@ KINDS = {
 }
 
 
-@functools.partial(fast_jit, static_argnames="objective")
+@functools.partial(jax.jit, static_argnames="objective")
 def ours(trainable, frozen, batch, noise, weights, *, objective):
     prepared = prepare(trainable, frozen, batch, noise, objective=objective)
     loss = functools.partial(joint_loss, objective=objective)
@@ -47,7 +47,7 @@ def ours(trainable, frozen, batch, noise, weights, *, objective):
     return jax.value_and_grad(loss, has_aux=True)(trainable, *inputs)
 
 
-@functools.partial(fast_jit, static_argnames="objective")
+@functools.partial(jax.jit, static_argnames="objective")
 def plain(trainable, frozen, batch, noise, weights, *, objective):
     loss = functools.partial(naive_loss, objective=objective)
     inputs = (frozen, batch, noise, weights, jnp.float32(TAU))

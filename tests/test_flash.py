@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_lens import fast_jit, relative_error
+from tiny_lens import relative_error
 from tiny_models import random_params, random_tokens, tiny_config
 
 from conlens_jax.models import flash
@@ -45,7 +45,7 @@ def test_the_kernels_arguments_give_the_same_network(inputs, monkeypatch, family
         logits = forward(params, tokens, config=config, mask_BS=mask)[mask]
         return jnp.sum(jnp.sin(logits)), logits
 
-    run = lambda config: fast_jit(jax.grad(functools.partial(loss, config=config), has_aux=True))
+    run = lambda config: jax.jit(jax.grad(functools.partial(loss, config=config), has_aux=True))
     expected = run(config)(params)
     monkeypatch.setattr(flash, "is_usable", lambda config: config.attention == "cudnn")
     calls = []
@@ -94,10 +94,10 @@ def test_falling_back_is_said_once(inputs, caplog):
     flash._say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         logits = [
-            fast_jit(functools.partial(forward, config=c, mask_BS=mask))(params, tokens)
+            jax.jit(functools.partial(forward, config=c, mask_BS=mask))(params, tokens)
             for c in (config, config_of("gemma2"))
         ]
-        fast_jit(functools.partial(forward, config=config))(params, tokens)
+        jax.jit(functools.partial(forward, config=config))(params, tokens)
     np.testing.assert_array_equal(*logits)
     (line,) = [record.getMessage() for record in caplog.records]
     for part in ('"cudnn" falls back to "xla"', "not on cpu", "float32", "soft cap", "multiple of"):

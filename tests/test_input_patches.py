@@ -11,7 +11,6 @@ import pytest
 from tiny_lens import (
     BATCH,
     TEXT_LEN,
-    fast_jit,
     plain_prompt,
     relative_error,
     text_logits,
@@ -76,7 +75,7 @@ def test_patches_start_with_no_effect():
     assert start[0][0]["decoder"]["input_patches"]["kernel"].shape == (2, 32, 32)
     assert "input_patches" not in start[1][0]["decoder"]
     found = [
-        fast_jit(functools.partial(our_logits, spec=spec))(trainable["decoder"], frozen, *given())
+        jax.jit(functools.partial(our_logits, spec=spec))(trainable["decoder"], frozen, *given())
         for (trainable, frozen), spec in zip(start, (SPEC, without), strict=True)
     ]
     np.testing.assert_array_equal(*found)
@@ -92,13 +91,13 @@ def test_logits_and_gradient_are_those_of_the_plain_layers():
             logits, pull = jax.vjp(of, decoder, activation_BD)
             return logits, pull(cotangent)
 
-        return fast_jit(run)(trainable["decoder"], frozen, *given())
+        return jax.jit(run)(trainable["decoder"], frozen, *given())
 
     (logits, gradient), (expected, expected_gradient) = pulled(our_logits), pulled(plain_logits)
     assert relative_error(logits, expected) < 1e-5
     assert relative_error(gradient, expected_gradient) < 1e-5
     unpatched = {name: x for name, x in trainable["decoder"].items() if name != "input_patches"}
-    plain = fast_jit(our_logits)(unpatched, frozen, *given())
+    plain = jax.jit(our_logits)(unpatched, frozen, *given())
     assert relative_error(plain, expected) > 0.01
 
 
@@ -106,7 +105,7 @@ def test_text_is_sampled_from_the_same_logits_and_differentiated():
     trainable, frozen = lens()
     activation_BD, _ = given()
     noise_BTV, tau = tiny_noise(), jnp.float32(1.0)
-    write = fast_jit(functools.partial(generate, spec=SPEC))
+    write = jax.jit(functools.partial(generate, spec=SPEC))
     text_BT = write(decoder_of(trainable, frozen), activation_BD, noise_BTV)
 
     def loss(decoder, frozen):
@@ -114,7 +113,7 @@ def test_text_is_sampled_from_the_same_logits_and_differentiated():
         logits = text_logits(parts, activation_BD, text_BT, noise_BTV, tau, SPEC)
         return jnp.sum(logits**2), logits
 
-    gradient, logits = fast_jit(jax.grad(loss, has_aux=True))(trainable["decoder"], frozen)
+    gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(trainable["decoder"], frozen)
     np.testing.assert_array_equal(np.argmax(logits + noise_BTV, axis=-1), text_BT)
     assert all(np.all(jnp.any(leaf != 0, axis=-1)) for leaf in jax.tree.leaves(gradient))
 

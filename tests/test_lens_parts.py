@@ -13,7 +13,6 @@ import pytest
 from tiny_lens import (
     TEXT_LEN,
     captured,
-    fast_jit,
     plain_reconstruction,
     tiny_batch,
     tiny_lens,
@@ -123,7 +122,7 @@ def test_untrained_parts_are_those_of_the_original():
 EVERYTHING = LossConfig(**{name: constant(1.0) for name in TERMS}, lm_reference="text")
 
 
-@functools.partial(fast_jit, static_argnames="objective")
+@functools.partial(jax.jit, static_argnames="objective")
 def joint_gradient(trainable, frozen, batch, noise_BTV, weights, *, objective):
     prepared = prepare(trainable, frozen, batch, noise_BTV, objective=objective)
     loss = lambda trainable: joint_loss(
@@ -171,7 +170,7 @@ def test_untrained_reconstruction_is_the_state_of_the_model(layer):
     spec = tiny_spec(layer=layer, train_encoder="frozen")
     trainable, frozen = untrained(spec)
     text_BT = random_tokens(5, TEXT_LEN)
-    read = fast_jit(functools.partial(encode_tokens, spec=spec))
+    read = jax.jit(functools.partial(encode_tokens, spec=spec))
     found = read(encoder_of(trainable, frozen, spec), jnp.asarray(text_BT))
     ends = [np.tile(ids, (5, 1)) for ids in (spec.encoder_left, spec.encoder_right)]
     tokens = np.concatenate([ends[0], text_BT, ends[1]], axis=1).astype(np.int32)
@@ -185,8 +184,8 @@ def test_trained_reconstruction_goes_through_projection_and_statistics():
     trainable, frozen = tiny_lens(spec)
     text_BTD = jnp.asarray(np.random.default_rng(1).standard_normal((5, TEXT_LEN, 32)), jnp.float32)
     encode = functools.partial(encode_embeddings, spec=spec)
-    found = fast_jit(encode)(encoder_of(trainable, frozen, spec), text_BTD)
-    plain = fast_jit(functools.partial(plain_reconstruction, spec=spec))
+    found = jax.jit(encode)(encoder_of(trainable, frozen, spec), text_BTD)
+    plain = jax.jit(functools.partial(plain_reconstruction, spec=spec))
     np.testing.assert_allclose(found, plain(trainable, frozen, text_BTD), rtol=0, atol=2e-5)
 
 

@@ -13,7 +13,6 @@ from tiny_lens import (
     BATCH,
     TEXT_LEN,
     cosine,
-    fast_jit,
     plain_text,
     relative_error,
     text_logits,
@@ -81,7 +80,7 @@ def merged_encoder(parts, original, spec):
     return {**dense, "base": {"embedding": original["embedding"], "layers": layers}}
 
 
-@functools.partial(fast_jit, static_argnames="spec")
+@functools.partial(jax.jit, static_argnames="spec")
 def everything(trainable, frozen, activation_BD, noise_BTV, text_BT, *, spec):
     """Logits of given text, sampled text, and the reading of given text."""
     decoder = decoder_of(trainable, frozen)
@@ -166,7 +165,7 @@ def test_gradient_through_sampled_text_is_that_of_autodiff_on_the_dense_model():
         logits, _ = plain_text(dense, frozen, activation_BD, noise_BTV, tau, spec)
         return jnp.sum(logits * cotangent)
 
-    found, expected = (fast_jit(jax.grad(f))(trainable["decoder"], frozen) for f in (ours, theirs))
+    found, expected = (jax.jit(jax.grad(f))(trainable["decoder"], frozen) for f in (ours, theirs))
     assert set(found) == {"lora", "projection", "soft_prompt"}
     assert jax.tree.structure(found["lora"]) == jax.tree.structure(trainable["decoder"]["lora"])
     assert relative_error(found, expected) < 1e-5  # and no leaf of the oracle is zero
@@ -187,7 +186,7 @@ def test_no_gradient_of_a_shared_matrix_is_computed():
             logits = text_logits(parts, activation_BD, text_BT, noise_BTV, tau, spec)
             return jnp.sum(logits**2) + jnp.sum(encode_tokens(reader, text_BT, spec=spec) ** 2)
 
-        program = fast_jit(jax.grad(loss)).lower(trainable, frozen).compile().as_text()
+        program = jax.jit(jax.grad(loss)).lower(trainable, frozen).compile().as_text()
         products = [
             line for line in program.splitlines() if " dot(" in line or "custom-call" in line
         ]
@@ -303,7 +302,7 @@ def test_on_a_mesh_adapters_are_split_and_give_the_same_logits():
     gate = placed[1]["original"]["layers"]["gate"]
     assert not gate.sharding.is_fully_replicated
     given = inputs(spec, frozen)
-    force = fast_jit(
+    force = jax.jit(
         lambda lens, activation, text: teacher_forced_logits(
             decoder_of(*lens), activation, text, spec=spec
         )
@@ -328,7 +327,7 @@ def test_a_few_steps_lower_the_loss_and_change_only_the_trained_parts():
     optimizer = make_optimizer(config, trainable, learning_rate=lambda step: 5e-3)
     before = jax.tree.map(np.array, frozen)
 
-    @fast_jit
+    @jax.jit
     def step(trainable, state, frozen):
         loss = functools.partial(warm_loss, objective=objective)
         (total, _), gradient = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch)

@@ -8,15 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_lens import (
-    CONTEXT,
-    TEXT_LEN,
-    captured,
-    fast_jit,
-    plain_swap,
-    tiny_lens,
-    tiny_spec,
-)
+from tiny_lens import CONTEXT, TEXT_LEN, captured, plain_swap, tiny_lens, tiny_spec
 from tiny_models import random_tokens
 
 from conlens_jax.config import WarmConfig
@@ -63,7 +55,7 @@ def measurer_for(batch_size: int) -> Measurer:
     measurer = Measurer(SPEC, mesh, horizon=HORIZON, batch_size=batch_size, seed=SEED)
     for name, value in vars(measurer).items():
         if hasattr(value, "lower"):  # a jitted function: the same, compiled fast
-            setattr(measurer, name, fast_jit(value.__wrapped__))
+            setattr(measurer, name, jax.jit(value.__wrapped__))
     return measurer
 
 
@@ -99,7 +91,7 @@ def test_rows_do_not_depend_on_the_batch_size(lens, rows, random_vectors):
 
 def test_texts_are_the_decoders(lens, rows, measurer):
     """Sampled with noise of their own, apart from training's; and greedily."""
-    write = fast_jit(
+    write = jax.jit(
         lambda noise: generate(
             decoder_of(*lens), jnp.asarray(rows.activations_ND), noise, spec=SPEC
         )
@@ -120,7 +112,7 @@ def test_effects_equal_the_full_forward(lens, rows, measurer, random_vectors):
     effects = measurer.effects(original, rows, {"random": random_vectors})
     places = (rows.activations_ND, rows.tokens_NS, rows.lengths_N, rows.positions_N)
     batch = Batch(*map(jnp.asarray, places), jnp.arange(N_ROWS, dtype=jnp.int32))
-    run = fast_jit(lambda original, vectors: plain_swap(original, batch, vectors, SPEC))
+    run = jax.jit(lambda original, vectors: plain_swap(original, batch, vectors, SPEC))
     row = np.arange(N_ROWS)
     window = rows.positions_N[:, None] + np.arange(HORIZON)
     next_token = rows.tokens_NS[row, rows.positions_N + 1]
@@ -146,7 +138,7 @@ def test_effects_equal_the_full_forward(lens, rows, measurer, random_vectors):
 def test_text_nll_is_that_of_the_model_alone(lens, rows, measurer):
     texts = rows.tokens_NS[:, :TEXT_LEN]
     tokens = np.concatenate([np.full((N_ROWS, 1), SPEC.bos, np.int32), texts], axis=1)
-    run = fast_jit(lambda original: forward(original, tokens, config=SPEC.model))
+    run = jax.jit(lambda original: forward(original, tokens, config=SPEC.model))
     logits = np.asarray(run(lens[1]["original"]), np.float64)[:, :-1]
     log_p = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     expected = -np.take_along_axis(log_p, texts[..., None], axis=-1).mean(axis=(1, 2))
@@ -191,7 +183,7 @@ def test_continuations_are_the_models_greedy_ones(lens, rows, measurer):
     """Token by token, each from the whole context up to P."""
     original, n_new = lens[1]["original"], 2
     found = measurer.continuations(original, rows, n_new)
-    forward_jit = fast_jit(functools.partial(forward, config=SPEC.model))
+    forward_jit = jax.jit(functools.partial(forward, config=SPEC.model))
     # Room for the new tokens behind the longest context.
     tokens = np.pad(rows.tokens_NS, ((0, 0), (0, n_new)))
     row = np.arange(N_ROWS)

@@ -14,7 +14,6 @@ import pytest
 from tiny_lens import (
     BATCH,
     TEXT_LEN,
-    fast_jit,
     plain_encoder_table,
     plain_predictions,
     plain_prompt,
@@ -89,7 +88,7 @@ def setting():
     return trainable, frozen, tiny_batch(spec, frozen["original"]), tiny_noise()
 
 
-@functools.partial(fast_jit, static_argnames="objective")
+@functools.partial(jax.jit, static_argnames="objective")
 def joint(trainable, frozen, batch, noise_BTV, weights, tau=TAU, *, objective):
     """(total, terms), gradient."""
     prepared = prepare(trainable, frozen, batch, noise_BTV, objective=objective)
@@ -159,7 +158,7 @@ def plain_terms(trainable, frozen, batch, noise_BTV, spec, through_delta, tau):
     }
 
 
-@fast_jit
+@jax.jit
 def plain_joint(trainable, frozen, noise_BTV, weights, through_delta, tau=TAU):
     spec, (_, _, batch, _) = tiny_spec(), setting()
 
@@ -269,7 +268,7 @@ def test_unused_terms_do_not_enter_the_total():
     zero = {name: constant(0.0) for name in TERMS if name != "mse"}
     objective = objective_of(LossConfig(**zero, mse=constant(1.0)))
 
-    @fast_jit
+    @jax.jit
     def run(trainable, frozen):
         prepared = prepare(trainable, frozen, batch, noise, objective=objective)
         return joint_loss(
@@ -304,7 +303,7 @@ def test_reference_of_the_language_loss(kind):
     spec, original = tiny_spec(), frozen["original"]
     text_BT = batch.tokens_GS[:, :TEXT_LEN]
     objective = objective_of(dataclasses.replace(ALL_TERMS, lm_reference=kind))
-    make = fast_jit(lambda *inputs: reference_text(*inputs, objective).logits())
+    make = jax.jit(lambda *inputs: reference_text(*inputs, objective).logits())
     found = make(frozen, batch.activation_BD, text_BT)
 
     def direct():
@@ -318,17 +317,17 @@ def test_reference_of_the_language_loss(kind):
         tokens = np.concatenate([np.tile(start, (BATCH, 1)), text_BT], axis=1)
         return forward(original, tokens.astype(np.int32), config=spec.model)[:, len(start) - 1 : -1]
 
-    np.testing.assert_allclose(found, fast_jit(direct)(), rtol=0, atol=3e-5)
+    np.testing.assert_allclose(found, jax.jit(direct)(), rtol=0, atol=3e-5)
 
 
 def test_reference_without_a_first_token_is_uniform_there():
     _, frozen, batch, _ = setting()
     spec = tiny_spec(bos=None)
     text_BT = batch.tokens_GS[:, :TEXT_LEN]
-    alone = fast_jit(lambda original: text_alone(original, text_BT, (), spec).logits())
+    alone = jax.jit(lambda original: text_alone(original, text_BT, (), spec).logits())
     found = alone(frozen["original"])
     assert np.ptp(found[:, 0]) == 0
-    whole = fast_jit(lambda original: forward(original, text_BT, config=spec.model))
+    whole = jax.jit(lambda original: forward(original, text_BT, config=spec.model))
     rest = whole(frozen["original"])[:, :-1]
     np.testing.assert_allclose(found[:, 1:], rest, rtol=0, atol=2e-5)
 
@@ -345,9 +344,9 @@ def test_window_holds_the_tokens_up_to_the_position_and_behind_it():
 
 def test_warm_loss_equals_the_direct_formula():
     trainable, frozen, batch, _ = setting()
-    run = fast_jit(functools.partial(warm_loss, objective=objective_of()))
+    run = jax.jit(functools.partial(warm_loss, objective=objective_of()))
     total, terms = run(trainable, frozen, batch)
-    direct = fast_jit(lambda trainable: plain_warm(trainable, frozen, batch, tiny_spec()))
+    direct = jax.jit(lambda trainable: plain_warm(trainable, frozen, batch, tiny_spec()))
     read_error, write_loss = direct(trainable)
     assert terms["read_error"] == approx(read_error)
     assert terms["write_loss"] == approx(write_loss)
@@ -382,7 +381,7 @@ def compiled_step(stage, config, state, frozen, batch):
     optimizer, learning_rate = stage_optimizer(stage, state.params, 100)
     objective = Objective(config.loss, WARM, tiny_spec())
     step = make_step(stage, config, objective, optimizer, learning_rate, n_rows=100)
-    options = fast_jit.keywords["compiler_options"]
+    options = jax.jit.keywords["compiler_options"]
     return step.lower(state, frozen, batch).compile(compiler_options=options)
 
 
@@ -450,7 +449,7 @@ def drawn_noise(step, examples_B):
     return gumbel_noise(keys, TEXT_LEN, 48)
 
 
-@fast_jit
+@jax.jit
 def sampled(trainable, frozen, batch):
     """The text of each row, and the loss on it."""
     objective = objective_of(FEW_TERMS)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_lens import captured, fast_jit, relative_error, tiny_original, tiny_spec
+from tiny_lens import captured, relative_error, tiny_original, tiny_spec
 from tiny_models import random_tokens
 
 from conlens_jax.lens.original import read_context, swapped_logits
@@ -40,7 +40,7 @@ def rows_for(horizon: int):
     return tokens, mask, np.array(indices, np.int32)
 
 
-@functools.partial(fast_jit, static_argnames=("spec", "horizon"))
+@functools.partial(jax.jit, static_argnames=("spec", "horizon"))
 def cheap(params, tokens, mask, indices, vector, cotangent, *, spec, horizon):
     context = read_context(params, tokens, mask, indices, horizon=horizon, spec=spec)
     run = lambda vector: swapped_logits(params, context, vector, spec=spec)
@@ -48,7 +48,7 @@ def cheap(params, tokens, mask, indices, vector, cotangent, *, spec, horizon):
     return context, logits, pull(cotangent)[0]
 
 
-@functools.partial(fast_jit, static_argnames="layer")
+@functools.partial(jax.jit, static_argnames="layer")
 def full(params, vectors, cotangents, *, layer):
     """The same through ``LanguageModel.swap``, all horizons in one batch."""
     model = LanguageModel(tiny_spec().model, params, Path(), "tiny", "")

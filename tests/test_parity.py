@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from family_cases import CASES, Case, each_case, each_family
-from tiny_lens import fast_jit
 from tiny_models import hf_forward, hf_model, random_params, random_tokens, tiny_config
 
 from conlens_jax import LanguageModel, load_model
@@ -65,7 +65,7 @@ def padded_rows() -> tuple[np.ndarray, np.ndarray]:
     return np.where(mask, random_tokens(len(SPANS), LENGTH), 0), mask
 
 
-@functools.partial(fast_jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def block_by_block(params, embeddings, mask, *, config):
     """The output of every block, each run by itself as a part of the stack."""
     positions, states = positions_of(mask), []
@@ -77,12 +77,12 @@ def block_by_block(params, embeddings, mask, *, config):
     return jnp.stack(states, axis=1), unembed(params, x, config=config)
 
 
-@functools.partial(fast_jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def whole_pass(params, tokens, mask, *, config):
     return forward(params, tokens, config=config, mask_BS=mask)
 
 
-embed = fast_jit(embed_tokens, static_argnames="config")
+embed = jax.jit(embed_tokens, static_argnames="config")
 
 
 def assert_close(ours_BnSD, theirs_BnSD, mask, atol):

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_cli import assert_refused, run
-from tiny_lens import fast_jit
 from tiny_models import TINY, write_tiny_folder
 
 import conlens_jax
@@ -147,7 +146,7 @@ def test_a_batch_has_the_planned_shape(folder):
 def test_the_real_step_compiles_from_shapes(folder, stage):
     plan = plan_of(folder, mesh=make_mesh(MESH))
     stage = stages_of(plan.config)[stage]
-    found = compile_step(plan, stage, fast_jit.keywords["compiler_options"])
+    found = compile_step(plan, stage, jax.jit.keywords["compiler_options"])
     state, batch = plan.state(stage), plan.batch(stage)
     # The new state takes the place of the old one (a flag of one byte aside), and what a step
     # looks at is an argument.

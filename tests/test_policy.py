@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_lens import BATCH, TEXT_LEN, fast_jit, relative_error, tiny_batch, tiny_lens, tiny_spec
+from tiny_lens import BATCH, TEXT_LEN, relative_error, tiny_batch, tiny_lens, tiny_spec
 
 from conlens_jax.config import LossConfig, WarmConfig, constant
 from conlens_jax.lens.decoder import teacher_forced_logits
@@ -76,7 +76,7 @@ def world(dual_path: bool):
 WEIGHTS = {"mse": jnp.float32(0.6), "kl": jnp.float32(1.7)}
 
 
-@functools.partial(fast_jit, static_argnames="objective")
+@functools.partial(jax.jit, static_argnames="objective")
 def joint(trainable, frozen, batch, noise, *, objective):
     prepared = prepare(trainable, frozen, batch, noise, objective=objective)
     loss = functools.partial(joint_loss, objective=objective)
@@ -87,7 +87,7 @@ def joint(trainable, frozen, batch, noise, *, objective):
     return value, prepared
 
 
-@functools.partial(fast_jit, static_argnames="objective")
+@functools.partial(jax.jit, static_argnames="objective")
 def by_hand(trainable, frozen, batch, prepared, *, objective):
     """The same from the text alone: E's gradient straight, D's as advantage times ∇ log p."""
     spec = objective.spec
@@ -137,7 +137,7 @@ def test_without_a_gradient_through_the_text_each_side_learns_from_its_own():
     _, trainable, frozen, batch, noise = world(False)
     weights = {name: jnp.float32(value) for name, value in (("mse", 0.6), ("kl", 1.7), ("text", 1))}
 
-    @fast_jit
+    @jax.jit
     def ours(trainable):
         prepared = prepare(trainable, frozen, batch, noise[::GROUP], objective=objective)
         rest = (frozen, batch, prepared, weights, jnp.float32(1.0))
@@ -162,10 +162,10 @@ def test_without_a_gradient_through_the_text_each_side_learns_from_its_own():
         return jnp.mean(0.6 * error + 1.7 * kl)
 
     assert (
-        relative_error(gradient["encoder"], fast_jit(jax.grad(encoder_side))(trainable["encoder"]))
+        relative_error(gradient["encoder"], jax.jit(jax.grad(encoder_side))(trainable["encoder"]))
         < 2e-5
     )
-    expected = fast_jit(jax.grad(decoder_side))(trainable["decoder"])
+    expected = jax.jit(jax.grad(decoder_side))(trainable["decoder"])
     assert relative_error(gradient["decoder"], expected) < 2e-5
 
 

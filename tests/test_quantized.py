@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_lora import lora_spec
-from tiny_lens import fast_jit, relative_error, tiny_batch, tiny_lens, tiny_noise, tiny_spec
+from tiny_lens import relative_error, tiny_batch, tiny_lens, tiny_noise, tiny_spec
 from tiny_models import random_params, random_tokens, tiny_config, write_tiny_folder
 
 from conlens_jax.config import (
@@ -205,7 +205,7 @@ def test_error_of_logits_and_kl(tied):
     params = random_params(config)
     int8 = quantised_tree(params, config)
     tokens = random_tokens(4, 16)
-    run = fast_jit(functools.partial(forward, config=config))
+    run = jax.jit(functools.partial(forward, config=config))
     exact, rounded, floats = run(params, tokens), run(int8, tokens), run(as_floats(int8), tokens)
     assert relative_error(rounded, floats) < 1e-5
     assert 1e-3 < relative_error(rounded, exact) < 0.03
@@ -222,7 +222,7 @@ def test_every_kind_of_matrix_of_a_family(family):
     assert {"query", "key", "value", "attention_out", "up", "down"} <= rounded
     assert not {"router", "sinks", "position_embedding"} & rounded
     tokens = random_tokens(2, 8)
-    run = fast_jit(functools.partial(forward, config=config))
+    run = jax.jit(functools.partial(forward, config=config))
     assert relative_error(run(int8, tokens), run(as_floats(int8), tokens)) < 1e-5
 
 
@@ -253,7 +253,7 @@ def test_backward_keeps_no_floats_of_the_matrices(remat):
 # --- the lens -----------------------------------------------------------------------------------
 
 
-@functools.partial(fast_jit, static_argnames="spec")
+@functools.partial(jax.jit, static_argnames="spec")
 def reading(trainable, frozen, activation_BD, noise_BTV, *, spec):
     """Sampled text, and the gradient of a loss through its history, its logits and its reading."""
     tokens_BT = generate(decoder_of(trainable, frozen), activation_BD, noise_BTV, spec=spec)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_plan import config_of
-from tiny_lens import fast_jit
 from tiny_models import write_tiny_folder
 
 from conlens_jax.config import MeshConfig
@@ -92,7 +91,7 @@ def train(folder: Path, mesh_config: MeshConfig, n_devices: int) -> tuple[np.nda
 
     where = jax.tree.map(lambda leaf: leaf.sharding, state)
     with jax.set_mesh(mesh):
-        run = fast_jit(step_and_text, out_shardings=(where, None, None))
+        run = jax.jit(step_and_text, out_shardings=(where, None, None))
         run = run.lower(state, frozen, batch).compile()
     losses, texts = [], []
     for _ in range(STEPS):

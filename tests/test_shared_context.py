@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_lens import fast_jit, relative_error, tiny_batch, tiny_lens, tiny_noise, tiny_spec
+from tiny_lens import relative_error, tiny_batch, tiny_lens, tiny_noise, tiny_spec
 
 from conlens_jax.config import LossConfig, WarmConfig
 from conlens_jax.config.settings import ScheduleConfig
@@ -70,7 +70,7 @@ def test_a_shared_context_changes_no_loss_and_no_gradient(estimator):
     noise = tiny_noise(8 * objective.texts_per_row)
     weights, tau = {name: jnp.float32(1) for name in TERMS}, jnp.float32(1)
 
-    @fast_jit
+    @jax.jit
     def run(trainable, frozen, batch):
         prepared = prepare(trainable, frozen, batch, noise, objective=objective)
         inputs = (trainable, frozen, batch, prepared, weights, tau)

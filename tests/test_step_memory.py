@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_lens import fast_jit, plain_text, tiny_batch, tiny_lens, tiny_spec
+from tiny_lens import plain_text, tiny_batch, tiny_lens, tiny_spec
 
 from conlens_jax.config import ExperimentConfig, LossConfig, ScheduleConfig, WarmConfig
 from conlens_jax.training.objective import TERMS, Objective, joint_loss, prepare
@@ -46,7 +46,7 @@ def temporary_bytes(text_len: int, *, plain: bool = False) -> int:
         )
         return jax.grad(write)(trainable)
 
-    program = fast_jit(oracle if plain else ours).lower(trainable, frozen, batch, noise)
+    program = jax.jit(oracle if plain else ours).lower(trainable, frozen, batch, noise)
     analysis = program.compile().memory_analysis()
     if analysis is None:
         pytest.skip("this backend does not tell its memory")
@@ -82,7 +82,7 @@ def test_gradients_of_frozen_matrices_are_not_made(trained):
         inputs = (trainable, frozen, batch, prepared, weights, tau)
         return jax.grad(joint_loss, has_aux=True)(*inputs, objective=objective)[0]
 
-    program = fast_jit(gradient).lower(trainable, frozen, batch, noise).compile().as_text()
+    program = jax.jit(gradient).lower(trainable, frozen, batch, noise).compile().as_text()
     width, mlp = spec.model.d_model, spec.model.d_mlp
     assert mlp not in (width, spec.model.vocab_size)
     # Products summed over the tokens, of the shape of a weight.

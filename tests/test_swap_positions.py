@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from family_cases import CASES, Case
-from tiny_lens import fast_jit, relative_error, tiny_spec
+from tiny_lens import relative_error, tiny_spec
 from tiny_models import random_params, random_tokens, tiny_config
 
 from conlens_jax.lens.losses import kl_divergence
@@ -92,7 +92,7 @@ def replaced(params, tokens, mask, indices, vector, layer, config):
     return unembed(params, x, config=config), captured
 
 
-@functools.partial(fast_jit, static_argnames=("config", "horizon"))
+@functools.partial(jax.jit, static_argnames=("config", "horizon"))
 def by_hand(params, tokens, mask, indices, vector, layer, *, config, horizon):
     run = lambda vector, layer: replaced(params, tokens, mask, indices, vector, layer, config)
     clean, _ = run(vector, -1)  # no layer has this number: nothing is replaced
@@ -106,7 +106,7 @@ def by_hand(params, tokens, mask, indices, vector, layer, *, config, horizon):
     return clean[window], run(vector, layer)[1], logits, gradient
 
 
-@functools.partial(fast_jit, static_argnames=("spec", "horizon"))
+@functools.partial(jax.jit, static_argnames=("spec", "horizon"))
 def cheap(params, tokens, mask, indices, vector, *, spec, horizon):
     context = read_context(params, tokens, mask, indices, horizon=horizon, spec=spec)
 

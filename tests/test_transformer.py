@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from family_cases import each_family
-from tiny_lens import fast_jit
 from tiny_models import random_params, random_tokens, tiny_config
 
 from conlens_jax.models.cache import empty_cache
@@ -36,7 +35,7 @@ LLAMA3 = {
 }
 
 
-@functools.partial(fast_jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def step_of(params, tokens_BS, positions_BS, cache, slot, *, config):
     """Logits of new tokens and the cache with them."""
     x_BSD = enter(params, embed_tokens(params, tokens_BS, config), positions_BS)
@@ -46,7 +45,7 @@ def step_of(params, tokens_BS, positions_BS, cache, slot, *, config):
     return unembed(params, x_BSD, config=config), cache
 
 
-whole_pass = fast_jit(forward, static_argnames="config")
+whole_pass = jax.jit(forward, static_argnames="config")
 
 
 @each_family

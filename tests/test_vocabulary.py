@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_lens import BATCH, TEXT_LEN, fast_jit, relative_error, tiny_batch, tiny_lens, tiny_spec
+from tiny_lens import BATCH, TEXT_LEN, relative_error, tiny_batch, tiny_lens, tiny_spec
 
 from conlens_jax.config import LossConfig, WarmConfig
 from conlens_jax.config.settings import ScheduleConfig
@@ -44,10 +44,10 @@ def joint_step(history_gradient: str = "exact", estimator: str = "straight_throu
 )
 def test_chunks_change_no_loss_and_no_gradient(kind, monkeypatch):
     run, inputs = joint_step(**kind)
-    (total, terms), expected = fast_jit(run)(*inputs)
+    (total, terms), expected = jax.jit(run)(*inputs)
     monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", BATCH * VOCAB)
     run, inputs = joint_step(**kind)
-    (chunked_total, chunked_terms), gradient = fast_jit(run)(*inputs)
+    (chunked_total, chunked_terms), gradient = jax.jit(run)(*inputs)
     assert relative_error((chunked_total, chunked_terms), (total, terms)) < 1e-5
     moved = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if np.any(leaf)]
     assert relative_error(moved(gradient), moved(expected)) < 2e-5
@@ -56,7 +56,7 @@ def test_chunks_change_no_loss_and_no_gradient(kind, monkeypatch):
 def largest_vocabulary_array(run, inputs) -> int:
     """Elements of the largest fp32 array of a program that has the vocabulary as a dimension, the
     model's own tables apart."""
-    text = fast_jit(run).lower(*inputs).compile().as_text()
+    text = jax.jit(run).lower(*inputs).compile().as_text()
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
     width = inputs[1]["original"]["embedding"].shape[1]
     found = [shape for shape in shapes if VOCAB in shape and width not in shape]

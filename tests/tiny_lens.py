@@ -8,7 +8,6 @@ library only the transformer itself. (:func:`text_logits` is the library's, for 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -35,29 +34,6 @@ from conlens_jax.models.transformer import (
 )
 
 TEXT_LEN, LAYER, BATCH, CONTEXT = 4, 1, 8, 12
-
-# Tests compile much and compute little: what makes compiling quick, as far as this XLA knows it.
-_QUICK_COMPILE = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
-
-
-def _is_known(option: str, value: Any) -> bool:
-    try:
-        jax.jit(lambda x: x, compiler_options={option: value})(0.0)
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
-
-
-fast_jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        option: value for option, value in _QUICK_COMPILE.items() if _is_known(option, value)
-    },
-)
 
 
 def tiny_spec(
@@ -133,7 +109,7 @@ def text_logits(decoder, activation_BD, text_BT, noise, tau, spec, keys_BT=None)
     return head_of(decoder, spec).logits(states)
 
 
-captured = fast_jit(capture, static_argnames="spec")
+captured = jax.jit(capture, static_argnames="spec")
 
 
 def tiny_noise(batch: int = BATCH, text_len: int = TEXT_LEN, seed: int = 0) -> jax.Array:
