@@ -59,12 +59,10 @@ from conlens_jax.parallel.host import keep_freed_memory
 MIB = 1 << 20
 
 
-def main(
-    arguments: Sequence[str] | None = None, compiler_options: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = _parser().parse_args(arguments)
     keep_freed_memory()
-    work, runner = workload_of(options), Runner(options.repeat, compiler_options)
+    work, runner = workload_of(options), Runner(options.repeat)
     rate = matmul_rate(work.config.model.dtype, options.repeat)
     if options.phases:
         ours = our_phases(work, runner)

@@ -130,8 +130,7 @@ def test_script_measures_everything(tmp_path, capsys):
     out = tmp_path / "step.json"
     arguments = "--shape=tiny --text-len=2 --batch=4 --context=16 --repeat=1 --unroll=1"
     arguments += " --rows-per-document=2"
-    quick = jax.jit.keywords["compiler_options"]
-    result = script("benchmark_step").main([*arguments.split(), f"--json={out}"], quick)
+    result = script("benchmark_step").main([*arguments.split(), f"--json={out}"])
     assert json.loads(out.read_text(encoding="utf-8")) == result
     phases = "noise decode reference encode swap losses forward backward gradient update step"
     for side in ("ours", "naive"):

@@ -377,12 +377,10 @@ def new_state(stage, trainable):
 
 
 def compiled_step(stage, config, state, frozen, batch):
-    """Compiled fast instead of well."""
     optimizer, learning_rate = stage_optimizer(stage, state.params, 100)
     objective = Objective(config.loss, WARM, tiny_spec())
     step = make_step(stage, config, objective, optimizer, learning_rate, n_rows=100)
-    options = jax.jit.keywords["compiler_options"]
-    return step.lower(state, frozen, batch).compile(compiler_options=options)
+    return step.lower(state, frozen, batch).compile()
 
 
 def warm_loss_that_can_overflow(trainable, frozen, batch, *, objective):

@@ -34,7 +34,7 @@ from conlens_jax.planning.lens import make_plan
 from conlens_jax.planning.memory import peak, step_memory
 from conlens_jax.planning.model_source import planned_model
 from conlens_jax.planning.report import flops_table, meshes_table, model_table
-from conlens_jax.training.loop import placed
+from conlens_jax.training.run import placed
 from conlens_jax.training.state import init_state, stage_optimizer, stages_of
 
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -146,7 +146,7 @@ def test_a_batch_has_the_planned_shape(folder):
 def test_the_real_step_compiles_from_shapes(folder, stage):
     plan = plan_of(folder, mesh=make_mesh(MESH))
     stage = stages_of(plan.config)[stage]
-    found = compile_step(plan, stage, jax.jit.keywords["compiler_options"])
+    found = compile_step(plan, stage)
     state, batch = plan.state(stage), plan.batch(stage)
     # The new state takes the place of the old one (a flag of one byte aside), and what a step
     # looks at is an argument.

@@ -35,7 +35,6 @@ class Runner:
     """How programs are compiled and run: the best of ``repeat`` runs counts."""
 
     repeat: int
-    compiler_options: dict[str, Any] | None = None
 
     def measure(self, function: Callable, *inputs: Any) -> tuple[Any, Measured]:
         """``function`` as a program of its own; (its outputs, what it took)."""
@@ -61,7 +60,7 @@ class Runner:
 
     def _compiled(self, jitted: Any, *inputs: Any) -> tuple[jax.stages.Compiled, float]:
         started = time.perf_counter()
-        compiled = jitted.lower(*inputs).compile(compiler_options=self.compiler_options)
+        compiled = jitted.lower(*inputs).compile()
         return compiled, time.perf_counter() - started
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
 
 import jax
 
@@ -38,15 +37,13 @@ class CompiledMemory:
         return self.arguments + self.temporary + self.outputs - self.aliased
 
 
-def compiled_program(
-    plan: Plan, stage: Stage, compiler_options: dict[str, Any] | None = None
-) -> jax.stages.Compiled:
+def compiled_program(plan: Plan, stage: Stage) -> jax.stages.Compiled:
     """A stage's step, compiled; ``plan.mesh`` must have devices."""
     with jax.set_mesh(plan.mesh):
         lowered = plan.step(stage).lower(
             plan.state(stage), plan.frozen_in(stage), plan.batch(stage)
         )
-    return lowered.compile(compiler_options)
+    return lowered.compile()
 
 
 def memory_of(compiled: jax.stages.Compiled, seconds: float) -> CompiledMemory:
@@ -67,14 +64,12 @@ def memory_of(compiled: jax.stages.Compiled, seconds: float) -> CompiledMemory:
     )
 
 
-def compile_step(
-    plan: Plan, stage: Stage, compiler_options: dict[str, Any] | None = None
-) -> CompiledMemory:
+def compile_step(plan: Plan, stage: Stage) -> CompiledMemory:
     """Compiles a stage's step; ``plan.mesh`` must have devices.
 
     Raises:
       ValueError: the backend does not tell its memory.
     """
     started = time.perf_counter()
-    compiled = compiled_program(plan, stage, compiler_options)
+    compiled = compiled_program(plan, stage)
     return memory_of(compiled, time.perf_counter() - started)
