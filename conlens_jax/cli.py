@@ -27,7 +27,7 @@ from conlens_jax.parallel.processes import (
     stopping_with_others,
 )
 from conlens_jax.training.console import Console
-from conlens_jax.training.loop import TrainingStopped
+from conlens_jax.training.run import TrainingStopped
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the trace of an error.")
 

@@ -34,8 +34,8 @@ from conlens_jax.parallel.host import keep_freed_memory
 from conlens_jax.parallel.mesh import batch_sharding
 from conlens_jax.training.checkpoint import read_metadata
 from conlens_jax.training.console import Console
-from conlens_jax.training.loop import placed
 from conlens_jax.training.objective import Objective
+from conlens_jax.training.run import placed
 from conlens_jax.training.run_folder import load_lens
 from conlens_jax.training.setting import Setting, open_setting
 from conlens_jax.training.state import Stage, init_state, make_step, stage_optimizer

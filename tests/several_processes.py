@@ -9,7 +9,7 @@ from pathlib import Path
 from conlens_jax import cli
 from conlens_jax.data.extract import dump_activations
 from conlens_jax.evaluation.run import evaluate_run
-from conlens_jax.training import loop
+from conlens_jax.training import loop, stage_loop
 from conlens_jax.training.setting import open_setting
 from conlens_jax.training.validation import Validation
 
@@ -28,7 +28,7 @@ def main() -> None:
     dump_activations(config, setting.model, setting.spec, setting.mesh, console)
     if not (run / "report.html").exists():
         evaluate_run(setting, run)
-    loop.validate = _wait
+    stage_loop.validate = _wait
     loop.train_lens(setting)
 
 

@@ -34,7 +34,7 @@ from conlens_jax.parallel import processes
 from conlens_jax.parallel.mesh import batch_sharding, make_mesh
 from conlens_jax.parallel.preemption import PREEMPTED, Preempted
 from conlens_jax.parallel.processes import ProcessError, local_rows, on_devices, start_processes
-from conlens_jax.training import loop
+from conlens_jax.training import stage_loop
 from conlens_jax.training.checkpoint import all_steps
 from conlens_jax.training.loop import train_lens
 from conlens_jax.training.setting import open_caches, training_reference
@@ -256,7 +256,7 @@ def test_two_processes_give_what_one_gives_are_stopped_lose_one_and_go_on_as_one
     assert_same_evaluation(run, tmp_path / "alone")
 
     assert all_steps(checkpoints)[-1] < LAST_STEP
-    monkeypatch.setattr(loop, "validate", lambda *_: Validation({}, ""))
+    monkeypatch.setattr(stage_loop, "validate", lambda *_: Validation({}, ""))
     train_lens(together)
     found, expected = losses(run), losses(world.run)
     assert [step[:2] for step in found] == [step[:2] for step in expected]
@@ -281,8 +281,8 @@ def assert_same_evaluation(run: Path, other: Path) -> None:
 def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(world, tmp_path, monkeypatch):
     """In the joint stage, between two checkpoints; the warm start is the world's."""
     quiet = {"control__enabled": False, "train__n_verbose_samples": 0}
-    monkeypatch.setattr(loop, "validate", lambda *_: Validation({}, ""))
-    setting, read, calls = world.changed(tmp_path / "run", **quiet), loop.read_batch, []
+    monkeypatch.setattr(stage_loop, "validate", lambda *_: Validation({}, ""))
+    setting, read, calls = world.changed(tmp_path / "run", **quiet), stage_loop.read_batch, []
     checkpoints = warm_run(world, tmp_path / "run")
 
     def read_and_be_stopped(*arguments):
@@ -293,13 +293,13 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(world, tmp_pat
         return read(*arguments)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(loop, "read_batch", read_and_be_stopped)
+    monkeypatch.setattr(stage_loop, "read_batch", read_and_be_stopped)
     with pytest.raises(Preempted, match="saved behind step .* the same command goes on"):
         train_lens(setting)
     assert signal.getsignal(signal.SIGTERM) is before
     stopped_at = all_steps(checkpoints)[-1]
     assert WARM_STEPS < stopped_at < LAST_STEP
-    monkeypatch.setattr(loop, "read_batch", read)
+    monkeypatch.setattr(stage_loop, "read_batch", read)
     train_lens(setting)
     assert losses(tmp_path / "run") == losses(world.run)
 

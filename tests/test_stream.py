@@ -14,7 +14,7 @@ from pipeline import WARM_STEPS, losses, open_world, with_changes
 from conlens_jax.config import ConfigError
 from conlens_jax.data.stream import open_stream
 from conlens_jax.lens.batch import make_batch, with_activations
-from conlens_jax.training import loop
+from conlens_jax.training import stage_loop
 from conlens_jax.training.checkpoint import all_steps
 from conlens_jax.training.loop import train_lens
 from conlens_jax.training.setting import open_caches, training_reference
@@ -31,7 +31,7 @@ def world(tmp_path_factory):
 def _quick(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     score = Validation({"kl_at_sampled": 1.0})
-    monkeypatch.setattr(loop, "validate", lambda run, trainable, frozen: score)
+    monkeypatch.setattr(stage_loop, "validate", lambda run, trainable, frozen: score)
 
 
 def streamed(world, tmp_path, **changes):

@@ -39,15 +39,16 @@ from conlens_jax.data.batches import read_groups
 from conlens_jax.data.cache import CacheError
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.models.model import load_model
-from conlens_jax.training import loop
+from conlens_jax.training import loop, stage_loop
 from conlens_jax.training.checkpoint import (
     CheckpointError,
     Checkpoints,
     all_steps,
     read_metadata,
 )
-from conlens_jax.training.loop import TrainingStopped, train_lens
+from conlens_jax.training.loop import train_lens
 from conlens_jax.training.objective import warm_loss
+from conlens_jax.training.run import TrainingStopped
 from conlens_jax.training.run_folder import load_lens
 from conlens_jax.training.setting import (
     Setting,
@@ -75,7 +76,7 @@ def _no_tracking(monkeypatch):
 def unwatched(monkeypatch):
     """Leaves validation out: it takes seconds to compile and changes no loss."""
     score = Validation({"kl_at_sampled": 1.0})
-    monkeypatch.setattr(loop, "validate", lambda run, trainable, frozen: score)
+    monkeypatch.setattr(stage_loop, "validate", lambda run, trainable, frozen: score)
 
 
 def plain(world, run_dir: Path, **changes) -> Setting:
@@ -208,7 +209,7 @@ def test_control_begins_where_the_warm_start_ended(world):
     )
     run = loop.Run(setting, world.run, train, None, None, None, None)
     groups_nk = read_groups(train, stage.rows_per_document)
-    batch = loop._StageLoop(run, stage, None, None, None, groups_nk, 0.0)._read(0)
+    batch = stage_loop.StageLoop(run, stage, None, None, None, groups_nk, 0.0)._read(0)
     compute = jax.jit(lambda *args: warm_loss(*args, objective=setting.objective)[0])
     _, frozen = lens_template(world)
     expected = float(compute(saved(world, world.run, WARM_STEPS), frozen, batch))
@@ -258,7 +259,7 @@ def test_a_lens_that_does_not_see_its_activation_is_called_so(world):
 def test_only_a_joint_stage_warns_of_its_text(world, tmp_path, monkeypatch):
     """The warm start and its control begin with such texts."""
     found = Validation({"kl_at_sampled": 1.0}, "", warning="collapsed")
-    monkeypatch.setattr(loop, "validate", lambda *_: found)
+    monkeypatch.setattr(stage_loop, "validate", lambda *_: found)
     run = world.copy_run(tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / str(LAST_STEP))
     shutil.rmtree(run / "control" / "checkpoints")
@@ -276,7 +277,7 @@ def test_newest_best_warm_and_final_checkpoints_stay(world, tmp_path, monkeypatc
     # and the better ones of the warm start do not count.
     scores = iter([0.01] * 6 + [0.2, 0.5, 0.4])
     monkeypatch.setattr(
-        loop, "validate", lambda *_: Validation({"kl_at_sampled": next(scores)}, "")
+        stage_loop, "validate", lambda *_: Validation({"kl_at_sampled": next(scores)}, "")
     )
     every = {"train__validate_every": 2, "checkpoint__every": 2}
     setting = plain(world, tmp_path / "run", checkpoint__keep_latest=1, **every)
@@ -334,11 +335,11 @@ import jax
 for name, value in json.loads(sys.argv[2]).items():
     jax.config.update(name, value)
 from conlens_jax.config import from_config_dict
-from conlens_jax.training import loop
+from conlens_jax.training import loop, stage_loop
 from conlens_jax.training.console import Console
 from conlens_jax.training.setting import open_setting
 from conlens_jax.training.validation import Validation, validate
-loop.validate = lambda *_: Validation({"kl_at_sampled": 1.0}, "")
+stage_loop.validate = lambda *_: Validation({"kl_at_sampled": 1.0}, "")
 config = from_config_dict(json.loads(Path(sys.argv[1]).read_text()))
 loop.train_lens(open_setting(config, Console()))
 """
@@ -435,7 +436,7 @@ def test_resume_that_is_not_wanted(world, tmp_path):
 
 def poison(monkeypatch, is_bad) -> None:
     """NaN activations in the batches of the steps for which ``is_bad(step)``, counted from 1."""
-    read = loop._StageLoop._read
+    read = stage_loop.StageLoop._read
 
     def poisoned(self, index):
         batch = read(self, index)
@@ -443,7 +444,7 @@ def poison(monkeypatch, is_bad) -> None:
             batch = batch.replace(activation_BD=batch.activation_BD * np.float32("nan"))
         return batch
 
-    monkeypatch.setattr(loop._StageLoop, "_read", poisoned)
+    monkeypatch.setattr(stage_loop.StageLoop, "_read", poisoned)
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(world, tmp_path, unwatched, monkeypatch):

@@ -29,8 +29,8 @@ from conlens_jax.lens.schedules import make_schedule
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.mesh import batch_sharding
-from conlens_jax.training.loop import placed
 from conlens_jax.training.objective import TERMS, Objective, joint_loss, prepare
+from conlens_jax.training.run import placed
 from conlens_jax.training.run_folder import load_lens
 from conlens_jax.training.setting import Setting
 from conlens_jax.training.state import ESTIMATING, SAMPLING

@@ -23,7 +23,7 @@ from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.processes import told_by_first
 from conlens_jax.training.checkpoint import all_steps, read_metadata
 from conlens_jax.training.language_model import STATISTICS_FILE
-from conlens_jax.training.loop import placed
+from conlens_jax.training.run import placed
 from conlens_jax.training.run_folder import BASELINE, CONTROL, checkpoint_of, load_lens
 from conlens_jax.training.setting import Setting
 from conlens_jax.training.tracking import read_metrics

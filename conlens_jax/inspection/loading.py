@@ -29,7 +29,7 @@ from conlens_jax.models.param_table import Params
 from conlens_jax.training.checkpoint import all_steps, read_metadata, restore_params
 from conlens_jax.training.console import Console
 from conlens_jax.training.language_model import ensure_language_model
-from conlens_jax.training.loop import CHECKPOINT_METRIC
+from conlens_jax.training.run import CHECKPOINT_METRIC
 from conlens_jax.training.run_folder import checkpoint_of
 from conlens_jax.training.tracking import read_metrics
 

@@ -1,5 +1,4 @@
-"""The training loop: stages one after the other, checkpoints, validation, and going on after a
-kill.
+"""Training: stages one after the other, and going on after a kill.
 
 Steps are counted over the whole run: the warm start is steps 0 … warm.steps − 1, the joint stage
 follows. The supervised control starts where the joint stage starts, in a folder of its own.
@@ -7,40 +6,28 @@ follows. The supervised control starts where the joint stage starts, in a folder
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from conlens_jax.config import ExperimentConfig, to_json_dict
-from conlens_jax.data.batches import grouped_batch, prefetch, read_groups, steps_per_epoch
-from conlens_jax.data.rows import RowSource
-from conlens_jax.evaluation.measure import Measurer, Reference
-from conlens_jax.lens.batch import read_batch
-from conlens_jax.lens.sharding import lens_shardings
+from conlens_jax.config import to_json_dict
+from conlens_jax.data.batches import read_groups, steps_per_epoch
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.models.param_table import Params
-from conlens_jax.parallel.mesh import batch_sharding
-from conlens_jax.parallel.preemption import Preempted, watching_for_sigterm
-from conlens_jax.parallel.processes import first_before_others, is_first, stopping_with_others
+from conlens_jax.parallel.processes import first_before_others, is_first
 from conlens_jax.training.accounting import parameter_table, stored_table
 from conlens_jax.training.checkpoint import (
     CheckpointError,
     Checkpoints,
-    all_steps,
     read_metadata,
 )
-from conlens_jax.training.console import Console
-from conlens_jax.training.profile import StepProfile
+from conlens_jax.training.run import CHECKPOINT_METRIC, Run, placed, placed_frozen
 from conlens_jax.training.run_folder import BASELINE, CONTROL, claim_folder, load_lens
 from conlens_jax.training.setting import Setting
 from conlens_jax.training.stage_log import StageLog
+from conlens_jax.training.stage_loop import StageLoop
 from conlens_jax.training.state import (
     Stage,
     TrainState,
@@ -49,41 +36,7 @@ from conlens_jax.training.state import (
     stage_optimizer,
     stages_of,
 )
-from conlens_jax.training.validation import Validation, validate, verbose_samples
 from conlens_jax.training.wandb_run import WandbRun
-
-CHECKPOINT_METRIC = "kl_at_sampled"
-
-
-class TrainingStopped(RuntimeError):
-    """The run cannot go on; the message names the last good checkpoint."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A run folder with everything its stages share; ``warm_encoder`` is the encoder as the warm
-    start left it, once that is over."""
-
-    setting: Setting
-    folder: Path
-    train: RowSource
-    validation: RowSource
-    reference: Reference
-    measurer: Measurer
-    tracker: WandbRun
-    warm_encoder: Params | None = None
-
-    @property
-    def config(self) -> ExperimentConfig:
-        return self.setting.config
-
-    @property
-    def console(self) -> Console:
-        return self.setting.console
-
-    @property
-    def checkpoint_folder(self) -> Path:
-        return self.folder / "checkpoints"
 
 
 def train_lens(setting: Setting) -> Path:
@@ -187,201 +140,11 @@ def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Para
             n_rows,
             state_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
         )
-        loop = _StageLoop(run, stage, checkpoints, log, frozen, groups_nk, seconds)
+        loop = StageLoop(run, stage, checkpoints, log, frozen, groups_nk, seconds)
         state = loop.run(step, state)
         loop.wait_for_checkpoints()
     console.line(stage.name, finished=last_step, train_seconds=loop.seconds)
     return placed(state.params, run.setting)
-
-
-def placed(tree: Any, setting: Setting) -> Any:
-    """A lens or its train state on the mesh, see
-    :func:`~conlens_jax.lens.sharding.lens_shardings`. What is restored into such a tree is on
-    the mesh too."""
-    return jax.device_put(tree, lens_shardings(tree, setting.model.config, setting.mesh))
-
-
-def placed_frozen(frozen: Params, setting: Setting) -> Params:
-    """The frozen parts on the mesh; the original model is there already."""
-    small = {name: part for name, part in frozen.items() if name != "original"}
-    return {"original": frozen["original"], **placed(small, setting)}
-
-
-class _StageLoop:
-    """One pass through the steps of a stage.
-
-    ``seconds`` is the compute time of its steps, without compilation, validation and checkpoints:
-    CPU time of the process on a CPU, wall-clock time on an accelerator.
-    """
-
-    def __init__(
-        self,
-        run: Run,
-        stage: Stage,
-        checkpoints: Checkpoints,
-        log: StageLog,
-        frozen: Params,
-        groups_nk: np.ndarray,
-        seconds: float,
-    ):
-        self.run_, self.stage, self.checkpoints, self.log = run, stage, checkpoints, log
-        self.frozen, self.groups_nk, self.seconds = frozen, groups_nk, seconds
-        self.config, self.console = run.config, run.console
-        self.sharding = batch_sharding(run.setting.mesh)
-        self._clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
-
-    def run(self, step, state: TrainState) -> TrainState:
-        stage, done = self.stage, int(state.step)
-        started = time.time()
-        with jax.set_mesh(self.run_.setting.mesh):
-            step = step.lower(state, self.frozen, self._read(done)).compile()
-        batches = prefetch(self._read, range(done, stage.steps))
-        profile = StepProfile(self.config.profile, self.run_.folder / "profile", stage, step)
-        with (
-            self.console.progress(stage.steps, stage.name, initial=done) as progress,
-            watching_for_sigterm() as stops_behind,
-            stopping_with_others(),
-        ):
-            mark = self._clock()
-            for index, batch in batches:
-                profile.before(index)
-                state, metrics = step(state, self.frozen, batch)
-                profile.behind(index, metrics)
-                if index == done:
-                    jax.block_until_ready(metrics)
-                    self.console.line(stage.name, seconds_to_first_step=time.time() - started)
-                here = index + 1
-                stops = stops_behind(stage.first_step + here)
-                if not (stops or self._pauses(here)):
-                    progress.update(1)
-                    continue
-                metrics = {name: float(value) for name, value in metrics.items()}
-                self.seconds += self._clock() - mark
-                progress.update(1, **_shown(metrics))
-                self._pause(here, state, metrics)
-                if stops:
-                    self._leave(here, state)
-                mark = self._clock()
-        return state
-
-    def _read(self, index: int):
-        seed, here = self.config.train.seed, self.stage.first_step + index
-        size = self.stage.batch_size
-        indices_B = grouped_batch(self.groups_nk, size, seed, here)
-        return read_batch(self.run_.train, indices_B, self.sharding, self.stage.rows_per_document)
-
-    def _pauses(self, here: int) -> bool:
-        """Whether the host has something to do behind this step."""
-        train, checkpoint = self.config.train, self.config.checkpoint
-        step = self.stage.first_step + here
-        every = (train.log_every, train.validate_every, train.sample_every, checkpoint.every)
-        return here == self.stage.steps or any(step % interval == 0 for interval in every)
-
-    def _pause(self, here: int, state: TrainState, metrics: dict[str, float]) -> None:
-        train, stage = self.config.train, self.stage
-        step, last = stage.first_step + here, here == stage.steps
-        self._stop_if_diverged(step, metrics)
-        if last or step % train.log_every == 0:
-            self.log.numbers(step, {**metrics, "train_seconds": self.seconds})
-            self.console.line(stage.name, step=step, **_shown(metrics))
-        scores = {}
-        if stage.writes_text and (last or step % train.validate_every == 0):
-            scores = self._validate(step, state).scores
-        if stage.writes_text and (last or step % train.sample_every == 0):
-            self._samples(step, state)
-        if last or step % self.config.checkpoint.every == 0:
-            self._save(step, state, scores)
-
-    def _leave(self, here: int, state: TrainState) -> None:
-        """Saves, whatever step it is, and raises what ends the run."""
-        step = self.stage.first_step + here
-        self._save(step, state, {})
-        self.wait_for_checkpoints()
-        raise Preempted(
-            f"SIGTERM: saved behind step {step} in {self.checkpoints.folder}; the same command "
-            "goes on from there"
-        )
-
-    def _validate(self, step: int, state: TrainState) -> Validation:
-        validation = validate(self.run_, state.params, self.frozen)
-        scores = {f"validation_{name}": value for name, value in validation.scores.items()}
-        self.log.numbers(step, scores)
-        self.log.distributions(step, validation.distributions, validation.token_shares)
-        self.console.line(
-            "validation", step=step, **validation.scores, common=validation.common_tokens
-        )
-        if validation.warning and not self.stage.supervised:
-            self.console.line(self.stage.name, step=step, warning=validation.warning)
-        return validation
-
-    def _samples(self, step: int, state: TrainState) -> None:
-        count = self.config.train.n_verbose_samples
-        if not count:
-            return
-        samples = verbose_samples(self.run_, state.params, self.frozen, count)
-        self.console.block(f"samples at step {step}", "\n\n".join(s.text() for s in samples))
-        self.log.samples(step, samples)
-
-    def _save(self, step: int, state: TrainState, scores: Mapping[str, float]) -> None:
-        metadata = {
-            "step": step,
-            "stage": self.stage.name,
-            "train_seconds": self.seconds,
-            "model_id": self.run_.setting.model.model_id,
-            "weights_hash": self.run_.setting.model.weights_hash,
-            "layer": self.run_.setting.spec.layer,
-            "statistics": {
-                "mean": self.run_.reference.mean_D.tolist(),
-                "scale": self.run_.reference.scale,
-                "resultant": self.run_.reference.resultant,
-            },
-            "config": to_json_dict(self.config),
-        }
-        # The warm start is not judged by its text: only joint checkpoints compete for the best.
-        metrics = {} if self.stage.name == "warm" else scores
-        with self._disk_failure_stops(f"the checkpoint of step {step}, or the one before it,"):
-            self.checkpoints.save(step, state, metadata, metrics)
-
-    def wait_for_checkpoints(self) -> None:
-        """Returns when the last checkpoint is on disk."""
-        with self._disk_failure_stops("the last checkpoint"):
-            self.checkpoints.wait()
-
-    @contextlib.contextmanager
-    def _disk_failure_stops(self, what: str) -> Iterator[None]:
-        # A full disk met in the background comes as a ValueError, with the next save or wait.
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            raise TrainingStopped(
-                f"{what} could not be written: {error}; "
-                f"{self._last_good()} Make room and run the same command again."
-            ) from error
-
-    def _stop_if_diverged(self, step: int, metrics: Mapping[str, float]) -> None:
-        bad = int(metrics["bad_steps_in_a_row"])
-        if bad:
-            self.console.line(self.stage.name, step=step, warning=f"{bad} non-finite steps skipped")
-        if bad >= self.stage.optimizer.max_bad_steps:
-            raise TrainingStopped(
-                f"{self.stage.name}: the last {bad} steps up to {step} had a loss or gradient that "
-                f"is not finite (optimizer.max_bad_steps={self.stage.optimizer.max_bad_steps}); "
-                f"{self._last_good()} Lower optimizer.learning_rate or raise loss.tau."
-            )
-
-    def _last_good(self) -> str:
-        with contextlib.suppress(OSError, ValueError):  # of a save that failed
-            self.checkpoints.wait()
-        steps = all_steps(self.checkpoints.folder)
-        if not steps:
-            return "no checkpoint was written yet."
-        return f"the last good checkpoint is {self.checkpoints.folder / str(steps[-1])}."
-
-
-def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The few numbers that belong on a line."""
-    names = ("loss", "read_error", "write_loss", "mse", "kl", "lm", "text", "entropy", "grad_norm")
-    return {name: metrics[name] for name in names if name in metrics}
 
 
 def _resume(

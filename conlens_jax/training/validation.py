@@ -17,7 +17,7 @@ from conlens_jax.models.param_table import Params
 from conlens_jax.training.collapse import collapse_warning
 
 if TYPE_CHECKING:
-    from conlens_jax.training.loop import Run
+    from conlens_jax.training.run import Run
 
 _SHOWN = 8
 

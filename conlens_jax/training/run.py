@@ -1,0 +1,64 @@
+"""A run while it trains: what its stages share, and how its arrays lie."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from conlens_jax.config import ExperimentConfig
+from conlens_jax.data.rows import RowSource
+from conlens_jax.evaluation.measure import Measurer, Reference
+from conlens_jax.lens.sharding import lens_shardings
+from conlens_jax.models.param_table import Params
+from conlens_jax.training.console import Console
+from conlens_jax.training.setting import Setting
+from conlens_jax.training.wandb_run import WandbRun
+
+CHECKPOINT_METRIC = "kl_at_sampled"
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; the message names the last good checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run folder with everything its stages share; ``warm_encoder`` is the encoder as the warm
+    start left it, once that is over."""
+
+    setting: Setting
+    folder: Path
+    train: RowSource
+    validation: RowSource
+    reference: Reference
+    measurer: Measurer
+    tracker: WandbRun
+    warm_encoder: Params | None = None
+
+    @property
+    def config(self) -> ExperimentConfig:
+        return self.setting.config
+
+    @property
+    def console(self) -> Console:
+        return self.setting.console
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+def placed(tree: Any, setting: Setting) -> Any:
+    """A lens or its train state on the mesh, see
+    :func:`~conlens_jax.lens.sharding.lens_shardings`. What is restored into such a tree is on
+    the mesh too."""
+    return jax.device_put(tree, lens_shardings(tree, setting.model.config, setting.mesh))
+
+
+def placed_frozen(frozen: Params, setting: Setting) -> Params:
+    """The frozen parts on the mesh; the original model is there already."""
+    small = {name: part for name, part in frozen.items() if name != "original"}
+    return {"original": frozen["original"], **placed(small, setting)}
