@@ -17,7 +17,7 @@ from conlens_jax.config import ExperimentConfig, schedule, to_config_dict
 def get_config():
     config = to_config_dict(ExperimentConfig())
     config.run_dir = "runs/llama3_1_8b_8xh100"
-    config.mesh.data, config.mesh.tensor = 1, 8
+    config.mesh.tensor = 8
 
     config.model.path = "meta-llama/Llama-3.1-8B"
     config.model.layer = 16

@@ -82,6 +82,7 @@ def test_axes_that_do_not_multiply_to_the_devices(config):
         (MeshConfig("fsdp8"), (1, 8, 1)),
         (MeshConfig("fsdp2_tensor4"), (1, 2, 4)),
         (MeshConfig("multislice", slices=2), (2, 4, 1)),
+        (MeshConfig("multislice", slices=2, tensor=2), (2, 2, 2)),
         (MeshConfig("multislice"), (1, 8, 1)),
     ],
     ids=str,
@@ -93,8 +94,10 @@ def test_presets(config, shape):
 def test_presets_that_do_not_fit():
     with pytest.raises(ConfigError, match="must be the number of devices, 4"):
         make_mesh(MeshConfig("fsdp8"), jax.devices()[:4])
-    with pytest.raises(ConfigError, match="mesh.slices=3 does not divide the 8 devices"):
+    with pytest.raises(ConfigError, match="mesh.tensor = 3 × 1 does not divide the 8 devices"):
         make_mesh(MeshConfig("multislice", slices=3))
+    with pytest.raises(ConfigError, match="leave them at 0 and 1, or"):
+        from_config_dict({"mesh": {"preset": "multislice", "fsdp": 4}})
     clash = {"mesh": {"preset": "fsdp8", "fsdp": 4}}
     with pytest.raises(ConfigError, match="leave them at 0, 1 and 1, or leave the preset empty"):
         from_config_dict(clash)

@@ -218,7 +218,12 @@ def _estimator_problems(config: ExperimentConfig) -> Iterator[str]:
 
 
 def _mesh_problems(mesh: MeshConfig) -> Iterator[str]:
-    if mesh.preset and (mesh.data, mesh.fsdp, mesh.tensor) != (0, 1, 1):
+    if mesh.preset == "multislice" and (mesh.data, mesh.fsdp) != (0, 1):
+        yield (
+            "mesh.preset='multislice' says mesh.data and mesh.fsdp (not mesh.tensor); leave them "
+            "at 0 and 1, or leave the preset empty"
+        )
+    elif mesh.preset not in ("", "multislice") and (mesh.data, mesh.fsdp, mesh.tensor) != (0, 1, 1):
         yield (
             f"mesh.preset={mesh.preset!r} says mesh.data, mesh.fsdp and mesh.tensor; leave them at "
             "0, 1 and 1, or leave the preset empty"

@@ -409,8 +409,8 @@ class MeshConfig:
 
     Attributes:
       preset: instead of numbers: ``"single"`` (the first device alone), ``"data8"``, ``"fsdp8"``,
-        ``"fsdp2_tensor4"``, or ``"multislice"``: ``data`` over the slices, ``fsdp`` over the
-        devices of each, so that only gradients cross the slow network.
+        ``"fsdp2_tensor4"``, or ``"multislice"``: ``data`` over the slices, ``tensor`` (a number
+        still) and ``fsdp`` over the devices of each, so that only gradients cross the slow network.
       data: copies of the model that share the batch; 0 takes all devices that the others leave.
       fsdp: devices that share the batch and each parameter, split along the width.
       tensor: devices that share heads, mlp and vocabulary.

@@ -91,11 +91,14 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
       ConfigError: the axes do not multiply to the number of devices.
     """
     if config.preset == "multislice":
-        if devices % config.slices:
+        if devices % (config.slices * config.tensor):
             raise ConfigError(
-                [f"mesh.slices={config.slices} does not divide the {devices} devices of the run"]
+                [
+                    f"mesh.slices × mesh.tensor = {config.slices} × {config.tensor} does not "
+                    f"divide the {devices} devices of the run"
+                ]
             )
-        return config.slices, devices // config.slices, 1
+        return config.slices, devices // config.slices // config.tensor, config.tensor
     if config.preset:
         config = MESH_PRESETS[config.preset]
     others = config.fsdp * config.tensor

@@ -68,7 +68,8 @@ def plan_for(
 ) -> tuple[Plan, Stage]:
     """The config on so many devices, with as many rows each as on 8."""
     inside = min(devices, SLICE)
-    tensor = min(MESH_PRESETS.get(config.mesh.preset, config.mesh).tensor, inside)
+    of_preset = MESH_PRESETS.get(config.mesh.preset, config.mesh).tensor
+    tensor = min(max(of_preset, config.mesh.tensor), inside)
     mesh = MeshConfig(data=devices // inside, fsdp=inside // tensor, tensor=tensor)
     grown = lambda rows: rows * devices // SLICE or 1
     config = dataclasses.replace(
