@@ -80,7 +80,12 @@ def _opened(target: str, arguments: Sequence[str], *, parse_only: bool) -> Itera
     """The target loaded and its flags parsed; None for a script with a parser of its own, which
     has run by then."""
     given: list[tuple[Any, bool]] = []
-    take = lambda main, *, takes_arguments=False: given.append((main, takes_arguments))
+    problems = cli._unknown_overrides(arguments)
+
+    def take(main, *, takes_arguments=False, one_process=False):
+        given.append((main, takes_arguments))
+        problems.extend(cli._process_flags(arguments) if one_process else [])
+
     with (
         _own_flags(),
         mock.patch.object(sys, "argv", [target, *arguments]),
@@ -96,7 +101,7 @@ def _opened(target: str, arguments: Sequence[str], *, parse_only: bool) -> Itera
         if not given:
             yield None
             return
-        if problems := cli._unknown_overrides(arguments):
+        if problems:
             raise ValueError("; ".join(problems))
         # runpy has put the module's file into its place.
         sys.argv = [target, *arguments]

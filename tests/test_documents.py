@@ -38,6 +38,7 @@ NAMES = [str(document.relative_to(ROOT)) for document in DOCUMENTS]
 
 INSTALLS = "installs packages"
 FULL = "test_full_suite evaluates a copy of the same run in full"
+SUMS = "ten minutes; test_language_model, test_answers and test_known_facts have small sums"
 NOT_RUN = {
     "pip install -e .": INSTALLS,
     "python -m venv .venv": INSTALLS,
@@ -47,15 +48,21 @@ NOT_RUN = {
     "wandb sweep configs/sweeps/joint.yaml": "needs a login; test_sweep reads the file",
     ".venv/bin/ruff check": "ruff is not among the packages of the tests",
     ".venv/bin/ruff format --check": "ruff is not among the packages of the tests",
-    "python -m conlens_jax.launch --processes=2 --devices=4 -- conlens_jax.train "
+    "python -m conlens_jax.launch --processes=2 --devices=4 -- conlens_jax.quickstart "
     "--config=configs/quickstart.py": "two processes; test_processes runs one like it",
     "python -m conlens_jax.train --config=configs/quickstart.py --config.joint.steps=500 "
     "--config.run_dir=runs/longer": "trains what the commands around it train",
     "python -m conlens_jax.quickstart --config.run_dir=runs/short "
     "--config.dump.n_samples=12288 --config.warm.steps=420 --config.joint.steps=60 "
-    "--config.control.steps=100 --config.baseline.steps=150": "test_cli runs one like it",
+    "--config.control.steps=100 --config.baseline.steps=0": "test_cli runs one like it",
     "python -m conlens_jax.evaluate --checkpoint=runs/short --suite=full": FULL,
     "python -m conlens_jax.evaluate --checkpoint=runs/quickstart --suite=full": FULL,
+    "python -m conlens_jax.dump --config=configs/sums.py": SUMS,
+    "python -m conlens_jax.train --config=configs/sums.py": SUMS,
+    "python -m conlens_jax.evaluate --checkpoint=runs/sums --suite=full": SUMS,
+    "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt nvidia-cudnn-cu13": INSTALLS,
+    "python -m conlens_jax.plan --config=configs/llama3_3_70b_8xh100.py --target=h100": "needs "
+    "XLA's compiler for GPUs; test_plan runs it where it is",
     "python scripts/profile_summary.py runs/quickstart/profile/joint": "test_profile runs it",
     "python scripts/check_real_model.py EleutherAI/pythia-160m": "a download; "
     "test_check_real_model runs it on a tiny model",
