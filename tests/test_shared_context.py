@@ -13,7 +13,7 @@ from tiny_lens import relative_error, tiny_batch, tiny_lens, tiny_noise, tiny_sp
 from conlens_jax.config import LossConfig, WarmConfig
 from conlens_jax.config.settings import ScheduleConfig
 from conlens_jax.data.batches import document_groups, grouped_batch, read_groups
-from conlens_jax.data.rows import Rows
+from conlens_jax.data.rows import Places, Rows
 from conlens_jax.lens.batch import make_batch
 from conlens_jax.training.objective import TERMS, Objective, joint_loss, prepare, swap_vector
 
@@ -35,6 +35,9 @@ def rows_of(documents: list[int]) -> Rows:
 class Cache:
     def __init__(self, documents):
         self._rows = rows_of(documents)
+
+    def places(self):
+        yield Places.of(self._rows)
 
     def __len__(self):
         return len(self._rows)

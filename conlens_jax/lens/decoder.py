@@ -26,6 +26,7 @@ from conlens_jax.models.transformer import (
     enter,
     run_layers,
 )
+from conlens_jax.parallel.constrain import constrain
 
 
 def head_of(decoder: Decoder, spec: LensSpec) -> Head:
@@ -52,6 +53,7 @@ def slot_patches(
     if decoder.input_patches is None:
         return None
     kernel, bias = decoder.input_patches["kernel"], decoder.input_patches["bias"]
+    kernel = constrain(kernel, "nDD")  # as in project
     normal_BD = normalise(activation_BD, decoder.statistics).astype(kernel.dtype)
     patch_nBD = jnp.einsum("bd,nde->nbe", normal_BD, kernel) + bias[:, None]
     behind = spec.model.n_layers - 1 - len(bias)

@@ -32,6 +32,7 @@ from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import embed_tokens, output_head, scale_embeddings
 from conlens_jax.models.transformer_config import TransformerConfig
+from conlens_jax.parallel.constrain import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +269,8 @@ def denormalise(normal: Float[Array, "*B D"], statistics: Params) -> Float[Array
 
 
 def project(x: Float[Array, "*B D"], projection: Params) -> Float[Array, "*B D"]:
-    kernel = projection["kernel"]
+    # Split over fsdp where it is stored; as a whole here, or the compiler would turn the batch.
+    kernel = constrain(projection["kernel"], "DD")
     return jnp.matmul(x.astype(kernel.dtype), kernel) + projection["bias"]
 
 
