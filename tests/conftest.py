@@ -23,6 +23,9 @@ def _is_known(flag: str) -> bool:
     return not subprocess.run(command, env=environment, capture_output=True).returncode
 
 
+# XLA's pool has a thread for each device. Programs compiled in a hurry can wait in more exchanges
+# between devices than that at once, and then wait for ever (seen after some hundred steps on 8).
+os.environ.setdefault("NPROC", "64")
 if "XLA_FLAGS" not in os.environ:  # pytest-xdist's workers inherit it
     os.environ["XLA_FLAGS"] = " ".join(filter(_is_known, _QUICK_COMPILE))
 jax.config.update("jax_num_cpu_devices", 8)
