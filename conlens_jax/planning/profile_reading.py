@@ -45,7 +45,9 @@ def time_by_operation(folder: Path) -> dict[str, float]:
     if not files:
         raise ConfigError([f"{folder}: no *.xplane.pb; train with --config.profile.steps=(a,b)"])
     seconds: collections.Counter[str] = collections.Counter()
-    for plane in jax.profiler.ProfileData.from_file(str(files[-1])).planes:
+    # Kept by name: its planes and lines point into it, and do not keep it alive.
+    profile = jax.profiler.ProfileData.from_file(str(files[-1]))
+    for plane in profile.planes:
         for line in plane.lines:
             for name, nanoseconds in own_times(_operations(line)):
                 seconds[name] += nanoseconds / 1e9
@@ -56,7 +58,7 @@ def time_by_operation(folder: Path) -> dict[str, float]:
 
 def _operations(line) -> Iterator[Event]:
     for event in line.events:
-        name = next((value for key, value in event.stats if key == "hlo_op"), None)
+        name = dict(event.stats).get("hlo_op")
         if name is not None:
             yield Event(str(name), event.start_ns, event.start_ns + event.duration_ns)
 
