@@ -53,7 +53,7 @@ from conlens_jax.benchmark.shapes import (
     read_config_file,
     shape_workload,
 )
-from conlens_jax.config import ExperimentConfig, from_config_dict, to_config_dict
+from conlens_jax.config import ExperimentConfig, with_changes
 from conlens_jax.parallel.host import keep_freed_memory
 
 MIB = 1 << 20
@@ -123,9 +123,7 @@ def workload_of(options: argparse.Namespace) -> Workload:
     if options.rows_per_document:
         shared = max(options.rows_per_document, config.dump.positions_per_sequence)
         changes["dump.positions_per_sequence"] = shared
-    editable = to_config_dict(config)
-    editable.update_from_flattened_dict(changes)
-    config, changed = comparable(from_config_dict(editable.to_dict()))
+    config, changed = comparable(with_changes(config, changes))
     if changed:
         print(f"for the comparison with the naive step, changed: {', '.join(changed)}")
     sizes = {"batch": config.joint.batch_size, "context": config.dump.seq_len}

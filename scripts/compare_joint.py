@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conlens_jax.config import ExperimentConfig, from_config_dict, to_config_dict
+from conlens_jax.config import with_changes
 from conlens_jax.data.batches import grouped_batch, prefetch, read_groups
 from conlens_jax.evaluate import recorded_config
 from conlens_jax.evaluation import metrics
@@ -154,15 +154,9 @@ class Bench:
         return {name: float(value) for name, value in found.items()}
 
 
-def changed(config: ExperimentConfig, changes: dict[str, Any]) -> ExperimentConfig:
-    editable = to_config_dict(config)
-    editable.update_from_flattened_dict(changes)
-    return from_config_dict(editable.to_dict())
-
-
 def train(bench: Bench, name: str, changes: dict[str, Any], budget: float, seeds: int):
     """Yields the scores of each seed after ``budget`` seconds of the variant."""
-    config = changed(bench.setting.config, changes)
+    config = with_changes(bench.setting.config, changes)
     model = bench.setting.model
     spec = make_spec(model.config, config.model.layer, config.lens, model.tokenizer)
     objective = Objective(config.loss, config.warm, spec)

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import io
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from conlens_jax.config import ExperimentConfig, from_config_dict, to_json_dict
+from conlens_jax.config import ExperimentConfig, with_changes
 from conlens_jax.data.extract import dump_activations
 from conlens_jax.lens.spec import make_spec
 from conlens_jax.training.console import Console
@@ -85,15 +85,6 @@ TINY: dict[str, Any] = {
     "evaluate.n_examples": 4,
     "evaluate.kl_horizon": 2,
 }
-
-
-def with_changes(config: ExperimentConfig, changes: Mapping[str, Any]) -> ExperimentConfig:
-    """The config with dotted fields replaced, validated anew."""
-    values = to_json_dict(config)
-    for dotted, value in changes.items():
-        *sections, name = dotted.split(".")
-        functools.reduce(lambda part, section: part[section], sections, values)[name] = value
-    return from_config_dict(values)
 
 
 def tiny_config(root: Path, **changes: Any) -> ExperimentConfig:

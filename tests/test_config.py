@@ -7,7 +7,6 @@ import json
 
 import ml_collections
 import pytest
-from pipeline import with_changes
 
 from conlens_jax.config import (
     ConfigError,
@@ -21,6 +20,7 @@ from conlens_jax.config import (
     to_config_dict,
     to_json_dict,
     unknown_field_message,
+    with_changes,
 )
 
 

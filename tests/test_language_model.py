@@ -9,11 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from pipeline import open_world, quiet_console, tiny_config, with_changes
+from pipeline import open_world, quiet_console, tiny_config
 from tiny_models import random_tokens
 from tiny_models import tiny_config as tiny_transformer_config
 
-from conlens_jax.config import ExperimentConfig
+from conlens_jax.config import ExperimentConfig, with_changes
 from conlens_jax.data.corpus import open_corpus
 from conlens_jax.models.model import load_model
 from conlens_jax.models.transformer import forward

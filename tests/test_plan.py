@@ -19,8 +19,7 @@ from conlens_jax.config import (
     ConfigError,
     ExperimentConfig,
     MeshConfig,
-    from_config_dict,
-    to_config_dict,
+    with_changes,
 )
 from conlens_jax.data.rows import Rows
 from conlens_jax.lens.batch import make_batch
@@ -55,9 +54,7 @@ SETTINGS = {
 
 
 def config_of(folder, **changes) -> ExperimentConfig:
-    editable = to_config_dict(ExperimentConfig())
-    editable.update_from_flattened_dict({"model.path": str(folder), **SETTINGS, **changes})
-    return from_config_dict(editable.to_dict())
+    return with_changes(ExperimentConfig(), {"model.path": str(folder), **SETTINGS, **changes})
 
 
 @pytest.fixture(scope="module")

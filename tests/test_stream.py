@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pipeline import WARM_STEPS, losses, open_world, with_changes
+from pipeline import WARM_STEPS, losses, open_world
 
-from conlens_jax.config import ConfigError
+from conlens_jax.config import ConfigError, with_changes
 from conlens_jax.data.stream import open_stream
 from conlens_jax.lens.batch import make_batch, with_activations
 from conlens_jax.training import stage_loop

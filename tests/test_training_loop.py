@@ -31,10 +31,9 @@ from pipeline import (
     losses,
     open_world,
     quiet_console,
-    with_changes,
 )
 
-from conlens_jax.config import ConfigError, to_json_dict
+from conlens_jax.config import ConfigError, to_json_dict, with_changes
 from conlens_jax.data.batches import read_groups
 from conlens_jax.data.cache import CacheError
 from conlens_jax.lens.spec import init_lens

@@ -15,8 +15,9 @@ from conlens_jax.config import (
     ConfigError,
     ExperimentConfig,
     from_config_dict,
+    lookup,
     schedule,
-    to_config_dict,
+    with_changes,
 )
 from conlens_jax.lens.batch import Batch
 from conlens_jax.lens.original import capture
@@ -97,11 +98,8 @@ def comparable(config: ExperimentConfig) -> tuple[ExperimentConfig, list[str]]:
             changes |= {
                 f"loss.{term}.{key}": value for key, value in schedule("constant", weight).items()
             }
-    editable = to_config_dict(config)
-    before = editable.to_dict()
-    editable.update_from_flattened_dict(changes)
-    changed = [name for name, value in changes.items() if _lookup(before, name) != value]
-    return from_config_dict(editable.to_dict()), changed
+    changed = [name for name, value in changes.items() if lookup(config, name) != value]
+    return with_changes(config, changes), changed
 
 
 def shape_workload(
@@ -217,9 +215,3 @@ def _workload(
         jnp.arange(batch_size, dtype=jnp.int32),
     )
     return Workload(name, config, objective, trainable, frozen, batch)
-
-
-def _lookup(values: dict, name: str) -> object:
-    for key in name.split("."):
-        values = values[key]
-    return values

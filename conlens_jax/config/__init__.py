@@ -83,6 +83,7 @@ __all__ = [
     "to_config_dict",
     "to_json_dict",
     "unknown_field_message",
+    "with_changes",
 ]
 
 
@@ -104,6 +105,22 @@ def to_config_dict(config: ExperimentConfig) -> ml_collections.ConfigDict:
 def to_json_dict(config: ExperimentConfig) -> dict[str, Any]:
     """Nested plain values, as ``config.json`` gives them back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def with_changes(config: ExperimentConfig, changes: Mapping[str, Any]) -> ExperimentConfig:
+    """The config with fields replaced, by names such as ``"loss.kl.start"``.
+
+    Raises:
+      ConfigError: as :func:`from_config_dict`.
+    """
+    values = to_json_dict(config)
+    for dotted, value in changes.items():
+        *sections, name = dotted.split(".")
+        part = values
+        for section in sections:
+            part = part.setdefault(section, {})
+        part[name] = value
+    return from_config_dict(values)
 
 
 def from_config_dict(values: Mapping[str, Any]) -> ExperimentConfig:

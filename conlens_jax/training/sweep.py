@@ -20,9 +20,8 @@ from conlens_jax.config import (
     ConfigError,
     ExperimentConfig,
     field_names,
-    from_config_dict,
-    to_json_dict,
     unknown_field_message,
+    with_changes,
 )
 from conlens_jax.training.stage_log import METRICS
 from conlens_jax.training.tracking import read_metrics
@@ -158,14 +157,7 @@ def trial_config(
     Raises:
       ConfigError: values that do not fit together.
     """
-    changed = to_json_dict(config)
-    for field, value in {**values, "run_dir": str(folder)}.items():
-        *sections, name = field.split(".")
-        part = changed
-        for section in sections:
-            part = part[section]
-        part[name] = value
-    return from_config_dict(changed)
+    return with_changes(config, {**values, "run_dir": str(folder)})
 
 
 def result_of(sweep: Sweep, run_folder: Path) -> float:
