@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from conlens_jax.evaluation.metrics import cosine
 from conlens_jax.inspection.explanations import ExplainedToken
 from conlens_jax.inspection.texts import token_lists
 from conlens_jax.models.generate import bucket
@@ -70,13 +71,14 @@ def compare(lens: Lens, a: Place | Vector, b: Place | Vector) -> Comparison:
     mean_D = np.asarray(lens.frozen["statistics"]["mean"])
     a_D, b_D = vector_of(a), vector_of(b)
     difference_D = a_D - b_D
+    cosine_to = lambda x_D: float(cosine(x_D[None], difference_D[None])[0])
     texts = lens.decode(np.stack([a_D, b_D, mean_D + difference_D, mean_D - difference_D]))
     # A text of special tokens alone is empty, and cannot be read back.
     read_a, read_b, towards_a, _ = (lens.encode(text) if text else mean_D for text in texts)
     return Comparison(
         *texts,
-        cos=_cosine(read_a - read_b, difference_D),
-        cos_towards_a=_cosine(towards_a - mean_D, difference_D),
+        cos=cosine_to(read_a - read_b),
+        cos_towards_a=cosine_to(towards_a - mean_D),
     )
 
 
@@ -118,8 +120,3 @@ def _continued(lens: Lens, text: Any, position: int, vector_D: Vector, count: in
         )
         row_1S[0, end] = int(np.argmax(logits[0, end - 1]))
     return lens.model.tokenizer.decode(row_1S[0, length : length + count])
-
-
-def _cosine(x: np.ndarray, y: np.ndarray) -> float:
-    size = np.linalg.norm(x) * np.linalg.norm(y)
-    return float(x @ y / size) if size else 0.0

@@ -17,9 +17,9 @@ A stream is server-sent events: ``{layer_index, total, prompt_length}`` (of expl
 ``[DONE]`` at the end. ``mse`` is that of vectors scaled to norm √d, 2(1 − cos).
 
 What differs, because a lens is no NLA pair: a text has the lens's own length, so a smaller
-``max_new_tokens`` is refused; texts are written one after the other, and a request gets the same
-samples again. Tokens are not grouped into glyphs (``fragment_count`` is 1), nor given the roles of
-a chat (null). ``continue_final_message``, ``enable_thinking``, ``/compare`` and ``/completion`` are
+``max_new_tokens`` is refused; a stream's texts are written one after the other, and a request gets
+the same samples again. Tokens are not grouped into glyphs (``fragment_count`` is 1), nor given the
+roles of a chat (null). ``continue_final_message``, ``enable_thinking``, ``/compare`` and ``/completion`` are
 not offered; a stream that has to end early says ``{error}`` in its place.
 """
 
@@ -36,11 +36,14 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
+from conlens_jax.evaluation.metrics import cosine, mse_nrm
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.inspection.texts import chat_tokens, token_lists
 from conlens_jax.inspection.turns import Busy, Turns
 
 MAX_CHARACTERS, MAX_DESCRIPTION, MAX_POSITIONS, MAX_ACTIVATIONS = 65_536, 8_192, 512, 512
+_A_TURN = 32
+"""Explanations that are written before the next request may have the lens."""
 
 
 class Message(BaseModel):
@@ -131,8 +134,12 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
             raise ValueError("the description is empty")
         with turns.turn():
             found = lens.encode(description)
-        size = float(np.linalg.norm(found) * np.linalg.norm(vector))
-        return _similarity(float(found @ vector) / size if size else 0.0)
+        return _similarity(float(cosine(found[None], vector[None])[0]))
+
+    def judged(text: str, vector: np.ndarray) -> dict[str, Any]:
+        """A text that was written just now; one of special tokens alone cannot be read back."""
+        unread = {"mse": None, "cosine_similarity": None}
+        return {"description": text, **(scored(text, vector) if text.strip() else unread)}
 
     def written(pieces: Iterator[str]) -> Iterator[str]:
         """The text so far, a turn at the lens for each token."""
@@ -201,28 +208,28 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
         with turns.turn():
             vectors = lens.capture(tokens, chosen)
 
-        def result(position: int, vector: np.ndarray) -> dict[str, Any]:
-            with turns.turn():
-                (row,) = lens.explain(tokens, position, progress=False, **decoding)
-            return {
-                **_token(lens, tokens, position),
-                "l2_norm": float(np.linalg.norm(vector)),
-                "description": row.explanation,
-                **_similarity(row.best.cos),
-                "generated": False,
-            }
+        def result(position: int, vector: np.ndarray, found: dict[str, Any]) -> dict[str, Any]:
+            place = {**_token(lens, tokens, position), "l2_norm": float(np.linalg.norm(vector))}
+            return {**place, **found, "generated": False}
 
-        places = list(zip(chosen, vectors, strict=True))
         if not request.stream:
-            return {"layer_index": layer, "results": [result(*place) for place in places]}
+            results = []
+            for start in range(0, len(chosen), _A_TURN):
+                here = slice(start, start + _A_TURN)
+                with turns.turn():
+                    rows = lens.explain(tokens, chosen[here], progress=False, **decoding)
+                for position, vector, row in zip(chosen[here], vectors[here], rows, strict=True):
+                    found = {"description": row.explanation, **_similarity(row.best.cos)}
+                    results.append(result(position, vector, found))
+            return {"layer_index": layer, "results": results}
 
         def frames() -> Iterator[dict[str, Any]]:
             yield {"layer_index": layer, "total": len(chosen), "prompt_length": len(tokens)}
-            for position, vector in places:
-                pieces = lens.write_vector(vector, position=position, **decoding)
-                for text in written(pieces):
+            for position, vector in zip(chosen, vectors, strict=True):
+                text = ""
+                for text in written(lens.write_vector(vector, position=position, **decoding)):
                     yield {"position": position, "text": text, "done": False}
-                yield result(position, vector)
+                yield result(position, vector, judged(text, vector))
 
         return _events(frames())
 
@@ -236,8 +243,7 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
                 text = ""
                 for text in written(lens.write_vector(vector, position=index, **decoding)):
                     yield {"index": index, "text": text, "done": False}
-                unread = {"mse": None, "cosine_similarity": None}  # special tokens alone
-                yield {"description": text, **(scored(text, vector) if text.strip() else unread)}
+                yield judged(text, vector)
 
         if request.stream:
             return _events(frames())
@@ -269,7 +275,7 @@ def _index(position: int, length: int) -> int:
 
 
 def _similarity(cos: float) -> dict[str, float]:
-    return {"mse": 2 * (1 - cos), "cosine_similarity": cos}
+    return {"mse": float(mse_nrm(cos)), "cosine_similarity": cos}
 
 
 def _events(frames: Iterator[dict[str, Any]]) -> StreamingResponse:
