@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from conlens_jax.evaluation.best_of import best_of_curves
-from conlens_jax.evaluation.bootstrap import Interval
-from conlens_jax.evaluation.report import MetricGroup, MetricRow
+from conlens_jax.evaluation.report import (
+    HIGHER,
+    LOWER,
+    NEITHER,
+    MetricGroup,
+    MetricRow,
+    Metrics,
+    Rowspec,
+)
 from conlens_jax.evaluation.svg import CurveChart, Series
 from conlens_jax.evaluation.text_changes import CHANGES
 from conlens_jax.evaluation.truth_tables import truth_by
-
-HIGHER, LOWER, NEITHER = "higher", "lower", ""
-Metrics = Mapping[str, Interval]
-Rowspec = tuple[str, str, str]
 
 AUDIT: tuple[Rowspec, ...] = (
     ("gap_frozen", "fve_nrm of the lens's own encoder minus the audit encoder's", LOWER),

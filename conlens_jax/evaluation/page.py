@@ -14,19 +14,20 @@ from conlens_jax.evaluation.bootstrap import Interval
 from conlens_jax.evaluation.full_tables import AUDIT, full_charts, full_groups
 from conlens_jax.evaluation.heat_map import HeatMap
 from conlens_jax.evaluation.report import (
+    HIGHER,
+    LOWER,
+    NEITHER,
     CurveChart,
     Example,
     HistogramChart,
     MetricGroup,
     MetricRow,
     Report,
+    Rowspec,
     Series,
 )
 from conlens_jax.evaluation.suite import HEADLINE, Evaluated
 from conlens_jax.evaluation.truth_tables import TRUTH
-
-HIGHER, LOWER, NEITHER = "higher", "lower", ""
-Rowspec = tuple[str, str, str]  # metric, explanation, which way is better
 
 _CARRIES: tuple[Rowspec, ...] = (
     ("fve_nrm", "share of the directional variance explained, greedy text", HIGHER),

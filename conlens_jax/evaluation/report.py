@@ -49,10 +49,16 @@ __all__ = [
 
 _OPEN_EXAMPLES = 6
 
+HIGHER, LOWER, NEITHER = "higher", "lower", ""
+"""Which way a metric is better."""
+Rowspec = tuple[str, str, str]
+"""A metric, what it is, and which way it is better."""
+Metrics = Mapping[str, Interval]
+
 
 @dataclasses.dataclass(frozen=True)
 class MetricRow:
-    """One metric of every system. ``better`` is ``"higher"``, ``"lower"`` or ``""`` (neither);
+    """One metric of every system. ``better`` is ``HIGHER``, ``LOWER`` or ``NEITHER``;
     ``values`` has one entry a column, None where the metric does not apply."""
 
     name: str

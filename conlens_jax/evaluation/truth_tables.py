@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from conlens_jax.evaluation.bootstrap import Interval
-from conlens_jax.evaluation.report import MetricGroup, MetricRow
+from conlens_jax.evaluation.report import (
+    HIGHER,
+    NEITHER,
+    MetricGroup,
+    MetricRow,
+    Metrics,
+    Rowspec,
+)
 from conlens_jax.evaluation.truth import RANGES, SOON
 
-HIGHER, NEITHER = "higher", ""
-Metrics = Mapping[str, Interval]
-
-TRUTH: tuple[tuple[str, str, str], ...] = (
+TRUTH: tuple[Rowspec, ...] = (
     ("recall", "share of the probe-readable values that the greedy text states", HIGHER),
     ("sampled_recall", "… the sampled text", HIGHER),
     ("null_shuffle_recall", "… the text of another row", NEITHER),
