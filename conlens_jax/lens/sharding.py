@@ -21,10 +21,11 @@ from conlens_jax.models.sharding import param_shardings
 from conlens_jax.models.transformer_config import TransformerConfig
 from conlens_jax.parallel.mesh import param_spec, shardings_like
 
+# O is the other D of a matrix that has two: an axis splits one dimension only.
 _OWN_PARTS = {
-    "projection": {"kernel": P("fsdp", None)},
-    "input_patches": {"kernel": P(None, "fsdp", None)},
-    "output_head": P("fsdp", "tensor"),
+    "projection": {"kernel": param_spec("DO")},
+    "input_patches": {"kernel": param_spec("NDO")},
+    "output_head": param_spec("DV"),
 }
 
 

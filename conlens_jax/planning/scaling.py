@@ -16,7 +16,7 @@ import jax
 from conlens_jax.benchmark.flops import step_flops, supervised_flops
 from conlens_jax.config import ExperimentConfig, MeshConfig
 from conlens_jax.parallel.footprint import in_units
-from conlens_jax.parallel.mesh import MESH_PRESETS, make_mesh
+from conlens_jax.parallel.mesh import make_mesh, mesh_shape, planned_mesh
 from conlens_jax.planning.collectives import KINDS, Collective, collectives_of
 from conlens_jax.planning.compiled import compiled_program, memory_of
 from conlens_jax.planning.gpu_target import target_mesh
@@ -68,8 +68,8 @@ def plan_for(
 ) -> tuple[Plan, Stage]:
     """The config on so many devices, with as many rows each as on 8."""
     inside = min(devices, SLICE)
-    of_preset = MESH_PRESETS.get(config.mesh.preset, config.mesh).tensor
-    tensor = min(max(of_preset, config.mesh.tensor), inside)
+    *_, tensor = mesh_shape(*planned_mesh(config.mesh))
+    tensor = min(tensor, inside)
     mesh = MeshConfig(data=devices // inside, fsdp=inside // tensor, tensor=tensor)
     grown = lambda rows: rows * devices // SLICE or 1
     config = dataclasses.replace(
