@@ -8,7 +8,6 @@ table. The same command goes on where it was stopped. The sweep file is W&B's fo
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from conlens_jax.training.console import Console
 from conlens_jax.training.loop import train_lens
 from conlens_jax.training.setting import open_setting
 from conlens_jax.training.sweep import read_sweep, result_of, trial_config, trials
+from conlens_jax.training.tracking import json_line
 
 _CONFIG = cli.define_config()
 _SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, such as configs/sweeps/joint.yaml.")
@@ -42,20 +42,12 @@ def main() -> None:
         console.line("sweep", trial=number, of=len(chosen), **values)
         result = result_of(sweep, train_lens(open_setting(trial, console)))
         results.append({"trial": number, sweep.metric: result, **values})
-        lines = "".join(json.dumps(_plain(result)) + "\n" for result in results)
+        lines = "".join(json_line(result) for result in results)
         (folder / "trials.jsonl").write_text(lines, encoding="utf-8")
     sign = -1 if sweep.maximize else 1
     last = lambda value: math.inf if math.isnan(value) else sign * value
     results.sort(key=lambda result: last(result[sweep.metric]))
     console.table("trials, the best first", list(results[0]), [list(r.values()) for r in results])
-
-
-def _plain(result: dict) -> dict:
-    """Without NaN, which JSON does not know."""
-    return {
-        name: None if isinstance(value, float) and math.isnan(value) else value
-        for name, value in result.items()
-    }
 
 
 if __name__ == "__main__":

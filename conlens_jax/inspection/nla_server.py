@@ -19,8 +19,8 @@ A stream is server-sent events: ``{layer_index, total, prompt_length}`` (of expl
 What differs, because a lens is no NLA pair: a text has the lens's own length, so a smaller
 ``max_new_tokens`` is refused; a stream's texts are written one after the other, and a request gets
 the same samples again. Tokens are not grouped into glyphs (``fragment_count`` is 1), nor given the
-roles of a chat (null). ``continue_final_message``, ``enable_thinking``, ``/compare`` and ``/completion`` are
-not offered; a stream that has to end early says ``{error}`` in its place.
+roles of a chat (null). ``continue_final_message``, ``enable_thinking``, ``/compare`` and
+``/completion`` are not offered; a stream that has to end early says ``{error}`` in its place.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class MetricsFile:
             return
         record = {"step": step, "time": round(time.time(), 3), **values}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(_to_json(record) + "\n")
+            file.write(json_line(record))
 
     def truncate_after(self, step: int) -> None:
         """Drops the records of steps after ``step``, those that a resumed run will write anew."""
@@ -46,7 +46,7 @@ class MetricsFile:
 
     def _rewrite(self, records: Sequence[Mapping[str, Any]]) -> None:
         temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(_to_json(r) + "\n" for r in records), encoding="utf-8")
+        temporary.write_text("".join(json_line(r) for r in records), encoding="utf-8")
         temporary.replace(self.path)
 
 
@@ -77,8 +77,9 @@ def _has_torn_line(path: Path) -> bool:
         return file.read(1) != b"\n"
 
 
-def _to_json(record: Mapping[str, Any]) -> str:
-    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
+def json_line(record: Mapping[str, Any]) -> str:
+    """A record as a line of its own; NaN and infinities, which JSON does not know, are null."""
+    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:
