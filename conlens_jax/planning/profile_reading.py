@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 
 from conlens_jax.config import ConfigError
+from conlens_jax.planning.collectives import KINDS
 from conlens_jax.training.profile import HLO_FILE
 
 _OP_NAME = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = .*metadata=\{.*?op_name="([^"]*)"', re.M)
@@ -24,7 +25,6 @@ PHASES = (
     *("text_terms", "encode", "swap", "text_anchor", "read", "write", "optimizer"),
 )
 EXCHANGE = "between devices"
-_EXCHANGE = re.compile(r"all-(reduce|gather|to-all)|reduce-scatter|collective-")
 
 
 class Event(NamedTuple):
@@ -45,9 +45,7 @@ def time_by_operation(folder: Path) -> dict[str, float]:
     if not files:
         raise ConfigError([f"{folder}: no *.xplane.pb; train with --config.profile.steps=(a,b)"])
     seconds: collections.Counter[str] = collections.Counter()
-    # Kept by name: its planes and lines point into it, and do not keep it alive.
-    profile = jax.profiler.ProfileData.from_file(str(files[-1]))
-    for plane in profile.planes:
+    for plane in jax.profiler.ProfileData.from_file(str(files[-1])).planes:
         for line in plane.lines:
             for name, nanoseconds in own_times(_operations(line)):
                 seconds[name] += nanoseconds / 1e9
@@ -90,7 +88,7 @@ def scopes_of(folder: Path) -> dict[str, str]:
 def phase_of(scope: str, operation: str = "") -> str:
     """The outermost phase of a path of names; its gradient is a phase of its own. What devices
     exchange is one phase: XLA merges the sums of many, and names them after one of these."""
-    if _EXCHANGE.match(operation):
+    if operation.startswith(KINDS):
         return EXCHANGE
     for part in scope.split("/"):
         inner = re.findall(r"[\w\-]+", part)
