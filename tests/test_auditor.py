@@ -38,5 +38,7 @@ def test_the_activation_stays_and_a_row_is_shifted_alike_in_any_batch(rows):
     everything, some = shifted.rows(np.arange(N_ROWS)), np.array([7, 400, 7])
     np.testing.assert_array_equal(shifted.rows(some).positions_N, everything.positions_N[some])
     np.testing.assert_array_equal(everything.activations_ND, rows.activations_ND)
+    (places,) = shifted.places()
+    np.testing.assert_array_equal(places.positions_N, everything.positions_N)
     other = ShiftedWindows(CapturedRows(rows), WINDOW, shift=2, seed=2).rows(np.arange(N_ROWS))
     assert np.any(other.positions_N != everything.positions_N)

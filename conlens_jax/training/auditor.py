@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from conlens_jax.config import WarmConfig
-from conlens_jax.data.rows import Rows, RowSource
+from conlens_jax.data.rows import Places, Rows, RowSource
 from conlens_jax.data.stream import CapturedRows, TokenStream
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.models.param_table import Params
@@ -19,6 +20,8 @@ from conlens_jax.training.run_folder import AUDIT
 from conlens_jax.training.setting import Setting, training_rows
 from conlens_jax.training.state import Stage
 from conlens_jax.training.wandb_run import WandbRun
+
+Where = TypeVar("Where", Rows, Places)
 
 
 def train_auditor(setting: Setting, run_folder: Path) -> Params:
@@ -80,9 +83,19 @@ class ShiftedWindows:
 
     def rows(self, indices: np.ndarray | Sequence[int]) -> Rows:
         """The rows at ``indices``, in that order."""
-        rows, window, shift = self._source.rows(indices), self._window, self._shift
-        before_N = np.clip(rows.positions_N - (window.before - 1), 0, shift)
-        behind_N = np.clip(rows.lengths_N - 1 - window.after - rows.positions_N, 0, shift)
-        choices_N = before_N + behind_N + 1
-        shifts_N = np.floor(self._draws_N[indices] * choices_N).astype(np.int32) - before_N
-        return dataclasses.replace(rows, positions_N=rows.positions_N + shifts_N.astype(np.int32))
+        return self._shifted(self._source.rows(indices), self._draws_N[indices])
+
+    def places(self) -> Iterator[Places]:
+        """Positions (the shifted ones), lengths and documents of all rows."""
+        start = 0
+        for piece in self._source.places():
+            stop = start + len(piece.positions_N)
+            yield self._shifted(piece, self._draws_N[start:stop])
+            start = stop
+
+    def _shifted(self, rows: Where, draws_N: np.ndarray) -> Where:
+        window, shift, at_N = self._window, self._shift, rows.positions_N
+        before_N = np.clip(at_N - (window.before - 1), 0, shift)
+        behind_N = np.clip(rows.lengths_N - 1 - window.after - at_N, 0, shift)
+        shifts_N = np.floor(draws_N * (before_N + behind_N + 1)) - before_N
+        return dataclasses.replace(rows, positions_N=at_N + shifts_N.astype(at_N.dtype))
