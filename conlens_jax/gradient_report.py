@@ -23,7 +23,8 @@ from conlens_jax.evaluate import CHECKPOINT, recorded_config
 from conlens_jax.evaluation import lens_gradients
 from conlens_jax.evaluation.gradients import build_report, measure
 from conlens_jax.evaluation.markup import format_interval
-from conlens_jax.evaluation.report import Report, write_report
+from conlens_jax.evaluation.report import write_report
+from conlens_jax.evaluation.report_data import Report
 from conlens_jax.training.console import Console
 from conlens_jax.training.setting import open_setting
 

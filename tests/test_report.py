@@ -13,20 +13,12 @@ import numpy as np
 import pytest
 
 from conlens_jax.evaluation import svg
+from conlens_jax.evaluation.bootstrap import Interval
 from conlens_jax.evaluation.heat_map import STEPS, HeatMap, HeatToken, render_heat_map
 from conlens_jax.evaluation.markup import escape, format_interval, format_number, show_token
-from conlens_jax.evaluation.report import (
-    CurveChart,
-    Example,
-    HistogramChart,
-    Interval,
-    MetricGroup,
-    MetricRow,
-    Report,
-    Series,
-    render_report,
-    write_report,
-)
+from conlens_jax.evaluation.report import render_report, write_report
+from conlens_jax.evaluation.report_data import Example, MetricGroup, MetricRow, Report
+from conlens_jax.evaluation.svg import CurveChart, HistogramChart, Series
 
 NAN, INF = math.nan, math.inf
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from conlens_jax.evaluation.best_of import best_of_curves
-from conlens_jax.evaluation.report import (
+from conlens_jax.evaluation.report_data import (
     HIGHER,
     LOWER,
     NEITHER,

@@ -19,14 +19,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from conlens_jax.config.estimator import SCORE_FUNCTION, Estimator, parse_estimator
-from conlens_jax.evaluation.report import (
-    CurveChart,
-    Interval,
-    MetricGroup,
-    MetricRow,
-    Report,
-    Series,
-)
+from conlens_jax.evaluation.bootstrap import Interval
+from conlens_jax.evaluation.report_data import HIGHER, LOWER, MetricGroup, MetricRow, Report
+from conlens_jax.evaluation.svg import CurveChart, Series
 from conlens_jax.lens.gumbel import straight_through_embed
 from conlens_jax.lens.policy import policy_loss
 
@@ -205,12 +200,12 @@ _TAUS = (0.25, 0.5, 1.0, 2.0, 4.0)
 _SWEPT = (("straight-through", "straight_through"), ("Gumbel-Rao 16", "gumbel_rao=16"))
 _SWEPT += (("ReinMax", "reinmax"),)
 _ROWS = (
-    ("snr", "size of the mean over the spread of one draw", "higher"),
-    ("cosine", "of the mean to the true gradient", "higher"),
-    ("one_cosine", "of one draw to the true gradient, mean", "higher"),
-    ("bias", "distance of the mean from the true gradient, as a share of it", "lower"),
+    ("snr", "size of the mean over the spread of one draw", HIGHER),
+    ("cosine", "of the mean to the true gradient", HIGHER),
+    ("one_cosine", "of one draw to the true gradient, mean", HIGHER),
+    ("bias", "distance of the mean from the true gradient, as a share of it", LOWER),
     ("bias_noise", "what the row above shows of an estimator without bias", ""),
-    ("spread", "standard deviation of one draw, as a share of the true gradient", "lower"),
+    ("spread", "standard deviation of one draw, as a share of the true gradient", LOWER),
 )
 
 

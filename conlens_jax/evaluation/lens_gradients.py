@@ -22,7 +22,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from conlens_jax.config import ConfigError, LossConfig, constant
-from conlens_jax.evaluation.report import Interval, MetricGroup, MetricRow, Report
+from conlens_jax.evaluation.bootstrap import Interval
+from conlens_jax.evaluation.report_data import HIGHER, LOWER, MetricGroup, MetricRow, Report
 from conlens_jax.lens.batch import Batch, make_batch
 from conlens_jax.lens.gumbel import drawn_noise, example_keys
 from conlens_jax.lens.schedules import make_schedule
@@ -50,12 +51,12 @@ REFERENCE = "rloo=4"
 BLOCKS = 8
 _T_975 = 2.36  # of Student's t with BLOCKS − 1 degrees of freedom
 _ROWS = (
-    ("snr", "size of the mean over the spread of one draw", "higher"),
-    ("cosine", "of the mean to the true gradient", "higher"),
-    ("one_cosine", "of one draw to the true gradient, mean", "higher"),
+    ("snr", "size of the mean over the spread of one draw", HIGHER),
+    ("cosine", "of the mean to the true gradient", HIGHER),
+    ("one_cosine", "of one draw to the true gradient, mean", HIGHER),
     ("size", "of the mean, as a share of the true gradient's", ""),
-    ("bias", "distance of the mean from the true gradient, as a share of it", "lower"),
-    ("spread", "standard deviation of one draw, as a share of the true gradient", "lower"),
+    ("bias", "distance of the mean from the true gradient, as a share of it", LOWER),
+    ("spread", "standard deviation of one draw, as a share of the true gradient", LOWER),
 )
 Qualities = dict[str, Interval]
 

@@ -13,20 +13,18 @@ from conlens_jax.data.tokenizer import Tokenizer
 from conlens_jax.evaluation.bootstrap import Interval
 from conlens_jax.evaluation.full_tables import AUDIT, full_charts, full_groups
 from conlens_jax.evaluation.heat_map import HeatMap
-from conlens_jax.evaluation.report import (
+from conlens_jax.evaluation.report_data import (
     HIGHER,
     LOWER,
     NEITHER,
-    CurveChart,
     Example,
-    HistogramChart,
     MetricGroup,
     MetricRow,
     Report,
     Rowspec,
-    Series,
 )
 from conlens_jax.evaluation.suite import HEADLINE, Evaluated
+from conlens_jax.evaluation.svg import CurveChart, HistogramChart, Series
 from conlens_jax.evaluation.truth_tables import TRUTH
 
 _CARRIES: tuple[Rowspec, ...] = (

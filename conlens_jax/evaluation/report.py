@@ -7,7 +7,6 @@ report gives the same bytes.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -18,14 +17,22 @@ from typing import Any
 import numpy as np
 
 from conlens_jax.evaluation.bootstrap import Interval
-from conlens_jax.evaluation.heat_map import HeatMap, render_heat_map
+from conlens_jax.evaluation.heat_map import render_heat_map
 from conlens_jax.evaluation.markup import escape, format_interval, format_number, show_token
+from conlens_jax.evaluation.report_data import (
+    HIGHER,
+    LOWER,
+    NEITHER,
+    Example,
+    MetricGroup,
+    MetricRow,
+    Report,
+    report_problems,
+)
 from conlens_jax.evaluation.style import CSS
 from conlens_jax.evaluation.svg import (
     N_COLOURS,
     CurveChart,
-    HistogramChart,
-    Series,
     curve_svg,
     finite_values,
     histogram_svg,
@@ -34,120 +41,7 @@ from conlens_jax.evaluation.svg import (
     series_colours,
 )
 
-__all__ = [
-    "CurveChart",
-    "Example",
-    "HistogramChart",
-    "Interval",
-    "MetricGroup",
-    "MetricRow",
-    "Report",
-    "Series",
-    "render_report",
-    "write_report",
-]
-
 _OPEN_EXAMPLES = 6
-
-HIGHER, LOWER, NEITHER = "higher", "lower", ""
-"""Which way a metric is better."""
-Rowspec = tuple[str, str, str]
-"""A metric, what it is, and which way it is better."""
-Metrics = Mapping[str, Interval]
-
-
-@dataclasses.dataclass(frozen=True)
-class MetricRow:
-    """One metric of every system. ``better`` is ``HIGHER``, ``LOWER`` or ``NEITHER``;
-    ``values`` has one entry a column, None where the metric does not apply."""
-
-    name: str
-    explanation: str
-    better: str
-    values: Sequence[Interval | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class MetricGroup:
-    """One table; ``columns`` head it where they are not the systems of the report."""
-
-    title: str
-    note: str
-    rows: Sequence[MetricRow]
-    columns: Sequence[str] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One row, for reading.
-
-    Attributes:
-      context: the text before the position; token_at_position: the token whose activation is read;
-        continuation: the text that follows, which the lens does not see.
-      explanations: (column name, text written from the activation).
-      other_row_text: the control, the text of another row.
-      numbers: metrics of this row by name, for example KL and cosine.
-      top_before, top_after: (token, probability) of M's next-token predictions without and with
-        the swap.
-      label: why this row is shown, where it was not chosen blindly.
-    """
-
-    context: str
-    token_at_position: str
-    continuation: str
-    explanations: Sequence[tuple[str, str]]
-    other_row_text: str = ""
-    numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    top_before: Sequence[tuple[str, float]] = ()
-    top_after: Sequence[tuple[str, float]] = ()
-    label: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """All that the page shows; empty parts are left out.
-
-    Attributes:
-      summary: one or two plain sentences with the result.
-      facts: (label, value) pairs: model, layer, rows, seed.
-      columns: the systems, side by side in every table.
-      config: nested plain values.
-      notes: limits and remarks, one paragraph each.
-      curves, measured_curves: of the training, and of the evaluation.
-    """
-
-    title: str
-    summary: str
-    facts: Sequence[tuple[str, Any]]
-    columns: Sequence[str]
-    metric_groups: Sequence[MetricGroup]
-    curves: Sequence[CurveChart] = ()
-    histograms: Sequence[HistogramChart] = ()
-    examples: Sequence[Example] = ()
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    notes: Sequence[str] = ()
-    measured_curves: Sequence[CurveChart] = ()
-    heat_maps: Sequence[HeatMap] = ()
-
-
-def _problems(report: Report) -> Iterator[str]:
-    for group in report.metric_groups:
-        for row in group.rows:
-            columns = group.columns or report.columns
-            if len(row.values) != len(columns):
-                yield (
-                    f"metric {row.name!r} has {len(row.values)} values for "
-                    f"{len(columns)} columns; give None where there is no value"
-                )
-            if row.better not in ("higher", "lower", ""):
-                yield f"metric {row.name!r}: better must be 'higher', 'lower' or ''"
-    for chart in (*report.curves, *report.measured_curves):
-        for series in chart.series:
-            if len(series.x) != len(series.y):
-                yield (
-                    f"chart {chart.title!r}, series {series.name!r}: x has {len(series.x)} "
-                    f"entries and y has {len(series.y)}"
-                )
 
 
 def _wrap(tag: str, kind: str, content: str) -> str:
@@ -163,7 +57,7 @@ def _best(row: MetricRow) -> int | None:
     finite = [(v.value, i) for i, v in enumerate(row.values) if v and math.isfinite(v.value)]
     if len(finite) < 2 or not row.better:
         return None
-    value, index = (max if row.better == "higher" else min)(finite, key=lambda pair: pair[0])
+    value, index = (max if row.better == HIGHER else min)(finite, key=lambda pair: pair[0])
     return index if [v for v, _ in finite].count(value) == 1 else None
 
 
@@ -176,7 +70,7 @@ def _metric_cell(value: Interval | None, best: bool) -> str:
 
 
 def _metric_row(row: MetricRow, strips: bool) -> str:
-    arrow = {"higher": "↑ higher is better", "lower": "↓ lower is better", "": ""}[row.better]
+    arrow = {HIGHER: "↑ higher is better", LOWER: "↓ lower is better", NEITHER: ""}[row.better]
     better = f'<b class="better">{arrow}</b>' if arrow else ""
     best = _best(row)
     cells = "".join(_metric_cell(value, index == best) for index, value in enumerate(row.values))
@@ -390,7 +284,7 @@ def render_report(report: Report) -> str:
     Raises:
       ValueError: rows or series whose lengths do not fit; all of them in one message.
     """
-    problems = list(_problems(report))
+    problems = list(report_problems(report))
     if problems:
         raise ValueError("\n".join(f"  - {problem}" for problem in problems))
     reserved = {name: index % N_COLOURS for index, name in enumerate(report.columns)}

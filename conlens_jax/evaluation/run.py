@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from conlens_jax.config import ConfigError, to_json_dict
+from conlens_jax.evaluation.bootstrap import Interval
 from conlens_jax.evaluation.document_heat import document_heat
 from conlens_jax.evaluation.full import Studies
 from conlens_jax.evaluation.heat_map import HeatMap
 from conlens_jax.evaluation.metric_files import flatten, write_metrics
 from conlens_jax.evaluation.page import PageData, System, build_report
-from conlens_jax.evaluation.report import Interval, write_report
+from conlens_jax.evaluation.report import write_report
 from conlens_jax.evaluation.suite import HEADLINE, Evaluated, Suite, attribute_token_ids
 from conlens_jax.evaluation.tracking import track_evaluation
 from conlens_jax.lens.spec import init_lens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from conlens_jax.evaluation.report import (
+from conlens_jax.evaluation.report_data import (
     HIGHER,
     NEITHER,
     MetricGroup,
