@@ -23,8 +23,8 @@ def _is_known(flag: str) -> bool:
     return not subprocess.run(command, env=environment, capture_output=True).returncode
 
 
-# XLA's pool has a thread for each device. Programs compiled in a hurry can wait in more exchanges
-# between devices than that at once, and then wait for ever (seen after some hundred steps on 8).
+# With XLA's default, as many threads as devices, programs compiled in a hurry have waited for each
+# other for ever after some hundred steps on 8 devices; with more threads they have not.
 os.environ.setdefault("NPROC", "64")
 if "XLA_FLAGS" not in os.environ:  # pytest-xdist's workers inherit it
     os.environ["XLA_FLAGS"] = " ".join(filter(_is_known, _QUICK_COMPILE))
