@@ -37,7 +37,14 @@ from typing import Any
 import jax
 
 from conlens_jax.benchmark.flops import step_flops
-from conlens_jax.benchmark.measure import Measured, Runner, matmul_rate, row_rate
+from conlens_jax.benchmark.measure import (
+    Measured,
+    Runner,
+    copy_rate,
+    matmul_rate,
+    peak_memory,
+    row_rate,
+)
 from conlens_jax.benchmark.phases import (
     naive_phases,
     naive_step,
@@ -73,10 +80,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for kind in {"exact", "detached"} - {work.spec.lens.history_gradient}:
         ours[f"step {kind}"] = our_step(with_history(work, kind), runner)
     exact = ours.get("step exact", ours["step"])
+    peak_bytes = peak_memory()
     rate = max(rate, matmul_rate(work.config.model.dtype, options.repeat))
+    bandwidth = copy_rate(options.repeat)
     result = {
         "workload": _description(work),
         "matmul_flops_per_s": rate,
+        "copy_bytes_per_s": bandwidth,
+        "peak_bytes": peak_bytes,
         "row_flops_per_s": row_rate(
             work.config.model.dtype,
             len(work.batch.positions_B),
@@ -89,6 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     }
     result["limit_seconds"] = result["least_flops"]["total"] / rate
     result["ratios"] = {"ours / limit": ours["step"].seconds / result["limit_seconds"]}
+    if "decode" in ours:
+        # Every token reads the decoder's weights once, whatever the number of rows.
+        read_bytes = work.spec.text_len * parameter_bytes(work)
+        result["ratios"]["decode: weight bytes read / copy rate"] = (
+            read_bytes / ours["decode"].seconds / bandwidth
+        )
     if options.naive:
         seconds, temp_bytes = plain["step"].seconds, plain["step"].temp_bytes
         result["ratios"] |= {
@@ -102,6 +119,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return result
 
 
+def parameter_bytes(work: Workload) -> int:
+    """Of the frozen model: its matrices, without the embedding that is only looked up."""
+    params = work.frozen["original"]
+    looked_up = 0 if work.spec.model.tied_embeddings else params["embedding"].nbytes
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - looked_up
+
+
 def workload_of(options: argparse.Namespace) -> Workload:
     config = read_config_file(options.config) if options.config else ExperimentConfig()
     changes = {
@@ -112,6 +136,7 @@ def workload_of(options: argparse.Namespace) -> Workload:
         "model.dtype": options.dtype,
         "model.unroll": options.unroll,
         "model.remat": options.remat,
+        "model.attention": options.attention,
         "joint.batch_size": options.batch,
         "joint.rows_per_document": options.rows_per_document,
         "dump.seq_len": options.context,
@@ -138,6 +163,8 @@ def report(result: dict[str, Any]) -> str:
         ", ".join(f"{name} {value}" for name, value in work.items()),
         f"matrix products: {rate / 1e9:.1f} GFLOP/s; of a token of each text with one matrix after "
         f"another: {result['row_flops_per_s'] / 1e9:.1f}",
+        f"copies: {result['copy_bytes_per_s'] / 1e9:.0f} GB/s, read and written",
+        *([f"peak memory: {result['peak_bytes'] / 2**30:.1f} GiB"] if result["peak_bytes"] else []),
         "",
         "| phase | ms | temp MiB | least GFLOP | limit ms | ms / limit | naive ms | temp MiB |",
         "|---|---|---|---|---|---|---|---|",
@@ -194,6 +221,7 @@ def _description(work: Workload) -> dict[str, Any]:
         "dtype": spec.model.dtype,
         "unroll": spec.model.unroll,
         "remat": spec.model.remat,
+        "attention": spec.model.attention,
         "device": jax.devices()[0].device_kind,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
         "jax": jax.__version__,
@@ -213,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--unroll", type=int, help="model.unroll of both implementations")
     parser.add_argument("--remat", choices=("none", "products", "full"))
+    parser.add_argument("--attention", choices=("xla", "cudnn"), help="model.attention")
     parser.add_argument("--repeat", type=int, default=3, help="the best of so many runs counts")
     parser.add_argument("--json", default="", help="file for all numbers")
     parser.add_argument(

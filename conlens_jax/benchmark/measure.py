@@ -98,6 +98,25 @@ def row_rate(dtype: str, rows: int, width: int, repeat: int) -> float:
     return best
 
 
+def copy_rate(repeat: int) -> float:
+    """Bytes/s of scaling a large array, read and written, counting both."""
+    size = (1 << 30) if jax.default_backend() == "gpu" else (1 << 27)
+    scale = jax.jit(lambda x: x * 0.5)
+    x = jnp.ones(size // 4, jnp.float32)
+    jax.block_until_ready(scale(x))
+    best = 0.0
+    for _ in range(repeat):
+        started = time.perf_counter()
+        jax.block_until_ready(scale(x))
+        best = max(best, 2.0 * size / (time.perf_counter() - started))
+    return best
+
+
+def peak_memory() -> int | None:
+    """The most bytes of the first device that were in use so far; None where it does not count."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
 def matmul_rate(dtype: str, repeat: int) -> float:
     """FLOP/s of the best of several large square products in ``dtype``.
 
