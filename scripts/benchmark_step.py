@@ -3,7 +3,7 @@
 Command:  python scripts/benchmark_step.py --shape=S --text-len=8 --batch=32 --context=64
           python scripts/benchmark_step.py --config=configs/quickstart.py
 Time:     about 4 minutes for S at T = 8 with --unroll=1 on 2 CPU cores, most of it compiling the
-          naive step; --no-naive and --no-phases leave parts out.
+          naive step; --no-naive and --phases=none leave parts out.
 
 One run prints, for this implementation and for the naive one (``conlens_jax/benchmark/naive.py``:
 the same loss and exact gradient, no cache, no shortcut), the time and XLA's temporary memory of
@@ -46,6 +46,7 @@ from conlens_jax.benchmark.measure import (
     row_rate,
 )
 from conlens_jax.benchmark.phases import (
+    decoding,
     naive_phases,
     naive_step,
     our_phases,
@@ -71,14 +72,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     keep_freed_memory()
     work, runner = workload_of(options), Runner(options.repeat)
     rate = matmul_rate(work.config.model.dtype, options.repeat)
-    if options.phases:
+    if options.phases == "all":
         ours = our_phases(work, runner)
         plain = naive_phases(work, runner) if options.naive else {}
     else:
-        ours = {"step": our_step(work, runner)}
+        ours = decoding(work, runner) if options.phases == "decode" else {}
+        ours["step"] = our_step(work, runner)
         plain = {"step": naive_step(work, runner)} if options.naive else {}
     for kind in {"exact", "detached"} - {work.spec.lens.history_gradient}:
-        ours[f"step {kind}"] = our_step(with_history(work, kind), runner)
+        if options.phases != "decode":
+            ours[f"step {kind}"] = our_step(with_history(work, kind), runner)
     exact = ours.get("step exact", ours["step"])
     peak_bytes = peak_memory()
     rate = max(rate, matmul_rate(work.config.model.dtype, options.repeat))
@@ -245,7 +248,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeat", type=int, default=3, help="the best of so many runs counts")
     parser.add_argument("--json", default="", help="file for all numbers")
     parser.add_argument(
-        "--no-phases", dest="phases", action="store_false", help="the whole steps alone"
+        "--phases",
+        choices=("all", "none", "decode"),
+        default="all",
+        help="each phase too (all), the whole steps alone (none), or decoding and our step alone",
     )
     parser.add_argument(
         "--no-naive", dest="naive", action="store_false", help="this implementation alone"

@@ -59,7 +59,7 @@ CHECKS = (
     Check("step-1B", STEP_1B + " --json={out}/step-1B.json", 240),
     Check(
         "step-1B-cudnn",
-        STEP_1B + " --attention=cudnn --no-phases --json={out}/step-1B-cudnn.json",
+        STEP_1B + " --attention=cudnn --phases=none --json={out}/step-1B-cudnn.json",
         150,
     ),
     Check("step-8B", STEP_8B + " --json={out}/step-8B.json", 300),

@@ -80,9 +80,6 @@ def our_phases(work: Workload, runner: Runner) -> Phases:
     original, found = frozen["original"], {}
     timed = _timer(runner, found)
 
-    def decode(trainable, frozen, activation_BD, noise_BTV):
-        return generate(decoder_of(trainable, frozen), activation_BD, noise_BTV, spec=spec)
-
     def forward_again(trainable, frozen, activation_BD, text_BT):
         decoder = decoder_of(trainable, frozen)
         return teacher_forced_logits(decoder, activation_BD, text_BT, spec=spec)
@@ -113,9 +110,8 @@ def our_phases(work: Workload, runner: Runner) -> Phases:
         return [jnp.mean(term) for term in (error_B, *terms)]
 
     step = jnp.int32(0)
-    noise = timed("noise", functools.partial(draw_noise, work), step, batch.examples_B)
     activation_BD = batch.activation_BD
-    text_BT = timed("decode", decode, trainable, frozen, activation_BD, noise)
+    noise, text_BT = _timed_decoding(work, timed)
     if objective.uses("lm"):
         refer = lambda *inputs: reference_text(*inputs, objective).logits()
         reference = timed("reference", refer, frozen, activation_BD, text_BT)
@@ -135,6 +131,24 @@ def our_phases(work: Workload, runner: Runner) -> Phases:
     _differentiated(timed, loss, trainable, frozen, batch, prepared, weights, tau)
     _update_and_step(timed, found, work, runner, our_step)
     return found
+
+
+def decoding(work: Workload, runner: Runner) -> Phases:
+    """Noise and decoding alone, of this implementation."""
+    found = {}
+    _timed_decoding(work, _timer(runner, found))
+    return found
+
+
+def _timed_decoding(work: Workload, timed: Callable[..., Any]) -> tuple[jax.Array, jax.Array]:
+    def decode(trainable, frozen, activation_BD, noise_BTV):
+        decoder = decoder_of(trainable, frozen)
+        return generate(decoder, activation_BD, noise_BTV, spec=work.spec)
+
+    examples_B = work.batch.examples_B
+    noise = timed("noise", functools.partial(draw_noise, work), jnp.int32(0), examples_B)
+    inputs = work.trainable, work.frozen, work.batch.activation_BD, noise
+    return noise, timed("decode", decode, *inputs)
 
 
 def naive_phases(work: Workload, runner: Runner) -> Phases:
