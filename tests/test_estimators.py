@@ -307,7 +307,8 @@ def test_draws_on_a_lens():
     np.testing.assert_allclose(np.linalg.norm(draws.direction_KP, axis=1), 1.0, rtol=1e-5)
     np.testing.assert_allclose(np.sum(draws.mean_KP**2, axis=1), draws.square_K, rtol=1e-5)
     later = draw_blocks(problem, "straight_through", 1.0, BLOCKS, first_draw=2)
-    np.testing.assert_array_equal(later.mean_KP[:-2], draws.mean_KP[2:])
+    # Equal bits on a CPU; a GPU sums in another order in another program.
+    np.testing.assert_allclose(later.mean_KP[:-2], draws.mean_KP[2:], rtol=1e-5, atol=1e-7)
     # The reference is made of terms that have a score function: the others are left out.
     reference = problem.with_estimator(REFERENCE)
     assert [name for name in TERMS if reference.uses(name)] == ["kl", "mse"]
