@@ -171,10 +171,10 @@ def train(bench: Bench, name: str, changes: dict[str, Any], budget: float, seeds
 
     def compiled(steps: int):
         stage = Stage("control" if supervised else "joint", steps, batch_size, optimizer_config)
-        optimizer, learning_rate = stage_optimizer(stage, bench.start, n_rows)
+        optimizer = stage_optimizer(stage, bench.start, n_rows)
         # The step donates its state, and the start is needed again.
         state = init_state(jax.tree.map(jnp.copy, bench.start), optimizer)
-        step = make_step(stage, config, objective, optimizer, learning_rate, n_rows)
+        step = make_step(stage, objective, optimizer, seed=config.train.seed, n_rows=n_rows)
         return step.lower(state, bench.frozen, read(0, 0)).compile(), optimizer
 
     def read(seed: int, index: int):

@@ -372,14 +372,14 @@ def mesh_of(devices: int):
 
 def new_state(stage, trainable):
     """The step donates its state: the arrays of ``trainable`` stay usable."""
-    optimizer, _ = stage_optimizer(stage, trainable, 100)
+    optimizer = stage_optimizer(stage, trainable, 100)
     return init_state(jax.tree.map(jnp.copy, trainable), optimizer)
 
 
 def compiled_step(stage, config, state, frozen, batch):
-    optimizer, learning_rate = stage_optimizer(stage, state.params, 100)
+    optimizer = stage_optimizer(stage, state.params, 100)
     objective = Objective(config.loss, WARM, tiny_spec())
-    step = make_step(stage, config, objective, optimizer, learning_rate, n_rows=100)
+    step = make_step(stage, objective, optimizer, seed=config.train.seed, n_rows=100)
     return step.lower(state, frozen, batch).compile()
 
 

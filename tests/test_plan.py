@@ -103,7 +103,7 @@ def test_a_run_has_what_was_planned(folder, dtype, train, quantise):
     trainable, frozen = init_lens(model.params, plan.spec, np.ones(32), 1.0)
     trainable = placed(trainable, setting)
     (_, joint), device = stages_of(plan.config), mesh.devices.flat[3]
-    optimizer, _ = stage_optimizer(joint, trainable, 64)
+    optimizer = stage_optimizer(joint, trainable, 64)
     state = placed(init_state(trainable, optimizer), setting)
     assert layout(plan.state(joint)) == layout(state)
     assert layout(plan.frozen["original"]) == layout(frozen["original"])

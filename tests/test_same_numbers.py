@@ -77,7 +77,7 @@ def train(folder: Path, mesh_config: MeshConfig, n_devices: int) -> tuple[np.nda
     trainable, frozen = init_lens(model.params, plan.spec, np.ones(32, np.float32) / 8, 1.0)
     place = lambda tree: jax.device_put(tree, lens_shardings(tree, model.config, mesh))
     trainable = place(trainable)
-    optimizer, _ = stage_optimizer(joint, trainable, config.dump.n_samples)
+    optimizer = stage_optimizer(joint, trainable, config.dump.n_samples)
     state, step = place(init_state(trainable, optimizer)), plan.step(joint)
     batch = make_batch(random_rows(model.config.vocab_size), batch_sharding(mesh), ROWS)
 

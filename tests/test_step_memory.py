@@ -95,8 +95,8 @@ def test_a_step_compiles_once():
     trainable, frozen, batch, objective = lens_for(4, "sweeps=1")
     config = ExperimentConfig()
     stage = Stage("joint", 10, len(batch.lengths_G), config.joint.optimizer)
-    optimizer, learning_rate = stage_optimizer(stage, trainable, stage.batch_size)
-    step = make_step(stage, config, objective, optimizer, learning_rate, stage.batch_size)
+    optimizer = stage_optimizer(stage, trainable, stage.batch_size)
+    step = make_step(stage, objective, optimizer, seed=0, n_rows=stage.batch_size)
     batches = [tiny_batch(objective.spec, frozen["original"], seed=seed) for seed in range(4)]
     state = init_state(trainable, optimizer)
     compiled = []

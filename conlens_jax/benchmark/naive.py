@@ -140,9 +140,8 @@ def naive_loss(
     )
     if objective.uses("text"):
         terms["text"], _ = warm_loss(trainable, frozen, batch, objective=objective)
-    sign = {"entropy": -1.0}
     used = [name for name in TERMS if name in terms and objective.uses(name)]
-    total = sum(sign.get(name, 1.0) * weights[name] * terms[name] for name in used)
+    total = sum(TERMS[name] * weights[name] * terms[name] for name in used)
     return jnp.asarray(total, jnp.float32), terms
 
 

@@ -24,11 +24,10 @@ from conlens_jax.lens.encoder import encode_embeddings
 from conlens_jax.lens.gumbel import example_keys, gumbel_noise
 from conlens_jax.lens.losses import entropy, kl_divergence, reconstruction_error
 from conlens_jax.lens.original import read_context, swapped_logits
-from conlens_jax.lens.schedules import make_schedule
 from conlens_jax.lens.spec import decoder_of, encoder_of
 from conlens_jax.models.transformer import embed_tokens, scale_embeddings
 from conlens_jax.training.objective import (
-    TERMS,
+    Scheduled,
     joint_loss,
     prepare,
     reference_text,
@@ -53,13 +52,10 @@ def stage_of(work: Workload) -> Stage:
     return Stage("joint", _STEPS, len(work.batch.positions_B), joint.optimizer)
 
 
-def scheduled(work: Workload, step: jax.Array) -> tuple[dict[str, jax.Array], jax.Array, Any]:
-    """(weights, tau, temperature of sampling) at a step."""
+def scheduled(work: Workload, step: jax.Array) -> Scheduled:
+    """Weights and temperatures at a step."""
     size = len(work.batch.positions_B)
-    value = lambda name: make_schedule(
-        getattr(work.config.loss, name), stage_steps=_STEPS, steps_per_epoch=size
-    )(step)
-    return {name: value(name) for name in TERMS}, value("tau"), value("sample_tau")
+    return work.objective.schedules(stage_steps=_STEPS, steps_per_epoch=size)(step)
 
 
 def draw_noise(work: Workload, step: jax.Array, examples_B: jax.Array) -> jax.Array:
@@ -201,15 +197,16 @@ def naive_phases(work: Workload, runner: Runner) -> Phases:
 def our_step(work: Workload, runner: Runner) -> Measured:
     """The whole step alone, as ``make_step`` compiles it."""
     stage, size = stage_of(work), len(work.batch.positions_B)
-    optimizer, learning_rate = stage_optimizer(stage, work.trainable, size)
-    step = make_step(stage, work.config, work.objective, optimizer, learning_rate, size)
+    optimizer = stage_optimizer(stage, work.trainable, size)
+    seed = work.config.train.seed
+    step = make_step(stage, work.objective, optimizer, seed=seed, n_rows=size)
     return _measured_step(step, optimizer, work, runner)
 
 
 def naive_step(work: Workload, runner: Runner) -> Measured:
     """The whole step alone, with the same noise, optimizer and guard against bad numbers."""
     stage, size = stage_of(work), len(work.batch.positions_B)
-    optimizer, _ = stage_optimizer(stage, work.trainable, size)
+    optimizer = stage_optimizer(stage, work.trainable, size)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state, frozen, batch):
@@ -257,7 +254,7 @@ def _differentiated(timed, loss, trainable, *inputs) -> None:
 
 
 def _update_and_step(timed, found: Phases, work: Workload, runner: Runner, step) -> None:
-    optimizer, _ = stage_optimizer(stage_of(work), work.trainable, len(work.batch.positions_B))
+    optimizer = stage_optimizer(stage_of(work), work.trainable, len(work.batch.positions_B))
 
     def update(grads, opt_state, params):
         updates, opt_state = optimizer.update(grads, opt_state, params)

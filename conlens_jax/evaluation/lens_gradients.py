@@ -26,11 +26,10 @@ from conlens_jax.evaluation.bootstrap import Interval
 from conlens_jax.evaluation.report_data import HIGHER, LOWER, MetricGroup, MetricRow, Report
 from conlens_jax.lens.batch import Batch, make_batch
 from conlens_jax.lens.gumbel import drawn_noise, example_keys
-from conlens_jax.lens.schedules import make_schedule
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.mesh import batch_sharding
-from conlens_jax.training.objective import TERMS, Objective, joint_loss, prepare
+from conlens_jax.training.objective import Objective, joint_loss, prepare
 from conlens_jax.training.run import placed
 from conlens_jax.training.run_folder import load_lens
 from conlens_jax.training.setting import Setting
@@ -251,12 +250,10 @@ def open_problem(setting: Setting, checkpoint: str | Path, n_rows: int) -> Probl
     )
     if not template["decoder"]:
         raise ConfigError([f"--checkpoint={checkpoint}: no part of its decoder is trained"])
-    value = lambda name: make_schedule(
-        getattr(config.loss, name),
-        stage_steps=config.joint.steps,
-        steps_per_epoch=len(train) / config.joint.batch_size,
-    )(config.joint.steps)
-    weights = {name: jnp.float32(value(name)) for name in TERMS}
+    steps = config.joint.steps
+    steps_per_epoch = len(train) / config.joint.batch_size
+    schedules = setting.objective.schedules(stage_steps=steps, steps_per_epoch=steps_per_epoch)
+    weights = schedules(jnp.int32(steps)).weights
     if not (weights["mse"] or weights["kl"]):
         raise ConfigError([f"--checkpoint={checkpoint}: both loss.mse and loss.kl end at 0"])
     # Rows of one document are neighbours; spread over the split they are of different ones.

@@ -67,7 +67,7 @@ class Plan:
         return {**self.frozen, "warm_decoder": self.trainable["decoder"]}
 
     def state(self, stage: Stage) -> TrainState:
-        optimizer, _ = stage_optimizer(stage, self.trainable, self.config.dump.n_samples)
+        optimizer = stage_optimizer(stage, self.trainable, self.config.dump.n_samples)
         state = jax.eval_shape(lambda lens: init_state(lens, optimizer), self.trainable)
         return on_mesh(state, self.spec.model, self.mesh)
 
@@ -88,10 +88,13 @@ class Plan:
     def step(self, stage: Stage) -> Step:
         """The jitted train step of the run itself."""
         n_rows = self.config.dump.n_samples
-        optimizer, learning_rate = stage_optimizer(stage, self.trainable, n_rows)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state(stage))
         return make_step(
-            stage, self.config, self.objective, optimizer, learning_rate, n_rows, shardings
+            stage,
+            self.objective,
+            stage_optimizer(stage, self.trainable, n_rows),
+            seed=self.config.train.seed,
+            n_rows=n_rows,
+            state_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.state(stage)),
         )
 
     def workload(self, stage: Stage) -> Workload:

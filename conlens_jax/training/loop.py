@@ -115,7 +115,7 @@ def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Para
     groups_nk = read_groups(run.train, stage.rows_per_document)
     n_rows = groups_nk.size
     steps_per_epoch(n_rows, stage.batch_size)  # raises where there is not one batch
-    optimizer, learning_rate = stage_optimizer(stage, trainable, n_rows)
+    optimizer = stage_optimizer(stage, trainable, n_rows)
     state = placed(init_state(jax.tree.map(jnp.copy, trainable), optimizer), run.setting)
     console.table(f"{stage.name}: stored on each device", *stored_table(state, frozen))
     last_step = stage.first_step + stage.steps
@@ -133,11 +133,10 @@ def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Para
         log.truncate_after(stage.first_step + int(state.step))
         step = make_step(
             stage,
-            config,
             run.setting.objective,
             optimizer,
-            learning_rate,
-            n_rows,
+            seed=config.train.seed,
+            n_rows=n_rows,
             state_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
         )
         loop = StageLoop(run, stage, checkpoints, log, frozen, groups_nk, seconds)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -34,13 +35,24 @@ from conlens_jax.lens.history import text_states
 from conlens_jax.lens.losses import kl_divergence, reconstruction_error
 from conlens_jax.lens.original import Context
 from conlens_jax.lens.policy import policy_loss
+from conlens_jax.lens.schedules import make_schedule
 from conlens_jax.lens.spec import Decoder, Encoder, LensSpec, decoder_of, encoder_of
 from conlens_jax.lens.vocabulary import Reference, sampled_embeddings, text_terms
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import embed_tokens, scale_embeddings
 
-TERMS = ("lm", "kl", "mse", "entropy", "text")
+TERMS = {"lm": 1.0, "kl": 1.0, "mse": 1.0, "entropy": -1.0, "text": 1.0}
+"""The terms of the joint loss, with their signs in it."""
 Metrics = dict[str, Array]
+
+
+class Scheduled(NamedTuple):
+    """The values of the schedules at one step: each term's weight, and the temperatures of the
+    gradient and of sampling."""
+
+    weights: dict[str, Float[Array, ""]]
+    tau: Float[Array, ""]
+    sample_tau: Float[Array, ""]
 
 
 class Prepared(NamedTuple):
@@ -55,7 +67,8 @@ class Prepared(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The static side of the loss: which terms there are at all, and how they are read."""
+    """The static side of the loss: which terms there are at all, how each is computed, and the
+    schedules of their weights."""
 
     loss: LossConfig
     warm: WarmConfig
@@ -64,6 +77,24 @@ class Objective:
     def uses(self, term: str) -> bool:
         """False where the weight is 0 for the whole stage: then the term is not computed."""
         return not _always_zero(getattr(self.loss, term))
+
+    def schedules(
+        self, *, stage_steps: int, steps_per_epoch: float
+    ) -> Callable[[Int[Array, ""]], Scheduled]:
+        """The function from the step of a stage to the weights and temperatures at that step."""
+        value_of = {
+            name: make_schedule(
+                getattr(self.loss, name), stage_steps=stage_steps, steps_per_epoch=steps_per_epoch
+            )
+            for name in (*TERMS, "tau", "sample_tau")
+        }
+
+        def at(step: Int[Array, ""]) -> Scheduled:
+            values = {name: value(step) for name, value in value_of.items()}
+            tau, sample_tau = values.pop("tau"), values.pop("sample_tau")
+            return Scheduled(values, tau, sample_tau)
+
+        return at
 
     @property
     def estimator(self) -> Estimator:
@@ -105,7 +136,7 @@ def warm_loss(
         encoder = encoder_of(trainable, frozen, spec)
         with jax.named_scope("read"):
             window_BTD = embed_tokens(encoder.base, window_BT, spec.model)
-            _, error_B = _read_back(encoder, window_BTD, batch.activation_BD, objective)
+            _, error_B = read_text(encoder, window_BTD, batch.activation_BD, objective)
         parts["read_error"] = jnp.mean(error_B)
     if trainable["decoder"]:
         decoder = decoder_of(trainable, frozen)
@@ -183,7 +214,11 @@ def joint_loss(
     *,
     objective: Objective,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The loss of DESIGN §1 with its gradient to every trainable part.
+    """The loss of a batch, with its gradient to every trainable part.
+
+        total = w_lm L_LM + w_kl L_KL + w_mse L_MSE + w_text L_text − w_ent H  (+ policy gradient)
+
+    D writes the text again with a gradient, E reads it, and M predicts with what E made of it.
 
     Args:
       prepared: text, context and reference of this batch, from :func:`prepare`.
@@ -193,79 +228,90 @@ def joint_loss(
     Returns:
       (total, each term unweighted).
     """
-    spec = objective.spec
-    decoder = decoder_of(trainable, frozen)
-    encoder = encoder_of(trainable, frozen, spec)
-    head, text_BT = head_of(decoder, spec), prepared.text_BT
-    group, kind = objective.texts_per_row, objective.estimator.kind
-    activation_BD = repeat_rows(batch.activation_BD, group)
-    if kind in TOKENS_ARE_CONSTANT:
-        state_BTD = teacher_forced_states(decoder, activation_BD, text_BT, spec=spec)
-        text_BTD = embed_tokens(encoder.base, text_BT, spec.model)
-    else:
-        noise, keys_BT = prepared.noise, prepared.keys_BT
-        with jax.named_scope("re_forward"):
-            state_BTD = text_states(decoder, activation_BD, text_BT, noise, tau, spec, keys_BT)
-        with jax.named_scope("sampled_tokens"):
-            rows_BTD = sampled_embeddings(
-                head,
-                state_BTD,
-                noise,
-                text_BT,
-                encoder.base["embedding"],
-                tau,
-                estimator=objective.estimator,
-                keys_BT=keys_BT,
-            )
-            text_BTD = scale_embeddings(rows_BTD, spec.model)
+    spec, kind = objective.spec, objective.estimator.kind
+    decoder, encoder = decoder_of(trainable, frozen), encoder_of(trainable, frozen, spec)
+    activation_BD = repeat_rows(batch.activation_BD, objective.texts_per_row)
+
+    state_BTD, text_BTD = write_text(decoder, encoder, activation_BD, prepared, tau, objective)
     with jax.named_scope("text_terms"):
-        of_text = text_terms(head, state_BTD, text_BT, prepared.reference)
+        head = head_of(decoder, spec)
+        of_text = text_terms(head, state_BTD, prepared.text_BT, prepared.reference)
     with jax.named_scope("encode"):
-        reconstruction_BD, error_B = _read_back(encoder, text_BTD, activation_BD, objective)
-    cost_B = weights["mse"] * error_B
+        reconstruction_BD, error_B = read_text(encoder, text_BTD, activation_BD, objective)
+
     terms: Metrics = {"mse": jnp.mean(error_B)}
-    if kind != "detached" or objective.uses("entropy"):  # else nothing else looks at the states
+    cost_B = weights["mse"] * error_B  # what the score-function estimators are rewarded for
+    if kind != "detached" or objective.uses("entropy"):  # else nothing else needs the states
         terms["entropy"] = jnp.mean(of_text["entropy"])
     if prepared.context is not None:
-        swapped_in = swap_vector(
-            reconstruction_BD, activation_BD, spec, group * batch.rows_per_document
-        )
-        with jax.named_scope("swap"):
-            swapped = original_model.swapped_logits(
-                frozen["original"], prepared.context, swapped_in, spec=spec
-            )
-            kl_B = jnp.mean(kl_divergence(prepared.context.logits_BhV, swapped), axis=-1)
+        kl_B = swap_kl(frozen, batch, prepared.context, reconstruction_BD, activation_BD, objective)
         terms["kl"] = jnp.mean(kl_B)
         cost_B += weights["kl"] * kl_B
     if prepared.reference is not None:
         terms["lm"] = jnp.mean(of_text["lm"])
+    anchor: Metrics = {}
     if objective.uses("text"):
+        reads = objective.loss.text_read
         with jax.named_scope("text_anchor"):
             terms["text"], anchor = warm_loss(
-                trainable, frozen, batch, objective=objective, reads=objective.loss.text_read
+                trainable, frozen, batch, objective=objective, reads=reads
             )
-    else:
-        anchor = {}
-    sign = {"entropy": -1.0}
-    total = sum(
-        sign.get(name, 1.0) * weights[name] * terms[name]
-        for name in TERMS
-        if name in terms and objective.uses(name)
-    )
+
+    used = [name for name in TERMS if name in terms and objective.uses(name)]
+    total = sum(TERMS[name] * weights[name] * terms[name] for name in used)
     if kind in SCORE_FUNCTION:
         log_p_B = -jnp.sum(of_text["nll"], axis=-1)
-        total += policy_loss(cost_B, log_p_B, group, kind)
+        total += policy_loss(cost_B, log_p_B, objective.texts_per_row, kind)
     return jnp.asarray(total, jnp.float32), {**terms, **anchor}
 
 
-def _read_back(
+def write_text(
+    decoder: Decoder,
+    encoder: Encoder,
+    activation_BD: Float[Array, "B D"],
+    prepared: Prepared,
+    tau: Float[Array, ""],
+    objective: Objective,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+    """The sampled text once more, in one pass with a gradient.
+
+    Returns:
+      D's state before each token (of which its logits are made), and the tokens' embeddings as E
+      takes them, with the estimator's gradient back to D; without one where the estimator takes
+      the tokens as constants.
+    """
+    spec, text_BT = objective.spec, prepared.text_BT
+    if objective.estimator.kind in TOKENS_ARE_CONSTANT:
+        state_BTD = teacher_forced_states(decoder, activation_BD, text_BT, spec=spec)
+        return state_BTD, embed_tokens(encoder.base, text_BT, spec.model)
+    noise, keys_BT = prepared.noise, prepared.keys_BT
+    with jax.named_scope("re_forward"):
+        state_BTD = text_states(decoder, activation_BD, text_BT, noise, tau, spec, keys_BT)
+    with jax.named_scope("sampled_tokens"):
+        rows_BTD = sampled_embeddings(
+            head_of(decoder, spec),
+            state_BTD,
+            noise,
+            text_BT,
+            encoder.base["embedding"],
+            tau,
+            estimator=objective.estimator,
+            keys_BT=keys_BT,
+        )
+        return state_BTD, scale_embeddings(rows_BTD, spec.model)
+
+
+def read_text(
     encoder: Encoder,
     text_BTD: Float[Array, "B T D"],
     activation_BD: Float[Array, "B D"],
     objective: Objective,
 ) -> tuple[Float[Array, "B D"], Float[Array, "B"]]:
-    """What E makes of the text, and its error; with ``loss.prefix_share``, a part of the error is
-    the mean over all shorter prefixes of the text, from the same pass."""
+    """E's reconstruction from the text, and its error (L_MSE of each row).
+
+    With ``loss.prefix_share`` a part of the error is the mean over all shorter prefixes of the
+    text, from the same pass.
+    """
     spec, share = objective.spec, objective.loss.prefix_share
     error = functools.partial(
         reconstruction_error, statistics=encoder.statistics, kind=objective.loss.mse_kind
@@ -277,6 +323,24 @@ def _read_back(
     error_BT = error(prefixes_BTD, activation_BD[:, None])
     error_B = (1 - share) * error_BT[:, -1] + share * jnp.mean(error_BT[:, :-1], axis=1)
     return prefixes_BTD[:, -1], error_B
+
+
+def swap_kl(
+    frozen: Params,
+    batch: Batch,
+    context: Context,
+    reconstruction_BD: Float[Array, "B D"],
+    activation_BD: Float[Array, "B D"],
+    objective: Objective,
+) -> Float[Array, "B"]:
+    """L_KL of each row: M predicts from P on with the activation, and with ã in its place."""
+    texts_per_document = objective.texts_per_row * batch.rows_per_document
+    vector_BD = swap_vector(reconstruction_BD, activation_BD, objective.spec, texts_per_document)
+    with jax.named_scope("swap"):
+        swapped_BhV = original_model.swapped_logits(
+            frozen["original"], context, vector_BD, spec=objective.spec
+        )
+        return jnp.mean(kl_divergence(context.logits_BhV, swapped_BhV), axis=-1)
 
 
 def swap_vector(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -19,9 +20,9 @@ from conlens_jax.lens.schedules import Schedule, make_schedule
 from conlens_jax.lens.vocabulary import noise_of_texts
 from conlens_jax.models.param_table import Params
 from conlens_jax.training.objective import (
-    TERMS,
     Metrics,
     Objective,
+    Scheduled,
     joint_loss,
     prepare,
     warm_loss,
@@ -37,6 +38,8 @@ from conlens_jax.training.optimizer import (
 # Purposes of the training noise; evaluation draws with another.
 SAMPLING, ESTIMATING = 1, 3
 Step = Callable[["TrainState", Params, Batch], tuple["TrainState", Metrics]]
+Gradients = Callable[[Params, Params, Batch, Array], tuple[Array, Metrics, Params]]
+"""(trainable, frozen, batch, step) → (loss, terms, gradients of what is trainable)."""
 
 
 @flax.struct.dataclass
@@ -98,76 +101,139 @@ def stages_of(config: ExperimentConfig) -> tuple[Stage, Stage]:
     return warm, joint
 
 
-def init_state(trainable: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+    trainable: Params, optimizer: optax.GradientTransformation | StageOptimizer
+) -> TrainState:
     return TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
 
 
-def stage_optimizer(
-    stage: Stage, trainable: Params, n_rows: int
-) -> tuple[optax.GradientTransformation, Schedule]:
-    """The optimizer of a stage and its learning-rate schedule."""
+class StageOptimizer(NamedTuple):
+    """An optax transformation, with the schedule of its learning rate (to be logged)."""
+
+    init: optax.TransformInitFn
+    update: optax.TransformUpdateFn
+    learning_rate: Schedule
+
+
+def stage_optimizer(stage: Stage, trainable: Params, n_rows: int) -> StageOptimizer:
+    """The optimizer of a stage that trains on ``n_rows`` rows."""
     learning_rate = make_schedule(
         stage.optimizer.learning_rate,
         stage_steps=stage.steps,
         steps_per_epoch=n_rows / stage.batch_size,
     )
-    return make_optimizer(stage.optimizer, trainable, learning_rate=learning_rate), learning_rate
+    optimizer = make_optimizer(stage.optimizer, trainable, learning_rate=learning_rate)
+    return StageOptimizer(optimizer.init, optimizer.update, learning_rate)
 
 
 def make_step(
     stage: Stage,
-    config: ExperimentConfig,
     objective: Objective,
-    optimizer: optax.GradientTransformation,
-    learning_rate: Schedule,
+    optimizer: StageOptimizer,
+    *,
+    seed: int,
     n_rows: int,
     state_shardings: TrainState | None = None,
 ) -> Step:
-    """The jitted train step of a stage; the state is donated.
+    """:func:`train_step` of a stage, jitted; the state is donated.
 
-    ``state_shardings`` is where the state lies and stays. Without it the compiler chooses where
-    the new state goes, which on a sharded mesh need not be where the old one came from.
-
-    The batch is cut into ``optimizer.accumulate`` micro-batches whose gradients are averaged. A
-    step whose loss or gradient is not finite changes nothing and is counted.
+    Args:
+      seed: of the noise that the texts are sampled with.
+      n_rows: rows of the training data, for schedules in epochs.
+      state_shardings: where the state is, and stays. Without it the compiler chooses where the
+        new state goes, which on a sharded mesh need not be where the old one came from.
     """
-    schedules = {
-        name: make_schedule(
-            getattr(config.loss, name),
-            stage_steps=stage.steps,
-            steps_per_epoch=n_rows / stage.batch_size,
+    if stage.supervised:
+        gradients = functools.partial(supervised_gradients, objective=objective)
+    else:
+        steps_per_epoch = n_rows / stage.batch_size
+        schedules = objective.schedules(stage_steps=stage.steps, steps_per_epoch=steps_per_epoch)
+        gradients = functools.partial(
+            joint_gradients, objective=objective, schedules=schedules, seed=seed
         )
-        for name in (*TERMS, "tau", "sample_tau")
+    step = functools.partial(
+        train_step,
+        gradients=accumulated(gradients, stage.optimizer.accumulate),
+        optimizer=optimizer,
+    )
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+
+
+def train_step(
+    state: TrainState,
+    frozen: Params,
+    batch: Batch,
+    *,
+    gradients: Gradients,
+    optimizer: StageOptimizer,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step. A step whose loss or gradient is not finite changes nothing but the
+    count of such steps."""
+    total, terms, grads = gradients(state.params, frozen, batch, state.step)
+    grads = poison_if_not_finite(total, grads)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = apply_updates(state.params, updates)
+    metrics = {
+        "loss": total,
+        **terms,
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": optimizer.learning_rate(state.step),
+        "bad_steps_in_a_row": bad_steps_in_a_row(opt_state),
+        "bad_steps": bad_steps_total(opt_state),
     }
+    return TrainState(state.step + 1, params, opt_state), metrics
 
-    def gradients(trainable: Params, frozen: Params, batch: Batch, step: Array):
-        with jax.named_scope("capture"):
-            batch = with_activations(batch, frozen["original"], objective.spec)
-        if stage.supervised:
-            loss = functools.partial(warm_loss, objective=objective)
-            (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch)
-            return total, terms, grads
-        current = {name: schedule(step) for name, schedule in schedules.items()}
-        tau, sample_tau = current.pop("tau"), current.pop("sample_tau")
-        group = objective.texts_per_row
-        texts_B = (batch.examples_B[:, None] * group + jnp.arange(group)).reshape(-1)
-        keys_B = example_keys(config.train.seed, step, texts_B, SAMPLING)
-        # argmax(logits / s + g) = argmax(logits + s g): scaled noise samples at temperature s.
-        spec = objective.spec
-        noise = noise_of_texts(keys_B, spec.text_len, spec.model.vocab_size, sample_tau)
-        own_keys_B = example_keys(config.train.seed, step, texts_B, ESTIMATING)
-        prepared = prepare(trainable, frozen, batch, noise, own_keys_B, objective=objective)
-        loss = functools.partial(joint_loss, objective=objective)
-        (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(
-            trainable, frozen, batch, prepared, current, tau
-        )
-        scheduled = {f"weight_{name}": value for name, value in current.items()}
-        return total, {**terms, **scheduled, "tau": tau}, grads
 
-    def accumulated(trainable: Params, frozen: Params, batch: Batch, step: Array):
-        parts = stage.optimizer.accumulate
-        if parts == 1:
-            return gradients(trainable, frozen, batch, step)
+def supervised_gradients(
+    trainable: Params, frozen: Params, batch: Batch, step: Array, *, objective: Objective
+) -> tuple[Array, Metrics, Params]:
+    """(loss, terms, gradients) of the warm start's loss, on real text."""
+    batch = captured(batch, frozen, objective)
+    loss = functools.partial(warm_loss, objective=objective)
+    (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch)
+    return total, terms, grads
+
+
+def joint_gradients(
+    trainable: Params,
+    frozen: Params,
+    batch: Batch,
+    step: Array,
+    *,
+    objective: Objective,
+    schedules: Callable[[Array], Scheduled],
+    seed: int,
+) -> tuple[Array, Metrics, Params]:
+    """(loss, terms, gradients) of the joint loss, through texts sampled with the noise of
+    (seed, step, row of the batch, text of the row)."""
+    batch = captured(batch, frozen, objective)
+    spec, group, now = objective.spec, objective.texts_per_row, schedules(step)
+    texts_B = (batch.examples_B[:, None] * group + jnp.arange(group)).reshape(-1)
+    keys_B = example_keys(seed, step, texts_B, SAMPLING)
+    # argmax(logits / s + g) = argmax(logits + s g): scaled noise samples at temperature s.
+    noise = noise_of_texts(keys_B, spec.text_len, spec.model.vocab_size, now.sample_tau)
+    own_keys_B = example_keys(seed, step, texts_B, ESTIMATING)
+    prepared = prepare(trainable, frozen, batch, noise, own_keys_B, objective=objective)
+    loss = functools.partial(joint_loss, objective=objective)
+    (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(
+        trainable, frozen, batch, prepared, now.weights, now.tau
+    )
+    scheduled = {f"weight_{name}": weight for name, weight in now.weights.items()}
+    return total, {**terms, **scheduled, "tau": now.tau}, grads
+
+
+def captured(batch: Batch, frozen: Params, objective: Objective) -> Batch:
+    with jax.named_scope("capture"):
+        return with_activations(batch, frozen["original"], objective.spec)
+
+
+def accumulated(gradients: Gradients, parts: int) -> Gradients:
+    """The mean of ``gradients`` over ``parts`` micro-batches, one after the other."""
+    if parts == 1:
+        return gradients
+
+    def mean(trainable: Params, frozen: Params, batch: Batch, step: Array):
         micro = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
         one = lambda batch: gradients(trainable, frozen, batch, step)
         first = jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro))
@@ -176,21 +242,4 @@ def make_step(
         total, _ = jax.lax.scan(add, zeros, micro)
         return jax.tree.map(lambda x: x / parts, total)
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(state_shardings, None))
-    def train_step(state: TrainState, frozen: Params, batch: Batch):
-        total, terms, grads = accumulated(state.params, frozen, batch, state.step)
-        grads = poison_if_not_finite(total, grads)
-        with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = apply_updates(state.params, updates)
-        metrics = {
-            "loss": total,
-            **terms,
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": learning_rate(state.step),
-            "bad_steps_in_a_row": bad_steps_in_a_row(opt_state),
-            "bad_steps": bad_steps_total(opt_state),
-        }
-        return TrainState(state.step + 1, params, opt_state), metrics
-
-    return train_step
+    return mean
