@@ -91,7 +91,12 @@ def make_app(
     limits = dataclasses.replace(limits, larger=larger)
     app.add_middleware(LimitedRequests, limits=limits, hosts=hosts, origins=origins)
     if origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
     turns = Turns(most_waiting)
     max_tokens = min(max_tokens, lens.spec.model.max_positions)
     page = importlib.resources.files(__package__).joinpath("static/explore.html").read_text("utf-8")

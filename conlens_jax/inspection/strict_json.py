@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,17 +11,28 @@ from fastapi.exceptions import HTTPException, RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.requests import Request
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
 
 class StrictRequest(Request):
     """Refuses what Python's parser takes beyond JSON (NaN, Infinity), and what it cannot take."""
 
     async def json(self) -> Any:
+        body = await self.body()
         try:
-            return json.loads(await self.body(), parse_constant=_no_number)
+            found = json.loads(body.decode("utf-8-sig"), parse_constant=_no_number)
+            if _SURROGATE.search(body):  # mostly halves of a pair, which make a character
+                json.dumps(found, ensure_ascii=False).encode()
+            return found
         except json.JSONDecodeError:
             raise  # FastAPI says where
         except RecursionError:
             raise HTTPException(400, "the JSON is nested too deeply") from None
+        except UnicodeEncodeError:
+            raise HTTPException(
+                400,
+                "a text has half of a surrogate pair (\\ud800 to \\udfff), which is no character",
+            ) from None
         except ValueError as error:  # no UTF-8, no number, or one of too many digits
             raise HTTPException(400, f"the body is no JSON: {error}") from None
 
