@@ -366,6 +366,9 @@ def test_pages_of_other_sites_may_not_ask(lens):
                 found = client.post(path, json=body, headers={"Origin": origin})
                 assert found.status_code == 403 and "--allow_origins" in found.text
         assert client.options("/api/tokens", headers=cross).status_code == 403
+    with testclient.TestClient(make_app(lens, origins=("*",))) as client:
+        found = client.post("/nla/tokenize", json=body, headers={"Origin": there})
+        assert found.headers["access-control-allow-origin"] == "*"
     with testclient.TestClient(make_app(lens, origins=(there,))) as client:
         assert client.options("/nla/score", headers=cross).status_code == 200
         found = client.post("/nla/tokenize", json=body, headers={"Origin": there})
@@ -408,3 +411,21 @@ def test_what_fails_is_said_without_what_failed(lens, monkeypatch):
         assert "secret" not in found.text
         found = client.post("/nla/extract", json={"text": TEXT})
         assert found.status_code == 500 and "RuntimeError" in found.json()["detail"]
+
+
+def test_a_stream_that_fails_says_so(lens, monkeypatch, caplog):
+    from conlens_jax.inspection.lens import Lens
+    from conlens_jax.inspection.server import make_app
+
+    def fail(*arguments, **options):
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(Lens, "explain", fail)
+    monkeypatch.setattr(Lens, "encode", fail)
+    body = {"text": TEXT, "position": 1, "positions": [1], "temperature": 0, "stream": True}
+    with testclient.TestClient(make_app(lens)) as client:
+        last = [client.post(path, json=body).text for path in ("/api/explain", "/nla/explain")]
+    for answer in last:
+        problem = answer.strip().splitlines()[-1].removeprefix("data: ")
+        assert "RuntimeError" in json.loads(problem)["error"] and "secret" not in answer
+    assert "secret" in caplog.text

@@ -39,10 +39,10 @@ from pydantic import BaseModel, Field
 
 from conlens_jax.evaluation.metrics import cosine, mse_nrm
 from conlens_jax.inspection.lens import Lens
-from conlens_jax.inspection.server_limits import RETRY
+from conlens_jax.inspection.server_limits import RETRY, failure
 from conlens_jax.inspection.strict_json import StrictRoute, plain_problems
 from conlens_jax.inspection.texts import chat_tokens, token_lists
-from conlens_jax.inspection.turns import Busy, Turns
+from conlens_jax.inspection.turns import Busy, Gone, Turns
 
 MAX_CHARACTERS, MAX_DESCRIPTION, MAX_POSITIONS, MAX_ACTIVATIONS = 65_536, 8_192, 512, 512
 _A_TURN = 32
@@ -330,7 +330,9 @@ def _events(frames: Iterator[dict[str, Any]]) -> StreamingResponse:
                 for frame in frames:
                     yield f"data: {json.dumps(frame, ensure_ascii=False)}\n\n"
                 yield "data: [DONE]\n\n"
-            except Busy as error:  # the answer has begun
-                yield f"data: {json.dumps({'error': str(error)})}\n\n"
+            except Gone:
+                raise
+            except Exception as error:  # the answer has begun
+                yield f"data: {json.dumps({'error': failure(error)})}\n\n"
 
     return StreamingResponse(lines(), media_type="text/event-stream")

@@ -37,9 +37,9 @@ from starlette.middleware.cors import CORSMiddleware
 from conlens_jax.inspection.explanations import ExplainedToken
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.inspection.nla_server import make_nla_app, most_bytes
-from conlens_jax.inspection.server_limits import RETRY, LimitedRequests, Limits
+from conlens_jax.inspection.server_limits import RETRY, LimitedRequests, Limits, failure
 from conlens_jax.inspection.strict_json import StrictRoute, plain_problems
-from conlens_jax.inspection.turns import Busy, Turns
+from conlens_jax.inspection.turns import Busy, Gone, Turns
 
 MAX_CHARACTERS = 100_000
 _BYTES_A_CHARACTER = 6  # JSON may write one as \uXXXX
@@ -173,8 +173,10 @@ def make_app(
                     progress=False,
                 )
             yield _line(row=_plain(row))
-        except Busy as error:  # the answer has begun: it can only say so in its own words
-            yield _line(error=str(error))
+        except Gone:
+            raise
+        except Exception as error:  # the answer has begun: it can only say so in its own words
+            yield _line(error=failure(error))
 
     @app.post("/api/swap")
     def swap(request: SwapRequest) -> dict[str, Any]:

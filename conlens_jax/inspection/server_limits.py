@@ -30,7 +30,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from conlens_jax.inspection.turns import Caller, calling
+from conlens_jax.inspection.turns import Busy, Caller, calling
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 ANY_ADDRESS = "<address>"
@@ -118,7 +118,7 @@ class LimitedRequests:
         try:
             self._check_sender(Headers(scope=scope))
             most = self._most_bytes(scope)
-            chunks: list[bytes] = []
+            body = bytearray()
             try:
                 async with asyncio.timeout(self.limits.body_seconds):
                     while True:
@@ -131,7 +131,7 @@ class LimitedRequests:
                             raise _too_long(most)
                         if self._bodies > self.limits.all_bodies_bytes:
                             raise Refused(503, "too much is being read; try again", RETRY)
-                        chunks.append(chunk)
+                        body += chunk
                         if not message.get("more_body", False):
                             break
             except TimeoutError:
@@ -139,9 +139,9 @@ class LimitedRequests:
                 raise Refused(
                     408, f"the body was not here within {seconds} s", {"Connection": "close"}
                 ) from None
-            body = b"".join(chunks)
-            del chunks
-            await self._answer(scope, body, receive, send)
+            whole = bytes(body)
+            del body
+            await self._answer(scope, whole, receive, send)
         except Refused as error:
             message = {"error": str(error), "detail": str(error)}
             answer = JSONResponse(message, status_code=error.status, headers=error.headers)
@@ -155,7 +155,7 @@ class LimitedRequests:
             raise Refused(
                 421, f"this server is not asked as {host!r}; its --allow_hosts may name others"
             )
-        if origin is None or origin.lower() in self.origins:
+        if origin is None or "*" in self.origins or origin.lower() in self.origins:
             return
         with contextlib.suppress(ValueError):
             if host and urlsplit(origin).netloc.lower() == host.lower():
@@ -220,6 +220,17 @@ def _with_headers(send: Send) -> Send:
         await send(message)
 
     return wrapped
+
+
+def failure(error: Exception) -> str:
+    """What to tell a client of an error, in an answer that has begun.
+
+    What is the server's own fault is logged.
+    """
+    if isinstance(error, ValueError | Busy):
+        return str(error)
+    _log.error("a request failed", exc_info=error)
+    return f"the server failed ({type(error).__name__}); its log has the trace"
 
 
 def _too_long(most: int) -> Refused:

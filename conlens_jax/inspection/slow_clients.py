@@ -45,9 +45,12 @@ class TimedProtocol(H11Protocol):
             self._watch_request()
 
     def data_received(self, data: bytes) -> None:
-        if not self.transport.is_closing():
-            super().data_received(data)
-            self._watch_request()
+        if self.transport.is_closing():
+            return
+        if not self.flow.write_paused:  # who asks again has taken the last answer
+            self._reader_timer = _cancelled(self._reader_timer)
+        super().data_received(data)
+        self._watch_request()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
