@@ -9,6 +9,7 @@ peak is reset between trials). Bounded in number and time.
 
 from __future__ import annotations
 
+import argparse
 import collections
 import concurrent.futures
 import contextlib
@@ -21,13 +22,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from absl import app, flags
-
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "What the server serves.", required=True)
-_AT_ONCE = flags.DEFINE_integer("at_once", 50, "Requests at once.", 1, 200)
-_MEGABYTES = flags.DEFINE_integer("megabytes", 100, "Size of the large body.", 1, 500)
-_SECONDS = flags.DEFINE_integer("seconds", 120, "Longest wait for one answer.", 1, 600)
-
 HOST = "127.0.0.1"
 WORDS = "the cat saw one red fox and two blue owl then a small dog ran home".split()
 Answer = tuple[int, float]
@@ -37,11 +31,11 @@ Answer = tuple[int, float]
 class Server:
     """The process and how it is asked."""
 
-    def __init__(self, process: subprocess.Popen, port: int):
-        self.process, self.port = process, port
+    def __init__(self, process: subprocess.Popen, port: int, seconds: int):
+        self.process, self.port, self.seconds = process, port, seconds
 
     def connect(self) -> socket.socket:
-        return socket.create_connection((HOST, self.port), timeout=_SECONDS.value)
+        return socket.create_connection((HOST, self.port), timeout=self.seconds)
 
     def ask(self, path: str, body: dict | None = None, **headers: str) -> Answer:
         content = b"" if body is None else json.dumps(body).encode()
@@ -76,15 +70,15 @@ class Server:
 
 
 @contextlib.contextmanager
-def served(checkpoint: str) -> Iterator[Server]:
+def served(checkpoint: str, seconds: int) -> Iterator[Server]:
     with socket.socket() as listener:
         listener.bind((HOST, 0))
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "conlens_jax.explore", f"--checkpoint={checkpoint}"]
     process = subprocess.Popen([*command, f"--port={port}"], stdout=subprocess.DEVNULL)
-    server = Server(process, port)
+    server = Server(process, port, seconds)
     try:
-        for _ in range(10 * _SECONDS.value):
+        for _ in range(10 * seconds):
             if process.poll() is not None:
                 raise RuntimeError("the server ended; its message is above")
             with contextlib.suppress(OSError), server.connect():
@@ -105,7 +99,7 @@ def text_of(number: int) -> str:
 
 
 def explain(server: Server, number: int) -> Answer:
-    """Half of them sampled, and half over the hosted API, of which again half as streams."""
+    """Greedy and sampled; of the page, and over the hosted API, streamed and not."""
     if number % 2:
         decoding = "sample" if number % 4 == 1 else "greedy"
         body = {"text": text_of(number), "position": -1, "decoding": decoding, "seed": number}
@@ -114,18 +108,18 @@ def explain(server: Server, number: int) -> Answer:
     return server.ask("/nla/explain", {**body, "positions": [-1], "stream": number % 8 < 4})
 
 
-def at_once(server: Server, one: Callable[[Server, int], Answer]) -> list[Answer]:
-    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE.value) as pool:
-        return list(pool.map(lambda number: one(server, number), range(_AT_ONCE.value)))
+def at_once(server: Server, many: int, one: Callable[[Server, int], Answer]) -> list[Answer]:
+    with concurrent.futures.ThreadPoolExecutor(many) as pool:
+        return list(pool.map(lambda number: one(server, number), range(many)))
 
 
-def large(server: Server, *, chunked: bool) -> list[Answer]:
+def large(server: Server, megabytes: int, *, chunked: bool) -> list[Answer]:
     piece = b" " * 2**20
     if chunked:
-        pieces = (b"100000\r\n" + piece + b"\r\n" for _ in range(_MEGABYTES.value))
+        pieces = (b"100000\r\n" + piece + b"\r\n" for _ in range(megabytes))
         return [server.send("POST", "/api/tokens", pieces, None)]
-    pieces = (piece for _ in range(_MEGABYTES.value))
-    return [server.send("POST", "/api/tokens", pieces, _MEGABYTES.value * 2**20)]
+    pieces = (piece for _ in range(megabytes))
+    return [server.send("POST", "/api/tokens", pieces, megabytes * 2**20)]
 
 
 def as_large_as_may_be(server: Server, number: int) -> Answer:
@@ -134,19 +128,19 @@ def as_large_as_may_be(server: Server, number: int) -> Answer:
     return server.send("POST", "/api/tokens", [content], len(content))
 
 
-def beside_slow_ones(server: Server) -> list[Answer]:
+def beside_slow_ones(server: Server, many: int) -> list[Answer]:
     """Short requests, while others have sent half a head, half a body, or do not read."""
     halves = (
         b"POST /api/tokens HTTP/1.1\r\nHost: 127",
         b"POST /api/tokens HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{",
     )
     with contextlib.ExitStack() as stack:
-        for number in range(_AT_ONCE.value):
+        for number in range(many):
             stack.enter_context(server.connect()).sendall(halves[number % 2])
         return [server.ask("/api/tokens", {"text": text_of(n)}) for n in range(20)]
 
 
-def after_those_who_left(server: Server) -> list[Answer]:
+def after_those_who_left(server: Server, many: int) -> list[Answer]:
     """The next explanation, when many have hung up after the first byte of theirs."""
 
     def leave(server: Server, number: int) -> Answer:
@@ -156,7 +150,7 @@ def after_those_who_left(server: Server) -> list[Answer]:
             connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
             return int(connection.recv(4096).split()[1]), 0.0
 
-    at_once(server, leave)
+    at_once(server, many, leave)
     began = time.monotonic()
     while (answer := explain(server, 1))[0] in (429, 503) and time.monotonic() - began < 60:
         time.sleep(0.05)
@@ -170,24 +164,39 @@ def foreign(server: Server) -> list[Answer]:
     ]
 
 
-def main(_: list[str]) -> None:
-    many = _AT_ONCE.value
+def bounded(most: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not 1 <= (value := int(text)) <= most:
+            raise argparse.ArgumentTypeError(f"{value} must be 1 to {most}")
+        return value
+
+    return number
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", required=True, help="what the server serves")
+    parser.add_argument("--at-once", type=bounded(200), default=50, help="requests at once")
+    parser.add_argument("--megabytes", type=bounded(500), default=100, help="of the large body")
+    parser.add_argument("--seconds", type=bounded(600), default=120, help="to wait for an answer")
+    flags = parser.parse_args()
+    many, size = flags.at_once, flags.megabytes
     trials: dict[str, Callable[[Server], list[Answer]]] = {
         "first explanations, compiled": lambda s: [explain(s, n) for n in range(8)],
         "explanations, one after the other": lambda s: [explain(s, n) for n in range(20)],
-        f"{many} explanations at once": lambda s: at_once(s, explain),
-        f"the same {many} again": lambda s: at_once(s, explain),
-        f"{many} bodies of 1.2 MB at once": lambda s: at_once(s, as_large_as_may_be),
-        f"a body of {_MEGABYTES.value} MiB": lambda s: large(s, chunked=False),
-        f"a body of {_MEGABYTES.value} MiB in chunks": lambda s: large(s, chunked=True),
-        f"20 short ones beside {many} slow clients": beside_slow_ones,
-        f"one after {many} hung up": after_those_who_left,
+        f"{many} explanations at once": lambda s: at_once(s, many, explain),
+        f"the same {many} again": lambda s: at_once(s, many, explain),
+        f"{many} bodies of 1.2 MB at once": lambda s: at_once(s, many, as_large_as_may_be),
+        f"a body of {size} MiB": lambda s: large(s, size, chunked=False),
+        f"a body of {size} MiB in chunks": lambda s: large(s, size, chunked=True),
+        f"20 short ones beside {many} slow clients": lambda s: beside_slow_ones(s, many),
+        f"one after {many} hung up": lambda s: after_those_who_left(s, many),
         "another Host; another Origin": foreign,
     }
     print(
         "| trial | answers | latency, median / longest | server's peak memory |\n|---|---|---|---|"
     )
-    with served(_CHECKPOINT.value) as server:
+    with served(flags.checkpoint, flags.seconds) as server:
         print(f"| before any | | | {server.memory('VmHWM'):.0f} MiB |", flush=True)
         for name, trial in trials.items():
             server.reset_peak()
@@ -202,4 +211,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()
