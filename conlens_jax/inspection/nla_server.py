@@ -34,12 +34,12 @@ import jax
 import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from conlens_jax.evaluation.metrics import cosine, mse_nrm
 from conlens_jax.inspection.lens import Lens
-from conlens_jax.inspection.server_limits import RETRY, failure
+from conlens_jax.inspection.server_limits import RETRY, ClosedStream, failure
 from conlens_jax.inspection.strict_json import StrictRoute, plain_problems
 from conlens_jax.inspection.texts import chat_tokens, token_lists
 from conlens_jax.inspection.turns import Busy, Gone, Turns
@@ -205,7 +205,7 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
         return {"tokens": entries, "prompt_length": len(tokens), "text": text}
 
     @app.post("/extract")
-    def extract(request: TextRequest) -> StreamingResponse:
+    def extract(request: TextRequest) -> ClosedStream:
         tokens = tokens_of(request)
         with turns.turn():
             vectors = lens.capture(tokens, "all")
@@ -308,7 +308,7 @@ def _norm(vector: np.ndarray) -> float:
     return float(np.linalg.norm(vector))
 
 
-def _json_of(head: dict[str, Any], name: str, entries: Iterator[Any]) -> StreamingResponse:
+def _json_of(head: dict[str, Any], name: str, entries: Iterator[Any]) -> ClosedStream:
     """One JSON object: ``head``, and a list under ``name``, of which an entry at a time is in
     memory. The activations of a long text are gigabytes as Python numbers."""
 
@@ -318,10 +318,10 @@ def _json_of(head: dict[str, Any], name: str, entries: Iterator[Any]) -> Streami
             yield (", " if number else "") + json.dumps(entry, ensure_ascii=False)
         yield "]}"
 
-    return StreamingResponse(pieces(), media_type="application/json")
+    return ClosedStream(pieces(), media_type="application/json")
 
 
-def _events(frames: Iterator[dict[str, Any]]) -> StreamingResponse:
+def _events(frames: Iterator[dict[str, Any]]) -> ClosedStream:
     """Server-sent events, one a frame."""
 
     def lines() -> Iterator[str]:
@@ -335,4 +335,4 @@ def _events(frames: Iterator[dict[str, Any]]) -> StreamingResponse:
             except Exception as error:  # the answer has begun
                 yield f"data: {json.dumps({'error': failure(error)})}\n\n"
 
-    return StreamingResponse(lines(), media_type="text/event-stream")
+    return ClosedStream(lines(), media_type="text/event-stream")

@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -37,7 +37,13 @@ from starlette.middleware.cors import CORSMiddleware
 from conlens_jax.inspection.explanations import ExplainedToken
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.inspection.nla_server import make_nla_app, most_bytes
-from conlens_jax.inspection.server_limits import RETRY, LimitedRequests, Limits, failure
+from conlens_jax.inspection.server_limits import (
+    RETRY,
+    ClosedStream,
+    LimitedRequests,
+    Limits,
+    failure,
+)
 from conlens_jax.inspection.strict_json import StrictRoute, plain_problems
 from conlens_jax.inspection.turns import Busy, Gone, Turns
 
@@ -148,14 +154,14 @@ def make_app(
         return {"tokens": tokens_of(request.text)}
 
     @app.post("/api/explain")
-    def explain(request: ExplainRequest) -> StreamingResponse:
+    def explain(request: ExplainRequest) -> ClosedStream:
         tokens_of(request.text)
         with turns.turn():  # what is wrong with the request shows here, before anything is sent
             pieces = lens.write(
                 request.text, request.position, decoding=request.decoding, seed=request.seed
             )
             first = next(pieces)
-        return StreamingResponse(lines(request, first, pieces), media_type="application/x-ndjson")
+        return ClosedStream(lines(request, first, pieces), media_type="application/x-ndjson")
 
     def lines(request: ExplainRequest, written: str, pieces: Iterator[str]) -> Iterator[str]:
         yield _line(text=written)

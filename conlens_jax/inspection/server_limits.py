@@ -23,11 +23,11 @@ import dataclasses
 import ipaddress
 import logging
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from conlens_jax.inspection.turns import Busy, Caller, calling
@@ -220,6 +220,23 @@ def _with_headers(send: Send) -> Send:
         await send(message)
 
     return wrapped
+
+
+class ClosedStream(StreamingResponse):
+    """Closes its generator when the answer ends or its reader hangs up.
+
+    Starlette leaves that to the garbage collector.
+    """
+
+    def __init__(self, content: Generator[str | bytes, None, None], media_type: str):
+        super().__init__(content, media_type=media_type)
+        self._content = content
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._content.close()
 
 
 def failure(error: Exception) -> str:
