@@ -1,7 +1,9 @@
 """A page to explore a lens with: python -m conlens_jax.explore --checkpoint=runs/quickstart
 
 Needs the extra ``explore`` (``pip install 'conlens_jax[explore]'``). The page is served to this
-machine alone unless ``--host`` says otherwise; it has no login.
+machine alone unless ``--host`` says otherwise; it has no login. It answers only to this machine's
+own names and to ``--host`` (``--allow_hosts`` adds others), and not to pages of other sites
+(``--allow_origins`` names those that may ask, with CORS).
 """
 
 from __future__ import annotations
@@ -17,13 +19,19 @@ LOOPBACK = "127.0.0.1"
 _HOST = flags.DEFINE_string("host", LOOPBACK, "Address to serve; 0.0.0.0 is every interface.")
 _PORT = flags.DEFINE_integer("port", 7860, "Port to serve.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 2048, "Longer texts are refused.")
+_HOSTS = flags.DEFINE_list("allow_hosts", [], "Further names by which the server may be asked.")
+_ORIGINS = flags.DEFINE_list(
+    "allow_origins", [], "Other sites whose pages may ask, for example https://name.org"
+)
 
 
 def main() -> None:
     try:
         import uvicorn
 
-        from conlens_jax.inspection.server import make_app
+        from conlens_jax.inspection.server import LIMITS, make_app
+        from conlens_jax.inspection.server_limits import served_hosts
+        from conlens_jax.inspection.slow_clients import uvicorn_options
     except ImportError as error:
         raise ImportError(
             f"the page needs the extra 'explore': pip install 'conlens_jax[explore]' ({error})"
@@ -31,10 +39,15 @@ def main() -> None:
     if not CHECKPOINT.value:
         raise ConfigError(["give --checkpoint=<run folder, saved lens or hub id>"])
     lens = Lens.load(CHECKPOINT.value)
-    hosts = (LOOPBACK, "localhost") if _HOST.value == LOOPBACK else ("*",)
-    app = make_app(lens, max_tokens=_MAX_TOKENS.value, hosts=hosts)
+    app = make_app(
+        lens,
+        max_tokens=_MAX_TOKENS.value,
+        hosts=served_hosts(_HOST.value, _HOSTS.value),
+        origins=tuple(_ORIGINS.value),
+    )
     print(f"http://{_HOST.value}:{_PORT.value}  (Ctrl-C ends it)", flush=True)
-    uvicorn.run(app, host=_HOST.value, port=_PORT.value, log_level="warning")
+    options = {"log_level": "warning", **uvicorn_options(LIMITS)}
+    uvicorn.run(app, host=_HOST.value, port=_PORT.value, **options)
 
 
 if __name__ == "__main__":

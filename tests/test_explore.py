@@ -3,43 +3,24 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import json
-import socket
-import threading
 import urllib.error
 import urllib.request
 
 import pytest
 from pipeline import quick_compilation
+from servers import serving
 from tiny_user import TEXT, TEXTS, tiny_user_lens
 
 pytest.importorskip("fastapi", reason="the page needs the extra 'explore'")
-uvicorn = pytest.importorskip("uvicorn", reason="the page needs the extra 'explore'")
+pytest.importorskip("uvicorn", reason="the page needs the extra 'explore'")
 
 
 @pytest.fixture(scope="module")
 def lens(tmp_path_factory):
     with quick_compilation(tmp_path_factory):
         yield tiny_user_lens(tmp_path_factory.mktemp("model"))
-
-
-@contextlib.contextmanager
-def serving(app):
-    """The address of a running server."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()  # who asks before the server is up waits
-        config = uvicorn.Config(app, log_level="error", ws="none", lifespan="off")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +101,12 @@ def test_what_is_refused_and_why(address, path, body, status, message):
 
 def test_long_requests_are_refused_before_they_are_read(address):
     status, content = fetch(f"{address}/api/tokens", b"{}", **{"Content-Length": "2000000"})
-    assert status == 413 and "at most 100000 characters" in json.loads(content)["error"]
+    assert status == 413 and "at most 1200000 bytes" in json.loads(content)["error"]
 
 
 def test_other_names_for_the_server_reach_nothing(address):
-    assert fetch(f"{address}/api/lens", Host="evil.example")[0] == 400
+    status, content = fetch(f"{address}/api/lens", Host="evil.example")
+    assert status == 421 and "--allow_hosts" in json.loads(content)["error"]
 
 
 def test_requests_at_the_same_time_are_not_mixed(lens, address):

@@ -33,17 +33,29 @@ from typing import Any
 import jax
 import numpy as np
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from conlens_jax.evaluation.metrics import cosine, mse_nrm
 from conlens_jax.inspection.lens import Lens
+from conlens_jax.inspection.server_limits import RETRY, ClosedStream, failure
+from conlens_jax.inspection.strict_json import StrictRoute, plain_problems
 from conlens_jax.inspection.texts import chat_tokens, token_lists
-from conlens_jax.inspection.turns import Busy, Turns
+from conlens_jax.inspection.turns import Busy, Gone, Turns
 
 MAX_CHARACTERS, MAX_DESCRIPTION, MAX_POSITIONS, MAX_ACTIVATIONS = 65_536, 8_192, 512, 512
 _A_TURN = 32
 """Explanations that are written before the next request may have the lens."""
+
+
+_BYTES_A_NUMBER, _MOST_BYTES = 26, 8 * 2**20
+
+
+def most_bytes(lens: Lens) -> int:
+    """What the body of a request with activations may have."""
+    whole = MAX_ACTIVATIONS * lens.spec.model.d_model * _BYTES_A_NUMBER
+    return max(min(whole, _MOST_BYTES), 2**20)
 
 
 class Message(BaseModel):
@@ -87,7 +99,9 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
       max_tokens: longer texts are refused.
     """
     app = FastAPI(title="NLA API of a consistency lens", docs_url=None, redoc_url=None)
+    app.router.route_class = StrictRoute
     width, layer = lens.spec.model.d_model, lens.spec.layer
+    most_activations = min(MAX_ACTIVATIONS, most_bytes(lens) // (_BYTES_A_NUMBER * width))
 
     @app.exception_handler(ValueError)
     async def refuse(_: Request, error: ValueError):
@@ -95,7 +109,16 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
 
     @app.exception_handler(Busy)
     async def wait(_: Request, error: Busy):
-        return JSONResponse({"detail": str(error)}, status_code=429)
+        return JSONResponse({"detail": str(error)}, status_code=429, headers=RETRY)
+
+    @app.exception_handler(RequestValidationError)
+    async def name_fields(_: Request, error: RequestValidationError):
+        return JSONResponse({"detail": plain_problems(error)}, status_code=422)
+
+    @app.exception_handler(Exception)  # it is logged, too
+    async def admit(_: Request, error: Exception):
+        message = f"the server failed ({type(error).__name__}); its log has the trace"
+        return JSONResponse({"detail": message}, status_code=500)
 
     def tokens_of(request: TextRequest) -> list[int]:
         if request.continue_final_message or request.enable_thinking is not None:
@@ -168,7 +191,7 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
                 "max_input_chars": MAX_CHARACTERS,
                 "max_positions_per_request": MAX_POSITIONS,
                 "max_new_tokens": 4096,
-                "max_describe_batch": MAX_ACTIVATIONS,
+                "max_describe_batch": most_activations,
                 "max_description_chars": MAX_DESCRIPTION,
                 "max_completion_tokens": 0,
             },
@@ -182,17 +205,19 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
         return {"tokens": entries, "prompt_length": len(tokens), "text": text}
 
     @app.post("/extract")
-    def extract(request: TextRequest) -> dict[str, Any]:
+    def extract(request: TextRequest) -> ClosedStream:
         tokens = tokens_of(request)
         with turns.turn():
             vectors = lens.capture(tokens, "all")
         names = ("token", "token_id", "position")
-        entries = [
-            {name: value for name, value in _token(lens, tokens, position).items() if name in names}
-            | {"activation": vector.tolist(), "l2_norm": float(np.linalg.norm(vector))}
-            for position, vector in enumerate(vectors)
-        ]
-        return {"layer_index": layer, "tokens": entries}
+
+        def entries() -> Iterator[dict[str, Any]]:
+            for position, vector in enumerate(vectors):
+                token = _token(lens, tokens, position)
+                place = {name: token[name] for name in names}
+                yield {**place, "activation": vector.tolist(), "l2_norm": _norm(vector)}
+
+        return _json_of({"layer_index": layer}, "tokens", entries())
 
     @app.post("/explain")
     def explain(request: ExplainRequest):
@@ -209,7 +234,7 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
             vectors = lens.capture(tokens, chosen)
 
         def result(position: int, vector: np.ndarray, found: dict[str, Any]) -> dict[str, Any]:
-            place = {**_token(lens, tokens, position), "l2_norm": float(np.linalg.norm(vector))}
+            place = {**_token(lens, tokens, position), "l2_norm": _norm(vector)}
             return {**place, **found, "generated": False}
 
         if not request.stream:
@@ -236,6 +261,7 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
     @app.post("/describe")
     def describe(request: DescribeRequest):
         decoding = decoding_of(request)
+        turns.reserve()
         vectors = [vector_of(activation) for activation in request.activations]
 
         def frames() -> Iterator[dict[str, Any]]:
@@ -278,7 +304,24 @@ def _similarity(cos: float) -> dict[str, float]:
     return {"mse": float(mse_nrm(cos)), "cosine_similarity": cos}
 
 
-def _events(frames: Iterator[dict[str, Any]]) -> StreamingResponse:
+def _norm(vector: np.ndarray) -> float:
+    return float(np.linalg.norm(vector))
+
+
+def _json_of(head: dict[str, Any], name: str, entries: Iterator[Any]) -> ClosedStream:
+    """One JSON object: ``head``, and a list under ``name``, of which an entry at a time is in
+    memory. The activations of a long text are gigabytes as Python numbers."""
+
+    def pieces() -> Iterator[str]:
+        yield f"{json.dumps(head)[:-1]}, {json.dumps(name)}: ["
+        for number, entry in enumerate(entries):
+            yield (", " if number else "") + json.dumps(entry, ensure_ascii=False)
+        yield "]}"
+
+    return ClosedStream(pieces(), media_type="application/json")
+
+
+def _events(frames: Iterator[dict[str, Any]]) -> ClosedStream:
     """Server-sent events, one a frame."""
 
     def lines() -> Iterator[str]:
@@ -287,7 +330,9 @@ def _events(frames: Iterator[dict[str, Any]]) -> StreamingResponse:
                 for frame in frames:
                     yield f"data: {json.dumps(frame, ensure_ascii=False)}\n\n"
                 yield "data: [DONE]\n\n"
-            except Busy as error:  # the answer has begun
-                yield f"data: {json.dumps({'error': str(error)})}\n\n"
+            except Gone:
+                raise
+            except Exception as error:  # the answer has begun
+                yield f"data: {json.dumps({'error': failure(error)})}\n\n"
 
-    return StreamingResponse(lines(), media_type="text/event-stream")
+    return ClosedStream(lines(), media_type="text/event-stream")
