@@ -33,8 +33,9 @@ from typing import Any
 import jax
 import numpy as np
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StrictInt
 
 from conlens_jax.evaluation.metrics import cosine, mse_nrm
 from conlens_jax.inspection.lens import Lens
@@ -66,7 +67,8 @@ class Writing(BaseModel):
 
 
 class ExplainRequest(TextRequest, Writing):
-    positions: list[int] | None = Field(None, max_length=MAX_POSITIONS)
+    # Strict: a boolean mask would be read as positions 0 and 1. Empty: as if it were not there.
+    positions: list[StrictInt] | None = Field(None, max_length=MAX_POSITIONS)
     reverse: bool = True
 
 
@@ -92,6 +94,12 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
     @app.exception_handler(ValueError)
     async def refuse(_: Request, error: ValueError):
         return JSONResponse({"detail": str(error)}, status_code=400)
+
+    @app.exception_handler(RequestValidationError)
+    async def name_fields(_: Request, error: RequestValidationError):
+        # FastAPI's own answer repeats the input, and cannot where that is NaN or infinity.
+        problems = [{k: p[k] for k in ("type", "loc", "msg")} for p in error.errors()]
+        return JSONResponse({"detail": problems}, status_code=422)
 
     @app.exception_handler(Busy)
     async def wait(_: Request, error: Busy):
@@ -122,7 +130,8 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
         return {"decoding": "sample", "temperature": request.temperature}
 
     def vector_of(activation: Sequence[float]) -> np.ndarray:
-        vector = np.array(activation, np.float32)
+        with np.errstate(over="ignore"):
+            vector = np.array(activation, np.float32)
         if len(vector) != width:
             raise ValueError(f"activation length {len(vector)} != d_model {width}")
         if not np.isfinite(vector).all() or not vector.any():

@@ -27,7 +27,7 @@ from typing import Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, StrictInt
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from conlens_jax.inspection.explanations import ExplainedToken
@@ -48,13 +48,13 @@ class TextRequest(BaseModel):
 
 
 class ExplainRequest(TextRequest):
-    position: int
+    position: StrictInt  # not true, and not "3"
     decoding: Literal["greedy", "sample"] = "greedy"
     seed: int = 0
 
 
 class SwapRequest(TextRequest):
-    position: int
+    position: StrictInt  # not true, and not "3"
     explanation: str
 
 

@@ -30,6 +30,7 @@ from conlens_jax.config import (
     ExperimentConfig,
     ScheduleConfig,
 )
+from conlens_jax.config.seeds import numpy_seed, random_key
 from conlens_jax.data.batches import batch_indices, pad_tokens
 from conlens_jax.data.corpus import Document, open_corpus
 from conlens_jax.data.generators import GENERATORS
@@ -177,12 +178,12 @@ def copying_init(config: TransformerConfig, seed: int, strength: float) -> Param
     subspaces are orthonormal), so that only *where to look* has to be learnt. 0: plain random
     parameters.
     """
-    params = init_params(llama.param_table(config), config, jax.random.key(seed))
+    params = init_params(llama.param_table(config), config, random_key(seed))
     if not strength:
         return params
     layers, group = params["layers"], config.n_heads // config.n_kv_heads
     shape = (config.n_layers, config.d_model, config.n_kv_heads * config.head_dim)
-    key = jax.random.fold_in(jax.random.key(seed), 1)
+    key = jax.random.fold_in(random_key(seed), 1)
     basis = jax.nn.initializers.orthogonal()(key, shape, layers["value"].dtype)
     basis = basis.reshape(layers["value"].shape)
     back_NKXD = jnp.transpose(basis, (0, 2, 3, 1))
@@ -214,7 +215,7 @@ class _TokenRows:
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         size = min(self.config.batch_size, len(self.documents))
         chosen = batch_indices(len(self.documents), size, self.config.seed, step)
-        rng = np.random.default_rng([self.config.seed, step])
+        rng = np.random.default_rng([numpy_seed(self.config.seed), step])
         lists = [self.bos + self._crop(self.documents[index], rng) for index in chosen]
         return pad_tokens(lists, self.config.seq_len, self.pad_id)
 
