@@ -6,16 +6,19 @@ machine alone unless ``--host`` says otherwise; it has no login.
 
 from __future__ import annotations
 
+import contextlib
+
 from absl import flags
 
 from conlens_jax import cli
 from conlens_jax.config import ConfigError
 from conlens_jax.evaluate import CHECKPOINT
 from conlens_jax.inspection.lens import Lens
+from conlens_jax.inspection.listener import listener_on
 
 LOOPBACK = "127.0.0.1"
 _HOST = flags.DEFINE_string("host", LOOPBACK, "Address to serve; 0.0.0.0 is every interface.")
-_PORT = flags.DEFINE_integer("port", 7860, "Port to serve.")
+_PORT = flags.DEFINE_integer("port", 7860, "Port to serve; 0: any free one.", 0, 65535)
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 2048, "Longer texts are refused.")
 
 
@@ -30,11 +33,14 @@ def main() -> None:
         ) from error
     if not CHECKPOINT.value:
         raise ConfigError(["give --checkpoint=<run folder, saved lens or hub id>"])
+    listener = listener_on(_HOST.value, _PORT.value)
     lens = Lens.load(CHECKPOINT.value)
     hosts = (LOOPBACK, "localhost") if _HOST.value == LOOPBACK else ("*",)
     app = make_app(lens, max_tokens=_MAX_TOKENS.value, hosts=hosts)
-    print(f"http://{_HOST.value}:{_PORT.value}  (Ctrl-C ends it)", flush=True)
-    uvicorn.run(app, host=_HOST.value, port=_PORT.value, log_level="warning")
+    print(f"http://{_HOST.value}:{listener.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    with contextlib.suppress(KeyboardInterrupt), listener:
+        server.run(sockets=[listener])
 
 
 if __name__ == "__main__":

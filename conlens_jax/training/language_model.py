@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from conlens_jax.config import (
     GENERATED_CORPORA,
+    ConfigError,
     CorpusConfig,
     EmbeddedConfig,
     ExperimentConfig,
@@ -45,6 +46,7 @@ from conlens_jax.models.transformer import forward
 from conlens_jax.models.transformer_config import RopeConfig, TransformerConfig
 from conlens_jax.training.answers import answer_statistics
 from conlens_jax.training.console import Console
+from conlens_jax.training.preflight import write_problems
 
 STATISTICS_FILE = "training.json"
 RARE = 0.005
@@ -71,6 +73,9 @@ def ensure_language_model(config: ExperimentConfig, console: Console) -> Path:
         console.line("model", found=folder)
         return folder
     building = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    problems = list(write_problems("embedded.cache_dir", folder.parent))
+    if problems:
+        raise ConfigError(problems)
     shutil.rmtree(building, ignore_errors=True)
     statistics = train_language_model(config.corpus, config.embedded, building, console)
     text = json.dumps({"recipe": recipe, **statistics}, indent=2) + "\n"
