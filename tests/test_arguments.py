@@ -95,6 +95,18 @@ def test_positions_that_cannot_be_are_refused(lens, tokens, mask, positions, mes
         lens.model.swap(tokens, LAYER, positions, np.zeros((3, WIDTH)), mask)
 
 
+def test_positions_and_activations_inside_a_jit(lens, tokens, mask, states):
+    """Tokens are values there; an activation may be traced, and differentiated through."""
+    vectors = jnp.asarray(states[[0, 1, 2], [6, 9, 9]])
+    call = lambda vectors: lens.model.swap(tokens, LAYER, -1, vectors, mask)
+    # Compiled as one program, sums are rounded otherwise.
+    np.testing.assert_allclose(jax.jit(call)(vectors), call(vectors), rtol=0, atol=1e-5)
+    gradient = jax.grad(lambda vectors: call(vectors)[0, 6, 5])(vectors)
+    assert np.abs(gradient[0]).max() > 0 and not np.any(gradient[1])
+    captured = jax.jit(lambda: lens.model.capture(tokens, LAYER, -1, mask))()
+    np.testing.assert_allclose(captured, vectors, rtol=0, atol=1e-5)
+
+
 def test_a_swap_needs_a_position(lens, tokens):
     with pytest.raises(ValueError, match="positions must be given.*not None"):
         lens.model.swap(tokens, LAYER, None, np.zeros((3, WIDTH)))

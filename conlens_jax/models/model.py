@@ -97,11 +97,12 @@ class LanguageModel:
         """
         wanted = (layers,) if is_place(layers) else tuple(layers)
         at = boundaries(wanted, self.config.n_layers, self.model_id)
+        real = mask  # of the caller: inside a jit, arrays of JAX have no values
         tokens, mask = _inputs(tokens, mask, self.config)
         captured = _capture(self.params, tokens, mask, at=at, config=self.config)
         if positions is not None:
             rows = jnp.arange(tokens.shape[0])
-            captured = captured[rows, :, row_positions(positions, np.asarray(mask))]
+            captured = captured[rows, :, row_positions(positions, _real(real, tokens.shape))]
         return captured[:, 0] if is_place(layers) else captured
 
     def swap(
@@ -120,9 +121,10 @@ class LanguageModel:
           ValueError: as :meth:`capture`, or activations with NaN or infinity.
         """
         (at,) = boundaries((layer,), self.config.n_layers, self.model_id)
+        real = mask
         tokens, mask = _inputs(tokens, mask, self.config)
         activations = _row_vectors(activations, tokens.shape[0], self.config.d_model)
-        positions = row_positions(positions, np.asarray(mask))
+        positions = row_positions(positions, _real(real, tokens.shape))
         if not isinstance(activations, jax.core.Tracer):
             finite_array(activations, "activations", positions)
         return _swap(self.params, tokens, mask, positions, activations, at=at, config=self.config)
@@ -276,6 +278,11 @@ def _check_generation(max_new_tokens: int, temperature: float, top_p: float) -> 
         problems.append(f"top_p must be above 0 and at most 1, not {top_p}")
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def _real(mask, shape: tuple[int, ...]) -> np.ndarray:
+    """Which tokens are no padding."""
+    return np.ones(shape, bool) if mask is None else np.asarray(mask, bool)
 
 
 def _row_vectors(activations, batch: int, width: int) -> Float[Array, "B D"]:
