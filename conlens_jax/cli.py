@@ -29,6 +29,7 @@ from conlens_jax.parallel.processes import (
 from conlens_jax.training.console import Console
 from conlens_jax.training.run import TrainingStopped
 
+_HELP = re.compile(r"--?(help|helpshort|helpfull|helpxml|\?)(=\w+)?")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the trace of an error.")
 
 
@@ -67,6 +68,10 @@ def run(
                 raise
             _fail(error.problems if isinstance(error, ConfigError) else [str(error)])
 
+    shared = ["traceback", "checkpoint"] + ["config"] * ("_CONFIG" in main.__globals__)
+    for name in shared:  # --help shows the flags of the main module, and those named here
+        if name in flags.FLAGS:
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     problems = _unknown_overrides(sys.argv[1:])
     if one_process:
         problems += _process_flags(sys.argv[1:])
@@ -79,6 +84,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
     """absl's own answer to a value of the wrong type is a page of usage."""
     try:
         return flags.FLAGS(argv)
+    except SystemExit:
+        if any(map(_HELP.fullmatch, argv[1:])):  # absl shows it, and exits with 1
+            leave(0)
+        raise
     except (flags.Error, TypeError, ValueError) as error:
         _fail([_wrong_value(str(error))])
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from conlens_jax import cli
 from conlens_jax.data.extract import dump_activations
+from conlens_jax.training.preflight import check_files
 from conlens_jax.training.setting import open_setting
 
 _CONFIG = cli.define_config()
@@ -14,7 +15,9 @@ _CONFIG = cli.define_config()
 
 def main() -> None:
     config = cli.load_config(_CONFIG)
-    setting = open_setting(config, cli.start(config))
+    console = cli.start(config)
+    check_files(config, dumps=True)
+    setting = open_setting(config, console)
     dump_activations(config, setting.model, setting.spec, setting.mesh, setting.console)
 
 

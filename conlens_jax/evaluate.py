@@ -24,6 +24,7 @@ from conlens_jax.config import (
 )
 from conlens_jax.evaluation.run import evaluate_run
 from conlens_jax.parallel.processes import is_first
+from conlens_jax.training.preflight import check_files
 from conlens_jax.training.run_folder import checkpoint_of
 from conlens_jax.training.setting import open_setting
 
@@ -58,8 +59,10 @@ def main() -> None:
     if SUITE.value:
         evaluate = dataclasses.replace(config.evaluate, suite=SUITE.value)
         config = dataclasses.replace(config, evaluate=evaluate)
-    setting = open_setting(config, cli.start(config))
-    report = evaluate_run(setting, CHECKPOINT.value or config.run_dir)
+    checkpoint, console = CHECKPOINT.value or config.run_dir, cli.start(config)
+    check_files(config, evaluates=checkpoint)
+    setting = open_setting(config, console)
+    report = evaluate_run(setting, checkpoint)
     if is_first():
         print(report)
 

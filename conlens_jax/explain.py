@@ -17,14 +17,17 @@ from conlens_jax.config import ConfigError
 from conlens_jax.evaluate import CHECKPOINT
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.inspection.terminal import render
+from conlens_jax.training.preflight import write_problems
 
 _FILE = flags.DEFINE_string("file", None, "Also explain the text of this file.")
 _POSITIONS = flags.DEFINE_string("positions", "all", "all, or indices: 3,5,-1")
-_SAMPLES = flags.DEFINE_integer("samples", 1, "Explanations a token; more than one are sampled.")
+_SAMPLES = flags.DEFINE_integer(
+    "samples", 1, "Explanations a token; more than one are sampled.", lower_bound=1
+)
 _STEP = flags.DEFINE_string("step", "last", "Checkpoint of a run folder: last, best, or a step.")
 _DTYPE = flags.DEFINE_string("dtype", None, "float32 or bfloat16; default: as trained.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the samples.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Explanations written at once.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Explanations written at once.", lower_bound=1)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 _HTML = flags.DEFINE_string("html", None, "Also write a page to this file.")
 _COLOUR = flags.DEFINE_enum("colour", "auto", ["auto", "always", "never"], "Colours of the table.")
@@ -33,14 +36,26 @@ _COLOUR = flags.DEFINE_enum("colour", "auto", ["auto", "always", "never"], "Colo
 def main(texts: list[str]) -> None:
     if not CHECKPOINT.value:
         raise ConfigError(["give --checkpoint=<run folder, saved lens or hub id>"])
+    positions, problems = "all", []
+    try:
+        positions = positions_of(_POSITIONS.value)
+    except ConfigError as error:
+        problems += error.problems
     if _FILE.value:
-        texts = [*texts, Path(_FILE.value).read_text(encoding="utf-8")]
+        try:
+            texts = [*texts, Path(_FILE.value).expanduser().read_text(encoding="utf-8-sig")]
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"--file={_FILE.value!r} cannot be read: {error}")
+    if _HTML.value:
+        problems += page_problems(_HTML.value)
+    if problems:
+        raise ConfigError(problems)
     if not texts:
         raise ConfigError(['give a text, for example "once upon a time", or --file=<file>'])
     lens = Lens.load(CHECKPOINT.value, dtype=_DTYPE.value, step=_STEP.value)
     found = lens.explain(
         texts,
-        positions_of(_POSITIONS.value),
+        positions,
         samples=_SAMPLES.value,
         decoding="sample" if _SAMPLES.value > 1 else "greedy",
         seed=_SEED.value,
@@ -48,12 +63,22 @@ def main(texts: list[str]) -> None:
         progress=sys.stderr.isatty(),
     )
     if _HTML.value:
-        found.to_html(_HTML.value)
+        found.to_html(Path(_HTML.value).expanduser())
     if _JSON.value:
         print(found.to_json(), end="")
         return
     colour = sys.stdout.isatty() if _COLOUR.value == "auto" else _COLOUR.value == "always"
     print(render(found, colour=colour))
+
+
+def page_problems(file: str) -> list[str]:
+    """Why no page can be written to ``file``; folders are not made."""
+    path = Path(file).expanduser()
+    if path.is_dir():
+        return [f"--html={file!r} is a folder; give the name of a file"]
+    if not path.parent.is_dir():
+        return [f"--html={file!r}: there is no folder {path.parent}; make it first"]
+    return list(write_problems("--html", path.parent))
 
 
 def positions_of(value: str) -> str | list[int]:

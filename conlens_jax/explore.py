@@ -8,16 +8,19 @@ own names and to ``--host`` (``--allow_hosts`` adds others), and not to pages of
 
 from __future__ import annotations
 
+import contextlib
+
 from absl import flags
 
 from conlens_jax import cli
 from conlens_jax.config import ConfigError
 from conlens_jax.evaluate import CHECKPOINT
 from conlens_jax.inspection.lens import Lens
+from conlens_jax.inspection.listener import listener_on
 
 LOOPBACK = "127.0.0.1"
 _HOST = flags.DEFINE_string("host", LOOPBACK, "Address to serve; 0.0.0.0 is every interface.")
-_PORT = flags.DEFINE_integer("port", 7860, "Port to serve.")
+_PORT = flags.DEFINE_integer("port", 7860, "Port to serve; 0: any free one.", 0, 65535)
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 2048, "Longer texts are refused.")
 _HOSTS = flags.DEFINE_list("allow_hosts", [], "Further names by which the server may be asked.")
 _ORIGINS = flags.DEFINE_list(
@@ -38,6 +41,7 @@ def main() -> None:
         ) from error
     if not CHECKPOINT.value:
         raise ConfigError(["give --checkpoint=<run folder, saved lens or hub id>"])
+    listener = listener_on(_HOST.value, _PORT.value)
     lens = Lens.load(CHECKPOINT.value)
     app = make_app(
         lens,
@@ -45,9 +49,11 @@ def main() -> None:
         hosts=served_hosts(_HOST.value, _HOSTS.value),
         origins=tuple(_ORIGINS.value),
     )
-    print(f"http://{_HOST.value}:{_PORT.value}  (Ctrl-C ends it)", flush=True)
+    print(f"http://{_HOST.value}:{listener.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
     options = {"log_level": "warning", **uvicorn_options(LIMITS)}
-    uvicorn.run(app, host=_HOST.value, port=_PORT.value, **options)
+    server = uvicorn.Server(uvicorn.Config(app, **options))
+    with contextlib.suppress(KeyboardInterrupt), listener:
+        server.run(sockets=[listener])
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 from absl import flags
 
 from conlens_jax import cli
+from conlens_jax.config import ConfigError
 from conlens_jax.evaluate import CHECKPOINT, recorded_config
 from conlens_jax.evaluation import lens_gradients
 from conlens_jax.evaluation.gradients import build_report, measure
@@ -26,6 +27,7 @@ from conlens_jax.evaluation.markup import format_interval
 from conlens_jax.evaluation.report import write_report
 from conlens_jax.evaluation.report_data import Report
 from conlens_jax.training.console import Console
+from conlens_jax.training.preflight import check_files, write_problems
 from conlens_jax.training.setting import open_setting
 
 _OUT = flags.DEFINE_string("out", "runs/gradient_report", "Folder for the report.")
@@ -38,6 +40,11 @@ _ROWS = flags.DEFINE_integer("rows", 16, "Rows of the lens's batch.", lower_boun
 
 
 def main() -> None:
+    problems = list(write_problems("--out", _OUT.value))
+    if problems:
+        raise ConfigError(problems)
+    if CHECKPOINT.value:
+        check_files(recorded_config(CHECKPOINT.value), evaluates=CHECKPOINT.value)
     report_toy()
     if CHECKPOINT.value:
         report_lens(CHECKPOINT.value)

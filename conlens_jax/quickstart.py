@@ -15,6 +15,7 @@ from conlens_jax.evaluation.run import evaluate_run
 from conlens_jax.parallel.processes import is_first
 from conlens_jax.training.console import Console
 from conlens_jax.training.loop import train_lens
+from conlens_jax.training.preflight import check_files
 from conlens_jax.training.setting import open_setting
 
 _CONFIG = cli.define_config(str(Path(__file__).parents[1] / "configs" / "quickstart.py"))
@@ -22,6 +23,7 @@ _CONFIG = cli.define_config(str(Path(__file__).parents[1] / "configs" / "quickst
 
 def run_quickstart(config: ExperimentConfig, console: Console) -> Path:
     """dump (unless rows are streamed) → train → evaluate; returns the path of the report."""
+    check_files(config, dumps=config.data.source == "cache", trains=True)
     setting = open_setting(config, console)
     if config.data.source == "cache":
         dump_activations(config, setting.model, setting.spec, setting.mesh, console)

@@ -17,6 +17,7 @@ from conlens_jax import cli
 from conlens_jax.config import ConfigError
 from conlens_jax.training.console import Console
 from conlens_jax.training.loop import train_lens
+from conlens_jax.training.preflight import check_files
 from conlens_jax.training.setting import open_setting
 from conlens_jax.training.sweep import read_sweep, result_of, trial_config, trials
 from conlens_jax.training.tracking import json_line
@@ -24,7 +25,7 @@ from conlens_jax.training.tracking import json_line
 _CONFIG = cli.define_config()
 _SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, such as configs/sweeps/joint.yaml.")
 _TRIALS = flags.DEFINE_integer("trials", 0, "How many runs; 0: all of a grid.", lower_bound=0)
-_SEED = flags.DEFINE_integer("sweep_seed", 0, "Of a random search.")
+_SEED = flags.DEFINE_integer("sweep_seed", 0, "Of a random search.", lower_bound=0)
 
 
 def main() -> None:
@@ -37,6 +38,7 @@ def main() -> None:
     configs = [
         trial_config(config, values, folder / str(number)) for number, values in enumerate(chosen)
     ]
+    check_files(configs, trains=True)
     console, results = Console(), []
     for number, (values, trial) in enumerate(zip(chosen, configs, strict=True)):
         console.line("sweep", trial=number, of=len(chosen), **values)

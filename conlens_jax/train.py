@@ -9,6 +9,7 @@ from __future__ import annotations
 from conlens_jax import cli
 from conlens_jax.planning.command import show_plan
 from conlens_jax.training.loop import train_lens
+from conlens_jax.training.preflight import check_files
 from conlens_jax.training.setting import open_setting
 
 _CONFIG = cli.define_config()
@@ -20,6 +21,7 @@ def main() -> None:
         show_plan(config, compiled=True)
         return
     console = cli.start(config)
+    check_files(config, trains=True)
     folder = train_lens(open_setting(config, console))
     console.line("train", run=folder)
 

@@ -8,6 +8,7 @@ and the best of the repetitions counts. On 2 CPU cores the ratio was 1.2 to 1.3.
 
 from __future__ import annotations
 
+import argparse
 import resource
 import subprocess
 import sys
@@ -53,10 +54,13 @@ def seconds_per_step() -> tuple[float, float]:
 
 
 def main() -> None:
-    if len(sys.argv) == 2:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("variant", nargs="?", choices=("default", "keep"), help="this one alone")
+    variant = parser.parse_args().variant
+    if variant:
         from conlens_jax.parallel.host import keep_freed_memory
 
-        if sys.argv[1] == "keep" and not keep_freed_memory():
+        if variant == "keep" and not keep_freed_memory():
             raise SystemExit("this C library does not take the settings")
         print(*seconds_per_step())
         return

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from conlens_jax import LanguageModel, load_model
+from conlens_jax.config.seeds import random_key
 from conlens_jax.models.families import config_from_hf, family_of
 from conlens_jax.models.hf_io import save_model
 from conlens_jax.models.param_table import init_params
@@ -89,7 +90,7 @@ def random_folder(folder: Path, shape: str, seed: int) -> Path:
     """Initial weights of a wider spread than usual: at that, a model predicts next to nothing."""
     values = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 4}
     config = config_from_hf(values | SHAPES[shape] | {"initializer_range": 0.06})
-    params = init_params(family_of(config).param_table(config), config, jax.random.key(seed))
+    params = init_params(family_of(config).param_table(config), config, random_key(seed))
     save_model(folder, config, params)
     return folder
 

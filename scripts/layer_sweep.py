@@ -16,6 +16,7 @@ import numpy as np
 from conlens_jax.evaluate import recorded_config
 from conlens_jax.evaluation.layers import LayerStatistics, layer_statistics
 from conlens_jax.training.console import Console
+from conlens_jax.training.preflight import check_files
 from conlens_jax.training.setting import open_setting
 
 HEADER = ["layer", "R", "1 − R²", "median norm", "outliers", "KL of mean", "KL of zero", ""]
@@ -41,7 +42,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1024, help="rows, at most")
     arguments = parser.parse_args()
     console = Console()
-    setting = open_setting(recorded_config(arguments.run), console)
+    config = recorded_config(arguments.run)
+    check_files(config, evaluates=arguments.run)
+    setting = open_setting(config, console)
     _, validation = setting.caches
     rows = validation.rows(np.arange(min(arguments.rows, len(validation))))
     found = layer_statistics(

@@ -76,6 +76,7 @@ NOT_RUN = {
 SIZES = TINY
 # And what the tests of training run, and every command would only repeat.
 LESS = {
+    "conlens_jax.explore": ["--port=0"],
     "conlens_jax.sweep": ["--trials=1"],
     "conlens_jax.train": ["--config.control.enabled=false"],
     "conlens_jax.quickstart": ["--config.control.enabled=false", "--config.joint.steps=0"],
@@ -134,7 +135,8 @@ def served(place, monkeypatch):
     """In ``place``, without what would wait for a browser, change this process, or log."""
     apps = []
     uvicorn = pytest.importorskip("uvicorn")
-    monkeypatch.setattr(uvicorn, "run", lambda app, **options: apps.append((app, options)))
+    take = lambda server, sockets: apps.append((server.config.app, sockets[0].getsockname()[0]))
+    monkeypatch.setattr(uvicorn.Server, "run", take)
     # Devices cannot be chosen any more once JAX has been used.
     no_devices = SimpleNamespace(config=SimpleNamespace(update=lambda name, value: None))
     monkeypatch.setattr("conlens_jax.planning.command.jax", no_devices)
@@ -280,9 +282,9 @@ def run_command(command: Command, served: list) -> None:
 def check_served(call: tuple) -> None:
     from starlette.testclient import TestClient
 
-    app, options = call
-    assert options["host"] == "127.0.0.1"
-    with TestClient(app, base_url=f"http://{options['host']}") as client:
+    app, host = call
+    assert host == "127.0.0.1"
+    with TestClient(app, base_url=f"http://{host}") as client:
         assert client.get("/").status_code == 200
 
 

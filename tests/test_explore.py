@@ -90,6 +90,12 @@ def test_an_edited_explanation_is_swapped_in(lens, address):
         ("tokens", b"no json", 422, "JSON"),
         ("explain", {"text": TEXT, "position": 99}, 400, "position"),
         ("explain", {"text": TEXT, "position": 1, "decoding": "beam"}, 422, "decoding"),
+        ("explain", {"text": TEXT, "position": True}, 422, "position"),
+        ("explain", {"text": TEXT, "position": 3.5}, 422, "position"),
+        ("explain", b'{"text": "one", "position": NaN}', 400, "NaN is no JSON number"),
+        ("explain", b'{"text": "one", "position": 1, "seed": NaN}', 400, "NaN is no JSON number"),
+        ("explain", {"text": TEXT, "position": 2**70}, 400, "position"),
+        ("swap", {"text": TEXT, "position": [1], "explanation": "fox"}, 422, "position"),
         ("swap", {"text": TEXT, "position": 1, "explanation": "  "}, 400, "empty"),
         ("swap", {"text": TEXT, "position": 1, "explanation": "one " * 40}, 413, "at most 24"),
     ],
@@ -97,6 +103,17 @@ def test_an_edited_explanation_is_swapped_in(lens, address):
 def test_what_is_refused_and_why(address, path, body, status, message):
     code, content = fetch(f"{address}/api/{path}", body)
     assert code == status and message in json.loads(content)["error"]
+
+
+def test_seeds_of_any_size(lens, address):
+    texts = []
+    for seed in (2**63, 2**64 + 7, -1, 7):
+        body = dict(text=TEXT, position=4, decoding="sample")
+        lines = streamed(address, **body, seed=seed)
+        row = lens.explain(TEXT, 4, decoding="sample", seed=seed)[0]
+        assert lines[-1]["row"] == plain(row)
+        texts.append(row.explanation)
+    assert len(set(texts)) > 2
 
 
 def test_long_requests_are_refused_before_they_are_read(address):

@@ -166,6 +166,19 @@ def test_a_pair_is_scored_by_what_the_model_then_predicts(lens, pair):
         assert [p.token for p in row.before] == [p.token for p in again.before]
 
 
+def test_positions_asked_for_twice_and_activations_that_are_none(lens, pair):
+    found = pair.explain(lens.model, TEXT, [3, -1, 3])
+    assert [row.position for row in found] == [3, found[1].position, 3] and found[0] == found[2]
+    with pytest.raises(ValueError, match="positions must be whole numbers"):
+        pair.explain(lens.model, TEXT, [3.0])
+    vectors = np.ones((2, WIDTH), np.float32)
+    vectors[1, 4] = np.nan
+    with pytest.raises(ValueError, match="activations holds NaN or infinity in row 1"):
+        pair.verbalise(vectors)
+    with pytest.raises(ValueError, match=r"activations must be \[N, 32\], not \(32,\)"):
+        pair.verbalise(vectors[0])
+
+
 def wrapped(folder, copy, prefix):
     """The folder of a text model as the text part of a multimodal one, with a tower beside it."""
     shutil.copytree(folder, copy)

@@ -151,6 +151,25 @@ def test_what_is_refused_and_why(client, path, body, status, message):
     assert answer.status_code == status and message in json.dumps(answer.json()["detail"])
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("explain", '{"text": "one", "positions": [true, false]}'),
+        ("explain", '{"text": "one", "positions": [1.5]}'),
+        ("explain", '{"text": "one", "positions": [NaN]}'),
+        ("explain", '{"text": "one", "temperature": NaN}'),
+        ("describe", '{"activations": [[NaN]], "temperature": Infinity}'),
+        ("describe", f'{{"activations": [[{"1, " * 31}1e39]]}}'),
+        ("score", f'{{"description": "fox", "activation": [{"1, " * 31}NaN]}}'),
+        ("score", f'{{"description": "fox", "activation": [{"1, " * 31}1e400]}}'),
+    ],
+)
+def test_numbers_that_are_none_are_refused(client, path, body):
+    """Python reads NaN and Infinity in JSON, and cannot write them in an answer."""
+    answer = client.post(f"/nla/{path}", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (400, 422) and answer.json()["detail"]
+
+
 def test_when_too_many_wait_the_next_one_is_told(lens):
     from conlens_jax.inspection.server import make_app
 

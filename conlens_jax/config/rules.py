@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from conlens_jax.config.estimator import ANY_SAMPLE_TAU, parse_estimator
@@ -60,7 +61,7 @@ _AT_LEAST_ZERO = (
     *("warm.steps", "warm.before", "warm.after", "joint.steps", "control.steps", "baseline.steps"),
     *("train.seed", "train.n_verbose_samples", "checkpoint.keep_best", "mesh.data"),
     *("mesh.slices", "distributed.num_processes"),
-    *(f"evaluate.{name}" for name in ("rows", "n_examples", "seed", "audit_shift")),
+    *(f"evaluate.{name}" for name in ("rows", "n_examples", "seed", "audit_seed", "audit_shift")),
     "embedded.copy_init",
     "lens.input_patches",
 )
@@ -242,9 +243,10 @@ def _process_problems(distributed: DistributedConfig) -> Iterator[str]:
                 "distributed.coordinator='host:port'; leave them 0 and -1"
             )
         return
-    if not coordinator.rpartition(":")[2].isdigit() or not coordinator.rpartition(":")[0]:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 1 << 16:
         yield (
-            "distributed.coordinator must be 'host:port', 'auto' or empty, not "
+            "distributed.coordinator must be 'host:port' (port 1 to 65535), 'auto' or empty, not "
             f"{distributed.coordinator!r}"
         )
     if not 0 <= distributed.process_id < distributed.num_processes:

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from conlens_jax.config.seeds import numpy_seed
 from conlens_jax.data.rows import RowSource
 
 Item = TypeVar("Item")
@@ -42,7 +43,8 @@ def steps_per_epoch(n_rows: int, batch_size: int) -> int:
 def _epoch_order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
     # Sorting raw Philox output, not Generator.permutation: NumPy guarantees that the raw stream
     # stays the same over versions, and not the permutation.
-    raw = np.random.Philox(np.random.SeedSequence([seed, epoch, _PURPOSE])).random_raw(n_rows)
+    sequence = np.random.SeedSequence([numpy_seed(seed), epoch, _PURPOSE])
+    raw = np.random.Philox(sequence).random_raw(n_rows)
     order = np.argsort(raw, kind="stable")
     order.flags.writeable = False  # it is shared through the cache
     return order

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from conlens_jax.config import DumpConfig, ExperimentConfig
+from conlens_jax.config.seeds import numpy_seed
 from conlens_jax.data.batches import pad_tokens
 from conlens_jax.data.cache_metadata import CacheMetadata
 from conlens_jax.data.corpus import Corpus, CorpusError, Document, open_corpus
@@ -249,7 +250,7 @@ class Extractor:
         if config.max_position:
             last = min(last, config.max_position)
         possible = np.arange(config.min_position, last + 1)
-        rng = np.random.default_rng([config.seed, document])
+        rng = np.random.default_rng([numpy_seed(config.seed), document])
         count = min(config.positions_per_sequence, len(possible))
         return np.sort(rng.choice(possible, count, replace=False))
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from conlens_jax.config.seeds import numpy_seed
 from conlens_jax.data import story_grammar as grammar
 from conlens_jax.data.corpus import Document
 from conlens_jax.data.generated import Chooser, Generator, Variable
@@ -24,7 +25,7 @@ def story(seed: int, index: int) -> Document:
 
     Words and punctuation are separated by single spaces, all in lower case.
     """
-    chooser = Chooser(np.random.default_rng((seed, index)))
+    chooser = Chooser(np.random.default_rng((numpy_seed(seed), index)))
     attributes = _draw_attributes(chooser)
     words: list[str] = []
     _expand(("STORY",), grammar.bindings(attributes), chooser, words)

@@ -20,6 +20,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from conlens_jax.config.seeds import numpy_seed
 from conlens_jax.data.corpus import Document
 from conlens_jax.data.generated import Chooser, Generator, Variable
 
@@ -48,7 +49,7 @@ SYNONYMS: Mapping[str, str] = MappingProxyType(
 
 def addition(seed: int, index: int) -> Document:
     """Addition ``index`` of the corpus ``seed``; words are separated by single spaces."""
-    chooser = Chooser(np.random.default_rng((seed, index)))
+    chooser = Chooser(np.random.default_rng((numpy_seed(seed), index)))
     add, plus, so = _PAIRS
     first, second = ([chooser.pick(_DIGITS) for _ in range(N_DIGITS)] for _ in range(2))
     task = [chooser.pick(add), *first, ",", *second]

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from conlens_jax.config.estimator import SCORE_FUNCTION, Estimator, parse_estimator
+from conlens_jax.config.seeds import random_key
 from conlens_jax.evaluation.bootstrap import Interval
 from conlens_jax.evaluation.report_data import HIGHER, LOWER, MetricGroup, MetricRow, Report
 from conlens_jax.evaluation.svg import CurveChart, Series
@@ -53,7 +54,7 @@ class Toy:
 
 def make_toy(seed: int = 0) -> tuple[Toy, Policy]:
     """A toy and a policy that is neither uniform nor sure."""
-    keys = jax.random.split(jax.random.key(seed), 5)
+    keys = jax.random.split(random_key(seed), 5)
     normal = lambda key, *shape: jax.random.normal(key, shape, jnp.float32)
     toy = Toy(normal(keys[0], VOCAB, WIDTH), 0.5 * normal(keys[1], 2 * WIDTH, WIDTH))
     policy = {
@@ -166,7 +167,7 @@ def _draws(table_VD, mixing, policy, tau, sample_tau, estimator, n_draws, seed):
         gradient = jax.grad(cost)(policy, toy, key, tau, sample_tau, estimator)
         return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
 
-    return jax.vmap(one)(jax.random.split(jax.random.key(seed), n_draws))
+    return jax.vmap(one)(jax.random.split(random_key(seed), n_draws))
 
 
 def quality(draws: np.ndarray, truth: np.ndarray) -> Quality:

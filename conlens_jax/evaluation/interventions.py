@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from conlens_jax.config.seeds import numpy_seed
 from conlens_jax.data.statements import NOTHING, TokenVariable
 from conlens_jax.evaluation.bootstrap import Interval, Statistic
 from conlens_jax.evaluation.statistics import difference_of, mean_of, ratio_of
@@ -57,7 +58,7 @@ def draw_edits(texts_NT: np.ndarray, variables: Mapping[str, TokenVariable], see
     edited = {name: texts_NT.copy() for name in EDITS}
     pool = texts_NT.reshape(-1)
     for row, text in enumerate(texts_NT):
-        rng = np.random.default_rng((seed, row))
+        rng = np.random.default_rng((numpy_seed(seed), row))
         places = np.flatnonzero((stated_ANT[:, row] != NOTHING).any(axis=0))
         if not len(places) or len(text) < 2:
             continue

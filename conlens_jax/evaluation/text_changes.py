@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from conlens_jax.config.seeds import numpy_seed
 from conlens_jax.data.statements import known_ids
 from conlens_jax.data.tokenizer import Tokenizer
 
@@ -110,7 +111,7 @@ def changed(tokens_NT: np.ndarray, name: str, lexicon: Lexicon, seed: int) -> Te
     # The model may have rows of its table that the tokenizer has no token for.
     known_V = len(lexicon.synonym)
     for row, text in enumerate(tokens_NT):
-        rng = np.random.default_rng((seed, row))
+        rng = np.random.default_rng((numpy_seed(seed), row))
         kept = change(text, lexicon, rng) if text.max() < known_V else text
         kept = kept if len(kept) else text[:1]
         after.tokens_NT[row, : len(kept)], after.lengths_N[row] = kept, len(kept)

@@ -14,7 +14,8 @@ from jaxtyping import Float
 
 from conlens_jax.evaluation.metrics import cosine
 from conlens_jax.inspection.explanations import ExplainedToken
-from conlens_jax.inspection.texts import token_lists
+from conlens_jax.inspection.texts import token_index, token_lists
+from conlens_jax.models.arguments import finite_array
 from conlens_jax.models.generate import bucket
 
 if TYPE_CHECKING:
@@ -65,11 +66,8 @@ class Steered:
 
 def compare(lens: Lens, a: Place | Vector, b: Place | Vector) -> Comparison:
     """See :meth:`~conlens_jax.inspection.lens.Lens.compare`."""
-    vector_of = lambda value: (
-        lens.capture(*value) if isinstance(value, tuple) else np.asarray(value, np.float32)
-    )
     mean_D = np.asarray(lens.frozen["statistics"]["mean"])
-    a_D, b_D = vector_of(a), vector_of(b)
+    a_D, b_D = _vector_of(lens, a, "a"), _vector_of(lens, b, "b")
     difference_D = a_D - b_D
     cosine_to = lambda x_D: float(cosine(x_D[None], difference_D[None])[0])
     texts = lens.decode(np.stack([a_D, b_D, mean_D + difference_D, mean_D - difference_D]))
@@ -82,6 +80,22 @@ def compare(lens: Lens, a: Place | Vector, b: Place | Vector) -> Comparison:
     )
 
 
+def _vector_of(lens: Lens, value: Place | Vector, name: str) -> Vector:
+    if not isinstance(value, tuple):
+        vector, width = finite_array(value, name), lens.spec.model.d_model
+        if vector.shape != (width,):
+            raise ValueError(
+                f"{name} must be (text, position) or an activation of {width} numbers, not of "
+                f"shape {vector.shape}"
+            )
+        return vector
+    if len(value) != 2:
+        raise ValueError(f"{name} must be (text, position), not {len(value)} values")
+    text, position = value
+    (tokens,) = token_lists([text], lens.model, lens.add_bos)
+    return lens.capture(text, token_index(position, tokens))
+
+
 def steer(
     lens: Lens,
     text: Any,
@@ -91,6 +105,10 @@ def steer(
     new_tokens: int,
 ) -> Steered:
     """See :meth:`~conlens_jax.inspection.lens.Lens.steer`."""
+    if not np.isfinite(strength):
+        raise ValueError(f"strength must be a finite number, not {strength}")
+    (tokens,) = token_lists([text], lens.model, lens.add_bos)
+    position = token_index(position, tokens)
     *_, written = lens.write(text, position)
     if isinstance(edit, tuple):
         edited = written.replace(*edit)

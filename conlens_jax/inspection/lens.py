@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from tqdm import tqdm
 
+from conlens_jax.config.seeds import checked_seed
 from conlens_jax.inspection import batching, changes
 from conlens_jax.inspection.changes import Place, Vector
 from conlens_jax.inspection.explanations import (
@@ -24,8 +25,15 @@ from conlens_jax.inspection.explanations import (
     Reading,
 )
 from conlens_jax.inspection.programs import Effect, Programs, Sampling, sampling_of
-from conlens_jax.inspection.texts import Positions, token_indices, token_lists
+from conlens_jax.inspection.texts import (
+    Positions,
+    is_one,
+    token_index,
+    token_indices,
+    token_lists,
+)
 from conlens_jax.lens.spec import LensSpec
+from conlens_jax.models.arguments import finite_array
 from conlens_jax.models.generate import bucket
 from conlens_jax.models.model import LanguageModel
 from conlens_jax.models.param_table import Params
@@ -118,11 +126,12 @@ class Lens:
 
         Args:
           text: a text, a list of texts, chat messages or a list of chats, or token ids.
-          positions: ``"all"`` (but for a bos token in front), indices, or a slice; of every text.
+          positions: ``"all"`` (but for a bos token in front), indices, a boolean mask over the
+            tokens, or a slice; of every text.
           samples: explanations a token; more than one needs ``decoding="sample"``.
           decoding: ``"greedy"``, or ``"sample"`` from the decoder's probabilities.
           temperature: of the samples; 1, as in training, takes the probabilities as they are.
-          seed: of the samples. A text gets the same ones alone or in a list.
+          seed: of the samples, any whole number. A text gets the same ones alone or in a list.
           batch_size: explanations written at once.
           progress: show a bar, where there is a terminal or more than one batch.
           callback: called with the explained tokens of every batch as soon as they are there.
@@ -131,16 +140,18 @@ class Lens:
           ValueError: texts or positions that there are not, or settings out of range.
         """
         _check_explain(samples, decoding, batch_size, temperature)
+        seed = checked_seed(seed)
         documents = token_lists(text, self.model, self.add_bos)
         bos = self.model.tokenizer.bos_id
         indices = [token_indices(positions, tokens, bos) for tokens in documents]
+        once = [list(dict.fromkeys(chosen)) for chosen in indices]
         # Samples of a token stay in one batch, so that a callback gets whole tokens.
         batch_size = max(batch_size // samples, 1) * samples
         found: dict[tuple[int, int], ExplainedToken] = {}
-        total = samples * sum(map(len, indices))
+        total = samples * sum(map(len, once))
         hide = None if progress and total > batch_size else True
         with tqdm(total=total, desc="explaining", unit="text", disable=hide, leave=False) as bar:
-            for group in batching.groups_of(documents, indices, samples):
+            for group in batching.groups_of(documents, once, samples):
                 reading = self._read(group.tokens_GS, group.mask_GS)
                 for rows, arrays in batching.batches_of(group, batch_size, self.mesh):
                     explained = self._explain_batch(
@@ -194,8 +205,8 @@ class Lens:
     ) -> Iterator[str]:
         """Writes the explanation of one activation, token by token: yields the text so far."""
         (tokens,) = token_lists([text], self.model, self.add_bos)
-        (index,) = token_indices(position, tokens, None)
-        vector_D = self.capture(text, position)
+        index = token_index(position, tokens)
+        vector_D = self.capture(text, index)
         return self.write_vector(
             vector_D, decoding=decoding, temperature=temperature, seed=seed, position=index
         )
@@ -212,7 +223,8 @@ class Lens:
         """:meth:`write` for an activation [D] that is there already. ``position`` only tells apart
         the samples of one seed."""
         _check_explain(1, decoding, 1, temperature)
-        vector_BD = np.asarray(vector, np.float32)[None]
+        seed = checked_seed(seed)
+        vector_BD = finite_array(vector, "vector")[None]
         self._check_width(vector_BD)
         sampling = None
         if decoding == "sample":
@@ -235,15 +247,15 @@ class Lens:
         """Activations of one text, the output of the lens's block, fp32: [D] of one position, or
         [N, D] of several (``"all"``: of every token, a bos token too)."""
         (tokens,) = token_lists([text], self.model, self.add_bos)
-        indices = token_indices(position, tokens, None)
+        indices = token_indices(position, tokens, None, "position")
         (group,) = batching.groups_of([tokens], [indices], 1)
         reading = self._read(group.tokens_GS, group.mask_GS)
         vectors_ND = np.asarray(reading.residual_GSD[0, np.array(indices)], np.float32)
-        return vectors_ND[0] if isinstance(position, int | np.integer) else vectors_ND
+        return vectors_ND[0] if is_one(position) else vectors_ND
 
     def decode(self, activations: Float[np.ndarray, "*N D"]) -> str | list[str]:
         """What the decoder writes, greedily, of one activation or of several."""
-        vectors = np.atleast_2d(np.asarray(activations, np.float32))
+        vectors = np.atleast_2d(finite_array(activations, "activations"))
         self._check_width(vectors)
         size = batching.power_of_two(len(vectors))
         rows = jnp.asarray(batching.filled(vectors, size))
@@ -275,9 +287,13 @@ class Lens:
     # --- changing -------------------------------------------------------------------------------
 
     def swap(self, text: Any, position: int, replacement: str | Vector) -> ExplainedToken:
-        """What M predicts where an explanation, or a vector, takes an activation's place."""
+        """What M predicts where an explanation, or a vector, takes an activation's place.
+
+        Raises:
+          ValueError: no such position, or a vector of another width or with NaN or infinity.
+        """
         is_text = isinstance(replacement, str)
-        vector_D = self.encode(replacement) if is_text else np.asarray(replacement, np.float32)
+        vector_D = self.encode(replacement) if is_text else finite_array(replacement, "replacement")
         self._check_width(vector_D[None])
         reading, index = self._read_one(text, position)
         effect = self._programs.swap(
@@ -358,7 +374,7 @@ class Lens:
 
     def _read_one(self, text: Any, position: int):
         documents = token_lists([text], self.model, self.add_bos)
-        (index,) = token_indices(position, documents[0], None)
+        index = token_index(position, documents[0])
         (group,) = batching.groups_of(documents, [[index]], 1)
         return self._read(group.tokens_GS, group.mask_GS), index
 

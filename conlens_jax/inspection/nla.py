@@ -50,6 +50,7 @@ from conlens_jax.inspection.texts import Positions, render_chat, token_indices, 
 from conlens_jax.lens import decoder as writing
 from conlens_jax.lens.spec import Decoder, LensSpec
 from conlens_jax.models import hf_io
+from conlens_jax.models.arguments import finite_array
 from conlens_jax.models.generate import bucket
 from conlens_jax.models.model import LanguageModel, load_model
 from conlens_jax.models.param_table import Params
@@ -254,7 +255,11 @@ class NlaPair:
 
     def verbalise(self, activations: Float[np.ndarray, "N D"]) -> list[str]:
         """What the AV writes of activations, greedily; without the tags around it."""
-        vectors = np.asarray(activations, np.float32)
+        vectors = finite_array(activations, "activations")
+        if vectors.ndim != 2 or vectors.shape[1] != self.av.config.d_model or not len(vectors):
+            raise ValueError(
+                f"activations must be [N, {self.av.config.d_model}], not {vectors.shape}"
+            )
         size = np.linalg.norm(vectors, axis=-1, keepdims=True)
         vectors = vectors * (self.av_sidecar.injection_scale / np.maximum(size, 1e-12))
         rows = batching.filled(vectors, batching.power_of_two(len(vectors)))
@@ -298,9 +303,10 @@ class NlaPair:
         documents = token_lists(text, model, add_bos=True)
         bos = model.tokenizer.bos_id
         indices = [token_indices(positions, tokens, bos) for tokens in documents]
+        once = [list(dict.fromkeys(chosen)) for chosen in indices]
         programs = Programs(LensSpec(model.config, layer, LensConfig(), (), (), (), (), bos))
         frozen, mesh, found = {"original": model.params}, single_device_mesh(), {}
-        for group in batching.groups_of(documents, indices, 1):
+        for group in batching.groups_of(documents, once, 1):
             reading = programs.read(model.params, group.tokens_GS, group.mask_GS)
             for rows, (places, at, _) in batching.batches_of(group, batch_size, mesh):
                 activations = np.asarray(reading.residual_GSD[places, at], np.float32)

@@ -35,7 +35,7 @@ import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StrictInt
 
 from conlens_jax.evaluation.metrics import cosine, mse_nrm
 from conlens_jax.inspection.lens import Lens
@@ -78,7 +78,8 @@ class Writing(BaseModel):
 
 
 class ExplainRequest(TextRequest, Writing):
-    positions: list[int] | None = Field(None, max_length=MAX_POSITIONS)
+    # Strict: a boolean mask would be read as positions 0 and 1. Empty: as if it were not there.
+    positions: list[StrictInt] | None = Field(None, max_length=MAX_POSITIONS)
     reverse: bool = True
 
 
@@ -145,7 +146,8 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
         return {"decoding": "sample", "temperature": request.temperature}
 
     def vector_of(activation: Sequence[float]) -> np.ndarray:
-        vector = np.array(activation, np.float32)
+        with np.errstate(over="ignore"):
+            vector = np.array(activation, np.float32)
         if len(vector) != width:
             raise ValueError(f"activation length {len(vector)} != d_model {width}")
         if not np.isfinite(vector).all() or not vector.any():

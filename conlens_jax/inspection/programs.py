@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from conlens_jax.config.seeds import random_key
 from conlens_jax.lens import decoder as writing
 from conlens_jax.lens.encoder import encode_tokens
 from conlens_jax.lens.gumbel import Noise, drawn_noise
@@ -53,7 +54,7 @@ def sampling_of(
 ) -> Sampling:
     """A key a row from (seed, position, sample): the same text gets the same samples, alone or
     among others."""
-    key = jax.random.fold_in(jax.random.key(seed), _PURPOSE)
+    key = jax.random.fold_in(random_key(seed), _PURPOSE)
     fold = lambda p, s: jax.random.fold_in(jax.random.fold_in(key, p), s)
     return Sampling(jax.vmap(fold)(positions_B, samples_B), jnp.float32(temperature))
 

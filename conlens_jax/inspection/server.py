@@ -30,7 +30,7 @@ from typing import Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, StrictInt
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -62,13 +62,13 @@ class TextRequest(BaseModel):
 
 
 class ExplainRequest(TextRequest):
-    position: int
+    position: StrictInt  # not true, and not "3"
     decoding: Literal["greedy", "sample"] = "greedy"
     seed: int = 0
 
 
 class SwapRequest(TextRequest):
-    position: int
+    position: StrictInt  # not true, and not "3"
     explanation: str
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from conlens_jax.models.arguments import index_array
 from conlens_jax.models.model import LanguageModel
 
 Positions = str | int | Sequence[int] | slice
@@ -145,27 +146,52 @@ def _chat_template(folder: Path) -> tuple[str | None, Mapping[str, Any]]:
     return template, config
 
 
-def token_indices(positions: Positions, tokens: Sequence[int], bos_id: int | None) -> list[int]:
+def token_indices(
+    positions: Positions, tokens: Sequence[int], bos_id: int | None, name: str = "positions"
+) -> list[int]:
     """Indices into the tokens of one document.
 
     Args:
       positions: ``"all"`` (but for a bos token in front of others, which says nothing), an index,
-        several of them (from the end, where negative), or a slice.
+        several of them (from the end, where negative), a boolean mask over the tokens, or a slice.
+      name: what the caller's argument is called.
 
     Raises:
-      ValueError: an index outside the document, or no index at all.
+      ValueError: an index outside the document, no index at all, or something else.
     """
     length = len(tokens)
     if isinstance(positions, str):
         if positions != "all":
-            raise ValueError(f"positions must be 'all', indices or a slice, not {positions!r}")
+            raise ValueError(f"{name} must be 'all', indices or a slice, not {positions!r}")
         return list(range(1 if length > 1 and tokens[0] == bos_id else 0, length))
     if isinstance(positions, slice):
-        chosen = list(range(length)[positions])
+        try:
+            chosen = list(range(length)[positions])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from None
     else:
-        chosen = [int(position) for position in np.atleast_1d(positions)]
+        array = index_array(positions, name)
+        if array.ndim > 1 or (array.dtype == bool and len(array) != length):
+            raise ValueError(
+                f"{name} has shape {array.shape}; give an index, a flat list of them, or a boolean "
+                f"mask with an entry for each token ({length} in this text)"
+            )
+        chosen = (np.flatnonzero(array) if array.dtype == bool else np.atleast_1d(array)).tolist()
     wrong = [position for position in chosen if not -length <= position < length]
     if wrong or not chosen:
         what = ", ".join(map(str, wrong)) if wrong else "nothing"
-        raise ValueError(f"positions has {what}; a text of {length} tokens has 0 to {length - 1}")
+        raise ValueError(f"{name} has {what}; a text of {length} tokens has 0 to {length - 1}")
     return [position % length for position in chosen]
+
+
+def token_index(position: Any, tokens: Sequence[int]) -> int:
+    """The one index that ``position`` means; see :func:`token_indices`."""
+    chosen = token_indices(position, tokens, None, "position")
+    if len(chosen) > 1:
+        raise ValueError(f"position must be one index, not {len(chosen)}")
+    return chosen[0]
+
+
+def is_one(positions: Any) -> bool:
+    """Whether it is a single index, not a list of one."""
+    return not isinstance(positions, str | slice) and np.ndim(positions) == 0

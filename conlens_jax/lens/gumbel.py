@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from conlens_jax.config.estimator import Estimator
+from conlens_jax.config.seeds import random_key
 from conlens_jax.lens.estimators import logits_cotangent, token_keys
 from conlens_jax.models.quantized import Matrix, matmul, take_rows, take_rows_bar
 
@@ -81,7 +82,7 @@ def example_keys(
     seed: int, step: Int[Array, ""], examples_B: Int[Array, "B"], purpose: int
 ) -> Key[Array, "B"]:
     """A key for each (seed, step, global example, purpose), whatever the number of devices."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
+    key = jax.random.fold_in(jax.random.fold_in(random_key(seed), purpose), step)
     return jax.vmap(lambda example: jax.random.fold_in(key, example))(examples_B)
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from conlens_jax.config import LensConfig
 from conlens_jax.config.rules import LORA_TARGETS
+from conlens_jax.config.seeds import random_key
 from conlens_jax.data.tokenizer import Tokenizer
 from conlens_jax.models.adapters import init_adapters, with_adapters
 from conlens_jax.models.families import family_of
@@ -249,7 +250,7 @@ def init_lens(
         }
     depths = {"decoder": spec.model.n_layers, "encoder": spec.layer + 1}
     sides = [side for side in depths if getattr(lens, f"train_{side}") == "lora"]
-    keys = dict(zip(depths, jax.random.split(jax.random.key(seed)), strict=True))
+    keys = dict(zip(depths, jax.random.split(random_key(seed)), strict=True))
     for side in sides:
         trainable[side]["lora"] = init_adapters(
             spec.model, depths[side], lens.lora_target_names, lens.lora_rank, keys[side]

@@ -17,9 +17,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from conlens_jax.config.seeds import random_key
 from conlens_jax.data.tokenizer import Tokenizer, check_vocabulary
 from conlens_jax.models import generate as generation
 from conlens_jax.models import hf_io
+from conlens_jax.models.arguments import finite_array, row_positions
 from conlens_jax.models.hooks import Place, boundaries, is_place
 from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
@@ -70,7 +72,7 @@ class LanguageModel:
         self,
         tokens: Int[Array, "B S"],
         layers: Place | Sequence[Place],
-        positions: int | Sequence[int] | Int[Array, "B"] | None = None,
+        positions: int | Sequence[int] | Int[Array, "B"] | Bool[Array, "B S"] | None = None,
         mask: Bool[Array, "B S"] | None = None,
     ) -> Float[Array, "B D"] | Float[Array, "B n D"]:
         """The residual stream at the output of blocks; stops at the last one asked for.
@@ -80,8 +82,10 @@ class LanguageModel:
           layers: 0-based block, or several of them (``hidden_states[layer + 1]`` in Hugging Face
             terms; the last block's output before the final norm); or names of places such as
             ``"blocks.5.hook_resid_post"``, see :func:`conlens_jax.models.hooks.boundaries`.
-          positions: index into the sequence, one for all rows or one a row; None gives all of
-            them, as a last-but-one dimension S.
+          positions: index into the sequence, one for all rows or one a row; where negative it
+            counts from a row's last real token, so that padding is never captured. Or a boolean
+            mask [S] or [B, S] with one token of each row. None gives every place, padding too,
+            as a last-but-one dimension S.
           mask: False on padding.
 
         Returns:
@@ -89,15 +93,16 @@ class LanguageModel:
           and [B, n, S, D].
 
         Raises:
-          ValueError: a place or position that there is not.
+          ValueError: a place or position that there is not, or one on padding.
         """
         wanted = (layers,) if is_place(layers) else tuple(layers)
         at = boundaries(wanted, self.config.n_layers, self.model_id)
+        real = mask  # of the caller: inside a jit, arrays of JAX have no values
         tokens, mask = _inputs(tokens, mask, self.config)
         captured = _capture(self.params, tokens, mask, at=at, config=self.config)
         if positions is not None:
             rows = jnp.arange(tokens.shape[0])
-            captured = captured[rows, :, _row_positions(positions, tokens)]
+            captured = captured[rows, :, row_positions(positions, _real(real, tokens.shape))]
         return captured[:, 0] if is_place(layers) else captured
 
     def swap(
@@ -111,11 +116,17 @@ class LanguageModel:
         """Logits where the output of block ``layer`` at ``positions`` is ``activations``.
 
         ``layer`` and ``positions`` are what :meth:`capture` takes, one place for all rows.
+
+        Raises:
+          ValueError: as :meth:`capture`, or activations with NaN or infinity.
         """
         (at,) = boundaries((layer,), self.config.n_layers, self.model_id)
+        real = mask
         tokens, mask = _inputs(tokens, mask, self.config)
         activations = _row_vectors(activations, tokens.shape[0], self.config.d_model)
-        positions = _row_positions(positions, tokens)
+        positions = row_positions(positions, _real(real, tokens.shape))
+        if not isinstance(activations, jax.core.Tracer):
+            finite_array(activations, "activations", positions)
         return _swap(self.params, tokens, mask, positions, activations, at=at, config=self.config)
 
     def generate(
@@ -138,7 +149,8 @@ class LanguageModel:
           temperature: 0 takes the most probable token, anything above draws from the softmax of
             logits / temperature.
           top_p: draws come from the most probable tokens that together have this probability.
-          seed: of the draws. Each row draws its own; the same call gives the same tokens.
+          seed: of the draws, any whole number. Each row draws its own; the same call gives the
+            same tokens.
           mask: False on padding; only for token ids.
           stop: tokens that end a row, which then repeats its last one. None: the model's own end
             of text; ``()``: no row ends early.
@@ -165,7 +177,7 @@ class LanguageModel:
             jnp.pad(tokens, room),
             jnp.pad(mask, room),
             jnp.int32(max_new_tokens),
-            jax.random.key(seed) if temperature else None,
+            random_key(seed) if temperature else None,
             jnp.float32(temperature),
             jnp.float32(top_p) if top_p < 1 else None,
             jnp.asarray(stop, jnp.int32),
@@ -268,18 +280,9 @@ def _check_generation(max_new_tokens: int, temperature: float, top_p: float) -> 
         raise ValueError("; ".join(problems))
 
 
-def _row_positions(positions, tokens: Array) -> Int[Array, "B"]:
-    """One position a row. Raises ValueError out of range."""
-    batch, length = tokens.shape
-    values = np.asarray(positions)
-    if values.shape not in ((), (1,), (batch,), (batch, 1)):
-        raise ValueError(
-            f"positions has shape {values.shape}; it must be one index or one for each of the "
-            f"{batch} rows"
-        )
-    if values.min() < -length or values.max() >= length:
-        raise ValueError(f"positions must be below the sequence length {length}")
-    return jnp.broadcast_to(jnp.asarray(values.reshape(-1) % length, jnp.int32), (batch,))
+def _real(mask, shape: tuple[int, ...]) -> np.ndarray:
+    """Which tokens are no padding."""
+    return np.ones(shape, bool) if mask is None else np.asarray(mask, bool)
 
 
 def _row_vectors(activations, batch: int, width: int) -> Float[Array, "B D"]:

@@ -25,11 +25,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from conlens_jax.config import (
     GENERATED_CORPORA,
+    ConfigError,
     CorpusConfig,
     EmbeddedConfig,
     ExperimentConfig,
     ScheduleConfig,
 )
+from conlens_jax.config.seeds import numpy_seed, random_key
 from conlens_jax.data.batches import batch_indices, pad_tokens
 from conlens_jax.data.corpus import Document, open_corpus
 from conlens_jax.data.generators import GENERATORS
@@ -44,6 +46,7 @@ from conlens_jax.models.transformer import forward
 from conlens_jax.models.transformer_config import RopeConfig, TransformerConfig
 from conlens_jax.training.answers import answer_statistics
 from conlens_jax.training.console import Console
+from conlens_jax.training.preflight import write_problems
 
 STATISTICS_FILE = "training.json"
 RARE = 0.005
@@ -70,6 +73,9 @@ def ensure_language_model(config: ExperimentConfig, console: Console) -> Path:
         console.line("model", found=folder)
         return folder
     building = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    problems = list(write_problems("embedded.cache_dir", folder.parent))
+    if problems:
+        raise ConfigError(problems)
     shutil.rmtree(building, ignore_errors=True)
     statistics = train_language_model(config.corpus, config.embedded, building, console)
     text = json.dumps({"recipe": recipe, **statistics}, indent=2) + "\n"
@@ -177,12 +183,12 @@ def copying_init(config: TransformerConfig, seed: int, strength: float) -> Param
     subspaces are orthonormal), so that only *where to look* has to be learnt. 0: plain random
     parameters.
     """
-    params = init_params(llama.param_table(config), config, jax.random.key(seed))
+    params = init_params(llama.param_table(config), config, random_key(seed))
     if not strength:
         return params
     layers, group = params["layers"], config.n_heads // config.n_kv_heads
     shape = (config.n_layers, config.d_model, config.n_kv_heads * config.head_dim)
-    key = jax.random.fold_in(jax.random.key(seed), 1)
+    key = jax.random.fold_in(random_key(seed), 1)
     basis = jax.nn.initializers.orthogonal()(key, shape, layers["value"].dtype)
     basis = basis.reshape(layers["value"].shape)
     back_NKXD = jnp.transpose(basis, (0, 2, 3, 1))
@@ -214,7 +220,7 @@ class _TokenRows:
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         size = min(self.config.batch_size, len(self.documents))
         chosen = batch_indices(len(self.documents), size, self.config.seed, step)
-        rng = np.random.default_rng([self.config.seed, step])
+        rng = np.random.default_rng([numpy_seed(self.config.seed), step])
         lists = [self.bos + self._crop(self.documents[index], rng) for index in chosen]
         return pad_tokens(lists, self.config.seq_len, self.pad_id)
 

@@ -27,6 +27,7 @@ from conlens_jax.parallel.processes import first_before_others, together, told_b
 from conlens_jax.training.console import Console
 from conlens_jax.training.language_model import ensure_language_model
 from conlens_jax.training.objective import Objective
+from conlens_jax.training.preflight import missing_cache
 
 _REFERENCE_ROWS = 16_384
 
@@ -175,12 +176,7 @@ def open_caches(setting: Setting) -> tuple[RowSource, RowSource]:
 
 def _open_split(setting: Setting, folder: Path) -> ActivationCache | LegacyCache:
     if not folder.exists():
-        raise ConfigError(
-            [
-                f"dump.cache_dir={str(folder.parent)!r}: there is no {folder.name} cache; make it "
-                "with python -m conlens_jax.dump and the same config"
-            ]
-        )
+        raise ConfigError([missing_cache(folder)])
     share = (jax.process_index(), jax.process_count())
     return open_cache(folder, pad_id=setting.model.tokenizer.pad_id, share=share)
 

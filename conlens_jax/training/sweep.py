@@ -23,6 +23,7 @@ from conlens_jax.config import (
     unknown_field_message,
     with_changes,
 )
+from conlens_jax.config.seeds import numpy_seed
 from conlens_jax.training.stage_log import METRICS
 from conlens_jax.training.tracking import read_metrics
 
@@ -129,7 +130,7 @@ def trials(sweep: Sweep, count: int, seed: int) -> list[dict[str, Any]]:
         raise ConfigError([f"a random search needs --trials of at least 1, not {count}"])
     return [
         {
-            field: _drawn(choice, np.random.default_rng([seed, trial, number]))
+            field: _drawn(choice, np.random.default_rng([numpy_seed(seed), trial, number]))
             for number, (field, choice) in enumerate(sweep.parameters.items())
         }
         for trial in range(count)

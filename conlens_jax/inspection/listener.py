@@ -1,0 +1,31 @@
+"""The address that a server will have, taken before the server has anything to serve."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from conlens_jax.config import ConfigError
+
+
+def listener_on(host: str, port: int) -> socket.socket:
+    """A socket that listens: nobody else can take its port while a model loads, and who asks by
+    then waits.
+
+    Args:
+      port: 0 takes any free one; ``getsockname()[1]`` of the socket tells which.
+
+    Raises:
+      ConfigError: the port is in use or not allowed, or the host is no address of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            problem = f"--port={port} is in use on {host}; give another --port (0: any free one)"
+        elif error.errno == errno.EACCES:
+            problem = f"--port={port} is not allowed to this user; give one above 1023"
+        else:
+            problem = f"--host={host!r} cannot be served: {error.strerror or error}"
+        raise ConfigError([problem]) from error

@@ -1,0 +1,155 @@
+"""What cannot work, noticed before a model is loaded or trained: files, folders, packages, runs.
+
+Entry points call :func:`check_files` first, so that a typing error costs a second and all of them
+come in one message. Nothing is left behind, and no hub is asked.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from conlens_jax.config import EMBEDDED_MODEL, ConfigError, CorpusConfig, ExperimentConfig
+from conlens_jax.data.corpus import SPLITS, open_corpus
+from conlens_jax.parallel.processes import told_by_first
+from conlens_jax.training.checkpoint import all_steps
+from conlens_jax.training.run_folder import checkpoint_of, claim_folder
+
+_PACKAGES = {"parquet": "pyarrow", "huggingface": "datasets"}
+
+
+def check_files(
+    configs: ExperimentConfig | Sequence[ExperimentConfig],
+    *,
+    dumps: bool = False,
+    trains: bool = False,
+    evaluates: str | Path | None = None,
+) -> None:
+    """Looks for what one config, or those of several runs, need and make.
+
+    Of several processes the first one looks; what it finds is raised in all.
+
+    Args:
+      dumps: activations will be dumped, as the config says.
+      trains: a lens will be trained.
+      evaluates: the run folder or checkpoint that will be measured.
+
+    Raises:
+      ConfigError: every problem, each with its field and the fix.
+    """
+    several = [configs] if isinstance(configs, ExperimentConfig) else list(configs)
+
+    def look() -> list[str]:
+        found = [p for config in several for p in _problems(config, dumps, trains, evaluates)]
+        return list(dict.fromkeys(found))
+
+    problems = told_by_first(look)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _problems(
+    config: ExperimentConfig, dumps: bool, trains: bool, evaluates: str | Path | None
+) -> Iterator[str]:
+    reads_rows = trains or evaluates is not None
+    streams = config.data.source == "stream"
+    yield from _model_problems(config.model.path)
+    if dumps or (reads_rows and streams):
+        yield from corpus_problems(config.corpus)
+    cache = Path(config.dump.cache_dir)
+    missing = [split for split in SPLITS if not (cache / split).is_dir()]
+    if dumps and missing:
+        yield from write_problems("dump.cache_dir", cache)
+    if reads_rows and not dumps and not streams:
+        yield from (missing_cache(cache / split) for split in missing)
+    if trains:
+        yield from _run_problems(config)
+    if evaluates is not None:
+        folder, _ = checkpoint_of(evaluates)
+        if not all_steps(folder):
+            yield f"--checkpoint={str(evaluates)!r}: there is no checkpoint in {folder}"
+        else:
+            yield from write_problems("run_dir", folder.parent)
+    if config.train.compile_cache:
+        yield from write_problems("train.compile_cache", config.train.compile_cache)
+
+
+def missing_cache(folder: Path) -> str:
+    """What is wrong where the activations of a split, ``folder``, are not there."""
+    return (
+        f"dump.cache_dir={str(folder.parent)!r}: there is no {folder.name} cache; make it "
+        "with python -m conlens_jax.dump and the same config"
+    )
+
+
+def corpus_problems(config: CorpusConfig) -> Iterator[str]:
+    """Files, columns and packages that a corpus needs and has not; a dataset of the hub is not
+    asked for."""
+    package = _PACKAGES.get(config.kind)
+    if package and importlib.util.find_spec(package) is None:
+        yield f"corpus.kind={config.kind!r} needs the package {package}: pip install {package}"
+    elif config.kind == "huggingface":
+        if _is_local(config.path) and not Path(config.path).expanduser().exists():
+            yield f"corpus.path={config.path!r} does not exist"
+    else:
+        try:
+            open_corpus(config)
+        except (ValueError, OSError) as error:
+            yield str(error)
+
+
+def write_problems(name: str, folder: str | Path) -> Iterator[str]:
+    """Why nothing can be written to a folder, which need not be there yet.
+
+    Args:
+      name: the field or flag that names it.
+    """
+    if "://" in str(folder):
+        return
+    place = Path(folder).expanduser().absolute()
+    try:
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            yield f"{name}={str(folder)!r}: {place} is a file, not a folder; choose another"
+            return
+        # Permissions alone do not tell: the disk may be read-only, or full.
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        yield f"{name}={str(folder)!r} cannot be written ({place}: {reason}); choose another"
+
+
+def _model_problems(path: str) -> Iterator[str]:
+    if path == EMBEDDED_MODEL:
+        return
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            yield f"model.path={path!r}: the folder has no config.json"
+    elif folder.exists():
+        yield f"model.path={path!r} is a file; give the folder of the model"
+    elif _is_local(path):
+        yield f"model.path={path!r}: there is no such folder"
+
+
+def _run_problems(config: ExperimentConfig) -> Iterator[str]:
+    folder = Path(config.run_dir)
+    unwritable = list(write_problems("run_dir", folder))
+    yield from unwritable
+    if not unwritable:
+        try:
+            claim_folder(folder, config, write=False)
+        except ConfigError as error:
+            yield from error.problems
+    start = config.train.init_from
+    if start and not all_steps(checkpoint_of(start)[0]):
+        yield f"train.init_from={start!r}: there is no checkpoint there"
+
+
+def _is_local(path: str) -> bool:
+    """Whether it can only mean a place on this machine, not an id of the hub."""
+    return path.count("/") > 1 or path.startswith((".", "/", "~"))
