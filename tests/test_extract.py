@@ -226,10 +226,13 @@ def test_partial_dump_of_other_settings_is_an_error(world, tmp_path):
 
 
 def lines_corpus(folder: Path, lengths: list[int]) -> dict:
-    """Changes for a corpus of one document a line, of so many words each."""
+    """Changes for a corpus of one document a line, of so many words each, no two the same."""
     file = folder / "lines.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    texts = [" ".join(["the"] * length) for length in lengths]
+    texts = [
+        " ".join([f"word{number}"] + ["the"] * (length - 1))
+        for number, length in enumerate(lengths)
+    ]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return {
         "corpus__kind": "jsonl",

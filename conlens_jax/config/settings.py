@@ -90,6 +90,9 @@ class CorpusConfig:
       validation_split: a split of its own for validation. Empty: ``validation_fraction`` of the
         documents of ``split`` are held out, chosen by a hash of the document's index.
       text_field: column that holds the text.
+      encoding_errors: what to do with text that is not valid Unicode (bytes that are not UTF-8,
+        half a surrogate pair in JSON): ``"error"`` names the file and the line or row;
+        ``"replace"`` puts U+FFFD in its place.
       streaming: read a Hugging Face dataset without downloading it first.
       n_documents: how many documents to read at most (0: all; a generator needs a number).
       seed: seed of a generator.
@@ -101,6 +104,7 @@ class CorpusConfig:
     split: str = "train"
     validation_split: str = ""
     text_field: str = "text"
+    encoding_errors: str = "error"
     streaming: bool = True
     validation_fraction: float = 0.05
     n_documents: int = 40_000
