@@ -14,6 +14,8 @@ from absl import flags
 
 from conlens_jax import cli
 from conlens_jax.config import ConfigError
+from conlens_jax.data.corpus import CorpusError
+from conlens_jax.data.text_lines import lines
 from conlens_jax.evaluate import CHECKPOINT
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.inspection.terminal import render
@@ -34,7 +36,7 @@ def main(texts: list[str]) -> None:
     if not CHECKPOINT.value:
         raise ConfigError(["give --checkpoint=<run folder, saved lens or hub id>"])
     if _FILE.value:
-        texts = [*texts, Path(_FILE.value).read_text(encoding="utf-8")]
+        texts = [*texts, text_of(_FILE.value)]
     if not texts:
         raise ConfigError(['give a text, for example "once upon a time", or --file=<file>'])
     lens = Lens.load(CHECKPOINT.value, dtype=_DTYPE.value, step=_STEP.value)
@@ -54,6 +56,24 @@ def main(texts: list[str]) -> None:
         return
     colour = sys.stdout.isatty() if _COLOUR.value == "auto" else _COLOUR.value == "always"
     print(render(found, colour=colour))
+
+
+def text_of(file: str) -> str:
+    """The text of ``--file``, UTF-8, plain or compressed; a byte order mark is no part of it.
+
+    Raises:
+      ConfigError: it cannot be read, is another encoding, or holds nothing.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise ConfigError([f"--file={file} is not a file"])
+    try:
+        text = "".join(lines(path, hint=""))
+    except CorpusError as error:
+        raise ConfigError([f"--file: {error}"]) from error
+    if not text or text.isspace():
+        raise ConfigError([f"--file={file} holds no text"])
+    return text
 
 
 def positions_of(value: str) -> str | list[int]:

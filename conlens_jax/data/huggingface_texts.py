@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 from conlens_jax.config import CorpusConfig
 from conlens_jax.data.corpus import CorpusError, IndexedCorpus
 from conlens_jax.data.file_search import files_below
-from conlens_jax.data.text_files import json_rows
-from conlens_jax.data.text_lines import missing_column, valid_text
+from conlens_jax.data.text_files import JSONL_SUFFIXES, json_rows, parsed
+from conlens_jax.data.text_lines import missing_column, open_bytes, valid_text
+
+# Far fewer than what pyarrow can read; Python's own reader then decides.
+_MANY_BRACKETS = 500
 
 
 def open_huggingface(config: CorpusConfig) -> IndexedCorpus:
@@ -21,6 +25,7 @@ def open_huggingface(config: CorpusConfig) -> IndexedCorpus:
     Raises:
       CorpusError: the dataset, its split or the text column is not there.
     """
+    _refuse_deep_rows(config)
     datasets = {"train": _load(config, config.split, "corpus.split")}
     if config.validation_split:
         datasets["validation"] = _load(config, config.validation_split, "corpus.validation_split")
@@ -114,13 +119,28 @@ def _advice(error: Exception, reason: str, config: CorpusConfig) -> str:
 
 def _bad_line(config: CorpusConfig) -> str:
     """The first line of a local folder's jsonl files that cannot be read, in words."""
-    if not Path(config.path).is_dir():
-        return ""
-    for file in sorted(files_below(config.path)):
-        if file.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-            try:
-                for _ in json_rows(file, config):
-                    pass
-            except CorpusError as error:
-                return str(error)
+    for file in _json_files(config):
+        try:
+            for _ in json_rows(file, config):
+                pass
+        except CorpusError as error:
+            return f"With corpus.kind='jsonl' this is: {error}"
     return ""
+
+
+def _refuse_deep_rows(config: CorpusConfig) -> None:
+    """A row that is nested too deeply ends the process inside pyarrow, without a message."""
+    for file in _json_files(config):
+        try:
+            with open_bytes(file) as stream:
+                for number, line in enumerate(io.BufferedReader(stream), start=1):
+                    if line.count(b"[") + line.count(b"{") > _MANY_BRACKETS:
+                        parsed(line.decode("utf-8", "replace"), f"{file}, line {number}")
+        except OSError as error:
+            raise CorpusError(f"{file} cannot be read ({error})") from error
+
+
+def _json_files(config: CorpusConfig) -> list[Path]:
+    path = Path(config.path)
+    files = files_below(config.path) if path.is_dir() else [path] if path.is_file() else []
+    return sorted(f for f in files if f.is_file() and f.name.endswith(JSONL_SUFFIXES))

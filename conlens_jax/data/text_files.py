@@ -18,18 +18,20 @@ from conlens_jax.data.corpus import CorpusError, IndexedCorpus
 from conlens_jax.data.file_search import find_files, left_out_note
 from conlens_jax.data.text_lines import COMPRESSIONS, lines, missing_column, valid_text
 
+TEXT_SUFFIXES, JSONL_SUFFIXES = (
+    (suffix, *(suffix + compressed for compressed in COMPRESSIONS)) for suffix in (".txt", ".jsonl")
+)
+
 
 def open_text(config: CorpusConfig) -> IndexedCorpus:
     """Text files: paragraphs, separated by blank lines, are the documents."""
     read_file = functools.partial(_paragraphs, encoding_errors=config.encoding_errors)
-    return _open_files(config, _with_compressed(".txt"), read_file)
+    return _open_files(config, TEXT_SUFFIXES, read_file)
 
 
 def open_jsonl(config: CorpusConfig) -> IndexedCorpus:
     """One JSON object a line; ``corpus.text_field`` holds the text."""
-    return _open_files(
-        config, _with_compressed(".jsonl"), functools.partial(json_rows, config=config)
-    )
+    return _open_files(config, JSONL_SUFFIXES, functools.partial(json_rows, config=config))
 
 
 def open_parquet(config: CorpusConfig) -> IndexedCorpus:
@@ -39,10 +41,6 @@ def open_parquet(config: CorpusConfig) -> IndexedCorpus:
     )
     parquet_texts.check_columns(find_files(config.path, ".parquet"), config.text_field)
     return corpus
-
-
-def _with_compressed(suffix: str) -> tuple[str, ...]:
-    return (suffix, *(suffix + compressed for compressed in COMPRESSIONS))
 
 
 def _open_files(
@@ -77,7 +75,7 @@ def json_rows(file: Path, config: CorpusConfig) -> Iterator[str]:
         if line.isspace():
             continue
         where = f"{file}, line {number}"
-        row = _parsed(line, where)
+        row = parsed(line, where)
         if not isinstance(row, dict):
             raise CorpusError(f"{where}: a JSON object is needed, not {type(row).__name__}")
         if field not in row:
@@ -85,7 +83,8 @@ def json_rows(file: Path, config: CorpusConfig) -> Iterator[str]:
         yield valid_text(row[field], field, where, config.encoding_errors)
 
 
-def _parsed(line: str, where: str) -> object:
+def parsed(line: str, where: str) -> object:
+    """The value of a line of JSON. Raises CorpusError where it cannot be read."""
     try:
         # Files that were put together from several have byte order marks inside.
         return json.loads(line.lstrip("\ufeff"))

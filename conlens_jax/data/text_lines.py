@@ -18,7 +18,7 @@ from conlens_jax.data.corpus import CorpusError
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 """Suffixes of the compressed files that are read like plain ones, with pyarrow's names."""
 
-_REPLACE_HINT = "or set corpus.encoding_errors=replace, which puts U+FFFD in its place"
+_REPLACE_HINT = ", or set corpus.encoding_errors=replace, which puts U+FFFD in its place"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # The longer mark first: UTF-32's begins with UTF-16's.
 _OTHER_MARKS = {
@@ -30,8 +30,10 @@ _OTHER_MARKS = {
 _BYTES_LOOKED_AT = 4096
 
 
-def lines(file: Path, encoding_errors: str) -> Iterator[str]:
+def lines(file: Path, encoding_errors: str = "error", hint: str = _REPLACE_HINT) -> Iterator[str]:
     """The lines of a UTF-8 file, with their ends as ``\\n``; a byte order mark is dropped.
+
+    ``hint`` ends the message about bytes that are not UTF-8.
 
     Raises:
       CorpusError: another encoding, a broken archive, a file that cannot be read; and bytes that
@@ -47,7 +49,7 @@ def lines(file: Path, encoding_errors: str) -> Iterator[str]:
         ):
             yield from text
     except UnicodeDecodeError as error:
-        raise CorpusError(_first_bad_line(file)) from error
+        raise CorpusError(_first_bad_line(file, hint)) from error
     except OSError as error:
         raise CorpusError(_unreadable_message(file, error)) from error
 
@@ -80,25 +82,24 @@ def _check_encoding(file: Path, stream: BinaryIO) -> None:
         )
 
 
-def _first_bad_line(file: Path) -> str:
+def _first_bad_line(file: Path, hint: str) -> str:
     """Reads the file again: the decoder only knows a place in its buffer."""
     with open_bytes(file) as stream:
         # pyarrow's streams have no lines of their own.
-        buffered = stream if isinstance(stream, io.BufferedIOBase) else io.BufferedReader(stream)
-        for number, line in enumerate(buffered, start=1):
+        for number, line in enumerate(io.BufferedReader(stream), start=1):
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
-                return bad_bytes_message(f"{file}, line {number}", error)
-    return f"{file} is not UTF-8; convert it, {_REPLACE_HINT}"
+                return bad_bytes_message(f"{file}, line {number}", error, hint)
+    return f"{file} is not UTF-8; convert it{hint}"
 
 
-def bad_bytes_message(where: str, error: UnicodeDecodeError) -> str:
+def bad_bytes_message(where: str, error: UnicodeDecodeError, hint: str = _REPLACE_HINT) -> str:
     """What is wrong with bytes that are not UTF-8."""
     byte = error.object[error.start]
     return (
         f"{where}: not UTF-8 (byte {error.start + 1}, 0x{byte:02x}: {error.reason}); convert it, "
-        f"for example with iconv -f LATIN1 -t UTF-8, {_REPLACE_HINT}"
+        f"for example with iconv -f LATIN1 -t UTF-8{hint}"
     )
 
 
@@ -131,7 +132,7 @@ def valid_text(value: Any, field: str, where: str, encoding_errors: str) -> str:
         return _SURROGATE.sub("\ufffd", value)
     raise CorpusError(
         f"{where}: character {found.start() + 1} of corpus.text_field={field!r} is "
-        f"\\u{ord(found[0]):04x}, half a surrogate pair, which is no text; mend the row, "
+        f"\\u{ord(found[0]):04x}, half a surrogate pair, which is no text; mend the row"
         f"{_REPLACE_HINT}"
     )
 
