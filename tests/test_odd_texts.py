@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import json
 import os
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -243,6 +245,37 @@ def test_links_are_followed_and_not_in_circles(tmp_path):
     assert read("text", data) == ["elsewhere", "inside"]
     assert sorted(read("text", data / "**" / "*.txt")) == ["elsewhere", "inside"]
     refused("text", data / "round", "not a file or folder")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "**/*.txt",
+        "**",
+        "d*/**/a.txt",
+        "**/sub/**/*.txt",
+        "**/[ab].t?t",
+        ".h/**",
+        "*/*.txt",
+        "**/.*",
+    ],
+)
+def test_a_glob_finds_what_glob_finds(pattern, tmp_path, monkeypatch):
+    names = [
+        "a.txt",
+        "d1/a.txt",
+        "d1/sub/b.txt",
+        "d2/sub/x/a.txt",
+        ".h/a.txt",
+        "d2/.b.txt",
+        "d.txt",
+    ]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    monkeypatch.chdir(tmp_path)
+    expected = {Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()}
+    assert find_files(pattern, ".txt") == sorted(expected)
 
 
 def test_pipes_are_left_alone(tmp_path):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from conlens_jax.data.corpus import CorpusError
@@ -30,7 +31,7 @@ def find_files(path: str, *suffixes: str) -> list[Path]:
             "write the texts to a file"
         )
     elif glob.has_magic(path):
-        found = _without_repeats(map(Path, glob.glob(path, recursive=True)))
+        found = _matching(path)
         looked_for = "file matching"
     else:
         raise CorpusError(f"corpus.path={path!r} does not exist")
@@ -88,9 +89,31 @@ def _refuse(error: OSError) -> None:
     raise CorpusError(f"corpus.path: {error.filename} cannot be read ({error.strerror})")
 
 
-def _without_repeats(files: Iterable[Path]) -> list[Path]:
-    """Each file once: a glob follows links to folders, in circles too."""
-    first: dict[str, Path] = {}
-    for file in sorted(files, key=lambda file: (len(file.parts), file)):
-        first.setdefault(os.path.realpath(file), file)
-    return list(first.values())
+def _matching(pattern: str) -> list[Path]:
+    """The files that a glob matches. glob's own ``**`` follows links in circles, for ever."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return list(map(Path, glob.glob(pattern)))
+    first = parts.index("**")
+    bases = glob.glob(str(Path(*parts[:first]))) if first else ["."]
+    found: dict[str, Path] = {}
+    for base in sorted(filter(os.path.isdir, bases)):
+        for file in files_below(base):
+            if _matches(file.relative_to(base).parts, parts[first:]):
+                found.setdefault(os.path.realpath(file), file)
+    return list(found.values())
+
+
+def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """As glob does: ``**`` is any number of folders, and hidden names must be asked for."""
+    if not patterns:
+        return not names
+    if patterns[0] == "**":
+        deeper = bool(names) and not names[0].startswith(".") and _matches(names[1:], patterns)
+        return deeper or _matches(names, patterns[1:])
+    return (
+        bool(names)
+        and fnmatch.fnmatchcase(names[0], patterns[0])
+        and names[0].startswith(".") <= patterns[0].startswith(".")
+        and _matches(names[1:], patterns[1:])
+    )

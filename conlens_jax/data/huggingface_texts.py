@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,7 +132,7 @@ def _refuse_deep_rows(config: CorpusConfig) -> None:
     for file in _json_files(config):
         try:
             with open_bytes(file) as stream:
-                for number, line in enumerate(io.BufferedReader(stream), start=1):
+                for number, line in enumerate(stream, start=1):
                     if line.count(b"[") + line.count(b"{") > _MANY_BRACKETS:
                         parsed(line.decode("utf-8", "replace"), f"{file}, line {number}")
         except OSError as error:

@@ -64,7 +64,11 @@ def open_bytes(file: Path) -> Iterator[BinaryIO]:
         return
     import pyarrow
 
-    with pyarrow.input_stream(str(file), compression=compression) as stream:
+    # pyarrow's streams have no lines of their own.
+    with (
+        pyarrow.input_stream(str(file), compression=compression) as packed,
+        io.BufferedReader(packed) as stream,
+    ):
         yield stream
 
 
@@ -85,8 +89,7 @@ def _check_encoding(file: Path, stream: BinaryIO) -> None:
 def _first_bad_line(file: Path, hint: str) -> str:
     """Reads the file again: the decoder only knows a place in its buffer."""
     with open_bytes(file) as stream:
-        # pyarrow's streams have no lines of their own.
-        for number, line in enumerate(io.BufferedReader(stream), start=1):
+        for number, line in enumerate(stream, start=1):
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
