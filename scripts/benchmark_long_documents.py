@@ -1,13 +1,15 @@
 """What a dump reads of long documents: time and memory against their size.
 
 Command:  python scripts/benchmark_long_documents.py --megabytes=1,8,32 --documents=4
-Time:     10 seconds on 2 CPU cores.
+Time:     20 seconds on 2 CPU cores.
 
 Writes documents of so many megabytes each to a .jsonl file, and reads from them the contexts that
 a dump would keep (``seq_len`` tokens each), in a process of its own for each size. ``--whole`` does
 the same by tokenising the documents to their end, as comparison.
 
-MEASURED
+Measured on 2 CPU cores that were busy with other work, 4 documents a size: 1 MB 0.25 s and 6 MB of
+memory; 8 MB 1.5 s and 33 MB; 32 MB 5.2 s and 161 MB: the memory is that of one document as it is
+read. To their end: 1 MB 8.2 s and 195 MB, 8 MB 69 s and 1,338 MB.
 """
 
 from __future__ import annotations
