@@ -65,12 +65,13 @@ def text_of(file: str) -> str:
       ConfigError: it cannot be read, is another encoding, or holds nothing.
     """
     path = Path(file).expanduser()
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise ConfigError([f"--file={file} is not a file"])
     try:
-        text = "".join(lines(path, hint=""))
-    except CorpusError as error:
-        raise ConfigError([f"--file: {error}"]) from error
+        # A pipe (--file=/dev/stdin) can be read only once.
+        text = "".join(lines(path, hint="")) if path.is_file() else path.read_text("utf-8-sig")
+    except (CorpusError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError([f"--file={file}: {error}"]) from error
     if not text or text.isspace():
         raise ConfigError([f"--file={file} holds no text"])
     return text

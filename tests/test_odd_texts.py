@@ -17,6 +17,7 @@ from conlens_jax.config import ConfigError, CorpusConfig, ExperimentConfig, with
 from conlens_jax.data.corpus import CorpusError, open_corpus
 from conlens_jax.data.file_search import find_files
 from conlens_jax.data.tokenizer import train_bpe_tokenizer
+from conlens_jax.inspection.texts import token_lists
 
 
 def opened(kind, path, **changes):
@@ -363,5 +364,24 @@ def test_the_text_of_a_file(tmp_path):
         with pytest.raises(ConfigError, match=f"--file.*{message}") as caught:
             explain.text_of(str(file))
         assert "corpus." not in str(caught.value)
-    with pytest.raises(ConfigError, match="is not a file"):
-        explain.text_of(str(tmp_path))
+    for path in (tmp_path, tmp_path / "nowhere.txt"):
+        with pytest.raises(ConfigError, match="is not a file"):
+            explain.text_of(str(path))
+
+
+def test_the_text_of_a_pipe():
+    ours, theirs = os.pipe()
+    with os.fdopen(theirs, "wb") as stream:
+        stream.write(b"\xef\xbb\xbfonce upon")
+    try:
+        assert explain.text_of(f"/dev/fd/{ours}") == "once upon"
+    finally:
+        os.close(ours)
+
+
+@pytest.mark.parametrize(
+    "text", ["cut \ud83d", [{"role": "user", "content": "cut \ud83d"}]], ids=["text", "chat"]
+)
+def test_half_a_character_is_no_text_for_a_lens(text):
+    with pytest.raises(ValueError, match=r"character 5 of the text is '.ud83d'"):
+        token_lists(text, None, add_bos=True)
