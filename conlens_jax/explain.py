@@ -14,6 +14,8 @@ from absl import flags
 
 from conlens_jax import cli
 from conlens_jax.config import ConfigError
+from conlens_jax.data.corpus import CorpusError
+from conlens_jax.data.text_lines import lines
 from conlens_jax.evaluate import CHECKPOINT
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.inspection.terminal import render
@@ -43,9 +45,9 @@ def main(texts: list[str]) -> None:
         problems += error.problems
     if _FILE.value:
         try:
-            texts = [*texts, Path(_FILE.value).expanduser().read_text(encoding="utf-8-sig")]
-        except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"--file={_FILE.value!r} cannot be read: {error}")
+            texts = [*texts, text_of(_FILE.value)]
+        except ConfigError as error:
+            problems += error.problems
     if _HTML.value:
         problems += page_problems(_HTML.value)
     if problems:
@@ -69,6 +71,25 @@ def main(texts: list[str]) -> None:
         return
     colour = sys.stdout.isatty() if _COLOUR.value == "auto" else _COLOUR.value == "always"
     print(render(found, colour=colour))
+
+
+def text_of(file: str) -> str:
+    """The text of ``--file``, UTF-8, plain or compressed; a byte order mark is no part of it.
+
+    Raises:
+      ConfigError: it cannot be read, is another encoding, or holds nothing.
+    """
+    path = Path(file).expanduser()
+    if not path.exists() or path.is_dir():
+        raise ConfigError([f"--file={file} is not a file"])
+    try:
+        # A pipe (--file=/dev/stdin) can be read only once.
+        text = "".join(lines(path, hint="")) if path.is_file() else path.read_text("utf-8-sig")
+    except (CorpusError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError([f"--file={file}: {error}"]) from error
+    if not text or text.isspace():
+        raise ConfigError([f"--file={file} holds no text"])
+    return text
 
 
 def page_problems(file: str) -> list[str]:

@@ -174,3 +174,10 @@ def test_config_file_gives_model_lens_and_loss(tmp_path):
     assert work.spec.lens.dual_path, "the naive step has the dual path"
     assert work.batch.tokens_GS.shape == (2, 24)
     assert "text anchor" in step_flops(work)
+
+
+def test_long_documents_benchmark_keeps_the_same_contexts():
+    measure = script("benchmark_long_documents")._measure
+    first, whole = (measure(0.05, 2, 64, tokenise_all) for tokenise_all in (False, True))
+    assert (first["documents"], first["tokens"]) == (2, 2 * 64)
+    assert whole["tokens"] == first["tokens"]

@@ -16,7 +16,7 @@ import pytest
 from conlens_jax.config import CorpusConfig
 from conlens_jax.data import stdlib_docs, stories, story_grammar
 from conlens_jax.data.corpus import CorpusError, is_held_out, open_corpus
-from conlens_jax.data.text_files import find_files
+from conlens_jax.data.file_search import find_files
 
 STORIES = [stories.story(0, index) for index in range(1500)]
 TEXTS = [f"document number {i} has its own words" for i in range(60)]
@@ -310,7 +310,7 @@ def first_document(**values):
         ("jsonl", "a.jsonl", '{"text": 1}\n', r"line 1: corpus\.text_field='text' holds int"),
         ("jsonl", "a.jsonl", "\n\n", r"empty: corpus\.path="),
         ("text", "a.txt", " \n\n", r"empty: corpus\.path="),
-        ("text", "a.txt", b"caf\xe9", r"a\.txt is not UTF-8"),
+        ("text", "a.txt", b"caf\xe9", r"a\.txt, line 1: not UTF-8 \(byte 4, 0xe9"),
         ("parquet", "a.parquet", "no parquet", r"a\.parquet is not a parquet file"),
         ("huggingface", "a.jsonl", '{"b": 1, "a": 2}\n', r"corpus\.text_field='text'.* a, b"),
     ],
@@ -353,7 +353,7 @@ def test_bad_config(values, message, tmp_path, monkeypatch):
 
 
 def test_folder_without_such_files(tmp_path):
-    with pytest.raises(CorpusError, match=r"no \*\.jsonl file in the folder corpus\.path="):
+    with pytest.raises(CorpusError, match=r"no \*\.jsonl or .* file in the folder corpus\.path="):
         first_document(kind="jsonl", path=str(tmp_path))
 
 

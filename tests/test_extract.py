@@ -15,9 +15,10 @@ from conlens_jax.config import ConfigError
 from conlens_jax.data import extract, shared_writer
 from conlens_jax.data.cache import ActivationCache, CacheError
 from conlens_jax.data.cache_writer import CacheWriter
-from conlens_jax.data.corpus import CorpusError
+from conlens_jax.data.corpus import CorpusError, Document
 from conlens_jax.data.rows import Rows
 from conlens_jax.data.stories import story
+from conlens_jax.data.stream import open_stream
 from conlens_jax.training.setting import Setting
 
 
@@ -226,10 +227,13 @@ def test_partial_dump_of_other_settings_is_an_error(world, tmp_path):
 
 
 def lines_corpus(folder: Path, lengths: list[int]) -> dict:
-    """Changes for a corpus of one document a line, of so many words each."""
+    """Changes for a corpus of one document a line, of so many words each, no two the same."""
     file = folder / "lines.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    texts = [" ".join(["the"] * length) for length in lengths]
+    texts = [
+        " ".join([f"word{number}"] + ["the"] * (length - 1))
+        for number, length in enumerate(lengths)
+    ]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return {
         "corpus__kind": "jsonl",
@@ -262,6 +266,45 @@ def test_short_documents_are_counted(world, tmp_path):
     printed = dump(changed(world, tmp_path, **lines_corpus(tmp_path, [3, 30] * 20)))
     counts = [int(part.split("=")[1]) for part in printed.split() if part.startswith("too_short=")]
     assert sum(counts) == 20 and min(counts) > 0
+
+
+def test_copies_and_a_long_document(world, tmp_path):
+    """Counted in the log, on one side only, the contexts right; and the stream gives the same."""
+    words = "the old dog ran after a small cat by the mill on a stormy evening".split()
+    different = [" ".join([f"number{i}", *words]) for i in range(12)]
+    different[5] += " and then" * 20_000
+    texts = different + [text.replace(" ", "  ") for text in different]
+    changes = lines_corpus(tmp_path, [1])
+    Path(changes["corpus__path"]).write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8"
+    )
+    setting = changed(world, tmp_path, **changes)
+    printed = dump(setting)
+    assert printed.count(" duplicates=12 duplicates_left_out=") == 2
+    splits = [all_rows(tmp_path / "cache" / split) for split in extract.SPLITS]
+    sides = [{texts[i].split()[0] for i in rows.documents_N.tolist()} for rows in splits]
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 12
+    tokenizer, seq_len = setting.model.tokenizer, setting.config.dump.seq_len
+    for rows in splits:
+        for tokens, length, document in zip(
+            rows.tokens_NS, rows.lengths_N, rows.documents_N, strict=True
+        ):
+            expected = tokenizer.encode(texts[document], add_bos=True)[:seq_len]
+            assert tokens[:length].tolist() == expected
+    console, stream = quiet_console()
+    streamed = open_stream(setting.config, setting.model, setting.spec, setting.mesh, console)
+    assert "duplicates=12" in stream.getvalue()
+    for rows, source in zip(splits, streamed, strict=True):
+        found = source.rows(np.arange(len(source)))
+        for name in ("tokens_NS", "positions_N", "lengths_N", "documents_N"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(rows, name))
+
+
+def test_long_documents_are_tokenised_few_at_once(monkeypatch):
+    monkeypatch.setattr(extract, "_CHARACTERS_AT_ONCE", 1000)
+    documents = [Document(i, "x" * size) for i, size in enumerate([10] * 300 + [600] * 3)]
+    sizes = [len(chunk) for chunk in extract._chunks(iter(documents))]
+    assert sizes == [100, 100, 100, 2, 1]
 
 
 def test_corpus_smaller_than_asked_for_is_said_and_works(world, tmp_path):

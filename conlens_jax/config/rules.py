@@ -23,6 +23,7 @@ _CHOICES = {
     "model.remat": ("none", "products", "full"),
     "model.attention": ("xla", "cudnn"),
     "corpus.kind": (*GENERATED_CORPORA, "stdlib", "text", "jsonl", "parquet", "huggingface"),
+    "corpus.encoding_errors": ("error", "replace"),
     "data.source": ("cache", "stream"),
     "dump.dtype": ("float32", "bfloat16"),
     "lens.train_decoder": ("full", "frozen", "lora"),

@@ -84,12 +84,18 @@ class CorpusConfig:
       kind: ``"stories"`` or ``"sums"`` (seeded generators), ``"stdlib"`` (documentation strings of
         the installed Python), ``"text"``, ``"jsonl"``, ``"parquet"`` (local files), or
         ``"huggingface"``.
-      path: file, folder or glob for local files; dataset name or folder for ``"huggingface"``.
+      path: file, folder or glob for local files (text and jsonl also as ``.gz`` or ``.zst``);
+        dataset name or folder for ``"huggingface"``.
       name: configuration name of a Hugging Face dataset.
       split: split of a Hugging Face dataset that documents are read from.
       validation_split: a split of its own for validation. Empty: ``validation_fraction`` of the
-        documents of ``split`` are held out, chosen by a hash of the document's index.
+        documents of ``split`` are held out, chosen by a hash of the document's index. A copy of
+        an earlier text on the other side is left out; so is what stands in ``validation_split``
+        out of training (all of it is read for that, up to ``n_documents``).
       text_field: column that holds the text.
+      encoding_errors: what to do with text that is not valid Unicode (bytes that are not UTF-8,
+        half a surrogate pair in JSON): ``"error"`` names the file and the line or row;
+        ``"replace"`` puts U+FFFD in its place.
       streaming: read a Hugging Face dataset without downloading it first.
       n_documents: how many documents to read at most (0: all; a generator needs a number).
       seed: seed of a generator.
@@ -101,6 +107,7 @@ class CorpusConfig:
     split: str = "train"
     validation_split: str = ""
     text_field: str = "text"
+    encoding_errors: str = "error"
     streaming: bool = True
     validation_fraction: float = 0.05
     n_documents: int = 40_000

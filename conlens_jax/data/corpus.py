@@ -2,6 +2,8 @@
 
 A corpus is an ordered list of documents. The index of a document never changes, so "go on at
 document 1,234" means the same in every run, and the hold-out is a property of the index alone.
+Only a copy of an earlier text is left out where the earlier one is on the other side
+(:mod:`~conlens_jax.data.duplicates`).
 """
 
 from __future__ import annotations
@@ -9,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from conlens_jax.config import CorpusConfig
+from conlens_jax.data.duplicates import SeenTexts, Tally
 
 SPLITS = ("train", "validation")
 
@@ -42,16 +45,30 @@ class Document:
 
 
 class Corpus(Protocol):
-    """Documents in a fixed order, divided into ``"train"`` and ``"validation"``."""
+    """Documents in a fixed order, divided into ``"train"`` and ``"validation"``.
+
+    Attributes:
+      name: what it is called in reports.
+      notes: what the user should know of it before it is read, one line each.
+    """
 
     name: str
+    notes: tuple[str, ...]
 
     def description(self) -> dict[str, Any]:
         """Plain values that say which text this is, for the metadata of a cache."""
         ...
 
-    def documents(self, split: str, start: int = 0) -> Iterator[Document]:
+    def documents(
+        self, split: str, start: int = 0, tally: Tally | None = None
+    ) -> Iterator[Document]:
         """The documents of a split with ``index >= start``, by increasing index.
+
+        No text of a split has a copy in the other one. Documents before ``start`` are read too
+        where they decide that.
+
+        Args:
+          tally: counts what is read, while it is read.
 
         Raises:
           CorpusError: an unknown split, or nothing to read in it.
@@ -75,6 +92,40 @@ def check_split(split: str) -> None:
         raise CorpusError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
 
 
+def without_copies(
+    documents: Iterable[Document], config: CorpusConfig, split: str, start: int, tally: Tally
+) -> Iterator[Document]:
+    """The documents of a split with ``index >= start``, by the hash of their index.
+
+    Args:
+      documents: all of them, from index 0 on.
+    """
+    seen, wanted = SeenTexts(), split == "validation"
+    for document in documents:
+        held_out = is_held_out(config.seed, document.index, config.validation_fraction)
+        tally.read += 1
+        first = seen.first_side(document.text, held_out)
+        if first is not None:
+            tally.copies += 1
+            if first != held_out:
+                tally.left_out += 1
+                continue
+        if held_out == wanted and document.index >= start:
+            yield document
+
+
+def described(config: CorpusConfig) -> dict[str, Any]:
+    """The section ``corpus``, for :meth:`Corpus.description`.
+
+    A field that came later stands in it only where it is not at its default: caches and embedded
+    models that were made before it keep their names.
+    """
+    values = dataclasses.asdict(config)
+    if config.encoding_errors == "error":
+        del values["encoding_errors"]
+    return values
+
+
 @dataclasses.dataclass(frozen=True)
 class IndexedCorpus:
     """A corpus made of a reader of ``(index, text)`` pairs.
@@ -85,7 +136,9 @@ class IndexedCorpus:
       read: ``read(split, start)`` gives ``(index, text)`` with ``index >= start``, increasing.
         It ignores ``split`` unless ``has_own_validation``.
       details: facts about the source that the configuration does not hold.
-      has_own_validation: the source keeps validation apart, so that no document is held out.
+      has_own_validation: the source keeps validation apart, so that no document is held out. What
+        is also in validation is then left out of training, for which all of validation is read.
+      notes: what the user should know of it before it is read, one line each.
     """
 
     name: str
@@ -93,45 +146,71 @@ class IndexedCorpus:
     read: Callable[[str, int], Iterator[tuple[int, str]]]
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     has_own_validation: bool = False
+    notes: tuple[str, ...] = ()
 
     def description(self) -> dict[str, Any]:
         """The corpus section of the configuration, and facts about the source."""
-        return {**dataclasses.asdict(self.config), **self.details}
+        return {**described(self.config), **self.details}
 
-    def documents(self, split: str, start: int = 0) -> Iterator[Document]:
+    def documents(
+        self, split: str, start: int = 0, tally: Tally | None = None
+    ) -> Iterator[Document]:
         """See :class:`Corpus`; ``corpus.n_documents`` counts both splits together, except where
         validation is a split of its own (then it limits each)."""
         check_split(split)
-        return self._documents(split, start)
+        return self._documents(split, start, Tally() if tally is None else tally)
 
-    def _documents(self, split: str, start: int) -> Iterator[Document]:
-        limit, n_read, n_yielded = self.config.n_documents, 0, 0
+    def _documents(self, split: str, start: int, tally: Tally) -> Iterator[Document]:
+        if self.has_own_validation:
+            documents = self._of_own_split(split, start, tally)
+        else:
+            documents = without_copies(self._texts(split, 0), self.config, split, start, tally)
+        nothing = True
+        for document in documents:
+            nothing = False
+            yield document
+        if start == 0 and nothing:
+            raise CorpusError(self._nothing_message(split, tally))
+
+    def _texts(self, split: str, start: int) -> Iterator[Document]:
+        limit = self.config.n_documents
         for index, text in self.read(split, start):
             if limit and index >= limit:
                 break
-            if not text.strip():
-                continue
-            n_read += 1
-            if self._belongs(index, split):
-                n_yielded += 1
+            # Not strip(): it would copy a long text.
+            if text and not text.isspace():
                 yield Document(index, text)
-        if start == 0 and not n_yielded:
-            raise CorpusError(self._nothing_message(split, n_read))
 
-    def _belongs(self, index: int, split: str) -> bool:
-        if self.has_own_validation:
-            return True
-        held_out = is_held_out(self.config.seed, index, self.config.validation_fraction)
-        return held_out == (split == "validation")
+    def _of_own_split(self, split: str, start: int, tally: Tally) -> Iterator[Document]:
+        seen = SeenTexts()
+        if split == "train":
+            for document in self._texts("validation", 0):
+                seen.first_side(document.text, True)
+        for document in self._texts(split, start):
+            tally.read += 1
+            first = seen.first_side(document.text, False)
+            tally.copies += first is not None
+            tally.left_out += bool(first)
+            if not first:
+                yield document
 
-    def _nothing_message(self, split: str, n_read: int) -> str:
-        if n_read:
-            return (
-                f"none of the {n_read} documents of corpus {self.name} is in the {split} split: "
-                f"change corpus.validation_fraction={self.config.validation_fraction} or "
-                "corpus.seed, or give more documents"
-            )
+    def _nothing_message(self, split: str, tally: Tally) -> str:
+        if tally.read:
+            return nothing_in_split(self.config, f"documents of corpus {self.name}", split, tally)
         return f"corpus {self.name} is empty: corpus.path={self.config.path!r} holds no text"
+
+
+def nothing_in_split(config: CorpusConfig, what: str, split: str, tally: Tally) -> str:
+    """The message for a split without a document, though there are some in the corpus."""
+    copies = f" ({tally.left_out} are copies of texts on the other side)" if tally.left_out else ""
+    if config.validation_split:
+        fix = f"corpus.validation_split={config.validation_split!r} must hold other texts"
+    else:
+        fix = (
+            f"change corpus.validation_fraction={config.validation_fraction} or corpus.seed, or "
+            "give more documents (corpus.n_documents)"
+        )
+    return f"none of the {tally.read} {what} is in the {split} split{copies}: {fix}"
 
 
 def open_corpus(config: CorpusConfig) -> Corpus:
@@ -143,7 +222,7 @@ def open_corpus(config: CorpusConfig) -> Corpus:
       CorpusError: an unknown kind, or a path, column or split that is not there.
     """
     # Imported here because every one of these modules needs the classes above.
-    from conlens_jax.data import stdlib_docs, text_files
+    from conlens_jax.data import huggingface_texts, stdlib_docs, text_files
     from conlens_jax.data.generated import GeneratedCorpus
     from conlens_jax.data.generators import GENERATORS
 
@@ -156,7 +235,7 @@ def open_corpus(config: CorpusConfig) -> Corpus:
         "text": text_files.open_text,
         "jsonl": text_files.open_jsonl,
         "parquet": text_files.open_parquet,
-        "huggingface": text_files.open_huggingface,
+        "huggingface": huggingface_texts.open_huggingface,
     }
     if config.kind not in openers:
         raise CorpusError(f"corpus.kind must be one of {', '.join(openers)}, not {config.kind!r}")

@@ -27,6 +27,8 @@ from conlens_jax.config.seeds import numpy_seed
 from conlens_jax.data.batches import pad_tokens
 from conlens_jax.data.cache_metadata import CacheMetadata
 from conlens_jax.data.corpus import Corpus, CorpusError, Document, open_corpus
+from conlens_jax.data.duplicates import Tally
+from conlens_jax.data.first_tokens import first_tokens
 from conlens_jax.data.rows import Rows
 from conlens_jax.data.shared_writer import SharedWriter
 from conlens_jax.lens.original import capture
@@ -38,6 +40,8 @@ from conlens_jax.parallel.processes import check_same, local_rows, on_devices, t
 from conlens_jax.training.console import Console
 
 SPLITS = ("train", "validation")
+_DOCUMENTS_AT_ONCE = 256
+_CHARACTERS_AT_ONCE = 1 << 22
 
 
 def dump_activations(
@@ -53,6 +57,8 @@ def dump_activations(
     """
     check_batch("dump.batch_size", config.dump.batch_size, mesh)
     corpus = open_corpus(config.corpus)
+    for note in corpus.notes:
+        console.line("dump", note=note)
     root = Path(config.dump.cache_dir)
     wanted = {"train": config.dump.n_samples, "validation": config.dump.n_validation_samples}
     with watching_for_sigterm() as stops_behind:
@@ -128,6 +134,7 @@ def _dump_split(
         split=split,
         rows=writer.rows_appended,
         too_short=extractor.too_short,
+        **extractor.copies(),
         samples_per_s=(writer.rows_appended - before) / max(time.time() - started, 1e-9),
         folder=writer.folder,
     )
@@ -148,6 +155,7 @@ class Extractor:
         self.config, self.model, self.split, self.corpus = config, model, split, corpus
         self.sharding = batch_sharding(mesh)
         self.too_short = self.read = 0
+        self.tally = Tally()
         self._capture = functools.partial(_capture_at, spec=spec)
 
     def batches(self, cursor: Any) -> Iterator[tuple[Rows, list[Any]]]:
@@ -156,7 +164,7 @@ class Extractor:
         documents = self._usable(start)
         while batch := list(itertools.islice(documents, self.config.batch_size)):
             rows = self._captured(*self._draw(batch))
-            cursors = [[batch[0][0].index, number] for number in range(len(rows))]
+            cursors = [[batch[0][0], number] for number in range(len(rows))]
             yield rows.take(slice(skip, None)), cursors[skip:]
             skip = 0
 
@@ -178,6 +186,11 @@ class Extractor:
             if room <= 0:
                 return
 
+    def copies(self) -> dict[str, int]:
+        """For the log: copies of earlier texts among all documents read so far, those of the other
+        split included, and how many were left out as they would have stood in both."""
+        return {"duplicates": self.tally.copies, "duplicates_left_out": self.tally.left_out}
+
     def nothing_message(self) -> str:
         return (
             f"corpus.path={self.corpus.name!r}: none of the {self.read} documents of the "
@@ -186,28 +199,28 @@ class Extractor:
             "dump.min_position or choose longer documents"
         )
 
-    def _usable(self, start: int) -> Iterator[tuple[Document, list[int]]]:
-        """Documents with room for at least one position, and their tokens."""
-        documents = self.corpus.documents(self.split, start)
-        while chunk := list(itertools.islice(documents, 256)):
-            encoded = self.model.tokenizer.encode_batch(
-                [document.text for document in chunk], add_bos=self.config.add_bos
-            )
+    def _usable(self, start: int) -> Iterator[tuple[int, list[int]]]:
+        """Documents with room for at least one position: index and tokens of the context."""
+        config = self.config
+        encode = functools.partial(self.model.tokenizer.encode_batch, add_bos=config.add_bos)
+        for chunk in _chunks(self.corpus.documents(self.split, start, self.tally)):
+            texts = [document.text for document in chunk]
+            encoded = first_tokens(encode, texts, config.seq_len)
             for document, tokens in zip(chunk, encoded, strict=True):
                 self.read += 1
-                if len(tokens) > self.config.min_position + self.config.after:
-                    yield document, tokens[: self.config.seq_len]
+                if len(tokens) > config.min_position + config.after:
+                    yield document.index, tokens[: config.seq_len]
                 else:
                     self.too_short += 1
 
-    def _draw(self, batch: list[tuple[Document, list[int]]]) -> tuple[Rows, np.ndarray]:
+    def _draw(self, batch: list[tuple[int, list[int]]]) -> tuple[Rows, np.ndarray]:
         """Rows without activations, and each row's document as an index into the batch."""
         config = self.config
         tokens_BS, lengths_B = pad_tokens(
             [tokens for _, tokens in batch], config.seq_len, self.model.tokenizer.pad_id
         )
         chosen = [
-            self._positions(document.index, length)
+            self._positions(document, length)
             for (document, _), length in zip(batch, lengths_B, strict=True)
         ]
         row_of = np.repeat(np.arange(len(batch)), [len(positions) for positions in chosen])
@@ -216,7 +229,7 @@ class Extractor:
             tokens_NS=tokens_BS[row_of],
             positions_N=np.concatenate(chosen).astype(np.int32),
             lengths_N=lengths_B[row_of],
-            documents_N=np.asarray([document.index for document, _ in batch], np.int64)[row_of],
+            documents_N=np.asarray([document for document, _ in batch], np.int64)[row_of],
         )
         return rows, row_of
 
@@ -253,6 +266,19 @@ class Extractor:
         rng = np.random.default_rng([numpy_seed(config.seed), document])
         count = min(config.positions_per_sequence, len(possible))
         return np.sort(rng.choice(possible, count, replace=False))
+
+
+def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Documents to tokenise at once: many, but no more text than fits into memory easily."""
+    chunk, characters = [], 0
+    for document in documents:
+        chunk.append(document)
+        characters += len(document.text)
+        if len(chunk) == _DOCUMENTS_AT_ONCE or characters >= _CHARACTERS_AT_ONCE:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 @functools.partial(jax.jit, static_argnames="spec")

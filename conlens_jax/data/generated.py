@@ -17,7 +17,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 from conlens_jax.config import CorpusConfig
-from conlens_jax.data.corpus import CorpusError, Document, check_split, is_held_out
+from conlens_jax.data.corpus import (
+    CorpusError,
+    Document,
+    check_split,
+    described,
+    nothing_in_split,
+    without_copies,
+)
+from conlens_jax.data.duplicates import Tally
 
 _T = TypeVar("_T")
 _DRAWS_AT_ONCE = 96
@@ -97,26 +105,29 @@ class GeneratedCorpus:
     def name(self) -> str:
         return self.generator.kind
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ()
+
     def description(self) -> dict[str, Any]:
         """The configuration, and a hash of the generator's rules."""
         rules = hashlib.sha256(self.generator.rules.encode())
-        return {**dataclasses.asdict(self.config), "grammar": rules.hexdigest()}
+        return {**described(self.config), "grammar": rules.hexdigest()}
 
-    def documents(self, split: str, start: int = 0) -> Iterator[Document]:
-        """See :class:`corpus.Corpus`. Documents of the other split are not even generated."""
+    def documents(
+        self, split: str, start: int = 0, tally: Tally | None = None
+    ) -> Iterator[Document]:
+        """See :class:`corpus.Corpus`."""
         check_split(split)
-        return self._documents(split, start)
+        return self._documents(split, start, Tally() if tally is None else tally)
 
-    def _documents(self, split: str, start: int) -> Iterator[Document]:
+    def _documents(self, split: str, start: int, tally: Tally) -> Iterator[Document]:
         config, nothing = self.config, True
-        for index in range(start, config.n_documents):
-            held_out = is_held_out(config.seed, index, config.validation_fraction)
-            if held_out == (split == "validation"):
-                nothing = False
-                yield self.generator.document(config.seed, index)
+        everything = (
+            self.generator.document(config.seed, index) for index in range(config.n_documents)
+        )
+        for document in without_copies(everything, config, split, start, tally):
+            nothing = False
+            yield document
         if nothing and start == 0:
-            raise CorpusError(
-                f"none of the {config.n_documents} {self.name} is in the {split} split: change "
-                f"corpus.validation_fraction={config.validation_fraction} or raise "
-                "corpus.n_documents"
-            )
+            raise CorpusError(nothing_in_split(config, self.name, split, tally))

@@ -18,6 +18,7 @@ from conlens_jax.data.extract import Extractor
 from conlens_jax.data.rows import Places, Rows, checked_indices
 from conlens_jax.lens.spec import LensSpec
 from conlens_jax.models.model import LanguageModel
+from conlens_jax.training.console import Console
 
 
 class TokenStream:
@@ -86,9 +87,15 @@ class CapturedRows:
 
 
 def open_stream(
-    config: ExperimentConfig, model: LanguageModel, spec: LensSpec, mesh: Mesh
+    config: ExperimentConfig,
+    model: LanguageModel,
+    spec: LensSpec,
+    mesh: Mesh,
+    console: Console | None = None,
 ) -> tuple[TokenStream, CapturedRows]:
     """The training and the validation rows of ``dump``'s settings.
+
+    ``console`` gets a line about copies of texts.
 
     Raises:
       ValueError: a corpus without a usable document in one of its splits.
@@ -99,5 +106,10 @@ def open_stream(
     parts = list(held_out.captured(config.dump.n_validation_samples))
     if not parts:
         raise CorpusError(held_out.nothing_message())
-    train = TokenStream(extractor("train"), config.dump.n_samples)
+    reader = extractor("train")
+    train = TokenStream(reader, config.dump.n_samples)
+    if console is not None:
+        for note in corpus.notes:
+            console.line("stream", note=note)
+        console.line("stream", **reader.copies())
     return train, CapturedRows(Rows.concatenate(parts))

@@ -1,4 +1,4 @@
-"""Text from local files (.txt, .jsonl, .parquet) and from Hugging Face datasets.
+"""Text from local files: .txt and .jsonl (plain, .gz or .zst) and .parquet.
 
 All readers give ``(index, text)`` pairs in a fixed order: files by sorted path, then rows by their
 place in the file. A row without text keeps its index, so that indices do not depend on content.
@@ -7,66 +7,46 @@ place in the file. A row without text keeps its index, so that indices do not de
 from __future__ import annotations
 
 import functools
-import glob
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from conlens_jax.config import CorpusConfig
+from conlens_jax.data import parquet_texts
 from conlens_jax.data.corpus import CorpusError, IndexedCorpus
+from conlens_jax.data.file_search import find_files, left_out_note
+from conlens_jax.data.text_lines import COMPRESSIONS, lines, missing_column, valid_text
 
-_PARQUET_BATCH = 1024
-
-
-# --- local files --------------------------------------------------------------------------------
+TEXT_SUFFIXES, JSONL_SUFFIXES = (
+    (suffix, *(suffix + compressed for compressed in COMPRESSIONS)) for suffix in (".txt", ".jsonl")
+)
 
 
 def open_text(config: CorpusConfig) -> IndexedCorpus:
     """Text files: paragraphs, separated by blank lines, are the documents."""
-    return _open_files(config, ".txt", _paragraphs)
+    read_file = functools.partial(_paragraphs, encoding_errors=config.encoding_errors)
+    return _open_files(config, TEXT_SUFFIXES, read_file)
 
 
 def open_jsonl(config: CorpusConfig) -> IndexedCorpus:
     """One JSON object a line; ``corpus.text_field`` holds the text."""
-    return _open_files(config, ".jsonl", functools.partial(_json_rows, field=config.text_field))
+    return _open_files(config, JSONL_SUFFIXES, functools.partial(json_rows, config=config))
 
 
 def open_parquet(config: CorpusConfig) -> IndexedCorpus:
     """Parquet files; ``corpus.text_field`` is the column of the text."""
     corpus = _open_files(
-        config, ".parquet", functools.partial(_parquet_rows, field=config.text_field)
+        config, (".parquet",), functools.partial(parquet_texts.rows, config=config)
     )
-    _check_parquet_columns(find_files(config.path, ".parquet"), config.text_field)
+    parquet_texts.check_columns(find_files(config.path, ".parquet"), config.text_field)
     return corpus
 
 
-def find_files(path: str, suffix: str) -> list[Path]:
-    """The files that ``corpus.path`` means: a file, all ``suffix`` files below a folder, or a
-    glob (``**`` allowed), sorted.
-
-    Raises:
-      CorpusError: there is no such file.
-    """
-    if Path(path).is_file():
-        return [Path(path)]
-    if Path(path).is_dir():
-        files, looked_for = sorted(Path(path).rglob(f"*{suffix}")), f"*{suffix} file in the folder"
-    elif glob.has_magic(path):
-        files, looked_for = sorted(map(Path, glob.glob(path, recursive=True))), "file matching"
-    else:
-        raise CorpusError(f"corpus.path={path!r} does not exist")
-    files = [file for file in files if file.is_file()]
-    if not files:
-        raise CorpusError(f"there is no {looked_for} corpus.path={path!r}")
-    return files
-
-
 def _open_files(
-    config: CorpusConfig, suffix: str, read_file: Callable[[Path], Iterator[str]]
+    config: CorpusConfig, suffixes: tuple[str, ...], read_file: Callable[[Path], Iterator[str]]
 ) -> IndexedCorpus:
-    files = find_files(config.path, suffix)
+    files = find_files(config.path, *suffixes)
 
     def read(split: str, start: int) -> Iterator[tuple[int, str]]:
         texts = itertools.chain.from_iterable(read_file(file) for file in files)
@@ -77,143 +57,43 @@ def _open_files(
         config=config,
         read=read,
         details={"n_files": len(files), "n_bytes": sum(file.stat().st_size for file in files)},
+        notes=left_out_note(config.path, files),
     )
 
 
-def _lines(file: Path) -> Iterator[str]:
-    try:
-        with file.open(encoding="utf-8-sig") as stream:
-            yield from stream
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{file} is not UTF-8 text ({error}); convert it") from error
-
-
-def _paragraphs(file: Path) -> Iterator[str]:
-    for blank, lines in itertools.groupby(_lines(file), key=lambda line: not line.strip()):
+def _paragraphs(file: Path, encoding_errors: str) -> Iterator[str]:
+    is_blank = lambda line: line.isspace()
+    for blank, group in itertools.groupby(lines(file, encoding_errors), key=is_blank):
         if not blank:
-            yield "".join(lines).strip()
+            yield "".join(group).strip()
 
 
-def _json_rows(file: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(file), start=1):
-        if not line.strip():
+def json_rows(file: Path, config: CorpusConfig) -> Iterator[str]:
+    """The texts of a file with one JSON object a line."""
+    field = config.text_field
+    for number, line in enumerate(lines(file, config.encoding_errors), start=1):
+        if line.isspace():
             continue
         where = f"{file}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CorpusError(f"{where}: not valid JSON ({error})") from error
+        row = parsed(line, where)
         if not isinstance(row, dict):
             raise CorpusError(f"{where}: a JSON object is needed, not {type(row).__name__}")
-        yield _text_of(row, field, where)
+        if field not in row:
+            raise CorpusError(missing_column(field, row, where))
+        yield valid_text(row[field], field, where, config.encoding_errors)
 
 
-def _text_of(row: dict[str, Any], field: str, where: str) -> str:
-    """The text of a row; a null counts as an empty text."""
-    if field not in row:
-        raise CorpusError(_missing_column(field, row, where))
-    if not isinstance(row[field], str | None):
-        raise CorpusError(
-            f"{where}: corpus.text_field={field!r} holds {type(row[field]).__name__}, not text"
-        )
-    return row[field] or ""
-
-
-def _missing_column(field: str, columns: Sequence[str] | dict[str, Any], where: str) -> str:
-    return (
-        f"{where}: there is no column corpus.text_field={field!r}; "
-        f"the columns are {', '.join(sorted(columns)) or '(none)'}"
-    )
-
-
-def _open_parquet_file(file: Path) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
+def parsed(line: str, where: str) -> object:
+    """The value of a line of JSON. Raises CorpusError where it cannot be read."""
     try:
-        return pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        raise CorpusError(f"{file} is not a parquet file ({error})") from error
-
-
-def _check_parquet_columns(files: list[Path], field: str) -> None:
-    problems = []
-    for file in files:
-        with _open_parquet_file(file) as parquet:
-            schema = parquet.schema_arrow
-        if field not in schema.names:
-            problems.append(_missing_column(field, schema.names, str(file)))
-        elif not _holds_text(schema.field(field).type):
-            problems.append(
-                f"{file}: corpus.text_field={field!r} holds {schema.field(field).type}, not text"
-            )
-    if problems:
-        raise CorpusError("\n".join(problems))
-
-
-def _holds_text(kind: Any) -> bool:
-    from pyarrow import types
-
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-
-
-def _parquet_rows(file: Path, field: str) -> Iterator[str]:
-    with _open_parquet_file(file) as parquet:
-        for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH, columns=[field]):
-            for text in batch.column(0).to_pylist():
-                yield text or ""
-
-
-# --- Hugging Face datasets ----------------------------------------------------------------------
-
-
-def open_huggingface(config: CorpusConfig) -> IndexedCorpus:
-    """A dataset of the Hugging Face hub, or a local folder of data files that
-    ``datasets.load_dataset`` accepts.
-
-    Raises:
-      CorpusError: the dataset, its split or the text column is not there.
-    """
-    datasets = {"train": _load(config, config.split, "corpus.split")}
-    if config.validation_split:
-        datasets["validation"] = _load(config, config.validation_split, "corpus.validation_split")
-    else:
-        datasets["validation"] = datasets["train"]
-    for dataset in datasets.values():
-        # A stream may not know its columns before the first row; rows are checked when read.
-        columns = dataset.column_names
-        if columns is not None and config.text_field not in columns:
-            raise CorpusError(_missing_column(config.text_field, columns, config.path))
-
-    def read(split: str, start: int) -> Iterator[tuple[int, str]]:
-        rows = _rows_from(datasets[split], start)
-        where = f"{config.path} ({split})"
-        for index, row in enumerate(rows, start):
-            yield index, _text_of(row, config.text_field, where)
-
-    return IndexedCorpus(
-        name=":".join(filter(None, (config.path, config.name, config.split))),
-        config=config,
-        read=read,
-        has_own_validation=bool(config.validation_split),
-    )
-
-
-def _load(config: CorpusConfig, split: str, field: str) -> Any:
-    import datasets
-
-    try:
-        return datasets.load_dataset(
-            config.path, config.name or None, split=split, streaming=config.streaming
-        )
-    except (ValueError, OSError) as error:
+        # Files that were put together from several have byte order marks inside.
+        return json.loads(line.lstrip("\ufeff"))
+    except RecursionError:
         raise CorpusError(
-            f"cannot open the dataset corpus.path={config.path!r}, corpus.name={config.name!r}, "
-            f"{field}={split!r}: {error}"
+            f"{where}: its JSON is nested too deeply to be read; leave out that field of the row"
+        ) from None
+    except ValueError as error:  # also a whole number of more digits than Python reads
+        raise CorpusError(
+            f"{where}: not valid JSON ({error}); each line must be one object. Remove or mend the "
+            "line (CSV, and a JSON array over many lines: corpus.kind=huggingface, with a folder)"
         ) from error
-
-
-def _rows_from(dataset: Any, start: int) -> Iterator[dict[str, Any]]:
-    return iter(dataset.skip(start) if start else dataset)

@@ -66,7 +66,23 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, Sequence) and bool(value) and all(map(is_id, value))
 
 
+def _refuse_half_characters(piece: Any) -> None:
+    """Half a surrogate pair, which JSON can write (\\ud83d), is no character for a tokenizer."""
+    texts = [piece] if isinstance(piece, str) else []
+    if _is_chat(piece):
+        texts = [str(message.get("content", "")) for message in piece]
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"character {error.start + 1} of the text is {text[error.start]!r}, half a "
+                "surrogate pair; give the whole character, or leave it out"
+            ) from None
+
+
 def _tokens(piece: Any, model: LanguageModel, add_bos: bool) -> list[int]:
+    _refuse_half_characters(piece)
     tokenizer = model.tokenizer
     if isinstance(piece, str):
         return tokenizer.encode(piece, add_bos=add_bos)

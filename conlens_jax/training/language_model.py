@@ -34,6 +34,7 @@ from conlens_jax.config import (
 from conlens_jax.config.seeds import numpy_seed, random_key
 from conlens_jax.data.batches import batch_indices, pad_tokens
 from conlens_jax.data.corpus import Document, open_corpus
+from conlens_jax.data.duplicates import Tally
 from conlens_jax.data.generators import GENERATORS
 from conlens_jax.data.statements import token_variables
 from conlens_jax.data.tokenizer import Tokenizer, train_bpe_tokenizer, train_word_tokenizer
@@ -101,7 +102,8 @@ def train_language_model(
     started = time.time()
     source = open_corpus(corpus)
     wanted = config.steps * config.batch_size
-    train = list(itertools.islice(source.documents("train"), wanted))
+    tally = Tally()
+    train = list(itertools.islice(source.documents("train", tally=tally), wanted))
     held_out = list(itertools.islice(source.documents("validation"), 512))
     tokenizer = _train_tokenizer(corpus, config, train)
     model = dataclasses.replace(
@@ -109,7 +111,15 @@ def train_language_model(
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
     )
-    console.line("model", documents=len(train), vocabulary=tokenizer.vocab_size, corpus=source.name)
+    for note in source.notes:
+        console.line("model", note=note)
+    console.line(
+        "model",
+        documents=len(train),
+        duplicates=tally.copies,
+        vocabulary=tokenizer.vocab_size,
+        corpus=source.name,
+    )
     rows = _TokenRows(tokenizer, train, config)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),

@@ -154,7 +154,9 @@ def open_caches(setting: Setting) -> tuple[RowSource, RowSource]:
       ValueError: not there, damaged, or made with another model, layer or tokenizer.
     """
     if setting.config.data.source == "stream":
-        train, validation = open_stream(setting.config, setting.model, setting.spec, setting.mesh)
+        train, validation = open_stream(
+            setting.config, setting.model, setting.spec, setting.mesh, setting.console
+        )
         _check_rows(setting.config, train)
         setting.console.line("stream", rows=len(train), validation_rows=len(validation))
         return train, validation
