@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from conlens_jax.config.estimator import ANY_SAMPLE_TAU, parse_estimator
 from conlens_jax.config.fields import field_names, lookup
+from conlens_jax.config.paths import PATH_FIELDS, path_problems
 from conlens_jax.config.settings import (
     EMBEDDED_MODEL,
     GENERATED_CORPORA,
@@ -77,6 +78,8 @@ def config_problems(config: ExperimentConfig) -> Iterator[str]:
     for name in _AT_LEAST_ZERO:
         if lookup(config, name) < 0:
             yield f"{name} must not be negative, not {lookup(config, name)}"
+    for name in PATH_FIELDS:
+        yield from path_problems(name, lookup(config, name))
     for name in field_names():
         value = lookup(config, name)
         if isinstance(value, ScheduleConfig):
