@@ -8,20 +8,19 @@ printed, coloured by how much each explanation changes what the model predicts.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
 from conlens_jax import cli
 from conlens_jax.config import ConfigError
-from conlens_jax.evaluate import CHECKPOINT
+from conlens_jax.config.paths import local_path
+from conlens_jax.evaluate import CHECKPOINT, STEP
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.inspection.terminal import render
 
 _FILE = flags.DEFINE_string("file", None, "Also explain the text of this file.")
 _POSITIONS = flags.DEFINE_string("positions", "all", "all, or indices: 3,5,-1")
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Explanations a token; more than one are sampled.")
-_STEP = flags.DEFINE_string("step", "last", "Checkpoint of a run folder: last, best, or a step.")
 _DTYPE = flags.DEFINE_string("dtype", None, "float32 or bfloat16; default: as trained.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the samples.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Explanations written at once.")
@@ -34,10 +33,10 @@ def main(texts: list[str]) -> None:
     if not CHECKPOINT.value:
         raise ConfigError(["give --checkpoint=<run folder, saved lens or hub id>"])
     if _FILE.value:
-        texts = [*texts, Path(_FILE.value).read_text(encoding="utf-8")]
+        texts = [*texts, local_path(_FILE.value).read_text(encoding="utf-8")]
     if not texts:
         raise ConfigError(['give a text, for example "once upon a time", or --file=<file>'])
-    lens = Lens.load(CHECKPOINT.value, dtype=_DTYPE.value, step=_STEP.value)
+    lens = Lens.load(CHECKPOINT.value, dtype=_DTYPE.value, step=STEP.value)
     found = lens.explain(
         texts,
         positions_of(_POSITIONS.value),

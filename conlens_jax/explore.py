@@ -10,7 +10,7 @@ from absl import flags
 
 from conlens_jax import cli
 from conlens_jax.config import ConfigError
-from conlens_jax.evaluate import CHECKPOINT
+from conlens_jax.evaluate import CHECKPOINT, STEP
 from conlens_jax.inspection.lens import Lens
 
 LOOPBACK = "127.0.0.1"
@@ -30,7 +30,7 @@ def main() -> None:
         ) from error
     if not CHECKPOINT.value:
         raise ConfigError(["give --checkpoint=<run folder, saved lens or hub id>"])
-    lens = Lens.load(CHECKPOINT.value)
+    lens = Lens.load(CHECKPOINT.value, step=STEP.value)
     hosts = (LOOPBACK, "localhost") if _HOST.value == LOOPBACK else ("*",)
     app = make_app(lens, max_tokens=_MAX_TOKENS.value, hosts=hosts)
     print(f"http://{_HOST.value}:{_PORT.value}  (Ctrl-C ends it)", flush=True)

@@ -20,7 +20,7 @@ def main() -> None:
         show_plan(config, compiled=True)
         return
     console = cli.start(config)
-    folder = train_lens(open_setting(config, console))
+    folder = train_lens(open_setting(config, console, run=config.run_dir))
     console.line("train", run=folder)
 
 

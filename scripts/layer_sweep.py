@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1024, help="rows, at most")
     arguments = parser.parse_args()
     console = Console()
-    setting = open_setting(recorded_config(arguments.run), console)
+    setting = open_setting(recorded_config(arguments.run), console, run=arguments.run)
     _, validation = setting.caches
     rows = validation.rows(np.arange(min(arguments.rows, len(validation))))
     found = layer_statistics(

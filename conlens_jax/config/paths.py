@@ -29,7 +29,7 @@ def expanded(path: str) -> str:
 def local_path(path: str | os.PathLike[str]) -> Path:
     """The absolute path that a user's ``path`` means now: later changes of the working folder do
     not matter. Symbolic links are not followed."""
-    return Path(path).expanduser().absolute()
+    return Path(os.path.expanduser(path)).absolute()
 
 
 def path_problems(name: str, path: str) -> Iterator[str]:

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from conlens_jax.config import DumpConfig, ExperimentConfig
+from conlens_jax.config.paths import local_path
 from conlens_jax.data.batches import pad_tokens
 from conlens_jax.data.cache_metadata import CacheMetadata
 from conlens_jax.data.corpus import Corpus, CorpusError, Document, open_corpus
@@ -52,7 +53,7 @@ def dump_activations(
     """
     check_batch("dump.batch_size", config.dump.batch_size, mesh)
     corpus = open_corpus(config.corpus)
-    root = Path(config.dump.cache_dir)
+    root = local_path(config.dump.cache_dir)
     wanted = {"train": config.dump.n_samples, "validation": config.dump.n_validation_samples}
     with watching_for_sigterm() as stops_behind:
         batches = itertools.count(1)  # over both splits: the number must rise

@@ -41,9 +41,11 @@ __all__ = [
     "Checkpoints",
     "DamagedCheckpoint",
     "all_steps",
+    "any_metadata",
     "read_metadata",
     "restore_params",
     "restore_state",
+    "step_of",
 ]
 
 _STEP = re.compile(r"[0-9]+")
@@ -237,6 +239,18 @@ def read_metadata(folder: str | Path, step: int | None = None) -> dict[str, Any]
     return _read(folder, step, _metadata)
 
 
+def any_metadata(folder: str | Path) -> dict[str, Any]:
+    """The metadata of the newest step whose metadata can be read; empty where there is none. For
+    what is the same in all of them."""
+    for step in reversed(all_steps(folder)):
+        try:
+            return _metadata(local_path(folder) / str(step))
+        except Exception as error:
+            if not is_damage(error):
+                raise
+    return {}
+
+
 def restore_state(
     folder: str | Path, step: int | None, template: PyTree
 ) -> tuple[PyTree, dict[str, Any]]:
@@ -317,6 +331,15 @@ def _is_whole(path: Path) -> bool:
 def _metadata(path: Path) -> dict[str, Any]:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         return checkpointer.restore(storage_path(path) / METADATA)
+
+
+def step_of(folder: str | Path, step: int | None) -> int:
+    """A step that is there (None: the newest).
+
+    Raises:
+      CheckpointError: there is no such checkpoint.
+    """
+    return int(_step_folder(folder, step).name)
 
 
 def _step_folder(folder: str | Path, step: int | None) -> Path:

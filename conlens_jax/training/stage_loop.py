@@ -152,6 +152,7 @@ class StageLoop:
                 "scale": self.run_.reference.scale,
                 "resultant": self.run_.reference.resultant,
             },
+            "places": {**self.run_.places, "run": str(self.run_.folder)},
             "config": to_json_dict(self.config),
         }
         # The warm start is not judged by its text: only joint checkpoints compete for the best.
