@@ -15,6 +15,7 @@ from tiny_user import TEXT, tiny_user_lens
 
 import conlens_jax
 from conlens_jax.config import ConfigError, with_changes
+from conlens_jax.data.extract import dump_activations
 from conlens_jax.evaluate import recorded_config
 from conlens_jax.models import hub
 from conlens_jax.training import language_model
@@ -228,6 +229,9 @@ def test_home_in_every_path_of_a_config(monkeypatch, world):
         assert value == "/home/someone/x y/[z]", name
     with pytest.raises(ConfigError) as error:
         with_changes(world.config, {"run_dir": "~nobody-here/x", "dump.cache_dir": "a\0b"})
+    for path in ("my [data]", "a*", "a::b"):
+        with pytest.raises(ConfigError, match=r"corpus\.path=.*for a pattern.*symbolic link"):
+            with_changes(world.config, {"corpus.kind": "huggingface", "corpus.path": path})
     assert "no such user" in str(error.value) and "NUL" in str(error.value)
 
 
@@ -240,13 +244,14 @@ def test_a_run_dir_that_cannot_hold_checkpoints_is_refused_first(world, tmp_path
 
 def test_dump_and_train_below_an_awkward_name_that_is_relative(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(world.root / "cache", tmp_path / "ca[c]he*")
     shutil.copytree(world.root / "models", tmp_path / "mo[d]els?")
     config = with_changes(
         world.config,
         {
             "run_dir": "r[u]n=1 é",
             "dump.cache_dir": "ca[c]he*",
+            "dump.n_samples": 48,
+            "dump.n_validation_samples": 32,
             "embedded.cache_dir": "mo[d]els?",
             "warm.steps": 2,
             "joint.steps": 0,
@@ -255,7 +260,8 @@ def test_dump_and_train_below_an_awkward_name_that_is_relative(world, tmp_path, 
     )
     setting = open_setting(config, quiet()[0], run=config.run_dir)
     assert setting.model.folder.parent == tmp_path / "mo[d]els?"
-    setting.caches  # noqa: B018
+    dump_activations(config, setting.model, setting.spec, setting.mesh, setting.console)
+    assert len(setting.caches[0]) == 48
     (tmp_path / "elsewhere").mkdir()
     folder = tmp_path / "r[u]n=1 é"
     train_lens(setting)

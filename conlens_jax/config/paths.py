@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,9 @@ PATH_FIELDS = (
     "train.compile_cache",
 )
 """Fields of the configuration that hold a path; empty means that none was given."""
+
+PATTERN = re.compile(r"[*?\[]|::")
+"""What some libraries do not take as a part of a name."""
 
 # The storage of checkpoints takes /gs/x for gs://x, whatever is mounted there.
 _BUCKETS = ("az", "gs", "hf", "s3")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from conlens_jax.config.estimator import ANY_SAMPLE_TAU, parse_estimator
 from conlens_jax.config.fields import field_names, lookup
-from conlens_jax.config.paths import PATH_FIELDS, path_problems
+from conlens_jax.config.paths import PATH_FIELDS, PATTERN, path_problems
 from conlens_jax.config.settings import (
     EMBEDDED_MODEL,
     GENERATED_CORPORA,
@@ -149,6 +149,12 @@ def _shape_problems(config: ExperimentConfig) -> Iterator[str]:
         )
     if config.corpus.kind in ("text", "jsonl", "parquet", "huggingface") and not config.corpus.path:
         yield f"corpus.path must be given for corpus.kind={config.corpus.kind!r}"
+    if config.corpus.kind == "huggingface" and (found := PATTERN.search(config.corpus.path)):
+        yield (
+            f"corpus.path={config.corpus.path!r}: the library datasets takes {found[0]!r} in a "
+            "folder's name for a pattern; give corpus.kind='jsonl', 'parquet' or 'text', or a "
+            "symbolic link of another name"
+        )
     if config.corpus.kind in GENERATED_CORPORA and config.corpus.n_documents < 1:
         yield f"corpus.n_documents must be given for corpus.kind={config.corpus.kind!r}"
     if not 0 < config.corpus.validation_fraction < 1 and not config.corpus.validation_split:
