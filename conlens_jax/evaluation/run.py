@@ -137,7 +137,7 @@ def _write(setting: Setting, run_folder: Path, results: _Results) -> Path:
     statistics = _model_statistics(setting.model.folder)
     metrics_of = {key: evaluated.metrics for key, evaluated in measured.items()}
     flat = flatten(metrics_of, main, differences, statistics)
-    write_metrics(run_folder, flat, statistics)
+    write_metrics(run_folder, flat, statistics, results.main.step)
     reference = suite.reference
     documents = len(np.unique(suite.rows.documents_N))
     facts = {

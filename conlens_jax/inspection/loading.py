@@ -19,6 +19,7 @@ from conlens_jax.config import (
     from_config_dict,
 )
 from conlens_jax.config.paths import local_path
+from conlens_jax.evaluation.metric_files import MEASURED_STEP
 from conlens_jax.inspection import folder as saved
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.lens.sharding import lens_shardings
@@ -54,9 +55,11 @@ def _from_run(path: Path, mesh: Mesh, dtype: str | None, step: int | str) -> Len
         "step": metadata["step"],
         "first_position": config.dump.min_position,
     }
-    # The evaluation speaks of the run's last checkpoint.
-    file, is_last = run / "metrics.json", metadata["step"] == all_steps(folder)[-1]
-    metrics = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and is_last else {}
+    file = run / "metrics.json"
+    metrics = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    # One that names no step is of the checkpoint that was the last.
+    if metrics.get(MEASURED_STEP, all_steps(folder)[-1]) != step:
+        metrics = {}
     return make_lens(trainable, config.dump.add_bos, facts, metrics)
 
 
