@@ -42,7 +42,7 @@ def write_metrics(
     """``metrics.json`` (``name``, ``name_lo``, ``name_hi``; null where there is no number; and
     ``checkpoint_step``, whose numbers these are) and ``metrics.csv`` (a row a metric). What never
     has an interval is one number in both."""
-    values: dict[str, float | None] = {MEASURED_STEP: step}
+    values: dict[str, float | None] = {MEASURED_STEP: float(step)}
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["metric", "value", "lo", "hi"])

@@ -54,7 +54,7 @@ def train_lens(setting: Setting) -> Path:
     config, console = setting.config, setting.console
     folder = local_path(config.run_dir)
     with first_before_others("run folder"):
-        metadata = claim_folder(folder, config, setting.model, write=is_first())
+        metadata = claim_folder(folder, config, write=is_first(), model=setting.model)
     (train, validation), reference = setting.caches, setting.reference
     tracker = WandbRun(
         config.wandb, folder, to_json_dict(config), enabled=is_first(), console=console

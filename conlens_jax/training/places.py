@@ -80,9 +80,8 @@ def model_place(
       ValueError: an embedded model that is nowhere, and whose corpus cannot be read.
     """
     wanted = metadata["weights_hash"]
-    for folder in _model_folders(config, metadata, run):
-        if _fingerprint(folder) == wanted:
-            return str(folder), ""
+    if folder := recorded_model(config, metadata, run):
+        return str(folder), ""
     if config.model.path != EMBEDDED_MODEL:
         places = metadata.get("places", {})
         return config.model.path, places.get("model_revision") or config.model.revision
@@ -97,6 +96,12 @@ def model_place(
                 f"{error}"
             ]
         ) from error
+
+
+def recorded_model(config: ExperimentConfig, metadata: Metadata, run: Path) -> Path | None:
+    """The folder that holds the weights that a run was trained on, where it is known of one."""
+    folders = _model_folders(config, metadata, run)
+    return next((f for f in folders if _fingerprint(f) == metadata["weights_hash"]), None)
 
 
 def _model_folders(config: ExperimentConfig, metadata: Metadata, run: Path) -> Iterator[Path]:
@@ -167,11 +172,11 @@ def with_cache_found(
 
 
 def resumption_problems(
-    config: ExperimentConfig, model: LanguageModel, metadata: Metadata
+    config: ExperimentConfig, metadata: Metadata, model: LanguageModel | None
 ) -> Iterator[str]:
     """Why a run cannot go on with what its config's movable fields lead to."""
-    wanted = metadata.get("weights_hash", model.weights_hash)
-    if model.weights_hash != wanted:
+    wanted = metadata.get("weights_hash")
+    if model is not None and wanted and model.weights_hash != wanted:
         yield (
             f"model.path: {model.folder} holds weights {model.weights_hash[:12]}, and the run was "
             f"begun with {wanted[:12]}; give that model, or choose another run_dir"

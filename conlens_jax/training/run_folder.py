@@ -38,10 +38,15 @@ _FREE += (
 
 
 def claim_folder(
-    folder: Path, config: ExperimentConfig, model: LanguageModel, *, write: bool = True
+    folder: Path,
+    config: ExperimentConfig,
+    *,
+    write: bool = True,
+    model: LanguageModel | None = None,
 ) -> Mapping[str, Any]:
     """Makes the run folder with its config.json, or checks that it is this run's. Without
-    ``write`` it only checks: one of several processes writes.
+    ``write`` it only checks: one of several processes writes. Without a ``model`` the weights are
+    not compared.
 
     Returns:
       What the run's checkpoints record; empty where there is none yet.
@@ -67,7 +72,7 @@ def claim_folder(
             for name in _leaf_names()
             if not name.startswith(free) and _recorded(before, name) != _plain(config, name)
         ]
-        problems += resumption_problems(config, model, metadata)
+        problems += resumption_problems(config, metadata, model)
         if problems:
             raise ConfigError(problems)
     if not write:
