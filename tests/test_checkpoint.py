@@ -27,6 +27,7 @@ from conlens_jax.training.checkpoint import (
     read_metadata,
     restore_params,
 )
+from conlens_jax.training.checksums import checksums
 
 
 class State(flax.struct.PyTreeNode):
@@ -360,6 +361,34 @@ def test_a_damaged_checkpoint_says_which_one_is_whole(tmp_path, capfd, name, kin
     assert all_steps(folder) == [3]
     with Checkpoints(folder, keep_latest=3, keep_best=0) as checkpoints:
         assert_same(checkpoints.restore(None, STATE)[0], STATE)
+
+
+def test_a_flipped_bit_among_the_values_is_noticed(tmp_path):
+    noise = {"params": {"w": jax.random.normal(jax.random.key(0), (64, 64)), "n": jnp.int8(3)}}
+    with Checkpoints(tmp_path, keep_latest=2, keep_best=0) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, noise, {})
+    file = max((tmp_path / "2").rglob("d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    file.write_bytes(bytes(content))
+    with pytest.raises(DamagedCheckpoint, match=r"the values of params\.w are not") as error:
+        restore_params(tmp_path, None, noise["params"])
+    assert error.value.whole == 1
+    half = {"w": jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)}
+    assert restore_params(tmp_path, 1, half)["w"].dtype == jnp.bfloat16
+
+
+def test_checksums_are_of_the_place_and_not_of_the_mesh():
+    eight = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    rng = np.random.default_rng(0)
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.int8, jnp.bool_, jnp.int32):
+        array = jnp.asarray(rng.integers(0, 2**7, (8, 6, 2)), dtype)
+        bits = np.asarray(array).view(f"u{array.dtype.itemsize}").astype(np.uint64).ravel()
+        expected = int(np.sum(bits * (2 * np.arange(bits.size, dtype=np.uint64) + 1)) % 2**32)
+        sharding = jax.NamedSharding(eight, jax.sharding.PartitionSpec("a", "b"))
+        found = checksums({"x": array, "y": jax.device_put(array, sharding)})
+        assert found == {"x": expected, "y": expected}, dtype
 
 
 def test_no_whole_one_before_it(tmp_path):

@@ -1,7 +1,7 @@
 """Checkpoints of a run: whole or absent, the newest and the best kept, restored on any mesh.
 
-A folder holds one sub-folder a step, ``<step>/state`` (arrays, Orbax) and ``<step>/metadata``
-(JSON). Orbax writes under a temporary name and renames at the end, so a step's folder is complete
+A folder holds one sub-folder a step: ``<step>/state`` (arrays, Orbax), ``<step>/metadata`` and
+``<step>/checksums`` (JSON). Orbax writes under a temporary name and renames at the end, so a step's folder is complete
 as soon as it has its name. Writing goes through :class:`Checkpoints`, which one run owns; reading
 needs only the folder (:func:`restore_params`, :func:`read_metadata`, :func:`all_steps`) and never
 disturbs a run that is writing.
@@ -21,11 +21,13 @@ import orbax.checkpoint as ocp
 
 from conlens_jax.config.paths import local_path
 from conlens_jax.training.checkpoint_storage import (
+    CHECKSUMS,
     METADATA,
     STATE,
     CheckpointError,
     DamagedCheckpoint,
     ReadBack,
+    check_values,
     is_damage,
     metrics_problem,
     named_leaves,
@@ -35,6 +37,7 @@ from conlens_jax.training.checkpoint_storage import (
     stored_arrays,
     stored_tree,
 )
+from conlens_jax.training.checksums import checksums
 
 __all__ = [
     "CheckpointError",
@@ -139,6 +142,7 @@ class Checkpoints:
                 **{
                     STATE: ocp.args.PyTreeSave(state),
                     METADATA: ocp.args.JsonSave(dict(metadata)),
+                    CHECKSUMS: ocp.args.JsonSave(checksums(named_leaves(state))),
                 }
             ),
             metrics={name: float(value) for name, value in (metrics or {}).items()},
@@ -267,8 +271,11 @@ def restore_state(
     """
 
     def read(path: Path) -> tuple[PyTree, dict[str, Any]]:
-        _check(path, named_leaves(stored_tree(path)), template, whole=True)
-        return _restore(path, template, partial=False), _metadata(path)
+        tree = stored_tree(path)
+        _check(path, named_leaves(tree), template, whole=True)
+        state = _restore(path, template, partial=False)
+        check_values(path, tree, named_leaves(state))
+        return state, _metadata(path)
 
     return _read(folder, step, read)
 
@@ -287,8 +294,11 @@ def restore_params(folder: str | Path, step: int | None, template: PyTree) -> Py
     """
 
     def read(path: Path) -> PyTree:
-        _check(path, named_leaves(stored_tree(path)), {"params": template}, whole=False)
-        return _restore(path, {"params": template}, partial=True)["params"]
+        tree = stored_tree(path)
+        _check(path, named_leaves(tree), {"params": template}, whole=False)
+        restored = _restore(path, {"params": template}, partial=True)
+        check_values(path, tree, named_leaves(restored))
+        return restored["params"]
 
     return _read(folder, step, read)
 
@@ -320,7 +330,7 @@ def _is_whole(path: Path) -> bool:
             _metadata(path)
             tree = stored_tree(path)
             for name in named_leaves(tree):
-                stored_arrays(path, tree, {name})
+                check_values(path, tree, stored_arrays(path, tree, {name}))
     except Exception as error:
         if not is_damage(error):
             raise

@@ -12,7 +12,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from conlens_jax.config.paths import checkpoint_path_problem, local_path
+from conlens_jax.training.checksums import checksums
 
-STATE, METADATA, METRICS = "state", "metadata", "metrics"
+STATE, METADATA, METRICS, CHECKSUMS = "state", "metadata", "metrics", "checksums"
 _CHECKED_BYTES = 256 * 2**20
 _SAID = {"NOT_FOUND": "is missing", "OUT_OF_RANGE": "is cut short", "DATA_LOSS": "is damaged"}
 
@@ -182,6 +183,32 @@ def _unreadable(path: Path, problem: str) -> str:
         f"the checkpoint {path} was written and cannot be read back: {problem}. Choose a run_dir "
         "on another disk or of a plainer name."
     )
+
+
+def saved_checksums(path: Path) -> dict[str, int]:
+    """What :func:`~conlens_jax.training.checksums.checksums` gave when a checkpoint was saved;
+    empty for one of an earlier version."""
+    if not (path / CHECKSUMS).is_dir():
+        return {}
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(storage_path(path) / CHECKSUMS)
+
+
+def check_values(path: Path, tree: PyTree, restored: Mapping[str, Any]) -> None:
+    """Raises ValueError where arrays, by name, are not those that were saved. One that was cast to
+    another dtype when it was read cannot be compared.
+
+    Args:
+      tree: what the checkpoint holds.
+    """
+    saved, kinds = saved_checksums(path), named_leaves(tree)
+    alike = {name: leaf for name, leaf in restored.items() if leaf.dtype == kinds[name].dtype}
+    found = checksums({name: leaf for name, leaf in alike.items() if name in saved})
+    if wrong := [name for name in sorted(found) if found[name] != saved[name]]:
+        raise ValueError(
+            f"the values of {', '.join(wrong[:3])}{' and others' if wrong[3:] else ''} are not "
+            "those that were saved"
+        )
 
 
 # --- damage -------------------------------------------------------------------------------------
