@@ -1,10 +1,11 @@
 """Checkpoints of a run: whole or absent, the newest and the best kept, restored on any mesh.
 
 A folder holds one sub-folder a step: ``<step>/state`` (arrays, Orbax), ``<step>/metadata`` and
-``<step>/checksums`` (JSON). Orbax writes under a temporary name and renames at the end, so a step's folder is complete
-as soon as it has its name. Writing goes through :class:`Checkpoints`, which one run owns; reading
-needs only the folder (:func:`restore_params`, :func:`read_metadata`, :func:`all_steps`) and never
-disturbs a run that is writing.
+``<step>/checksums`` (JSON). Orbax writes under a temporary name and renames at the end, so a step's
+folder is complete as soon as it has its name. Writing goes through :class:`Checkpoints`, which one
+run owns; reading needs only the folder (:func:`restore_params`, :func:`read_metadata`,
+:func:`all_steps`) and never disturbs a run that is writing. What is read is compared with the
+checksums.
 """
 
 from __future__ import annotations
