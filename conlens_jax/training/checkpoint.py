@@ -36,6 +36,7 @@ from conlens_jax.training.checkpoint_storage import (
     reason_of,
     storage_path,
     stored_arrays,
+    stored_json,
     stored_tree,
 )
 from conlens_jax.training.checksums import checksums
@@ -340,8 +341,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(storage_path(path) / METADATA)
+    return stored_json(path, METADATA)
 
 
 def step_of(folder: str | Path, step: int | None) -> int:

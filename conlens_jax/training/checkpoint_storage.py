@@ -97,6 +97,16 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
+def stored_json(path: Path, item: str) -> dict[str, Any]:
+    """A JSON item of a checkpoint. The handler itself reads it: a Checkpointer would wait for the
+    other processes, and one of them may read alone."""
+    handler = ocp.JsonCheckpointHandler()
+    try:
+        return handler.restore(storage_path(path) / item)
+    finally:
+        handler.close()
+
+
 def stored_tree(path: Path) -> PyTree:
     """What a checkpoint holds: dicts, with the metadata (shape, dtype) of an array a leaf."""
     handler = ocp.PyTreeCheckpointHandler()
@@ -190,8 +200,7 @@ def saved_checksums(path: Path) -> dict[str, int]:
     empty for one of an earlier version."""
     if not (path / CHECKSUMS).is_dir():
         return {}
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(storage_path(path) / CHECKSUMS)
+    return stored_json(path, CHECKSUMS)
 
 
 def check_values(path: Path, tree: PyTree, restored: Mapping[str, Any]) -> None:
