@@ -1,6 +1,8 @@
 """Checkpoint → metrics and report: python -m conlens_jax.evaluate --checkpoint=runs/quickstart
 
-``--checkpoint`` is a run folder or one checkpoint in it. The configuration is the run's own unless
+``--checkpoint`` is a run folder or one checkpoint in it; ``--step`` chooses one of a run folder. A
+run that was moved is found with the model and the cache that it records, or that were moved with
+it; ``--cache_dir`` says where else the cache is. The configuration is the run's own unless
 ``--config`` gives another one; with ``--config`` alone its ``run_dir`` is evaluated.
 ``--suite=full`` adds the audit, baselines, truth, interventions and best of K to the metrics
 (docs/evaluation.md); ``--suite=interventions`` the interventions alone. Several processes need
@@ -22,10 +24,11 @@ from conlens_jax.config import (
     ExperimentConfig,
     from_config_dict,
 )
+from conlens_jax.config.paths import local_path
 from conlens_jax.evaluation.run import evaluate_run
 from conlens_jax.parallel.processes import is_first
 from conlens_jax.training.preflight import check_files
-from conlens_jax.training.run_folder import checkpoint_of
+from conlens_jax.training.run_folder import checkpoint_of, chosen_checkpoint
 from conlens_jax.training.setting import open_setting
 
 _CONFIG = cli.define_config()
@@ -33,6 +36,8 @@ SUITE = flags.DEFINE_enum(
     "suite", None, ("basic", "full", "interventions"), "In place of evaluate.suite."
 )
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run folder, or a checkpoint in it.")
+STEP = flags.DEFINE_string("step", "latest", "Checkpoint of a run folder: latest, best, or a step.")
+_CACHE_DIR = flags.DEFINE_string("cache_dir", None, "In place of dump.cache_dir.")
 
 
 def recorded_config(checkpoint: str) -> ExperimentConfig:
@@ -59,10 +64,14 @@ def main() -> None:
     if SUITE.value:
         evaluate = dataclasses.replace(config.evaluate, suite=SUITE.value)
         config = dataclasses.replace(config, evaluate=evaluate)
+    if _CACHE_DIR.value:
+        dump = dataclasses.replace(config.dump, cache_dir=str(local_path(_CACHE_DIR.value)))
+        config = dataclasses.replace(config, dump=dump)
     checkpoint, console = CHECKPOINT.value or config.run_dir, cli.start(config)
     check_files(config, evaluates=checkpoint)
-    setting = open_setting(config, console)
-    report = evaluate_run(setting, checkpoint)
+    folder, step = chosen_checkpoint(checkpoint, STEP.value)
+    setting = open_setting(config, console, run=folder.parent)
+    report = evaluate_run(setting, folder / str(step))
     if is_first():
         print(report)
 

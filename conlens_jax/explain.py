@@ -8,7 +8,6 @@ printed, coloured by how much each explanation changes what the model predicts.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
@@ -16,7 +15,7 @@ from conlens_jax import cli
 from conlens_jax.config import ConfigError
 from conlens_jax.data.corpus import CorpusError
 from conlens_jax.data.text_lines import lines
-from conlens_jax.evaluate import CHECKPOINT
+from conlens_jax.evaluate import CHECKPOINT, STEP
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.inspection.terminal import render
 from conlens_jax.training.preflight import write_problems
@@ -26,7 +25,6 @@ _POSITIONS = flags.DEFINE_string("positions", "all", "all, or indices: 3,5,-1")
 _SAMPLES = flags.DEFINE_integer(
     "samples", 1, "Explanations a token; more than one are sampled.", lower_bound=1
 )
-_STEP = flags.DEFINE_string("step", "last", "Checkpoint of a run folder: last, best, or a step.")
 _DTYPE = flags.DEFINE_string("dtype", None, "float32 or bfloat16; default: as trained.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the samples.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Explanations written at once.", lower_bound=1)
@@ -54,7 +52,7 @@ def main(texts: list[str]) -> None:
         raise ConfigError(problems)
     if not texts:
         raise ConfigError(['give a text, for example "once upon a time", or --file=<file>'])
-    lens = Lens.load(CHECKPOINT.value, dtype=_DTYPE.value, step=_STEP.value)
+    lens = Lens.load(CHECKPOINT.value, dtype=_DTYPE.value, step=STEP.value)
     found = lens.explain(
         texts,
         positions,

@@ -14,7 +14,7 @@ from absl import flags
 
 from conlens_jax import cli
 from conlens_jax.config import ConfigError
-from conlens_jax.evaluate import CHECKPOINT
+from conlens_jax.evaluate import CHECKPOINT, STEP
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.inspection.listener import listener_on
 
@@ -42,7 +42,7 @@ def main() -> None:
     if not CHECKPOINT.value:
         raise ConfigError(["give --checkpoint=<run folder, saved lens or hub id>"])
     listener = listener_on(_HOST.value, _PORT.value)
-    lens = Lens.load(CHECKPOINT.value)
+    lens = Lens.load(CHECKPOINT.value, step=STEP.value)
     app = make_app(
         lens,
         max_tokens=_MAX_TOKENS.value,

@@ -13,13 +13,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from conlens_jax import cli
 from conlens_jax.config import ConfigError
+from conlens_jax.config.paths import local_path
 from conlens_jax.evaluate import CHECKPOINT, recorded_config
 from conlens_jax.evaluation import lens_gradients
 from conlens_jax.evaluation.gradients import build_report, measure
@@ -28,6 +28,7 @@ from conlens_jax.evaluation.report import write_report
 from conlens_jax.evaluation.report_data import Report
 from conlens_jax.training.console import Console
 from conlens_jax.training.preflight import check_files, write_problems
+from conlens_jax.training.run_folder import checkpoint_of
 from conlens_jax.training.setting import open_setting
 
 _OUT = flags.DEFINE_string("out", "runs/gradient_report", "Folder for the report.")
@@ -64,7 +65,9 @@ def report_toy() -> None:
 
 def report_lens(checkpoint: str) -> None:
     console = Console()
-    setting = open_setting(recorded_config(checkpoint), console)
+    setting = open_setting(
+        recorded_config(checkpoint), console, run=checkpoint_of(checkpoint)[0].parent
+    )
     problem = lens_gradients.open_problem(setting, checkpoint, _ROWS.value)
     n_draws, n_reference = _LENS_DRAWS.value, 8 * _LENS_DRAWS.value
     found = lens_gradients.measure_lens(problem, n_draws, n_reference)
@@ -91,7 +94,7 @@ def _shown(interval: lens_gradients.Interval) -> str:
 
 
 def _write(name: str, numbers: Mapping[str, Any], report: Report) -> None:
-    folder = Path(_OUT.value)
+    folder = local_path(_OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     print(write_report(report, folder / f"{name}.html").absolute())

@@ -24,9 +24,9 @@ _CONFIG = cli.define_config(str(Path(__file__).parents[1] / "configs" / "quickst
 def run_quickstart(config: ExperimentConfig, console: Console) -> Path:
     """dump (unless rows are streamed) → train → evaluate; returns the path of the report."""
     check_files(config, dumps=config.data.source == "cache", trains=True)
-    setting = open_setting(config, console)
+    setting = open_setting(config, console, run=config.run_dir)
     if config.data.source == "cache":
-        dump_activations(config, setting.model, setting.spec, setting.mesh, console)
+        dump_activations(setting.config, setting.model, setting.spec, setting.mesh, console)
     folder = train_lens(setting)
     return evaluate_run(setting, folder)
 

@@ -9,12 +9,12 @@ table. The same command goes on where it was stopped. The sweep file is W&B's fo
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from absl import flags
 
 from conlens_jax import cli
 from conlens_jax.config import ConfigError
+from conlens_jax.config.paths import local_path
 from conlens_jax.training.console import Console
 from conlens_jax.training.loop import train_lens
 from conlens_jax.training.preflight import check_files
@@ -32,7 +32,7 @@ def main() -> None:
     if not _SWEEP.value:
         raise ConfigError(["--sweep is missing; for example --sweep=configs/sweeps/joint.yaml"])
     config, sweep = cli.load_config(_CONFIG), read_sweep(_SWEEP.value)
-    folder = Path(config.run_dir) / "sweep"
+    folder = local_path(config.run_dir) / "sweep"
     # Every trial is checked before the first one begins.
     chosen = trials(sweep, _TRIALS.value, _SEED.value)
     configs = [
@@ -42,7 +42,7 @@ def main() -> None:
     console, results = Console(), []
     for number, (values, trial) in enumerate(zip(chosen, configs, strict=True)):
         console.line("sweep", trial=number, of=len(chosen), **values)
-        result = result_of(sweep, train_lens(open_setting(trial, console)))
+        result = result_of(sweep, train_lens(open_setting(trial, console, run=trial.run_dir)))
         results.append({"trial": number, sweep.metric: result, **values})
         lines = "".join(json_line(result) for result in results)
         (folder / "trials.jsonl").write_text(lines, encoding="utf-8")

@@ -22,7 +22,7 @@ def main() -> None:
         return
     console = cli.start(config)
     check_files(config, trains=True)
-    folder = train_lens(open_setting(config, console))
+    folder = train_lens(open_setting(config, console, run=config.run_dir))
     console.line("train", run=folder)
 
 

@@ -128,7 +128,7 @@ class Bench:
 
     @staticmethod
     def open(run: Path) -> Bench:
-        setting = open_setting(recorded_config(str(run)), Console())
+        setting = open_setting(recorded_config(str(run)), Console(), run=run)
         caches, reference = setting.caches, setting.reference
         template, frozen = init_lens(
             setting.model.params, setting.spec, reference.mean_D, reference.scale

@@ -44,7 +44,7 @@ def main() -> None:
     console = Console()
     config = recorded_config(arguments.run)
     check_files(config, evaluates=arguments.run)
-    setting = open_setting(config, console)
+    setting = open_setting(config, console, run=arguments.run)
     _, validation = setting.caches
     rows = validation.rows(np.arange(min(arguments.rows, len(validation))))
     found = layer_statistics(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,10 +22,12 @@ import pytest
 from conlens_jax.training.checkpoint import (
     CheckpointError,
     Checkpoints,
+    DamagedCheckpoint,
     all_steps,
     read_metadata,
     restore_params,
 )
+from conlens_jax.training.checksums import checksums
 
 
 class State(flax.struct.PyTreeNode):
@@ -220,3 +224,177 @@ def test_sigkill_leaves_whole_checkpoints_and_the_next_run_cleans_up(tmp_path):
         assert metadata == {"step": last}
         assert_same(state, jax.tree.map(lambda x: x + last, template))
     assert not [path.name for path in tmp_path.iterdir() if "tmp" in path.name]
+
+
+# --- names, and damage --------------------------------------------------------------------------
+
+STATE = {"params": {"a": jnp.arange(4096.0).reshape(64, 64), "b": jnp.int32(3)}}
+NAMES = (
+    "a[1]b",
+    "a*?",
+    "a b=c %20",
+    'it\'s "q" & $HOME; <c>',
+    "é 日本",
+    "~home",
+    "-x",
+    "a:b#c{d}",
+    "a\nb",
+    "x" * 200,
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_that_the_file_system_allows(tmp_path, monkeypatch, name):
+    # Were the name a pattern, it would match this one, of another run.
+    (tmp_path / "axx" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
+    folder = tmp_path / name
+    with Checkpoints(folder, keep_latest=1, keep_best=0) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, STATE, {"name": name})
+        assert_same(checkpoints.restore(None, STATE)[0], STATE)
+    assert all_steps(folder) == [2] and read_metadata(folder) == {"name": name}
+    assert_same(restore_params(folder, 2, STATE["params"]), STATE["params"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(folder)
+    assert read_metadata("link") == {"name": name}
+
+
+def test_relative_names_stay_the_same_place_in_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Checkpoints("run/checkpoints", keep_latest=2, keep_best=0) as checkpoints:
+        checkpoints.save(1, STATE, {})
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        checkpoints.save(2, STATE, {})
+        assert checkpoints.all_steps() == [1, 2]
+    assert all_steps(tmp_path / "run" / "checkpoints") == [1, 2]
+
+
+@pytest.mark.parametrize("folder", ["a\\b", "/gs/bucket/run", "/s3/run"])
+def test_names_that_orbax_reads_otherwise_are_refused(tmp_path, folder):
+    with pytest.raises(CheckpointError, match=r"storage of checkpoints.*symbolic link"):
+        Checkpoints(tmp_path / folder, keep_latest=1, keep_best=0)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_first_checkpoint_is_read_back(tmp_path, monkeypatch):
+    from conlens_jax.training import checkpoint_storage
+
+    reads = checkpoint_storage.stored_arrays
+
+    def altered(path, tree, names):
+        found = reads(path, tree, names)
+        return {**found, "params.a": found["params.a"] + 1}
+
+    monkeypatch.setattr(checkpoint_storage, "stored_arrays", altered)
+    with (
+        Checkpoints(tmp_path, keep_latest=3, keep_best=0) as checkpoints,
+        pytest.raises(CheckpointError, match=r"cannot be read back: params\.a came back other"),
+    ):
+        checkpoints.save(1, STATE, {})
+    # Only the first: a folder that has been read is a folder that can be.
+    with Checkpoints(tmp_path, keep_latest=3, keep_best=0) as checkpoints:
+        checkpoints.save(2, STATE, {})
+
+
+def test_a_donated_or_sharded_state_is_compared_too(tmp_path):
+    eight = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.NamedSharding(eight, jax.sharding.PartitionSpec("fsdp"))
+    array = jax.device_put(jnp.arange(64.0, dtype=jnp.bfloat16).reshape(16, 4), spec)
+    with Checkpoints(tmp_path, keep_latest=1, keep_best=0) as checkpoints:
+        assert checkpoints.save(1, {"params": {"w": array, "n": jnp.float32(jnp.nan)}}, {})
+
+
+DAMAGES = [
+    ("metadata/metadata", "half", "JSON"),
+    ("metadata/metadata", "gone", "metadata"),
+    ("metrics/metrics", "half", "metrics/metrics is not whole JSON"),
+    ("state/_METADATA", "gone", "_METADATA"),
+    ("state/manifest.ocdbt", "empty", r"state/manifest\.ocdbt is"),
+    ("values", "gone", r"state/.*d/\w+ is missing"),
+    ("values", "half", r"state/.*d/\w+ is cut short"),
+]
+
+
+def _files_of(step: Path, name: str) -> list[Path]:
+    return sorted(step.glob("state/**/d/*")) if name == "values" else [step / name]
+
+
+@pytest.mark.parametrize(("name", "kind", "said"), DAMAGES)
+def test_a_damaged_checkpoint_says_which_one_is_whole(tmp_path, capfd, name, kind, said):
+    folder = tmp_path / "my run" / "checkpoints"
+    with Checkpoints(folder, keep_latest=3, keep_best=0) as checkpoints:
+        for step in (3, 6, 9):
+            checkpoints.save(step, STATE, {"step": step}, {"validation_loss": 1.0})
+    for step in (6, 9):
+        for file in _files_of(folder / str(step), name):
+            content = b"" if kind == "empty" else file.read_bytes()[: file.stat().st_size // 2]
+            file.unlink() if kind == "gone" else file.write_bytes(content)
+    capfd.readouterr()
+    if name == "metrics/metrics":
+        read = lambda: Checkpoints(folder, keep_latest=3, keep_best=0)
+    elif name == "metadata/metadata":
+        read = lambda: read_metadata(folder)
+    else:
+        read = lambda: restore_params(folder, None, STATE["params"])
+    with pytest.raises(DamagedCheckpoint) as error:
+        read()
+    printed = capfd.readouterr()
+    assert "Traceback" not in printed.err and "never retrieved" not in printed.err
+    if name == "metrics/metrics":
+        assert error.value.step == 6  # the first that is met
+        move = ["mv", str(folder / "6"), str(folder.parent / "damaged-6")]
+    else:
+        assert error.value.step == 9
+        move = ["mv", str(folder / "9"), str(folder.parent / "damaged-9")]
+    assert error.value.whole == 3 and "--step=3" in str(error.value)
+    problem, _, command = str(error.value).splitlines()
+    assert re.search(said, problem), problem
+    assert len(problem) < 400 and "tensorstore" not in problem
+    # The command does what is said of it.
+    assert shlex.split(command) == move
+    for step in (6, 9) if name == "metrics/metrics" else (9, 6):
+        with pytest.raises(DamagedCheckpoint) as error:
+            read()
+        subprocess.run(str(error.value).splitlines()[-1], shell=True, check=True)
+        assert (folder.parent / f"damaged-{step}").is_dir()
+    assert all_steps(folder) == [3]
+    with Checkpoints(folder, keep_latest=3, keep_best=0) as checkpoints:
+        assert_same(checkpoints.restore(None, STATE)[0], STATE)
+
+
+def test_a_flipped_bit_among_the_values_is_noticed(tmp_path):
+    noise = {"params": {"w": jax.random.normal(jax.random.key(0), (64, 64)), "n": jnp.int8(3)}}
+    with Checkpoints(tmp_path, keep_latest=2, keep_best=0) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, noise, {})
+    file = max((tmp_path / "2").rglob("d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    file.write_bytes(bytes(content))
+    with pytest.raises(DamagedCheckpoint, match=r"the values of params\.w are not") as error:
+        restore_params(tmp_path, None, noise["params"])
+    assert error.value.whole == 1
+    half = {"w": jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)}
+    assert restore_params(tmp_path, 1, half)["w"].dtype == jnp.bfloat16
+
+
+def test_checksums_are_of_the_place_and_not_of_the_mesh():
+    eight = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    rng = np.random.default_rng(0)
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.int8, jnp.bool_, jnp.int32):
+        array = jnp.asarray(rng.integers(0, 2**7, (8, 6, 2)), dtype)
+        bits = np.asarray(array).view(f"u{array.dtype.itemsize}").astype(np.uint64).ravel()
+        expected = int(np.sum(bits * (2 * np.arange(bits.size, dtype=np.uint64) + 1)) % 2**32)
+        sharding = jax.NamedSharding(eight, jax.sharding.PartitionSpec("a", "b"))
+        found = checksums({"x": array, "y": jax.device_put(array, sharding)})
+        assert found == {"x": expected, "y": expected}, dtype
+
+
+def test_no_whole_one_before_it(tmp_path):
+    with Checkpoints(tmp_path, keep_latest=3, keep_best=0) as checkpoints:
+        checkpoints.save(1, STATE, {})
+    (tmp_path / "1" / "state" / "_METADATA").unlink()
+    with pytest.raises(DamagedCheckpoint, match="another run_dir") as error:
+        restore_params(tmp_path, 1, STATE["params"])
+    assert error.value.whole is None

@@ -68,6 +68,14 @@ def test_other_checkpoints_by_step_and_by_validation(world, tmp_path):
         conlens_jax.Lens.load(world.run, step=77)
 
 
+def test_numbers_are_of_the_checkpoint_that_was_measured(world, tmp_path):
+    run = world.copy_run(tmp_path / "run")
+    metrics = {**METRICS, "checkpoint_step": WARM_STEPS}
+    (run / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    assert conlens_jax.Lens.load(run).metrics == {}
+    assert conlens_jax.Lens.load(run, step=WARM_STEPS).metrics == metrics
+
+
 def test_another_model_is_refused(world, tmp_path):
     copy = world.copy_run(tmp_path / "run")
     file = copy / "checkpoints" / str(LAST_STEP) / "metadata" / "metadata"

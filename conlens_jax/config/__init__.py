@@ -17,6 +17,7 @@ from typing import Any
 import ml_collections
 
 from conlens_jax.config.fields import field_names, field_types, lookup, unknown_field_message
+from conlens_jax.config.paths import PATH_FIELDS, expanded
 from conlens_jax.config.rules import config_problems
 from conlens_jax.config.settings import (
     EMBEDDED_MODEL,
@@ -124,7 +125,7 @@ def with_changes(config: ExperimentConfig, changes: Mapping[str, Any]) -> Experi
 
 
 def from_config_dict(values: Mapping[str, Any]) -> ExperimentConfig:
-    """Builds and validates the dataclasses.
+    """Builds and validates the dataclasses; a leading ``~`` of a path becomes the home folder.
 
     Raises:
       ConfigError: unknown fields, wrong types and impossible values, all in one message.
@@ -152,6 +153,8 @@ def _build(kind: type, values: Mapping[str, Any], prefix: str, problems: list[st
                 problems.append(f"{dotted} is a section, not the value {value!r}")
         else:
             arguments[name] = _coerce(hints[name], value, dotted, problems)
+            if dotted in PATH_FIELDS and isinstance(value, str):
+                arguments[name] = expanded(value)
     return kind(**arguments)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from conlens_jax.config.estimator import ANY_SAMPLE_TAU, parse_estimator
 from conlens_jax.config.fields import field_names, lookup
+from conlens_jax.config.paths import PATH_FIELDS, PATTERN, path_problems
 from conlens_jax.config.settings import (
     EMBEDDED_MODEL,
     GENERATED_CORPORA,
@@ -79,6 +80,8 @@ def config_problems(config: ExperimentConfig) -> Iterator[str]:
     for name in _AT_LEAST_ZERO:
         if lookup(config, name) < 0:
             yield f"{name} must not be negative, not {lookup(config, name)}"
+    for name in PATH_FIELDS:
+        yield from path_problems(name, lookup(config, name))
     for name in field_names():
         value = lookup(config, name)
         if isinstance(value, ScheduleConfig):
@@ -148,6 +151,12 @@ def _shape_problems(config: ExperimentConfig) -> Iterator[str]:
         )
     if config.corpus.kind in ("text", "jsonl", "parquet", "huggingface") and not config.corpus.path:
         yield f"corpus.path must be given for corpus.kind={config.corpus.kind!r}"
+    if config.corpus.kind == "huggingface" and (found := PATTERN.search(config.corpus.path)):
+        yield (
+            f"corpus.path={config.corpus.path!r}: the library datasets takes {found[0]!r} in a "
+            "folder's name for a pattern; give corpus.kind='jsonl', 'parquet' or 'text', or a "
+            "symbolic link of another name"
+        )
     if config.corpus.kind in GENERATED_CORPORA and config.corpus.n_documents < 1:
         yield f"corpus.n_documents must be given for corpus.kind={config.corpus.kind!r}"
     if not 0 < config.corpus.validation_fraction < 1 and not config.corpus.validation_split:

@@ -19,6 +19,7 @@ from typing import Literal
 
 import numpy as np
 
+from conlens_jax.config.paths import local_path
 from conlens_jax.data.cache_metadata import (
     METADATA_FILE,
     CacheError,
@@ -71,7 +72,7 @@ class ActivationCache:
           CacheError: no finished cache, an unknown schema version, or shards that are missing,
             truncated or altered: all of them in one message.
         """
-        folder = Path(folder)
+        folder = local_path(folder)
         path = folder / METADATA_FILE
         if not path.is_file():
             partial = folder.with_name(folder.name + ".partial")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from conlens_jax.config.paths import local_path
 from conlens_jax.data.rows import ACTIVATION_DTYPES
 
 SCHEMA_VERSION = 1
@@ -140,7 +141,7 @@ def cache_is_complete(folder: str | Path, metadata: CacheMetadata) -> bool:
       CacheError: the folder is a cache of other settings, or something else altogether. It is
         never overwritten.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if not (folder / METADATA_FILE).is_file():

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from conlens_jax.config.paths import local_path
 from conlens_jax.data.cache_metadata import (
     METADATA_FILE,
     CacheError,
@@ -49,7 +50,7 @@ class CacheWriter:
     def __init__(self, folder: str | Path, metadata: CacheMetadata, rows_per_shard: int):
         if rows_per_shard < 1:
             raise ValueError(f"dump.rows_per_shard must be at least 1, not {rows_per_shard}")
-        self.folder = Path(folder)
+        self.folder = local_path(folder)
         self.partial = self.folder.with_name(self.folder.name + ".partial")
         if cache_is_complete(self.folder, metadata):
             raise CacheError(f"{self.folder} is already complete; open it instead")

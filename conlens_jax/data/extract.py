@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from conlens_jax.config import DumpConfig, ExperimentConfig
+from conlens_jax.config.paths import local_path
 from conlens_jax.config.seeds import numpy_seed
 from conlens_jax.data.batches import pad_tokens
 from conlens_jax.data.cache_metadata import CacheMetadata
@@ -59,7 +60,7 @@ def dump_activations(
     corpus = open_corpus(config.corpus)
     for note in corpus.notes:
         console.line("dump", note=note)
-    root = Path(config.dump.cache_dir)
+    root = local_path(config.dump.cache_dir)
     wanted = {"train": config.dump.n_samples, "validation": config.dump.n_validation_samples}
     with watching_for_sigterm() as stops_behind:
         batches = itertools.count(1)  # over both splits: the number must rise

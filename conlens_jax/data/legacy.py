@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from conlens_jax.config.paths import local_path
 from conlens_jax.data.cache import ActivationCache
 from conlens_jax.data.cache_metadata import (
     CacheError,
@@ -61,7 +62,7 @@ def open_cache(
     Raises:
       CacheError: nothing there, an unknown layout, or a damaged cache.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     if pt_files(folder) or parquet_files(folder):
         return LegacyCache.open(folder, pad_id)
     return ActivationCache.open(folder, verify, share)
@@ -134,7 +135,7 @@ class LegacyCache:
           CacheError: no file of a known layout; or a list of files with missing keys, activations
             that are not finite (float16 overflows in large models), or unequal widths.
         """
-        folder = Path(folder)
+        folder = local_path(folder)
         paths = pt_files(folder)
         if paths:
             recorded = recorded_by_shards(folder, paths)

@@ -15,6 +15,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from conlens_jax.config.paths import local_path
+
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 """Special tokens of the tokenizers trained here; the ids are 0, 1, 2, 3."""
 
@@ -61,7 +63,7 @@ class Tokenizer:
         Raises:
           ValueError: no ``tokenizer.json``, or a file that is not what its name says.
         """
-        folder = Path(folder)
+        folder = local_path(folder)
         path = folder / _TOKENIZER_FILE
         if not path.is_file():
             raise ValueError(
@@ -85,7 +87,7 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer's files, byte for byte as they were read, into ``folder``."""
-        folder = Path(folder)
+        folder = local_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _TOKENIZER_FILE).write_bytes(self._json)
         for name in _SPECIAL_TOKEN_FILES:

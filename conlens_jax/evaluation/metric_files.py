@@ -12,6 +12,7 @@ from pathlib import Path
 from conlens_jax.evaluation.bootstrap import Interval
 
 Flat = dict[str, Interval]
+MEASURED_STEP = "checkpoint_step"
 
 
 def flatten(
@@ -35,10 +36,13 @@ def flatten(
     return flat | {name: Interval(value) for name, value in statistics.items()}
 
 
-def write_metrics(folder: Path, flat: Flat, without_interval: Mapping[str, float]) -> None:
-    """``metrics.json`` (``name``, ``name_lo``, ``name_hi``; null where there is no number) and
-    ``metrics.csv`` (a row a metric). What never has an interval is one number in both."""
-    values: dict[str, float | None] = {}
+def write_metrics(
+    folder: Path, flat: Flat, without_interval: Mapping[str, float], step: int
+) -> None:
+    """``metrics.json`` (``name``, ``name_lo``, ``name_hi``; null where there is no number; and
+    ``checkpoint_step``, whose numbers these are) and ``metrics.csv`` (a row a metric). What never
+    has an interval is one number in both."""
+    values: dict[str, float | None] = {MEASURED_STEP: float(step)}
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["metric", "value", "lo", "hi"])

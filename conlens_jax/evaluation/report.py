@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from conlens_jax.config.paths import local_path
 from conlens_jax.evaluation.bootstrap import Interval
 from conlens_jax.evaluation.heat_map import render_heat_map
 from conlens_jax.evaluation.markup import escape, format_interval, format_number, show_token
@@ -332,7 +333,7 @@ def write_report(report: Report, path: str | os.PathLike[str]) -> Path:
     Raises:
       ValueError: see :func:`render_report`; nothing is written then.
     """
-    path = Path(path)
+    path = local_path(path)
     page = render_report(report)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -81,11 +81,13 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
     lenses, run_folder = _find_lenses(checkpoint)
     main = lenses[-1] if lenses[-1].key != CONTROL else lenses[-2]
     metadata = read_metadata(main.folder, main.step)
-    if metadata["weights_hash"] != setting.model.weights_hash:
+    found, wanted = setting.model.weights_hash, metadata["weights_hash"]
+    if found != wanted:
         raise ConfigError(
             [
                 f"model.path: the checkpoint {main.folder / str(main.step)} was trained on "
-                f"{metadata['model_id']}, whose weights are not those of {setting.model.model_id}"
+                f"{metadata['model_id']}, whose weights ({wanted[:12]}) are not those of "
+                f"{setting.model.model_id} ({found[:12]} in {setting.model.folder})"
             ]
         )
     (_, validation), reference = setting.caches, setting.reference
@@ -135,7 +137,7 @@ def _write(setting: Setting, run_folder: Path, results: _Results) -> Path:
     statistics = _model_statistics(setting.model.folder)
     metrics_of = {key: evaluated.metrics for key, evaluated in measured.items()}
     flat = flatten(metrics_of, main, differences, statistics)
-    write_metrics(run_folder, flat, statistics)
+    write_metrics(run_folder, flat, statistics, results.main.step)
     reference = suite.reference
     documents = len(np.unique(suite.rows.documents_N))
     facts = {

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from conlens_jax.config.paths import local_path
+
 if TYPE_CHECKING:
     import pandas
 
@@ -125,7 +127,7 @@ class Explanations(Sequence[ExplainedToken]):
         values = {"schema": SCHEMA, **dataclasses.asdict(self)}
         text = json.dumps(values, ensure_ascii=False, indent=1) + "\n"
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            local_path(path).write_text(text, encoding="utf-8")
         return text
 
     @classmethod
@@ -153,7 +155,7 @@ class Explanations(Sequence[ExplainedToken]):
 
         page = whole_page(self)
         if path is not None:
-            Path(path).write_text(page, encoding="utf-8")
+            local_path(path).write_text(page, encoding="utf-8")
         return page
 
     def _repr_html_(self) -> str:

@@ -23,6 +23,7 @@ import safetensors.flax
 import safetensors.numpy
 
 from conlens_jax.config import LensConfig, ModelConfig
+from conlens_jax.config.paths import local_path
 from conlens_jax.inspection.card import model_card
 from conlens_jax.models.param_table import Params
 
@@ -112,7 +113,9 @@ def _named(tree: Params) -> dict[str, Any]:
 def _config(lens: Lens) -> dict[str, Any]:
     shape, statistics = lens.spec.model, lens.frozen["statistics"]
     how = ModelConfig(
-        path=lens.model.model_id,
+        # Where the model is not saved along with the lens, this is where it is loaded from.
+        path=lens.model.model_id if _is_hub_id(lens.model.model_id) else str(lens.model.folder),
+        revision=lens.model.revision,
         layer=lens.spec.layer,
         dtype=shape.dtype,
         unroll=shape.unroll,
@@ -199,7 +202,7 @@ def resolve(path: str) -> Path:
     Raises:
       ValueError: neither.
     """
-    folder = Path(path).expanduser()
+    folder = local_path(path)
     if folder.is_dir():
         return folder
     if not _is_hub_id(path):

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from tqdm import tqdm
 
+from conlens_jax.config.paths import local_path
 from conlens_jax.config.seeds import checked_seed
 from conlens_jax.inspection import batching, changes
 from conlens_jax.inspection.changes import Place, Vector
@@ -74,15 +75,15 @@ class Lens:
         mesh: Mesh | None = None,
         dtype: str | None = None,
         *,
-        step: int | str = "last",
+        step: int | str = "latest",
     ) -> Lens:
         """A lens from a run folder, one of its checkpoints, a saved lens, or a hub id of one.
 
         Args:
           mesh: devices to load onto; None takes the first one.
           dtype: ``"float32"`` or ``"bfloat16"``; None: as it was trained.
-          step: of a run folder: ``"last"``, ``"best"`` (lowest validation KL of those kept), or
-            a step.
+          step: of a run folder: ``"latest"`` (or ``"last"``), ``"best"`` (lowest validation KL of
+            those kept), or a step.
 
         Raises:
           ValueError: no lens there, or its model is another one now; or a run of several
@@ -354,7 +355,7 @@ class Lens:
         :mod:`conlens_jax.inspection.folder`."""
         from conlens_jax.inspection.folder import save
 
-        return save(self, Path(folder), include_model)
+        return save(self, local_path(folder), include_model)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, **save_options: Any) -> str:
         """Saves the lens and uploads it to the Hugging Face hub, as whom you are logged in.

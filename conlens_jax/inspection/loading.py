@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ from jax.sharding import Mesh
 
 from conlens_jax.config import (
     EMBEDDED_MODEL,
-    ConfigError,
     ExperimentConfig,
     LensConfig,
     ModelConfig,
     from_config_dict,
 )
+from conlens_jax.config.paths import local_path
+from conlens_jax.evaluation.metric_files import MEASURED_STEP
 from conlens_jax.inspection import folder as saved
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.lens.sharding import lens_shardings
@@ -28,30 +28,26 @@ from conlens_jax.models.model import LanguageModel, load_model
 from conlens_jax.models.param_table import Params
 from conlens_jax.training.checkpoint import all_steps, read_metadata, restore_params
 from conlens_jax.training.console import Console
-from conlens_jax.training.language_model import ensure_language_model
-from conlens_jax.training.run import CHECKPOINT_METRIC
-from conlens_jax.training.run_folder import checkpoint_of
-from conlens_jax.training.tracking import read_metrics
+from conlens_jax.training.places import Metadata, check_weights, model_place
+from conlens_jax.training.run_folder import chosen_checkpoint
 
 
 def load(path_or_hub_id: str | Path, mesh: Mesh, dtype: str | None, step: int | str) -> Lens:
     """See :meth:`Lens.load`."""
-    path = Path(path_or_hub_id).expanduser()
+    path = local_path(path_or_hub_id)
     if path.is_dir() and not saved.is_saved_lens(path):
         return _from_run(path, mesh, dtype, step)
     return _from_saved(saved.resolve(str(path_or_hub_id)), mesh, dtype)
 
 
 def _from_run(path: Path, mesh: Mesh, dtype: str | None, step: int | str) -> Lens:
-    folder, named_step = checkpoint_of(path)
+    folder, step = chosen_checkpoint(path, step)
     run = folder.parent
-    if named_step is None:
-        named_step = _chosen_step(folder, step)
-    metadata = read_metadata(folder, named_step)
+    metadata = read_metadata(folder, step)
     config = from_config_dict(metadata["config"])
-    model = _model_of_run(config, metadata["weights_hash"], mesh, dtype)
+    model = _model_of_run(config, metadata, run, mesh, dtype)
     make_lens = _LensMaker(model, config.model.layer, config.lens, metadata["statistics"], mesh)
-    trainable = restore_params(folder, metadata["step"], make_lens.template)
+    trainable = restore_params(folder, step, make_lens.template)
     facts = {
         "model": model.model_id,
         "layer": config.model.layer,
@@ -59,44 +55,32 @@ def _from_run(path: Path, mesh: Mesh, dtype: str | None, step: int | str) -> Len
         "step": metadata["step"],
         "first_position": config.dump.min_position,
     }
-    # The evaluation speaks of the run's last checkpoint.
-    file, is_last = run / "metrics.json", metadata["step"] == all_steps(folder)[-1]
-    metrics = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and is_last else {}
+    file = run / "metrics.json"
+    metrics = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    # One that names no step is of the checkpoint that was the last.
+    if metrics.get(MEASURED_STEP, all_steps(folder)[-1]) != step:
+        metrics = {}
     return make_lens(trainable, config.dump.add_bos, facts, metrics)
 
 
-def _chosen_step(folder: Path, step: int | str) -> int | None:
-    if step == "last":
-        return None
-    if step != "best":
-        return int(step)
-    name, log = f"validation_{CHECKPOINT_METRIC}", folder.parent / "metrics.jsonl"
-    records = read_metrics(log) if log.is_file() else []
-    kept = set(all_steps(folder))
-    # The warm start is not judged by its text: only joint checkpoints compete for the best.
-    scores = {
-        record["step"]: record[name]
-        for record in records
-        if name in record and record["step"] in kept and record["stage"] != "warm"
-    }
-    finite = {step: score for step, score in scores.items() if math.isfinite(score)}
-    if not finite:
-        raise ValueError(f"step='best': no checkpoint in {folder} was validated; use step='last'")
-    return min(finite, key=finite.get)
-
-
 def _model_of_run(
-    config: ExperimentConfig, weights_hash: str, mesh: Mesh, dtype: str | None
+    config: ExperimentConfig, metadata: Metadata, run: Path, mesh: Mesh, dtype: str | None
 ) -> LanguageModel:
-    path, name = config.model.path, config.model.path
-    if path == EMBEDDED_MODEL:
-        path = str(ensure_language_model(config, Console()))
-        name = Path(path).name
-    settings = dataclasses.replace(config.model, path=path, dtype=dtype or config.model.dtype)
-    return _loaded(settings, name, weights_hash, mesh)
+    place, revision = model_place(config, metadata, run, Console())
+    is_embedded = config.model.path == EMBEDDED_MODEL
+    how = dataclasses.replace(
+        config.model, path=place, revision=revision, dtype=dtype or config.model.dtype
+    )
+    model = _loaded(how, metadata["weights_hash"], str(run), mesh)
+    recorded = metadata.get("places", {}).get("model_revision", "")
+    return dataclasses.replace(
+        model,
+        model_id=Path(place).name if is_embedded else config.model.path,
+        revision=model.revision or recorded,
+    )
 
 
-def _loaded(settings: ModelConfig, name: str, weights_hash: str, mesh: Mesh) -> LanguageModel:
+def _loaded(settings: ModelConfig, weights_hash: str, what: str, mesh: Mesh) -> LanguageModel:
     model = load_model(
         settings.path,
         dtype=settings.dtype,
@@ -106,14 +90,8 @@ def _loaded(settings: ModelConfig, name: str, weights_hash: str, mesh: Mesh) -> 
         attention=settings.attention,
         quantise=settings.quantise,
     )
-    if model.weights_hash != weights_hash:
-        raise ConfigError(
-            [
-                f"model.path={settings.path!r}: these are not the weights that the lens was "
-                "trained on"
-            ]
-        )
-    return dataclasses.replace(model, model_id=name)
+    check_weights(model, weights_hash, what)
+    return model
 
 
 class _LensMaker:
@@ -151,7 +129,10 @@ def _from_saved(folder: Path, mesh: Mesh, dtype: str | None) -> Lens:
     settings = dataclasses.replace(record.model, dtype=dtype or record.model.dtype)
     if (folder / saved.MODEL_FOLDER).is_dir():
         settings = dataclasses.replace(settings, path=str(folder / saved.MODEL_FOLDER), revision="")
-    model = _loaded(settings, record.model_id, record.weights_hash, mesh)
+    model = _loaded(settings, record.weights_hash, str(folder), mesh)
+    model = dataclasses.replace(
+        model, model_id=record.model_id, revision=model.revision or record.model.revision
+    )
     make_lens = _LensMaker(model, record.model.layer, record.lens, record.statistics, mesh)
     trainable = saved.read_parts(folder, make_lens.template)
     return make_lens(trainable, record.add_bos, record.facts, record.metrics)

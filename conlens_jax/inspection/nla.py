@@ -38,6 +38,7 @@ import yaml
 from jaxtyping import Array, Float
 
 from conlens_jax.config import LensConfig
+from conlens_jax.config.paths import local_path
 from conlens_jax.inspection import batching
 from conlens_jax.inspection.explanations import (
     ExplainedToken,
@@ -170,7 +171,7 @@ class NlaPair:
           ValueError: sidecars that are missing, wrong, or of different layers; an injection token
             that the tokenizer writes otherwise.
         """
-        av, ar = Path(av), Path(ar)
+        av, ar = local_path(av), local_path(ar)
         av_sidecar, ar_sidecar = read_sidecar(av, "av"), read_sidecar(ar, "ar")
         if av_sidecar.layer != ar_sidecar.layer:
             raise ValueError(

@@ -25,6 +25,7 @@ import numpy as np
 import safetensors.numpy
 import yaml
 
+from conlens_jax.config.paths import local_path
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.inspection.nla import SIDECAR, VALUE_HEAD
 from conlens_jax.lens.spec import decoder_of, encoder_of
@@ -48,7 +49,7 @@ def export_pair(lens: Lens, folder: str | Path) -> tuple[Path, Path]:
     if held or lens.spec.model.quantise:
         what = ", ".join(held) or "model.quantise"
         raise ValueError(f"a plain checkpoint cannot hold {what}; use Lens.save instead")
-    av, ar = Path(folder) / "av", Path(folder) / "ar"
+    av, ar = local_path(folder) / "av", local_path(folder) / "ar"
     _write_av(lens, av)
     _write_ar(lens, ar)
     return av, ar

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+from conlens_jax.config.paths import local_path
 
 # Weights, shapes and tokenizers; nothing that would have to be run or unpickled.
 _FETCHED = (
@@ -30,7 +33,7 @@ def resolve_folder(path: str, revision: str = "") -> Path:
     Raises:
       ValueError: neither a folder nor a hub id that can be had.
     """
-    folder = Path(path).expanduser()
+    folder = local_path(path)
     if folder.is_dir():
         return folder
     if path.count("/") > 1 or path.startswith((".", "/", "~")):
@@ -57,3 +60,9 @@ def resolve_folder(path: str, revision: str = "") -> Path:
         raise ValueError(
             f"model.path={path!r} is not a folder, and the hub did not give it{at}: {reason}"
         ) from error
+
+
+def commit_of(folder: Path) -> str:
+    """The commit of a folder in the hub's cache, empty for any other folder."""
+    is_commit = folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name)
+    return folder.name if is_commit else ""

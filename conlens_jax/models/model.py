@@ -17,12 +17,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from conlens_jax.config.paths import local_path
 from conlens_jax.config.seeds import random_key
 from conlens_jax.data.tokenizer import Tokenizer, check_vocabulary
 from conlens_jax.models import generate as generation
 from conlens_jax.models import hf_io
 from conlens_jax.models.arguments import finite_array, row_positions
 from conlens_jax.models.hooks import Place, boundaries, is_place
+from conlens_jax.models.hub import commit_of
 from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import (
@@ -46,6 +48,8 @@ class LanguageModel:
       folder: the Hugging Face folder it came from.
       model_id: the name it was asked for by.
       weights_hash: see :func:`conlens_jax.models.hf_io.weights_fingerprint`.
+      revision: of a hub id the commit that was loaded, or what was asked for where the folder does
+        not tell the commit; empty for a folder.
     """
 
     config: TransformerConfig
@@ -53,6 +57,7 @@ class LanguageModel:
     folder: Path
     model_id: str
     weights_hash: str
+    revision: str = ""
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -245,6 +250,7 @@ def load_model(
         folder=folder,
         model_id=str(folder_or_id),
         weights_hash=hf_io.weights_fingerprint(folder),
+        revision="" if local_path(folder_or_id) == folder else commit_of(folder) or revision,
     )
 
 

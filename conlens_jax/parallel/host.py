@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+
+from conlens_jax.config.paths import local_path
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 _GIB = 1 << 30
@@ -41,7 +42,7 @@ def use_compilation_cache(folder: str, least_seconds: float = 1.0) -> None:
     were compiled before are not in it.
     """
     if folder:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", str(local_path(folder)))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
         # JAX settles at its first compilation whether there is a cache; let it look again.
         compilation_cache.reset_cache()

@@ -1,33 +1,62 @@
 """Checkpoints of a run: whole or absent, the newest and the best kept, restored on any mesh.
 
-A folder holds one sub-folder a step, ``<step>/state`` (arrays, Orbax) and ``<step>/metadata``
-(JSON). Orbax writes under a temporary name and renames at the end, so a step's folder is complete
-as soon as it has its name. Writing goes through :class:`Checkpoints`, which one run owns; reading
-needs only the folder (:func:`restore_params`, :func:`read_metadata`, :func:`all_steps`) and never
-disturbs a run that is writing.
+A folder holds one sub-folder a step: ``<step>/state`` (arrays, Orbax), ``<step>/metadata`` and
+``<step>/checksums`` (JSON). Orbax writes under a temporary name and renames at the end, so a step's
+folder is complete as soon as it has its name. Writing goes through :class:`Checkpoints`, which one
+run owns; reading needs only the folder (:func:`restore_params`, :func:`read_metadata`,
+:func:`all_steps`) and never disturbs a run that is writing. What is read is compared with the
+checksums.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 
-_STATE, _METADATA = "state", "metadata"
+from conlens_jax.config.paths import local_path
+from conlens_jax.training.checkpoint_storage import (
+    CHECKSUMS,
+    METADATA,
+    STATE,
+    CheckpointError,
+    DamagedCheckpoint,
+    ReadBack,
+    check_values,
+    is_damage,
+    metrics_problem,
+    named_leaves,
+    quiet_storage,
+    reason_of,
+    storage_path,
+    stored_arrays,
+    stored_json,
+    stored_tree,
+)
+from conlens_jax.training.checksums import checksums
+
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "DamagedCheckpoint",
+    "all_steps",
+    "any_metadata",
+    "read_metadata",
+    "restore_params",
+    "restore_state",
+    "step_of",
+]
+
 _STEP = re.compile(r"[0-9]+")
 
 PyTree = Any
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is not there, or does not fit; the message says what to change."""
+_T = TypeVar("_T")
 
 
 class Checkpoints:
@@ -35,7 +64,9 @@ class Checkpoints:
 
     Saves go on in the background while training continues; leaving the ``with`` block, or
     :meth:`close`, waits for the last one. Kept are the newest ``keep_latest``, the ``keep_best``
-    with the lowest ``metric`` and, where they were saved, the steps of ``keep_steps``.
+    with the lowest ``metric`` and, where they were saved, the steps of ``keep_steps``. The first
+    checkpoint of a folder is read back before training goes on, see
+    :class:`~conlens_jax.training.checkpoint_storage.ReadBack`.
 
     Args:
       folder: made if needed. What a killed run left half-written in it is removed.
@@ -43,6 +74,9 @@ class Checkpoints:
       keep_best: how many by metric; checkpoints saved without a finite one do not compete.
       metric: key of ``metrics`` in :meth:`save`; lower is better.
       keep_steps: steps that stay for good, such as the last one of the warm start.
+
+    Raises:
+      CheckpointError: a folder whose name the storage cannot take, or a damaged checkpoint in it.
     """
 
     def __init__(
@@ -56,10 +90,15 @@ class Checkpoints:
     ):
         if keep_latest < 1:
             raise ValueError(f"checkpoint.keep_latest must be at least 1, not {keep_latest}")
-        self.folder = Path(folder).absolute()
+        self.folder = local_path(folder)
+        place = storage_path(self.folder)
+        self._reads_back = not all_steps(self.folder)
+        for step in all_steps(self.folder):
+            if problem := metrics_problem(self.folder / str(step)):
+                raise _damaged(self.folder / str(step), problem)
         self._policy = _Preserve(keep_latest, keep_best, metric, frozenset(keep_steps))
         self._manager = ocp.CheckpointManager(
-            self.folder,
+            place,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._policy,
                 # Orbax writes and reads metrics only where this is given; the policy decides.
@@ -89,23 +128,33 @@ class Checkpoints:
           metadata: anything JSON can hold.
           metrics: scalars; ``metric`` among them makes the checkpoint compete for the best.
           force: write the step anew where it exists; otherwise it stays and False is returned.
+
+        Raises:
+          CheckpointError: the first checkpoint of the folder cannot be read back as it was given.
         """
         self._manager.wait_until_finished()
         if step in self._manager.all_steps():
             if not force:
                 return False
             self._manager.delete(step)
-        return self._manager.save(
+        given = ReadBack(state) if self._reads_back else None
+        saved = self._manager.save(
             step,
             args=ocp.args.Composite(
                 **{
-                    _STATE: ocp.args.PyTreeSave(state),
-                    _METADATA: ocp.args.JsonSave(dict(metadata)),
+                    STATE: ocp.args.PyTreeSave(state),
+                    METADATA: ocp.args.JsonSave(dict(metadata)),
+                    CHECKSUMS: ocp.args.JsonSave(checksums(named_leaves(state))),
                 }
             ),
             metrics={name: float(value) for name, value in (metrics or {}).items()},
             force=True,
         )
+        if given is not None and saved:
+            self._manager.wait_until_finished()
+            given.check(self.folder / str(step))
+            self._reads_back = False
+        return saved
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint, None where there is none."""
@@ -176,13 +225,13 @@ class _Preserve:
 
 def all_steps(folder: str | Path) -> list[int]:
     """The complete checkpoints of a folder in rising order; empty where there is no folder."""
-    folder = Path(folder)
+    folder = local_path(folder)
     if not folder.is_dir():
         return []
     return sorted(
         int(child.name)
         for child in folder.iterdir()
-        if _STEP.fullmatch(child.name) and (child / _STATE).is_dir()
+        if _STEP.fullmatch(child.name) and (child / STATE).is_dir()
     )
 
 
@@ -191,10 +240,21 @@ def read_metadata(folder: str | Path, step: int | None = None) -> dict[str, Any]
 
     Raises:
       CheckpointError: there is no such checkpoint.
+      DamagedCheckpoint: it cannot be read; which one before it can is said.
     """
-    path = _step_folder(folder, step) / _METADATA
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(path)
+    return _read(folder, step, _metadata)
+
+
+def any_metadata(folder: str | Path) -> dict[str, Any]:
+    """The metadata of the newest step whose metadata can be read; empty where there is none. For
+    what is the same in all of them."""
+    for step in reversed(all_steps(folder)):
+        try:
+            return _metadata(local_path(folder) / str(step))
+        except Exception as error:
+            if not is_damage(error):
+                raise
+    return {}
 
 
 def restore_state(
@@ -209,11 +269,17 @@ def restore_state(
     Raises:
       CheckpointError: there is no such checkpoint, or the template's names, shapes or dtypes
         differ from it (all of them are listed).
+      DamagedCheckpoint: it cannot be read; which one before it can is said.
     """
-    path = _step_folder(folder, step)
-    stored = _stored(path)
-    _check(path, stored, template, whole=True)
-    return _restore(path, template, partial=False), read_metadata(folder, int(path.name))
+
+    def read(path: Path) -> tuple[PyTree, dict[str, Any]]:
+        tree = stored_tree(path)
+        _check(path, named_leaves(tree), template, whole=True)
+        state = _restore(path, template, partial=False)
+        check_values(path, tree, named_leaves(state))
+        return state, _metadata(path)
+
+    return _read(folder, step, read)
 
 
 def restore_params(folder: str | Path, step: int | None, template: PyTree) -> PyTree:
@@ -226,12 +292,65 @@ def restore_params(folder: str | Path, step: int | None, template: PyTree) -> Py
         that it does not name are left out.
 
     Raises:
-      CheckpointError: as for :func:`restore_state`.
+      CheckpointError, DamagedCheckpoint: as for :func:`restore_state`.
     """
+
+    def read(path: Path) -> PyTree:
+        tree = stored_tree(path)
+        _check(path, named_leaves(tree), {"params": template}, whole=False)
+        restored = _restore(path, {"params": template}, partial=True)
+        check_values(path, tree, named_leaves(restored))
+        return restored["params"]
+
+    return _read(folder, step, read)
+
+
+def _read(folder: str | Path, step: int | None, read: Callable[[Path], _T]) -> _T:
+    """What ``read`` gives of a step's folder; where that is damaged, what can be done about it."""
     path = _step_folder(folder, step)
-    stored = _stored(path)
-    _check(path, stored, {"params": template}, whole=False)
-    return _restore(path, {"params": template}, partial=True)["params"]
+    storage_path(path)  # a name that Orbax would read otherwise is no damage
+    try:
+        with quiet_storage():
+            return read(path)
+    except Exception as error:
+        if not is_damage(error):
+            raise
+        raise _damaged(path, reason_of(error, path)) from error
+
+
+def _damaged(path: Path, problem: str) -> DamagedCheckpoint:
+    earlier = [step for step in reversed(all_steps(path.parent)) if step < int(path.name)]
+    whole = (step for step in earlier if _is_whole(path.parent / str(step)))
+    return DamagedCheckpoint(path, problem, next(whole, None))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether all of a checkpoint can be read. One array at a time: this is no place to run out of
+    memory."""
+    try:
+        with quiet_storage():
+            _metadata(path)
+            tree = stored_tree(path)
+            for name in named_leaves(tree):
+                check_values(path, tree, stored_arrays(path, tree, {name}))
+    except Exception as error:
+        if not is_damage(error):
+            raise
+        return False
+    return metrics_problem(path) is None
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    return stored_json(path, METADATA)
+
+
+def step_of(folder: str | Path, step: int | None) -> int:
+    """A step that is there (None: the newest).
+
+    Raises:
+      CheckpointError: there is no such checkpoint.
+    """
+    return int(_step_folder(folder, step).name)
 
 
 def _step_folder(folder: str | Path, step: int | None) -> Path:
@@ -245,25 +364,11 @@ def _step_folder(folder: str | Path, step: int | None) -> Path:
         raise CheckpointError(
             f"no checkpoint of step {step} in {folder}: it has {', '.join(map(str, steps))}"
         )
-    return Path(folder).absolute() / str(steps[-1] if step is None else step)
-
-
-def _named_leaves(tree: PyTree) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def _stored(path: Path) -> dict[str, Any]:
-    """Name → array metadata (shape, dtype) of what a checkpoint holds."""
-    handler = ocp.PyTreeCheckpointHandler()
-    try:
-        return _named_leaves(handler.metadata(epath.Path(path / _STATE)).tree)
-    finally:
-        handler.close()
+    return local_path(folder) / str(steps[-1] if step is None else step)
 
 
 def _check(path: Path, stored: Mapping[str, Any], template: PyTree, *, whole: bool) -> None:
-    expected = _named_leaves(template)
+    expected = named_leaves(template)
     problems = [f"{name} is not in the checkpoint" for name in expected if name not in stored]
     for name in expected.keys() & stored.keys():
         ours, theirs = expected[name], stored[name]
@@ -298,7 +403,7 @@ def _restore(path: Path, template: PyTree, *, partial: bool) -> PyTree:
     item = jax.tree.map(abstract, template)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(
-            path / _STATE,
+            storage_path(path) / STATE,
             args=ocp.args.PyTreeRestore(
                 item=item,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(item),

@@ -31,6 +31,7 @@ from conlens_jax.config import (
     ExperimentConfig,
     ScheduleConfig,
 )
+from conlens_jax.config.paths import local_path
 from conlens_jax.config.seeds import numpy_seed, random_key
 from conlens_jax.data.batches import batch_indices, pad_tokens
 from conlens_jax.data.corpus import Document, open_corpus
@@ -58,7 +59,7 @@ _FORMAT = 2  # raised whenever the same settings would give another model
 def cache_root(config: EmbeddedConfig) -> Path:
     """Where embedded models are kept, outside any checkout."""
     chosen = config.cache_dir or os.environ.get("CONLENS_CACHE") or "~/.cache/conlens_jax"
-    return Path(chosen).expanduser()
+    return local_path(chosen)
 
 
 def ensure_language_model(config: ExperimentConfig, console: Console) -> Path:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from conlens_jax.config import to_json_dict
+from conlens_jax.config.paths import local_path
 from conlens_jax.data.batches import read_groups, steps_per_epoch
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.models.param_table import Params
@@ -23,6 +24,7 @@ from conlens_jax.training.checkpoint import (
     Checkpoints,
     read_metadata,
 )
+from conlens_jax.training.places import places_of
 from conlens_jax.training.run import CHECKPOINT_METRIC, Run, placed, placed_frozen
 from conlens_jax.training.run_folder import BASELINE, CONTROL, claim_folder, load_lens
 from conlens_jax.training.setting import Setting
@@ -50,14 +52,15 @@ def train_lens(setting: Setting) -> Path:
       TrainingStopped: too many steps in a row were not finite.
     """
     config, console = setting.config, setting.console
-    folder = Path(config.run_dir)
+    folder = local_path(config.run_dir)
     with first_before_others("run folder"):
-        claim_folder(folder, config, write=is_first())
+        metadata = claim_folder(folder, config, write=is_first(), model=setting.model)
     (train, validation), reference = setting.caches, setting.reference
     tracker = WandbRun(
         config.wandb, folder, to_json_dict(config), enabled=is_first(), console=console
     )
-    run = Run(setting, folder, train, validation, reference, setting.measurer(), tracker)
+    places = places_of(config, setting.model, folder)
+    run = Run(setting, folder, train, validation, reference, setting.measurer(), tracker, places)
     trainable, frozen = init_lens(
         setting.model.params,
         setting.spec,
@@ -68,7 +71,8 @@ def train_lens(setting: Setting) -> Path:
     trainable, frozen = placed(trainable, setting), placed_frozen(frozen, setting)
     # The baseline starts from the same encoder; without one, nothing keeps the arrays alive.
     initial_encoder = trainable["encoder"] if config.baseline.steps else {}
-    if config.train.init_from:
+    # A run that goes on behind its warm start needs nothing of where it began.
+    if config.train.init_from and not (metadata and config.warm.steps):
         trainable = load_lens(config.train.init_from, trainable)
     console.table("lens", *parameter_table(trainable, frozen, setting.spec))
     warm, joint = stages_of(config)

@@ -12,9 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from conlens_jax.config import EMBEDDED_MODEL, ConfigError, CorpusConfig, ExperimentConfig
+from conlens_jax.config.paths import local_path
 from conlens_jax.data.corpus import SPLITS, open_corpus
 from conlens_jax.parallel.processes import told_by_first
 from conlens_jax.training.checkpoint import all_steps
+from conlens_jax.training.console import Console
+from conlens_jax.training.places import metadata_of_run, recorded_model, with_cache_found
 from conlens_jax.training.run_folder import checkpoint_of, claim_folder
 
 _PACKAGES = {"parquet": "pyarrow", "huggingface": "datasets"}
@@ -55,10 +58,17 @@ def _problems(
 ) -> Iterator[str]:
     reads_rows = trains or evaluates is not None
     streams = config.data.source == "stream"
-    yield from _model_problems(config.model.path)
+    run = local_path(config.run_dir) if trains else None
+    if evaluates is not None:
+        run = checkpoint_of(evaluates)[0].parent
+    metadata = metadata_of_run(run)
+    if metadata:
+        config = with_cache_found(config, metadata, run, Console(enabled=False))
+    if not metadata or recorded_model(config, metadata, run) is None:
+        yield from _model_problems(config.model.path)
     if dumps or (reads_rows and streams):
         yield from corpus_problems(config.corpus)
-    cache = Path(config.dump.cache_dir)
+    cache = local_path(config.dump.cache_dir)
     missing = [split for split in SPLITS if not (cache / split).is_dir()]
     if dumps and missing:
         yield from write_problems("dump.cache_dir", cache)
@@ -91,7 +101,7 @@ def corpus_problems(config: CorpusConfig) -> Iterator[str]:
     if package and importlib.util.find_spec(package) is None:
         yield f"corpus.kind={config.kind!r} needs the package {package}: pip install {package}"
     elif config.kind == "huggingface":
-        if _is_local(config.path) and not Path(config.path).expanduser().exists():
+        if _is_local(config.path) and not local_path(config.path).exists():
             yield f"corpus.path={config.path!r} does not exist"
     else:
         try:
@@ -108,7 +118,7 @@ def write_problems(name: str, folder: str | Path) -> Iterator[str]:
     """
     if "://" in str(folder):
         return
-    place = Path(folder).expanduser().absolute()
+    place = local_path(folder)
     try:
         while not place.exists():
             place = place.parent
@@ -126,7 +136,7 @@ def write_problems(name: str, folder: str | Path) -> Iterator[str]:
 def _model_problems(path: str) -> Iterator[str]:
     if path == EMBEDDED_MODEL:
         return
-    folder = Path(path).expanduser()
+    folder = local_path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             yield f"model.path={path!r}: the folder has no config.json"
@@ -137,7 +147,7 @@ def _model_problems(path: str) -> Iterator[str]:
 
 
 def _run_problems(config: ExperimentConfig) -> Iterator[str]:
-    folder = Path(config.run_dir)
+    folder = local_path(config.run_dir)
     unwritable = list(write_problems("run_dir", folder))
     yield from unwritable
     if not unwritable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ class TrainingStopped(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run folder with everything its stages share; ``warm_encoder`` is the encoder as the warm
-    start left it, once that is over."""
+    """A run folder with everything its stages share; ``places`` is what its checkpoints record of
+    folders (:mod:`conlens_jax.training.places`), ``warm_encoder`` is the encoder as the warm start
+    left it, once that is over."""
 
     setting: Setting
     folder: Path
@@ -36,6 +38,7 @@ class Run:
     reference: Reference
     measurer: Measurer
     tracker: WandbRun
+    places: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     warm_encoder: Params | None = None
 
     @property

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from conlens_jax.config import ConfigError, ExperimentConfig, field_names, lookup, to_json_dict
+from conlens_jax.config.paths import PATH_FIELDS, expanded, local_path
+from conlens_jax.models.model import LanguageModel
 from conlens_jax.models.param_table import Params
-from conlens_jax.training.checkpoint import all_steps, restore_params
+from conlens_jax.training.checkpoint import all_steps, restore_params, step_of
+from conlens_jax.training.places import MOVABLE, metadata_of_run, resumption_problems
+from conlens_jax.training.run import CHECKPOINT_METRIC
+from conlens_jax.training.tracking import read_metrics
 
 CONTROL, BASELINE, AUDIT = "control", "baseline", "audit"
 """Folders, inside a run's, of the stages beside it."""
+LATEST = ("latest", "last")
+"""Words for the newest checkpoint, where a step can be given."""
 
 # Fields that may differ between a run and its resumption: they change nothing of what is learned.
 _FREE = ("run_dir", "train.resume", "train.log_every", "train.sample_every", "wandb", "evaluate")
@@ -29,14 +37,24 @@ _FREE += (
 )
 
 
-def claim_folder(folder: Path, config: ExperimentConfig, *, write: bool = True) -> None:
+def claim_folder(
+    folder: Path,
+    config: ExperimentConfig,
+    *,
+    write: bool = True,
+    model: LanguageModel | None = None,
+) -> Mapping[str, Any]:
     """Makes the run folder with its config.json, or checks that it is this run's. Without
-    ``write`` it only checks: one of several processes writes.
+    ``write`` it only checks: one of several processes writes. Without a ``model`` the weights are
+    not compared.
+
+    Returns:
+      What the run's checkpoints record; empty where there is none yet.
 
     Raises:
       ConfigError: the folder holds another run, or one that is not to be resumed.
     """
-    recorded = folder / "config.json"
+    recorded, metadata = folder / "config.json", metadata_of_run(folder)
     if recorded.exists() and all_steps(folder / "checkpoints"):
         if not config.train.resume:
             raise ConfigError(
@@ -46,18 +64,27 @@ def claim_folder(folder: Path, config: ExperimentConfig, *, write: bool = True) 
                 ]
             )
         before = json.loads(recorded.read_text(encoding="utf-8"))
+        # Without a record of what lay where, another path is another thing.
+        free = (*_FREE, *MOVABLE) if metadata.get("places") else _FREE
         problems = [
-            f"{name} is {lookup(config, name)!r}, and was {_nested(before, name)!r} when "
+            f"{name} is {lookup(config, name)!r}, and was {_recorded(before, name)!r} when "
             f"{folder} was begun; choose another run_dir, or give the old value"
             for name in _leaf_names()
-            if not name.startswith(_FREE) and _nested(before, name) != lookup(config, name)
+            if not name.startswith(free) and _recorded(before, name) != _plain(config, name)
         ]
+        problems += resumption_problems(config, metadata, model)
         if problems:
             raise ConfigError(problems)
     if not write:
-        return
+        return metadata
     folder.mkdir(parents=True, exist_ok=True)
     recorded.write_text(json.dumps(to_json_dict(config), indent=2) + "\n", encoding="utf-8")
+    return metadata
+
+
+def _plain(config: ExperimentConfig, dotted: str) -> Any:
+    """A field's value as JSON gives it back: a tuple is a list."""
+    return json.loads(json.dumps(lookup(config, dotted)))
 
 
 def _leaf_names() -> list[str]:
@@ -66,15 +93,61 @@ def _leaf_names() -> list[str]:
     return [name for name in names if name not in sections]
 
 
-def _nested(values: Mapping[str, Any], dotted: str) -> Any:
+def _recorded(values: Mapping[str, Any], dotted: str) -> Any:
+    """A field of a recorded config; its default where the field is newer than the record."""
+    value: Any = values
     for part in dotted.split("."):
-        values = values.get(part, {}) if isinstance(values, Mapping) else {}
-    return values
+        if not isinstance(value, Mapping) or part not in value:
+            return json.loads(json.dumps(lookup(ExperimentConfig(), dotted)))
+        value = value[part]
+    return expanded(value) if dotted in PATH_FIELDS else value
+
+
+def chosen_checkpoint(path: str | Path, step: int | str | None) -> tuple[Path, int]:
+    """(checkpoint folder, step) of a run folder and ``--step``.
+
+    Args:
+      step: ``"latest"`` (or ``"last"``, None), ``"best"`` by validation, or a step. A ``path`` to
+        one step's folder is that step, whatever is given here.
+
+    Raises:
+      ValueError: no such checkpoint, or no such word.
+    """
+    folder, named_step = checkpoint_of(path)
+    if named_step is not None:
+        return folder, named_step
+    if step == "best":
+        return folder, _best_step(folder)
+    wanted = None if step in (None, *LATEST) else _step_number(step)
+    return folder, step_of(folder, wanted)
+
+
+def _step_number(step: int | str) -> int:
+    try:
+        return int(step)
+    except ValueError:
+        raise ValueError(f"step must be latest, last, best or a number, not {step!r}") from None
+
+
+def _best_step(folder: Path) -> int:
+    name, log = f"validation_{CHECKPOINT_METRIC}", folder.parent / "metrics.jsonl"
+    records = read_metrics(log) if log.is_file() else []
+    kept = set(all_steps(folder))
+    # The warm start is not judged by its text: only joint checkpoints compete for the best.
+    scores = {
+        record["step"]: record[name]
+        for record in records
+        if name in record and record["step"] in kept and record["stage"] != "warm"
+    }
+    finite = {step: score for step, score in scores.items() if math.isfinite(score)}
+    if not finite:
+        raise ValueError(f"step='best': no checkpoint in {folder} was validated; use step='latest'")
+    return min(finite, key=finite.get)
 
 
 def checkpoint_of(path: str | Path) -> tuple[Path, int | None]:
     """(checkpoint folder, step) of a run folder, its ``checkpoints``, or one step in there."""
-    path = Path(path)
+    path = local_path(path)
     if path.name.isdigit() and (path / "state").exists():
         return path.parent, int(path.name)
     if (path / "checkpoints").is_dir():

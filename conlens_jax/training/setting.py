@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from conlens_jax.config import EMBEDDED_MODEL, ConfigError, ExperimentConfig, lookup
+from conlens_jax.config.paths import checkpoint_path_problem, local_path
 from conlens_jax.data.cache import ActivationCache
 from conlens_jax.data.legacy import LegacyCache, open_cache
 from conlens_jax.data.rows import Rows, RowSource
@@ -27,6 +28,12 @@ from conlens_jax.parallel.processes import first_before_others, together, told_b
 from conlens_jax.training.console import Console
 from conlens_jax.training.language_model import ensure_language_model
 from conlens_jax.training.objective import Objective
+from conlens_jax.training.places import (
+    asks_for_same_model,
+    metadata_of_run,
+    model_place,
+    with_cache_found,
+)
 from conlens_jax.training.preflight import missing_cache
 
 _REFERENCE_ROWS = 16_384
@@ -73,17 +80,32 @@ class Setting:
         )
 
 
-def open_setting(config: ExperimentConfig, console: Console) -> Setting:
+def open_setting(
+    config: ExperimentConfig, console: Console, run: str | Path | None = None
+) -> Setting:
     """Makes the mesh and loads the model, training the embedded one if that is asked for.
+
+    Args:
+      run: the folder of a run to go on with or to measure. Where its checkpoints record the model
+        and the cache, these are looked for there first, and beside the run where it was moved.
 
     Raises:
       ValueError: a mesh, model or prompt that does not fit; named with the field and the fix.
     """
+    run = None if run is None else local_path(run)
+    if run in (None, local_path(config.run_dir)) and (problem := _run_dir_problem(config)):
+        raise ConfigError([problem])
+    metadata = metadata_of_run(run)
+    if metadata:
+        config = with_cache_found(config, metadata, run, console)
     use_compilation_cache(config.train.compile_cache)
     mesh = make_mesh(config.mesh)
     check_batches(config, mesh)
-    path = config.model.path
-    if path == EMBEDDED_MODEL:
+    path, revision = config.model.path, config.model.revision
+    if metadata and asks_for_same_model(config, metadata):
+        with first_before_others("model"):
+            path, revision = model_place(config, metadata, run, console)
+    elif path == EMBEDDED_MODEL:
         path = _embedded_model(config, console)
 
     def before_loading(shape: TransformerConfig) -> None:
@@ -94,7 +116,7 @@ def open_setting(config: ExperimentConfig, console: Console) -> Setting:
         path,
         dtype=config.model.dtype,
         mesh=mesh,
-        revision=config.model.revision,
+        revision=revision,
         unroll=config.model.unroll,
         remat=config.model.remat,
         attention=config.model.attention,
@@ -104,6 +126,10 @@ def open_setting(config: ExperimentConfig, console: Console) -> Setting:
     if config.model.path == EMBEDDED_MODEL:
         # The cache names the model by what the config calls it, not by a folder of this machine.
         model = dataclasses.replace(model, model_id=model.folder.name)
+    elif path != config.model.path:
+        model = dataclasses.replace(
+            model, model_id=config.model.path, revision=metadata["places"]["model_revision"]
+        )
     spec = make_spec(model.config, config.model.layer, config.lens, model.tokenizer)
     console.line(
         "model",
@@ -115,6 +141,11 @@ def open_setting(config: ExperimentConfig, console: Console) -> Setting:
         devices=mesh.size,
     )
     return Setting(config, console, mesh, model, spec, Objective(config.loss, config.warm, spec))
+
+
+def _run_dir_problem(config: ExperimentConfig) -> str | None:
+    problem = checkpoint_path_problem(config.run_dir)
+    return problem and f"run_dir: {problem}"
 
 
 def _embedded_model(config: ExperimentConfig, console: Console) -> str:
@@ -160,7 +191,7 @@ def open_caches(setting: Setting) -> tuple[RowSource, RowSource]:
         _check_rows(setting.config, train)
         setting.console.line("stream", rows=len(train), validation_rows=len(validation))
         return train, validation
-    root = Path(setting.config.dump.cache_dir)
+    root = local_path(setting.config.dump.cache_dir)
     caches = []
     for split in ("train", "validation"):
         cache = together(lambda folder=root / split: _open_split(setting, folder))

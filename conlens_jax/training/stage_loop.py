@@ -16,7 +16,7 @@ from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.mesh import batch_sharding
 from conlens_jax.parallel.preemption import Preempted, watching_for_sigterm
 from conlens_jax.parallel.processes import stopping_with_others
-from conlens_jax.training.checkpoint import Checkpoints, all_steps
+from conlens_jax.training.checkpoint import CheckpointError, Checkpoints, all_steps
 from conlens_jax.training.profile import StepProfile
 from conlens_jax.training.run import Run, TrainingStopped
 from conlens_jax.training.stage_log import StageLog
@@ -152,6 +152,7 @@ class StageLoop:
                 "scale": self.run_.reference.scale,
                 "resultant": self.run_.reference.resultant,
             },
+            "places": {**self.run_.places, "run": str(self.run_.folder)},
             "config": to_json_dict(self.config),
         }
         # The warm start is not judged by its text: only joint checkpoints compete for the best.
@@ -169,6 +170,8 @@ class StageLoop:
         # A full disk met in the background comes as a ValueError, with the next save or wait.
         try:
             yield
+        except CheckpointError as error:
+            raise TrainingStopped(str(error)) from error
         except (OSError, ValueError) as error:
             raise TrainingStopped(
                 f"{what} could not be written: {error}; "

@@ -23,6 +23,7 @@ from conlens_jax.config import (
     unknown_field_message,
     with_changes,
 )
+from conlens_jax.config.paths import local_path
 from conlens_jax.config.seeds import numpy_seed
 from conlens_jax.training.stage_log import METRICS
 from conlens_jax.training.tracking import read_metrics
@@ -58,7 +59,7 @@ def read_sweep(file: str | Path) -> Sweep:
     Raises:
       ConfigError: what cannot be run, all of it in one message.
     """
-    values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    values = yaml.safe_load(local_path(file).read_text(encoding="utf-8")) or {}
     metric = values.get("metric") or {}
     stage, _, name = str(metric.get("name", "")).partition("/")
     parameters = values.get("parameters") or {}

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from conlens_jax.config.paths import local_path
+
 
 class MetricsFile:
     """``metrics.jsonl`` or its like: one JSON object a line, on disk as soon as it is written.
@@ -24,7 +26,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: str | Path, *, enabled: bool = True):
-        self.path = Path(path)
+        self.path = local_path(path)
         self._enabled = enabled
         if enabled:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +59,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
       ValueError: another line is not JSON.
     """
     # What follows the last newline is empty, or torn.
-    lines = Path(path).read_bytes().split(b"\n")[:-1]
+    lines = local_path(path).read_bytes().split(b"\n")[:-1]
     records = []
     for number, line in enumerate(lines, start=1):
         try:

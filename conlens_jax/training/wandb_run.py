@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conlens_jax.config import WandbConfig
+from conlens_jax.config.paths import local_path
 from conlens_jax.training.console import Console
 
 RUN_ID = "wandb_id.txt"
@@ -43,7 +44,7 @@ class WandbRun:
         self._run: Any = None
         mode = os.environ.get("WANDB_MODE") or config.mode
         if enabled and mode != "disabled":
-            self._attempt(lambda: self._start(config, mode, Path(run_dir), config_dict))
+            self._attempt(lambda: self._start(config, mode, local_path(run_dir), config_dict))
 
     @property
     def active(self) -> bool:

@@ -1,0 +1,64 @@
+"""Paths that users write: ``~`` is their home, and what cannot be a place is said at once."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+PATH_FIELDS = (
+    "run_dir",
+    "model.path",
+    "embedded.cache_dir",
+    "corpus.path",
+    "dump.cache_dir",
+    "train.init_from",
+    "train.compile_cache",
+)
+"""Fields of the configuration that hold a path; empty means that none was given."""
+
+PATTERN = re.compile(r"[*?\[]|::")
+"""What some libraries do not take as a part of a name."""
+
+# The storage of checkpoints takes /gs/x for gs://x, whatever is mounted there.
+_BUCKETS = ("az", "gs", "hf", "s3")
+
+
+def expanded(path: str) -> str:
+    """``path`` with the home folder in place of a leading ``~`` or ``~user``."""
+    return os.path.expanduser(path)
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """The absolute path that a user's ``path`` means now: later changes of the working folder do
+    not matter. Symbolic links are not followed."""
+    return Path(os.path.expanduser(path)).absolute()
+
+
+def path_problems(name: str, path: str) -> Iterator[str]:
+    """Why the value of a path field, ``~`` expanded, cannot be a path."""
+    if "\0" in path:
+        yield f"{name}={path!r}: a path cannot hold the character NUL"
+    if path.startswith("~"):
+        yield (
+            f"{name}={path!r}: there is no such user; give the whole path, or ./{path} for a "
+            "folder of that name"
+        )
+
+
+def checkpoint_path_problem(path: str | os.PathLike[str]) -> str | None:
+    """Why checkpoints cannot be kept below ``path``; None where they can."""
+    place = local_path(path)
+    advice = "choose another folder, or give a symbolic link to it that has another name"
+    if "\\" in str(place):
+        return (
+            f"{str(place)!r} has a backslash in its name, which the storage of checkpoints takes "
+            f"for a slash; {advice}"
+        )
+    if len(place.parts) > 1 and place.parts[1] in _BUCKETS:
+        return (
+            f"{str(place)!r} begins with /{place.parts[1]}, which the storage of checkpoints takes "
+            f"for {place.parts[1]}://; {advice}"
+        )
+    return None

@@ -1,0 +1,203 @@
+"""Where a run's model and activations lie: written down with every checkpoint, so that they are
+found again when the corpus has changed, a branch on the hub has moved on, or the folders have."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from conlens_jax.config import (
+    EMBEDDED_MODEL,
+    ConfigError,
+    ExperimentConfig,
+    to_json_dict,
+)
+from conlens_jax.config.paths import local_path
+from conlens_jax.data.cache_metadata import METADATA_FILE
+from conlens_jax.models.hf_io import weights_fingerprint
+from conlens_jax.models.model import LanguageModel
+from conlens_jax.training.checkpoint import any_metadata
+from conlens_jax.training.console import Console
+from conlens_jax.training.language_model import cache_root, ensure_language_model
+
+Metadata = Mapping[str, Any]
+
+
+def places_of(config: ExperimentConfig, model: LanguageModel, run: Path) -> dict[str, Any]:
+    """What a checkpoint's metadata records of folders, as plain values."""
+    cache = local_path(config.dump.cache_dir)
+    uses_cache = config.data.source == "cache"
+    return {
+        "run": str(run),
+        "model": str(model.folder),
+        "model_revision": model.revision,
+        "cache": str(cache) if uses_cache else "",
+        "cache_identity": cache_identity(cache) if uses_cache else "",
+    }
+
+
+def cache_identity(cache: Path) -> str:
+    """A hash over the hashes of all shards; empty where they are not recorded, as in the caches of
+    earlier systems."""
+    files = [cache / split / METADATA_FILE for split in ("train", "validation")]
+    try:
+        shards = [json.loads(file.read_text(encoding="utf-8"))["shards"] for file in files]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
+
+
+def metadata_of_run(run: Path | None) -> Metadata:
+    """What the checkpoints of a run record; empty before there is one."""
+    return {} if run is None else any_metadata(run / "checkpoints")
+
+
+def _moved_with(run: Path, metadata: Metadata, name: str) -> Iterator[Path]:
+    """Where a recorded folder is if it was moved together with the run, and where it was."""
+    places = metadata.get("places", {})
+    if places.get(name):
+        yield Path(os.path.normpath(run / os.path.relpath(places[name], places["run"])))
+        yield Path(places[name])
+
+
+# --- the model ----------------------------------------------------------------------------------
+
+
+def model_place(
+    config: ExperimentConfig, metadata: Metadata, run: Path, console: Console
+) -> tuple[str, str]:
+    """(folder or hub id, revision) of the model that a run was trained on.
+
+    A folder that is recorded comes first, if it holds these weights; then what the config says.
+    The corpus is opened only where an embedded model has to be trained again.
+
+    Raises:
+      ValueError: an embedded model that is nowhere, and whose corpus cannot be read.
+    """
+    wanted = metadata["weights_hash"]
+    if folder := recorded_model(config, metadata, run):
+        return str(folder), ""
+    if config.model.path != EMBEDDED_MODEL:
+        places = metadata.get("places", {})
+        return config.model.path, places.get("model_revision") or config.model.revision
+    try:
+        return str(ensure_language_model(config, console)), ""
+    except ValueError as error:
+        looked = [*_moved_with(run, metadata, "model"), cache_root(config.embedded)]
+        raise ConfigError(
+            [
+                f"the embedded model of {run} (weights {wanted[:12]}) is not in "
+                f"{', '.join(map(str, dict.fromkeys(looked)))}, and cannot be trained again: "
+                f"{error}"
+            ]
+        ) from error
+
+
+def recorded_model(config: ExperimentConfig, metadata: Metadata, run: Path) -> Path | None:
+    """The folder that holds the weights that a run was trained on, where it is known of one."""
+    folders = _model_folders(config, metadata, run)
+    return next((f for f in folders if _fingerprint(f) == metadata["weights_hash"]), None)
+
+
+def _model_folders(config: ExperimentConfig, metadata: Metadata, run: Path) -> Iterator[Path]:
+    yield from _moved_with(run, metadata, "model")
+    if config.model.path == EMBEDDED_MODEL:
+        root = cache_root(config.embedded)
+        if root.is_dir():
+            yield from sorted(root.glob(f"llama-{config.corpus.kind}-*"))
+
+
+def _fingerprint(folder: Path) -> str:
+    if not (folder / "config.json").is_file():
+        return ""
+    try:
+        return weights_fingerprint(folder)
+    except (OSError, ValueError):
+        return ""
+
+
+def check_weights(model: LanguageModel, wanted: str, what: str) -> None:
+    """Raises ConfigError where a model is not the one that ``what`` was trained on."""
+    if model.weights_hash != wanted:
+        raise ConfigError(
+            [
+                f"model.path: {model.folder} holds weights {model.weights_hash[:12]}, and these "
+                f"are not the weights that the lens was trained on: {what} records {wanted[:12]}"
+            ]
+        )
+
+
+# --- going on with a run ------------------------------------------------------------------------
+
+# What may lie elsewhere when a run goes on, because what lies there is compared.
+MOVABLE = ("model.path", "model.revision", "embedded.cache_dir", "dump.cache_dir", "corpus.path")
+
+
+def asks_for_same_model(config: ExperimentConfig, metadata: Metadata) -> bool:
+    """Whether a config names the model as the run's own config does, so that the run's record of
+    it holds. Where an embedded model or its corpus lies does not matter."""
+    before = metadata.get("config", {})
+    now = to_json_dict(config)
+    if now["model"]["path"] != EMBEDDED_MODEL:
+        return all(now["model"][name] == before["model"][name] for name in ("path", "revision"))
+    same = lambda section, free: {**now[section], free: ""} == {**before[section], free: ""}
+    is_embedded = before["model"]["path"] == EMBEDDED_MODEL
+    return is_embedded and same("embedded", "cache_dir") and same("corpus", "path")
+
+
+def with_cache_found(
+    config: ExperimentConfig, metadata: Metadata, run: Path, console: Console
+) -> ExperimentConfig:
+    """The config with the ``dump.cache_dir`` where the run's cache lies now.
+
+    A cache that the config names otherwise than the run did is the user's choice.
+    """
+    identity = metadata.get("places", {}).get("cache_identity")
+    given = local_path(config.dump.cache_dir)
+    is_chosen = config.dump.cache_dir != metadata.get("config", {}).get("dump", {}).get("cache_dir")
+    found = cache_identity(given)
+    if not identity or found == identity or (is_chosen and found) or config.data.source != "cache":
+        return config
+    for folder in _moved_with(run, metadata, "cache"):
+        if cache_identity(folder) == identity:
+            console.line("cache", found=folder)
+            dump = dataclasses.replace(config.dump, cache_dir=str(folder))
+            return dataclasses.replace(config, dump=dump)
+    return config
+
+
+def resumption_problems(
+    config: ExperimentConfig, metadata: Metadata, model: LanguageModel | None
+) -> Iterator[str]:
+    """Why a run cannot go on with what its config's movable fields lead to."""
+    wanted = metadata.get("weights_hash")
+    if model is not None and wanted and model.weights_hash != wanted:
+        yield (
+            f"model.path: {model.folder} holds weights {model.weights_hash[:12]}, and the run was "
+            f"begun with {wanted[:12]}; give that model, or choose another run_dir"
+        )
+    places = metadata.get("places", {})
+    if not places:
+        return
+    identity = places["cache_identity"]
+    given = local_path(config.dump.cache_dir)
+    before = metadata["config"]
+    is_other = cache_identity(given) != identity or (
+        not identity and config.dump.cache_dir != before["dump"]["cache_dir"]
+    )
+    if config.data.source == "cache" and is_other:
+        yield (
+            f"dump.cache_dir: {given} is not the cache that the run was begun with (it was "
+            f"{places['cache']}); give that one, or choose another run_dir"
+        )
+    corpus = before["corpus"]["path"]
+    if config.data.source == "stream" and config.corpus.path != corpus:
+        yield (
+            f"corpus.path is {config.corpus.path!r}, and was {corpus!r} when the run was begun; "
+            "choose another run_dir, or give the old value"
+        )
