@@ -105,7 +105,7 @@ def test_a_row_ends_at_its_stop_token(model, greedy):
         np.testing.assert_array_equal(written[row, :length], free[row, :length])
         assert (written[row, length:] == free[row, length - 1]).all()
     with_end = dataclasses.replace(
-        model, config=dataclasses.replace(model.config, eos_token_id=stop)
+        model, config=dataclasses.replace(model.config, eos_token_ids=(stop,))
     )
     by_itself = with_end.generate(tokens[:1], NEW, mask=LEFT[:1])
     np.testing.assert_array_equal(by_itself, written[:1, :NEW])

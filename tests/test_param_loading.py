@@ -163,7 +163,6 @@ def test_mxfp4_tensors_in_a_folder(tmp_path, mesh, chunk_bytes):
 
 
 class Family:
-    OPTIONAL_PREFIX = "transformer."
     IGNORED = (r"vision_tower\..*",)
     RENAMES = ((r"^language_model\.", ""),)
 
@@ -179,6 +178,6 @@ def test_names_of_files_are_brought_to_those_of_the_table(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     files = TensorFiles(tmp_path)
     expected = ["transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"]
-    files.take_names_of(Family, expected)
+    files.take_names_of(Family, expected, "transformer.")
     assert set(files) == set(expected)
     assert files.array("transformer.wpe.weight")[0] == 2

@@ -20,6 +20,7 @@ from conlens_jax.config import (
     ModelConfig,
     from_config_dict,
 )
+from conlens_jax.config.dtypes import run_dtype
 from conlens_jax.inspection import folder as saved
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.lens.sharding import lens_shardings
@@ -36,6 +37,7 @@ from conlens_jax.training.tracking import read_metrics
 
 def load(path_or_hub_id: str | Path, mesh: Mesh, dtype: str | None, step: int | str) -> Lens:
     """See :meth:`Lens.load`."""
+    dtype = None if dtype is None else run_dtype(dtype)
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir() and not saved.is_saved_lens(path):
         return _from_run(path, mesh, dtype, step)

@@ -101,7 +101,7 @@ def train_language_model(
     model = dataclasses.replace(
         embedded_shape(config, tokenizer.vocab_size),
         bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
+        eos_token_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
     )
     console.line("model", documents=len(train), vocabulary=tokenizer.vocab_size, corpus=source.name)
     rows = _TokenRows(tokenizer, train, config)
