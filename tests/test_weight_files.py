@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import write_tiny_folder
 
-from conlens_jax.models.hf_io import load_params, read_config
+from conlens_jax.models.hf_io import load_params, read_config, weights_fingerprint
 from conlens_jax.models.tensor_files import TensorFiles
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -63,8 +63,10 @@ def test_the_index_decides_between_two_copies(sharded, caplog):
     found = load(sharded.write())
     jax.tree.map(np.testing.assert_array_equal, found, sharded.expected)
     assert f"several files hold {EMBEDDING}" in caplog.text
+    before = weights_fingerprint(sharded.folder)
     sharded.index[EMBEDDING] = sharded.other
     other = load(sharded.write())
+    assert weights_fingerprint(sharded.folder) != before
     np.testing.assert_array_equal(other["embedding"], sharded.expected["embedding"] + 1)
 
 

@@ -25,7 +25,7 @@ from conlens_jax.models.sharding import param_shardings
 from conlens_jax.models.stored_head import end_names, named_tensors, with_stored_head
 from conlens_jax.models.tensor_files import FLOATS, TensorFiles
 from conlens_jax.models.transformer_config import TransformerConfig, array_dtype
-from conlens_jax.models.weight_files import read_json, weight_files
+from conlens_jax.models.weight_files import indexed_files, read_json, weight_files
 from conlens_jax.parallel.mesh import single_device_mesh
 
 __all__ = ["load_params", "read_config", "resolve_folder", "save_model", "weights_fingerprint"]
@@ -150,8 +150,9 @@ def _load(
 def weights_fingerprint(folder: Path) -> str:
     """A hash that tells models apart and is cheap for any size: sha256 over each file's header, its
     size, and the first and last 4 KiB of every tensor. Training changes all of a tensor; a change
-    in the middle of a large one alone would go unseen."""
-    digest = hashlib.sha256()
+    in the middle of a large one alone would go unseen. Where several files hold a tensor, the one
+    that the index names is part of it."""
+    digest, seen, twice = hashlib.sha256(), set(), set()
     for file in weight_files(folder):
         with open(file, "rb") as stream:
             header_size = int.from_bytes(stream.read(8), "little")
@@ -159,11 +160,17 @@ def weights_fingerprint(folder: Path) -> str:
             digest.update(header)
             digest.update(file.stat().st_size.to_bytes(8, "little"))
             entries = json.loads(header)
-            for name in sorted(entries.keys() - {"__metadata__"}):
+            names = entries.keys() - {"__metadata__"}
+            twice |= seen & names
+            seen |= names
+            for name in sorted(names):
                 start, stop = (8 + header_size + o for o in entries[name]["data_offsets"])
                 for offset in (start, max(start, stop - _FINGERPRINT_BYTES)):
                     stream.seek(offset)
                     digest.update(stream.read(min(_FINGERPRINT_BYTES, stop - offset)))
+    read_from = indexed_files(folder) if twice else {}
+    for name in sorted(twice & read_from.keys()):
+        digest.update(f"{name}: {read_from[name]}\n".encode())
     return digest.hexdigest()
 
 

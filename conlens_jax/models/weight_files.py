@@ -105,6 +105,12 @@ def read_json(file: Path) -> Mapping[str, Any]:
     return found
 
 
+def indexed_files(folder: Path) -> dict[str, str]:
+    """The file of each tensor that the folder's index names; empty without an index."""
+    index = folder / INDEX_FILE
+    return _weight_map(index) if index.exists() else {}
+
+
 def some_of(names: Iterable[str]) -> str:
     """The first of many names, for a message."""
     names = list(names)
