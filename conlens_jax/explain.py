@@ -13,12 +13,12 @@ from absl import flags
 
 from conlens_jax import cli
 from conlens_jax.config import ConfigError
+from conlens_jax.config.paths import write_problems
 from conlens_jax.data.corpus import CorpusError
 from conlens_jax.data.text_lines import lines
 from conlens_jax.evaluate import CHECKPOINT, STEP
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.inspection.terminal import render
-from conlens_jax.training.preflight import write_problems
 
 _FILE = flags.DEFINE_string("file", None, "Also explain the text of this file.")
 _POSITIONS = flags.DEFINE_string("positions", "all", "all, or indices: 3,5,-1")

@@ -19,7 +19,7 @@ from absl import flags
 
 from conlens_jax import cli
 from conlens_jax.config import ConfigError
-from conlens_jax.config.paths import local_path
+from conlens_jax.config.paths import local_path, write_problems
 from conlens_jax.evaluate import CHECKPOINT, recorded_config
 from conlens_jax.evaluation import lens_gradients
 from conlens_jax.evaluation.gradients import build_report, measure
@@ -27,7 +27,7 @@ from conlens_jax.evaluation.markup import format_interval
 from conlens_jax.evaluation.report import write_report
 from conlens_jax.evaluation.report_data import Report
 from conlens_jax.training.console import Console
-from conlens_jax.training.preflight import check_files, write_problems
+from conlens_jax.training.preflight import check_files
 from conlens_jax.training.run_folder import checkpoint_of
 from conlens_jax.training.setting import open_setting
 

@@ -110,7 +110,8 @@ def load(flags: argparse.Namespace) -> None:
     jax.config.update("jax_num_cpu_devices", flags.devices)
     from conlens_jax.config import MeshConfig
     from conlens_jax.models.hf_io import load_params, read_config
-    from conlens_jax.models.tensor_files import TensorFiles, weight_files
+    from conlens_jax.models.tensor_files import TensorFiles
+    from conlens_jax.models.weight_files import weight_files
     from conlens_jax.parallel.mesh import make_mesh
 
     files = weight_files(flags.folder)

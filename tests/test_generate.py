@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from tiny_models import hf_model, random_tokens, write_tokenizer
 import conlens_jax
 from conlens_jax.config import MeshConfig
 from conlens_jax.models import generate as generation
+from conlens_jax.models.hf_io import load_params, read_config, save_model
 from conlens_jax.models.sampling import choose_token, nucleus
 from conlens_jax.parallel.mesh import make_mesh
 
@@ -105,7 +108,7 @@ def test_a_row_ends_at_its_stop_token(model, greedy):
         np.testing.assert_array_equal(written[row, :length], free[row, :length])
         assert (written[row, length:] == free[row, length - 1]).all()
     with_end = dataclasses.replace(
-        model, config=dataclasses.replace(model.config, eos_token_id=stop)
+        model, config=dataclasses.replace(model.config, eos_token_ids=(stop,))
     )
     by_itself = with_end.generate(tokens[:1], NEW, mask=LEFT[:1])
     np.testing.assert_array_equal(by_itself, written[:1, :NEW])
@@ -208,3 +211,105 @@ def test_settings_out_of_range(model, settings, message):
 def test_a_mask_goes_with_token_ids(model):
     with pytest.raises(ValueError, match="mask goes with token ids"):
         model.generate("word7", 2, mask=np.ones((1, 2), bool))
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    """One whose greedy tokens are seldom the same twice."""
+    return random_tokens(8, LENGTH, seed=3)[3:4]
+
+
+@pytest.fixture(scope="module")
+def free(reference, prompt):
+    """What transformers writes behind it, where nothing ends it."""
+    import torch
+
+    written = reference.generate(
+        torch.tensor(prompt, dtype=torch.long), max_new_tokens=NEW, do_sample=False
+    )
+    return written[0, LENGTH:].tolist()
+
+
+def write_json(file, **values):
+    before = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(before | values))
+
+
+@pytest.fixture
+def with_ends(folder, tmp_path):
+    """The model in a folder whose files have these ``eos_token_id``; ``None`` writes null, and
+    without ``generation`` there is no generation_config.json."""
+
+    def load(config, **generation):
+        copy = shutil.copytree(folder, tmp_path / str(len(list(tmp_path.iterdir()))))
+        write_json(copy / "config.json", eos_token_id=config)
+        (copy / "generation_config.json").unlink(missing_ok=True)
+        if generation:
+            write_json(copy / "generation_config.json", do_sample=False, **generation)
+        return copy
+
+    return load
+
+
+NOT_SAID = object()
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        (5, NOT_SAID, [5]),
+        ([5, 2], NOT_SAID, [2, 5]),
+        ([2, 5], NOT_SAID, [2, 5]),
+        ([], NOT_SAID, []),
+        (None, NOT_SAID, []),
+        (None, [5], [5]),
+        ([], 5, [5]),
+        (5, [5, 2], [2, 5]),
+        (2, [], []),
+        (2, None, [2]),
+        (5, [2], [2, 5]),
+    ],
+)
+def test_every_end_that_the_files_name_ends_a_text(
+    with_ends, prompt, free, config, generation, ends
+):
+    """The numbers are places among the greedy tokens.
+
+    Where generation_config.json leaves out tokens of config.json, transformers forgets these; here
+    they count. In all other cases the tokens are those of transformers.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    assert free.index(free[5]) == 5 and free.index(free[2]) == 2
+    ids = lambda at: at if at is None else [free[i] for i in at] if type(at) is list else free[at]
+    said = {} if generation is NOT_SAID else {"eos_token_id": ids(generation)}
+    copy = with_ends(ids(config), **said, **({"pad_token_id": 0} if said else {}))
+    ours = conlens_jax.load_model(copy, unroll=1)
+    assert sorted(ours.config.eos_token_ids) == sorted(ids(ends))
+    written = np.asarray(ours.generate(prompt, NEW))[0].tolist()
+    stop = min(ends, default=NEW - 1)
+    assert written == free[: stop + 1] + [free[stop]] * (NEW - 1 - stop)
+    if (config, generation) not in ((5, [2]), (2, None)):
+        theirs = AutoModelForCausalLM.from_pretrained(copy)
+        with torch.no_grad():
+            theirs = theirs.generate(torch.tensor(prompt, dtype=torch.long), max_new_tokens=NEW)
+        assert theirs[0, LENGTH:].tolist() == free[: stop + 1]
+
+
+def test_ends_survive_writing_and_reading(with_ends, tmp_path):
+    for place, (config, other) in enumerate([([7, 9], 11), (None, [7]), ([], [])]):
+        folder = with_ends(config, eos_token_id=other)
+        shape = read_config(folder)
+        again = tmp_path / f"again {place}"
+        save_model(again, shape, load_params(folder, shape))
+        assert read_config(again) == shape
+
+
+@pytest.mark.parametrize("value", ["</s>", 2.0, True, [2, "</s>"], [[2]], {}])
+def test_ends_that_are_no_tokens(with_ends, value):
+    with pytest.raises(ValueError, match=r"config\.json.*\n?.*eos_token_id=.*must be a token id"):
+        read_config(with_ends(value))
+    message = r"generation_config\.json: eos_token_id=.*must be a token id"
+    with pytest.raises(ValueError, match=message):
+        read_config(with_ends(2, eos_token_id=value))

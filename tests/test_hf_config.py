@@ -126,6 +126,9 @@ def test_text_part_of_a_multimodal_config():
         "architectures": ["Gemma3ForConditionalGeneration"],
     }
     assert config_from_hf(whole) == config_from_hf(text)
+    # Ends of text stand on either level.
+    ends = lambda beside: config_from_hf(whole | {"eos_token_id": beside}).eos_token_ids
+    assert ends([6, 2]) == (6, 2) and ends([]) == ends(None) == (2,) and ends(9) == (9, 2)
 
 
 def test_remote_code_is_named_where_the_type_is_unknown():

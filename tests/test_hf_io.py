@@ -108,6 +108,8 @@ def test_half_precision_files(folder, tmp_path, dtype):
     edit_tensors(folder, round_all)
     expected = jax.tree.map(lambda leaf: leaf.astype(dtype).astype("float32"), exact)
     jax.tree.map(np.testing.assert_array_equal, load(folder), expected)
+    if dtype == "float16":  # is read, and neither computed in nor written
+        return
     config = dataclasses.replace(read_config(folder), dtype=dtype)
     save_model(tmp_path / "again", config, load_params(folder, config))
     assert_same_bits(tmp_path / "again", folder)

@@ -16,7 +16,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = [
     *("config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "merges.txt", "vocab.json"),
-    *("tokenizer.model", "model-00001-of-00002.safetensors"),
+    *("tokenizer.model", "model-00001-of-00002.safetensors", "generation_config.json"),
 ]
 NOT_FETCHED = [
     *("pytorch_model.bin", "modeling_custom.py", "tokenization_custom.py", "tokenizer_custom.py"),

@@ -91,7 +91,7 @@ def test_a_saved_lens_comes_back_bit_for_bit(lens, folder, tmp_path):
     assert_same_arrays(again.frozen, lens.frozen)
     assert again.spec == lens.spec
     assert (again.facts, again.metrics, again.add_bos) == (lens.facts, lens.metrics, lens.add_bos)
-    half = conlens_jax.Lens.load(folder, dtype="bfloat16")
+    half = conlens_jax.Lens.load(folder, dtype="bf16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(half.trainable)} == {"bfloat16"}
     whole = conlens_jax.Lens.load(half.save(tmp_path / "half"))
     assert_same_arrays(whole.trainable, half.trainable)

@@ -233,6 +233,15 @@ def test_a_pair_of_multimodal_gemma3_is_read_for_its_text_part(tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 
+def test_every_end_of_the_verbaliser_ends_its_text(pair):
+    eos = pair.av.tokenizer.eos_id
+    config = dataclasses.replace(pair.av.config, eos_token_ids=(7, 9))
+    ending = dataclasses.replace(pair, av=dataclasses.replace(pair.av, config=config))
+    for end in (7, 9, eos):
+        assert ending._ended(np.array([5, 6, end, 9, eos])).tolist() == [5, 6]
+    assert ending._ended(np.array([5, 6])).tolist() == [5, 6]
+
+
 def test_what_stands_between_the_tags():
     assert _explanation("so: <explanation>\n a fox \n</explanation> x") == "a fox"
     assert _explanation("<explanation> cut off") == "cut off"

@@ -99,6 +99,19 @@ def test_conversion_of_stored_numbers(tmp_path, stored, dtype):
     np.testing.assert_array_equal(read, tensor[5:30].T.astype(dtype))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_numbers_beyond_the_range(tmp_path, dtype):
+    row, config = ParamRow(("w",), "DF", "w"), dataclasses.replace(CONFIG, dtype=dtype)
+    tensor = np.ones(row.hf_shape(config))
+    tensor[2, 3] = 1e39
+    save_file({"w": tensor}, tmp_path / "model.safetensors")
+    reader = ParamReader(TensorFiles(tmp_path), config)
+    assert (reader.slice(row, (slice(None), slice(3, None))) == 1).all()
+    with pytest.raises(ValueError, match=f"w has numbers in float64 that {dtype} cannot hold"):
+        reader.slice(row, (slice(None), slice(None)))
+    reader.close()
+
+
 def test_host_memory_beside_the_devices(tmp_path):
     """NumPy's memory is counted here, that of the devices is not."""
     config = dataclasses.replace(CONFIG, n_layers=16, d_model=256, d_mlp=512)
@@ -163,7 +176,6 @@ def test_mxfp4_tensors_in_a_folder(tmp_path, mesh, chunk_bytes):
 
 
 class Family:
-    OPTIONAL_PREFIX = "transformer."
     IGNORED = (r"vision_tower\..*",)
     RENAMES = ((r"^language_model\.", ""),)
 
@@ -179,6 +191,6 @@ def test_names_of_files_are_brought_to_those_of_the_table(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     files = TensorFiles(tmp_path)
     expected = ["transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"]
-    files.take_names_of(Family, expected)
+    files.take_names_of(Family, expected, "transformer.")
     assert set(files) == set(expected)
     assert files.array("transformer.wpe.weight")[0] == 2

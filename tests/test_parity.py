@@ -124,7 +124,7 @@ def test_embeddings_go_in_where_transformers_takes_them(make_pair, family):
 _NOT_SWITCHES = {
     *("family", "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_mlp"),
     *("max_positions", "tied_embeddings", "attention_bias", "mlp_bias", "initializer_range"),
-    *("bos_token_id", "eos_token_id", "dtype", "unroll", "remat", "attention", "n_experts"),
+    *("bos_token_id", "eos_token_ids", "dtype", "unroll", "remat", "attention", "n_experts"),
     *("gated_mlp", "pre_norms", "learned_positions", "experts_per_token"),
     # Seen in 16 bits only.
     "norm_in_fp32",

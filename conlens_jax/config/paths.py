@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,3 +63,26 @@ def checkpoint_path_problem(path: str | os.PathLike[str]) -> str | None:
             f"for {place.parts[1]}://; {advice}"
         )
     return None
+
+
+def write_problems(name: str, folder: str | Path) -> Iterator[str]:
+    """Why nothing can be written to a folder, which need not be there yet.
+
+    Args:
+      name: the field or flag that names it.
+    """
+    if "://" in str(folder):
+        return
+    place = local_path(folder)
+    try:
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            yield f"{name}={str(folder)!r}: {place} is a file, not a folder; choose another"
+            return
+        # Permissions alone do not tell: the disk may be read-only, or full.
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        yield f"{name}={str(folder)!r} cannot be written ({place}: {reason}); choose another"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from conlens_jax.config.dtypes import dtype_problem
 from conlens_jax.config.estimator import ANY_SAMPLE_TAU, parse_estimator
 from conlens_jax.config.fields import field_names, lookup
 from conlens_jax.config.paths import PATH_FIELDS, PATTERN, path_problems
@@ -20,13 +21,11 @@ from conlens_jax.config.settings import (
 )
 
 _CHOICES = {
-    "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "products", "full"),
     "model.attention": ("xla", "cudnn"),
     "corpus.kind": (*GENERATED_CORPORA, "stdlib", "text", "jsonl", "parquet", "huggingface"),
     "corpus.encoding_errors": ("error", "replace"),
     "data.source": ("cache", "stream"),
-    "dump.dtype": ("float32", "bfloat16"),
     "lens.train_decoder": ("full", "frozen", "lora"),
     "lens.train_encoder": ("full", "frozen", "lora"),
     "loss.mse_kind": ("direction", "direction+norm", "raw"),
@@ -71,6 +70,9 @@ _AT_LEAST_ZERO = (
 
 def config_problems(config: ExperimentConfig) -> Iterator[str]:
     """Every value that cannot be run, each with its field and the fix."""
+    for name in ("model.dtype", "dump.dtype"):
+        if problem := dtype_problem(lookup(config, name), name):
+            yield problem
     for name, choices in _CHOICES.items():
         if lookup(config, name) not in choices:
             yield f"{name} must be one of {', '.join(choices)}, not {lookup(config, name)!r}"

@@ -18,6 +18,7 @@ from conlens_jax.config import (
     ModelConfig,
     from_config_dict,
 )
+from conlens_jax.config.dtypes import run_dtype
 from conlens_jax.config.paths import local_path
 from conlens_jax.evaluation.metric_files import MEASURED_STEP
 from conlens_jax.inspection import folder as saved
@@ -34,6 +35,7 @@ from conlens_jax.training.run_folder import chosen_checkpoint
 
 def load(path_or_hub_id: str | Path, mesh: Mesh, dtype: str | None, step: int | str) -> Lens:
     """See :meth:`Lens.load`."""
+    dtype = None if dtype is None else run_dtype(dtype)
     path = local_path(path_or_hub_id)
     if path.is_dir() and not saved.is_saved_lens(path):
         return _from_run(path, mesh, dtype, step)

@@ -179,7 +179,7 @@ class NlaPair:
                 "these are not a pair"
             )
         model = load_model(av, dtype=dtype, unroll=unroll)
-        config = dataclasses.replace(hf_io.read_config(ar), dtype=dtype, unroll=unroll)
+        config = dataclasses.replace(hf_io.read_config(ar), dtype=model.config.dtype, unroll=unroll)
         if config.n_layers != ar_sidecar.layer + 1:
             raise ValueError(
                 f"{ar} has {config.n_layers} layers, and an AR for layer {ar_sidecar.layer} has "
@@ -196,7 +196,7 @@ class NlaPair:
             hf_io.load_params(ar, config, head=False),
             ar_sidecar,
             tokenizer,
-            weight.astype(dtype).T,
+            weight.astype(config.dtype).T,
             max_new_tokens,
         )
         _ = pair._prompt  # a template that does not fit the tokenizer shows here
@@ -267,9 +267,15 @@ class NlaPair:
         written = np.asarray(self._verbalise(self.av.params, jnp.asarray(rows)))[: len(vectors)]
         return [_explanation(self.av.tokenizer.decode(self._ended(ids))) for ids in written]
 
+    @property
+    def _end_ids(self) -> list[int]:
+        """The tokens that end a text: the model's, and the tokenizer's."""
+        own = self.av.tokenizer.eos_id
+        return [*self.av.config.eos_token_ids, *([] if own is None else [own])]
+
     def _ended(self, ids: np.ndarray) -> np.ndarray:
         """The tokens before the end of the text."""
-        ends = np.flatnonzero(ids == self.av.tokenizer.eos_id)
+        ends = np.flatnonzero(np.isin(ids, self._end_ids))
         return ids[: ends[0]] if len(ends) else ids
 
     def reconstruct(self, texts: Sequence[str]) -> Float[np.ndarray, "N D"]:

@@ -72,8 +72,16 @@ class HFConfigReader:
         return _ACTIVATIONS.get(value, "silu")
 
     def token_id(self, key: str, default: int | None = None) -> int | None:
-        value = self(key, default)
-        return value[0] if isinstance(value, list) else value
+        """One id; the first of a list."""
+        return next(iter(self.token_ids(key, default)), None)
+
+    def token_ids(self, key: str, default: int | None = None) -> tuple[int, ...]:
+        """The ids of a key that holds one, a list of them or null."""
+        try:
+            return parse_token_ids(self(key, default), key)
+        except ValueError as error:
+            self.problems.append(str(error))
+            return ()
 
     def windows(
         self,
@@ -120,6 +128,22 @@ class HFConfigReader:
                 f"config.json of the model ({self.name}) holds what this port cannot honour:\n"
                 + "\n".join(f"  - {problem}" for problem in self.problems)
             )
+
+
+def parse_token_ids(value: Any, key: str) -> tuple[int, ...]:
+    """The ids of a value that is one, a list of them or null, each once and in their order.
+
+    Raises:
+      ValueError: anything else.
+    """
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(id) is int for id in ids):
+        raise ValueError(f"{key}={value!r} must be a token id, a list of token ids or null")
+    return tuple(dict.fromkeys(ids))
+
+
+def token_ids_to_hf(ids: tuple[int, ...]) -> int | list[int] | None:
+    return (list(ids) if len(ids) > 1 else ids[0]) if ids else None
 
 
 def layer_types_to_hf(windows: tuple[int, ...], n_layers: int) -> dict[str, Any]:

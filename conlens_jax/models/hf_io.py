@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Set
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 from conlens_jax.models.families import config_from_hf, family_of
+from conlens_jax.models.hf_config import parse_token_ids
 from conlens_jax.models.hub import resolve_folder
 from conlens_jax.models.model_saving import save_model
 from conlens_jax.models.mxfp4 import MXFP4
@@ -20,20 +22,30 @@ from conlens_jax.models.param_loading import CHUNK_BYTES, ParamReader
 from conlens_jax.models.param_table import ParamRow, Params, build_tree, count_params, leaf
 from conlens_jax.models.quantized import Int8Matrix, quantise
 from conlens_jax.models.sharding import param_shardings
-from conlens_jax.models.tensor_files import FLOATS, TensorFiles, read_json, weight_files
+from conlens_jax.models.stored_head import end_names, named_tensors, with_stored_head
+from conlens_jax.models.tensor_files import FLOATS, TensorFiles
 from conlens_jax.models.transformer_config import TransformerConfig, array_dtype
+from conlens_jax.models.weight_files import indexed_files, read_json, weight_files
 from conlens_jax.parallel.mesh import single_device_mesh
 
 __all__ = ["load_params", "read_config", "resolve_folder", "save_model", "weights_fingerprint"]
 
 BELOW_THE_LAYERS = ("embedding", "position_embedding")
 """Rows of a model's table that the input of the first layer is made of."""
+GENERATION_FILE = "generation_config.json"
 _FINGERPRINT_BYTES = 4096
 
 
 def read_config(folder: Path) -> TransformerConfig:
-    """The shape of the model in a folder; see :func:`read_config_file`."""
-    return read_config_file(folder / "config.json")
+    """The shape of the model in a folder, by all of its files: config.json (see
+    :func:`read_config_file`), the tokens that end a text in generation_config.json, and whether the
+    weights hold a head of their own.
+
+    Raises:
+      ValueError: no supported model, or files that cannot be read.
+    """
+    config = read_config_file(folder / "config.json")
+    return with_stored_head(_with_generation_ends(config, folder / GENERATION_FILE), folder)
 
 
 def read_config_file(file: Path) -> TransformerConfig:
@@ -53,6 +65,22 @@ def read_config_file(file: Path) -> TransformerConfig:
     return config_from_hf(values)
 
 
+def _with_generation_ends(config: TransformerConfig, file: Path) -> TransformerConfig:
+    """All that end a text: the tokens of config.json and those of generation_config.json; none
+    where the latter has an empty list."""
+    if not file.exists():
+        return config
+    stated = read_json(file).get("eos_token_id")
+    try:
+        ids = parse_token_ids(stated, "eos_token_id")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    if stated == []:
+        return dataclasses.replace(config, eos_token_ids=())
+    together = dict.fromkeys((*config.eos_token_ids, *ids))
+    return dataclasses.replace(config, eos_token_ids=tuple(together))
+
+
 def load_params(
     folder: Path,
     config: TransformerConfig,
@@ -68,6 +96,7 @@ def load_params(
     Every tensor is checked by name, shape and the size of its file before the first is read.
 
     Args:
+      config: of :func:`read_config`, which knows whether the files hold a head of their own.
       head: False leaves out what stands behind the layers (final norm and output head), whether
         or not the folder has it.
       progress: show a bar; None shows it where the standard error stream is a terminal.
@@ -79,12 +108,11 @@ def load_params(
     mesh = mesh or single_device_mesh()
     family = family_of(config)
     table = family.param_table(config)
-    tensors = TensorFiles(folder)
+    tensors = named_tensors(folder, config)
     shapes = lambda rows: {
         name: r.hf_shape(config) for r in rows for _, name in r.tensor_names(config)
     }
     every_shape = shapes(table)
-    tensors.take_names_of(family, every_shape)
     shardings = param_shardings(table, config, mesh)
     if not head:
         table = [row for row in table if row.stacked or row.path[0] in BELOW_THE_LAYERS]
@@ -122,8 +150,9 @@ def _load(
 def weights_fingerprint(folder: Path) -> str:
     """A hash that tells models apart and is cheap for any size: sha256 over each file's header, its
     size, and the first and last 4 KiB of every tensor. Training changes all of a tensor; a change
-    in the middle of a large one alone would go unseen."""
-    digest = hashlib.sha256()
+    in the middle of a large one alone would go unseen. Where several files hold a tensor, the one
+    that the index names is part of it."""
+    digest, seen, twice = hashlib.sha256(), set(), set()
     for file in weight_files(folder):
         with open(file, "rb") as stream:
             header_size = int.from_bytes(stream.read(8), "little")
@@ -131,11 +160,17 @@ def weights_fingerprint(folder: Path) -> str:
             digest.update(header)
             digest.update(file.stat().st_size.to_bytes(8, "little"))
             entries = json.loads(header)
-            for name in sorted(entries.keys() - {"__metadata__"}):
+            names = entries.keys() - {"__metadata__"}
+            twice |= seen & names
+            seen |= names
+            for name in sorted(names):
                 start, stop = (8 + header_size + o for o in entries[name]["data_offsets"])
                 for offset in (start, max(start, stop - _FINGERPRINT_BYTES)):
                     stream.seek(offset)
                     digest.update(stream.read(min(_FINGERPRINT_BYTES, stop - offset)))
+    read_from = indexed_files(folder) if twice else {}
+    for name in sorted(twice & read_from.keys()):
+        digest.update(f"{name}: {read_from[name]}\n".encode())
     return digest.hexdigest()
 
 
@@ -146,7 +181,8 @@ def _check_tensors(
     config: TransformerConfig,
     folder: Path,
 ) -> None:
-    tied_copy = {"lm_head.weight"} if config.tied_embeddings else set()
+    # Equal to the embedding, or the config would not be a tied one: see with_stored_head.
+    tied_copy = {end_names(config)[1]} if config.tied_embeddings else set()
     problems = [f"missing: {name} {expected[name]}" for name in expected if name not in tensors]
     problems += [
         f"unexpected: {name} {tensor.shape}"

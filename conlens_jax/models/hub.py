@@ -12,6 +12,7 @@ _FETCHED = (
     "*.safetensors",
     "*.safetensors.index.json",
     "config.json",
+    "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",

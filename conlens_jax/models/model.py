@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from conlens_jax.config.dtypes import run_dtype
 from conlens_jax.config.paths import local_path
 from conlens_jax.config.seeds import random_key
 from conlens_jax.data.tokenizer import Tokenizer, check_vocabulary
@@ -157,8 +159,8 @@ class LanguageModel:
           seed: of the draws, any whole number. Each row draws its own; the same call gives the
             same tokens.
           mask: False on padding; only for token ids.
-          stop: tokens that end a row, which then repeats its last one. None: the model's own end
-            of text; ``()``: no row ends early.
+          stop: tokens that end a row, which then repeats its last one. None: the model's own ends
+            of text (``config.eos_token_ids``); ``()``: no row ends early.
 
         Raises:
           ValueError: a setting out of range, a prompt without a token, or more tokens than the
@@ -175,7 +177,7 @@ class LanguageModel:
                 f"the {self.config.max_positions} positions that {self.model_id} was made for"
             )
         if stop is None:
-            stop = () if self.config.eos_token_id is None else (self.config.eos_token_id,)
+            stop = self.config.eos_token_ids
         room = ((0, 0), (0, generation.bucket(tokens.shape[1]) - tokens.shape[1]))
         written_BT = generation.generate(
             self.params,
@@ -213,7 +215,7 @@ class LanguageModel:
 
 def load_model(
     folder_or_id: str | Path,
-    dtype: str = "float32",
+    dtype: DTypeLike = "float32",
     mesh: Mesh | None = None,
     *,
     revision: str = "",
@@ -226,14 +228,17 @@ def load_model(
     """Loads a Hugging Face model folder or hub id onto a mesh (default: the first device).
 
     Args:
+      dtype: what it is computed in, whatever its files hold: float32 or bfloat16, by name or as a
+        dtype.
       unroll, remat, attention: how it is run; see :class:`conlens_jax.config.ModelConfig`.
       quantise: ``"int8"`` for frozen int8 matrices (:mod:`conlens_jax.models.quantized`).
       before_loading: called when the shape is known and no weight has been read.
 
     Raises:
       ValueError: not a supported model, or its files do not fit its config.json; every problem
-        is listed.
+        is listed. A dtype that no model is run in, float16 among them.
     """
+    dtype = run_dtype(dtype)
     folder = hf_io.resolve_folder(str(folder_or_id), revision)
     config = dataclasses.replace(
         hf_io.read_config(folder),

@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 
 from conlens_jax.models.families import family_of
 from conlens_jax.models.param_table import Params, leaf
-from conlens_jax.models.tensor_files import INDEX_FILE, WHOLE_FILE
 from conlens_jax.models.transformer_config import TransformerConfig
+from conlens_jax.models.weight_files import INDEX_FILE, WHOLE_FILE
 
 MAX_FILE_BYTES = 5 * 10**9
 _UNFINISHED = ".unfinished"

@@ -106,7 +106,11 @@ class ParamReader:
         return part
 
     def slice(self, row: ParamRow, index: Index) -> np.ndarray:
-        """A slice of a parameter, in ``config.dtype``; nothing else is read."""
+        """A slice of a parameter, in ``config.dtype``; nothing else is read.
+
+        Raises:
+          ValueError: numbers beyond the range of ``config.dtype``.
+        """
         index = _absolute(index, row.shape(self.config))
         out = np.empty([of_dim.stop - of_dim.start for of_dim in index], self.config.dtype)
         n_leading = len(row.index_dims)
@@ -117,9 +121,15 @@ class ParamReader:
 
         def fill(position: tuple[int, ...]) -> None:
             of_dim = [start.start + at for start, at in zip(leading, position, strict=True)]
-            tensor = self.tensors.array(row.tensor_name(of_dim), experts)
-            source = row.view(tensor, self.config)[within]
-            _copy(out[position], source, row)
+            name = row.tensor_name(of_dim)
+            source = row.view(self.tensors.array(name, experts), self.config)[within]
+            with np.errstate(over="ignore"):
+                _copy(out[position], source, row)
+            if source.dtype == np.float64 and np.any(np.isinf(out[position]) & np.isfinite(source)):
+                raise ValueError(
+                    f"{self.tensors[name].file}: {name} has numbers in float64 that "
+                    f"{self.config.dtype} cannot hold"
+                )
 
         for _ in self._threads.map(fill, np.ndindex(out.shape[:n_leading])):
             pass

@@ -7,7 +7,6 @@ order of dimensions: an array here is a view of the file.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import mmap
 import re
@@ -15,43 +14,36 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from conlens_jax.models.mxfp4 import BLOCKS, MXFP4, SCALES, dequantise_mxfp4
+from conlens_jax.models.weight_files import (
+    DTYPES,
+    StoredTensor,
+    some_of,
+    stored_tensors,
+    weight_files,
+)
 
-_DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "U8": np.uint8,
-}
 FLOATS = ("F64", "F32", "F16", "BF16", MXFP4)
-WHOLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth")
-# The longest header that the format's own reader takes.
-_MAX_HEADER_BYTES = 100_000_000
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor is: ``start`` and ``stop`` are offsets into the file, in bytes."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
+# How much of two tensors is compared at once.
+_COMPARED_BYTES = 1 << 26
+# Buffers that old files of many families carry.
+_IGNORED = (
+    r"(.*\.)?rotary_emb\.inv_freq",
+    r"(.*\.)?attn\.(masked_)?bias",
+    r"(.*\.)?masked_bias",
+    r"(.*\.)?position_ids",
+)
 
 
 class TensorFiles(Mapping[str, StoredTensor]):
     """The tensors of a folder by name; every file's header and size is checked at once.
 
     Raises:
-      ValueError: no safetensors, an incomplete index, damaged or truncated files.
+      ValueError: no safetensors, an incomplete index, damaged or truncated files, a tensor that
+        several files hold with different values and no index that decides.
     """
 
     def __init__(self, folder: Path):
@@ -59,11 +51,18 @@ class TensorFiles(Mapping[str, StoredTensor]):
         self.files = weight_files(folder)
         self._mapped: dict[Path, mmap.mmap] = {}
         self._lock = threading.Lock()
-        self._tensors: dict[str, StoredTensor] = {}
         self._parts: set[str] = set()
-        for file in self.files:
-            self._tensors |= _read_header(file)
-        _check_index(folder, self.files, self._tensors)
+        self._tensors, undecided = stored_tensors(folder, self.files)
+        differing = [
+            f"{name} in {', '.join(copy.file.name for copy in copies)}"
+            for name, copies in undecided.items()
+            if not all(self._is_same(copies[0], other) for other in copies[1:])
+        ]
+        if differing:
+            raise ValueError(
+                f"model.path={folder}: several files hold a tensor with different values, and no "
+                f"index says which of them counts: {some_of(differing)}"
+            )
 
     def __getitem__(self, name: str) -> StoredTensor:
         return self._tensors[name]
@@ -82,8 +81,36 @@ class TensorFiles(Mapping[str, StoredTensor]):
             return dequantise_mxfp4(
                 self.array(name + BLOCKS, part), self.array(name + SCALES, part)
             )
+        return self._view(tensor, part)
+
+    def same_values(self, name: str, other: str) -> bool:
+        """Whether two tensors of plain numbers are equal, whatever dtypes they are stored in.
+        Both are read, a part at a time, to the first difference."""
+        return self._is_same(self._tensors[name], self._tensors[other])
+
+    def _is_same(self, one: StoredTensor, other: StoredTensor) -> bool:
+        if one.shape != other.shape:
+            return False
+        if not {one.dtype, other.dtype} <= DTYPES.keys():
+            if one.dtype != other.dtype or one.stop - one.start != other.stop - other.start:
+                return False
+            one, other = (
+                dataclasses.replace(tensor, dtype="U8", shape=(tensor.stop - tensor.start,))
+                for tensor in (one, other)
+            )
+        row_bytes = 8 * math.prod(one.shape[1:])
+        rows = max(1, _COMPARED_BYTES // max(1, row_bytes))
+        for start in range(0, one.shape[0] if one.shape else 1, rows):
+            part = slice(start, start + rows)
+            same = _equal(self._view(one, part), self._view(other, part))
+            self.release()
+            if not same:
+                return False
+        return True
+
+    def _view(self, tensor: StoredTensor, part: slice = slice(None)) -> np.ndarray:
         raw = np.frombuffer(self._map(tensor.file), np.uint8)[tensor.start : tensor.stop]
-        whole = raw.view(_DTYPES[tensor.dtype]).reshape(tensor.shape)
+        whole = raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
         return whole[part] if whole.ndim else whole
 
     def _map(self, file: Path) -> mmap.mmap:
@@ -99,26 +126,54 @@ class TensorFiles(Mapping[str, StoredTensor]):
             if hasattr(mapped, "madvise"):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
-    def take_names_of(self, family: ModuleType, expected: Iterable[str]) -> None:
-        """Gives the tensors the names of a family's table, and forgets what the family ignores.
+    def take_names_of(
+        self, family: ModuleType | None, expected: Iterable[str], prefix: str = ""
+    ) -> None:
+        """Gives the tensors the names of a family's table, and forgets what no model needs: what
+        the family ignores, and tensors without a number.
 
         A family module may have:
           ``IGNORED``: regular expressions for whole names of tensors that no model needs.
           ``RENAMES``: pairs of a regular expression and its replacement, tried on each name.
-          ``OPTIONAL_PREFIX``: what some files leave out in front of their names.
+
+        Args:
+          expected: the names of the table.
+          prefix: of the model without its head. As in transformers, a file may leave it out in
+            front of a name, or have it once too often.
+
+        Raises:
+          ValueError: tensors that get the same name and differ.
         """
         ignored = re.compile("|".join((*_IGNORED, *getattr(family, "IGNORED", ()))))
-        prefix, expected = getattr(family, "OPTIONAL_PREFIX", ""), set(expected)
+        expected = set(expected)
+        known = expected | {name + part for name in expected for part in (BLOCKS, SCALES)}
 
         def renamed(name: str) -> str:
             for pattern, replacement in getattr(family, "RENAMES", ()):
                 name = re.sub(pattern, replacement, name)
-            return prefix + name if prefix and prefix + name in expected else name
+            others = (prefix + name, name.removeprefix(prefix)) if prefix else ()
+            return next((other for other in (name, *others) if other in known), name)
 
-        kept = {name: tensor for name, tensor in self.items() if not ignored.fullmatch(name)}
-        self._tensors = {renamed(name): tensor for name, tensor in kept.items()}
+        sources: dict[str, list[str]] = {}
+        for name, tensor in self.items():
+            if not ignored.fullmatch(name) and 0 not in tensor.shape:
+                sources.setdefault(renamed(name), []).append(name)
+        differing = [
+            f"{name} as {' and '.join(copies)}"
+            for name, copies in sources.items()
+            if not all(self.same_values(copies[0], one) for one in copies[1:])
+        ]
+        if differing:
+            raise ValueError(
+                f"model.path={self.folder}: tensors that mean the same have different values: "
+                + some_of(differing)
+            )
+        self._tensors = {name: self._tensors[of[0]] for name, of in sources.items()}
         for name in [name for name in expected if name not in self and name + BLOCKS in self]:
             self._join_mxfp4(name)
+
+    def rename(self, name: str, new_name: str) -> None:
+        self._tensors[new_name] = self._tensors.pop(name)
 
     def _join_mxfp4(self, name: str) -> None:
         """Makes the two tensors of a 4-bit matrix known by its own name."""
@@ -131,82 +186,10 @@ class TensorFiles(Mapping[str, StoredTensor]):
         self._parts |= {name + BLOCKS, name + SCALES}
 
 
-# Buffers that old files of many families carry.
-_IGNORED = (r".*\.rotary_emb\.inv_freq", r".*\.attn\.(masked_)?bias", r".*\.masked_bias")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """As transformers chooses them: one whole file, or else what the index names. Adapters and
-    other layouts often lie beside them."""
-    whole = folder / WHOLE_FILE
-    if whole.exists():
-        return [whole]
-    index = folder / INDEX_FILE
-    if index.exists():
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).exists()]
-        if missing:
-            raise ValueError(f"{index} names files that are not there: {', '.join(missing)}")
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if files:
-        return files
-    pickled = [file.name for pattern in _PICKLES for file in folder.glob(pattern)]
-    hint = f"; {', '.join(pickled)} is pickled and is not read: convert it" if pickled else ""
-    raise ValueError(f"model.path={folder}: there is no .safetensors file{hint}")
-
-
-def read_json(file: Path) -> Mapping[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"model.path={file.parent}: there is no {file.name}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-
-
-def _read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file: 8 bytes of length, a JSON header of that length, the data.
-
-    Source: https://github.com/huggingface/safetensors, "Format".
-    """
-    damaged = f"{file} is damaged or cut short"
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(f"{damaged}: {size:,} bytes hold no whole header")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise ValueError(f"{damaged}: its header is not JSON: {error}") from None
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        start, stop = (8 + length + offset for offset in entry["data_offsets"])
-        tensor = StoredTensor(file, entry["dtype"], tuple(entry["shape"]), start, stop)
-        dtype = _DTYPES.get(tensor.dtype)
-        if dtype and math.prod(tensor.shape) * np.dtype(dtype).itemsize != stop - start:
-            raise ValueError(f"{damaged}: {name} {tensor.shape} has {stop - start:,} bytes")
-        tensors[name] = tensor
-    end = max((tensor.stop for tensor in tensors.values()), default=8 + length)
-    if end > size:
-        raise ValueError(f"{damaged}: its header speaks of {end:,} bytes, there are {size:,}")
-    return tensors
-
-
-def _check_index(folder: Path, files: list[Path], tensors: Mapping[str, StoredTensor]) -> None:
-    """Every tensor that the index names must be in the file that it names."""
-    index = folder / INDEX_FILE
-    if files == [folder / WHOLE_FILE] or not index.exists():
-        return
-    missing = [
-        f"{name} in {file}"
-        for name, file in read_json(index)["weight_map"].items()
-        if name not in tensors or tensors[name].file.name != file
-    ]
-    if missing:
-        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-        raise ValueError(
-            f"{index} names tensors that are not there: {', '.join(missing[:10])}{more}"
-        )
+def _equal(one: np.ndarray, other: np.ndarray) -> bool:
+    """By value, with 0 equal to -0; the same bits are equal without a look at the numbers."""
+    as_bytes = lambda array: array.reshape(-1).view(np.uint8)
+    if one.dtype == other.dtype and np.array_equal(as_bytes(one), as_bytes(other)):
+        return True
+    wide = np.float64 if np.float64 in (one.dtype, other.dtype) else np.float32
+    return np.array_equal(one.astype(wide), other.astype(wide))

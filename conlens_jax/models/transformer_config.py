@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from conlens_jax.config.dtypes import run_dtype
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
@@ -79,6 +81,8 @@ class TransformerConfig:
       scale_by_depth: layer i divides that by i + 1.
       attention_soft_cap, final_soft_cap: c in c·tanh(x / c), of scores and logits; 0: none.
       attention_sinks: a logit a head that takes part in the softmax and brings no value.
+      eos_token_ids: each of them ends a text.
+      dtype: ``"float32"`` or ``"bfloat16"``; other spellings are brought to these.
       attention: ``"xla"`` or ``"cudnn"`` (:mod:`conlens_jax.models.flash`).
       quantise: ``"int8"`` where the matrices are loaded as such
         (:mod:`conlens_jax.models.quantized`).
@@ -123,12 +127,15 @@ class TransformerConfig:
     mlp_bias: bool = False
     initializer_range: float = 0.02
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
     unroll: int = 0
     remat: str = "none"
     attention: str = "xla"
     quantise: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "dtype", run_dtype(self.dtype))
 
     @property
     def dim_sizes(self) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 from conlens_jax.config import EMBEDDED_MODEL, ConfigError, ExperimentConfig
 from conlens_jax.data.tokenizer import Tokenizer
-from conlens_jax.models.hf_io import read_config_file
+from conlens_jax.models.hf_io import read_config, read_config_file
 from conlens_jax.models.transformer_config import TransformerConfig
 from conlens_jax.training.language_model import embedded_shape
 
@@ -59,11 +60,19 @@ def planned_model(config: ExperimentConfig, model_config: str = "") -> PlannedMo
         shape = embedded_shape(config.embedded, config.embedded.vocab_size)
         return PlannedModel(path, "the section embedded", _as_run(shape, config), WordCounter())
     file = _config_file(path, config.model.revision, "--model-config" if model_config else "")
-    shape = read_config_file(file)
+    shape = _shape_of(file)
     tokenizer = WordCounter()
     if (file.parent / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_folder(file.parent)
     return PlannedModel(path, str(file), _as_run(shape, config), tokenizer)
+
+
+def _shape_of(file: Path) -> TransformerConfig:
+    """By the weights beside it too, if they are all there: a head of their own is memory."""
+    if file.name == "config.json":
+        with contextlib.suppress(ValueError):
+            return read_config(file.parent)
+    return read_config_file(file)
 
 
 def _as_run(shape: TransformerConfig, config: ExperimentConfig) -> TransformerConfig:

@@ -31,7 +31,7 @@ from conlens_jax.config import (
     ExperimentConfig,
     ScheduleConfig,
 )
-from conlens_jax.config.paths import local_path
+from conlens_jax.config.paths import local_path, write_problems
 from conlens_jax.config.seeds import numpy_seed, random_key
 from conlens_jax.data.batches import batch_indices, pad_tokens
 from conlens_jax.data.corpus import Document, open_corpus
@@ -48,7 +48,6 @@ from conlens_jax.models.transformer import forward
 from conlens_jax.models.transformer_config import RopeConfig, TransformerConfig
 from conlens_jax.training.answers import answer_statistics
 from conlens_jax.training.console import Console
-from conlens_jax.training.preflight import write_problems
 
 STATISTICS_FILE = "training.json"
 RARE = 0.005
@@ -110,7 +109,7 @@ def train_language_model(
     model = dataclasses.replace(
         embedded_shape(config, tokenizer.vocab_size),
         bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
+        eos_token_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
     )
     for note in source.notes:
         console.line("model", note=note)

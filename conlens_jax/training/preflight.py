@@ -7,12 +7,11 @@ come in one message. Nothing is left behind, and no hub is asked.
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from conlens_jax.config import EMBEDDED_MODEL, ConfigError, CorpusConfig, ExperimentConfig
-from conlens_jax.config.paths import local_path
+from conlens_jax.config.paths import local_path, write_problems
 from conlens_jax.data.corpus import SPLITS, open_corpus
 from conlens_jax.parallel.processes import told_by_first
 from conlens_jax.training.checkpoint import all_steps
@@ -108,29 +107,6 @@ def corpus_problems(config: CorpusConfig) -> Iterator[str]:
             open_corpus(config)
         except (ValueError, OSError) as error:
             yield str(error)
-
-
-def write_problems(name: str, folder: str | Path) -> Iterator[str]:
-    """Why nothing can be written to a folder, which need not be there yet.
-
-    Args:
-      name: the field or flag that names it.
-    """
-    if "://" in str(folder):
-        return
-    place = local_path(folder)
-    try:
-        while not place.exists():
-            place = place.parent
-        if not place.is_dir():
-            yield f"{name}={str(folder)!r}: {place} is a file, not a folder; choose another"
-            return
-        # Permissions alone do not tell: the disk may be read-only, or full.
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        reason = error.strerror or error
-        yield f"{name}={str(folder)!r} cannot be written ({place}: {reason}); choose another"
 
 
 def _model_problems(path: str) -> Iterator[str]:

@@ -18,8 +18,6 @@ from conlens_jax.training.console import Console
 from conlens_jax.training.setting import Setting
 from conlens_jax.training.wandb_run import WandbRun
 
-CHECKPOINT_METRIC = "kl_at_sampled"
-
 
 class TrainingStopped(RuntimeError):
     """The run cannot go on; the message names the last good checkpoint."""

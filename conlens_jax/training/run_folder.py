@@ -12,9 +12,8 @@ from conlens_jax.config import ConfigError, ExperimentConfig, field_names, looku
 from conlens_jax.config.paths import PATH_FIELDS, expanded, local_path
 from conlens_jax.models.model import LanguageModel
 from conlens_jax.models.param_table import Params
-from conlens_jax.training.checkpoint import all_steps, restore_params, step_of
+from conlens_jax.training.checkpoint import CHECKPOINT_METRIC, all_steps, restore_params, step_of
 from conlens_jax.training.places import MOVABLE, metadata_of_run, resumption_problems
-from conlens_jax.training.run import CHECKPOINT_METRIC
 from conlens_jax.training.tracking import read_metrics
 
 CONTROL, BASELINE, AUDIT = "control", "baseline", "audit"

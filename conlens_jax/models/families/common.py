@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from conlens_jax.models.hf_config import HFConfigReader, activation_to_hf
+from conlens_jax.models.hf_config import HFConfigReader, activation_to_hf, token_ids_to_hf
 from conlens_jax.models.hf_rope import rope_to_hf
 from conlens_jax.models.param_table import ParamRow, Piece
 from conlens_jax.models.transformer_config import TransformerConfig
@@ -48,7 +48,7 @@ def read_sizes(
         "tied_embeddings": read("tie_word_embeddings", tied),
         "initializer_range": read("initializer_range", 0.02),
         "bos_token_id": read.token_id("bos_token_id", bos),
-        "eos_token_id": read.token_id("eos_token_id", eos),
+        "eos_token_ids": read.token_ids("eos_token_id", eos),
     }
 
 
@@ -72,7 +72,7 @@ def sizes_to_hf(config: TransformerConfig, model_type: str, architecture: str) -
         "rope_parameters": rope_to_hf(config.rope),
         "rope_theta": config.rope.theta,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
+        "eos_token_id": token_ids_to_hf(config.eos_token_ids),
         "dtype": config.dtype,
     }
 

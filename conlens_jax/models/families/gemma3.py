@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from conlens_jax.models.families import common, gemma2
-from conlens_jax.models.hf_config import FULL, SLIDING, HFConfigReader
+from conlens_jax.models.hf_config import FULL, SLIDING, HFConfigReader, parse_token_ids
 from conlens_jax.models.hf_rope import parse_rope, rope_to_hf
 from conlens_jax.models.param_table import ParamRow
 from conlens_jax.models.transformer_config import RopeConfig, TransformerConfig
@@ -70,7 +70,13 @@ def _text_part(values: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of ``text_config``, and those that a multimodal config.json has beside it."""
     beside = ("bos_token_id", "eos_token_id", "tie_word_embeddings", "quantization_config")
     found = {key: values[key] for key in beside if values.get(key) is not None}
-    return found | dict(values.get("text_config") or {}) | {"model_type": MODEL_TYPE}
+    text = dict(values.get("text_config") or {})
+    ends = [
+        token
+        for part in (found, text)
+        for token in parse_token_ids(part.get("eos_token_id"), "eos_token_id")
+    ]
+    return found | text | ({"eos_token_id": ends} if ends else {}) | {"model_type": MODEL_TYPE}
 
 
 def _ropes(read: HFConfigReader, max_positions: int) -> tuple[RopeConfig, RopeConfig]:

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from conlens_jax.models.families.common import bias_row, head_row, layer_row
-from conlens_jax.models.hf_config import HFConfigReader
+from conlens_jax.models.hf_config import HFConfigReader, token_ids_to_hf
 from conlens_jax.models.param_table import ParamRow, Piece
 from conlens_jax.models.transformer_config import TransformerConfig
 
 MODEL_TYPE = "gpt2"
-OPTIONAL_PREFIX = "transformer."
 _LAYER = "transformer.h.{layer}."
 _IGNORED_KEYS = {
     *("attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "predict_special_tokens"),
@@ -53,7 +52,7 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
         mlp_bias=True,
         initializer_range=read("initializer_range", 0.02),
         bos_token_id=read.token_id("bos_token_id", 50_256),
-        eos_token_id=read.token_id("eos_token_id", 50_256),
+        eos_token_ids=read.token_ids("eos_token_id", 50_256),
     )
     read.finish(ignored=_IGNORED_KEYS)
     return config
@@ -76,7 +75,7 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
         "scale_attn_by_inverse_layer_idx": config.scale_by_depth,
         "initializer_range": config.initializer_range,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
+        "eos_token_id": token_ids_to_hf(config.eos_token_ids),
         "dtype": config.dtype,
     }
 

@@ -11,12 +11,11 @@ from typing import Any
 
 from conlens_jax.models.families import gpt2
 from conlens_jax.models.families.common import bias_row, layer_row
-from conlens_jax.models.hf_config import HFConfigReader
+from conlens_jax.models.hf_config import HFConfigReader, token_ids_to_hf
 from conlens_jax.models.param_table import ParamRow
 from conlens_jax.models.transformer_config import TransformerConfig
 
 MODEL_TYPE = "gpt_neo"
-OPTIONAL_PREFIX = "transformer."
 IGNORED = (r".*\.attn\.attention\.(masked_)?bias",)
 _LAYER = "transformer.h.{layer}."
 _ATTENTION = _LAYER + "attn.attention."
@@ -58,7 +57,7 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
         mlp_bias=True,
         initializer_range=read("initializer_range", 0.02),
         bos_token_id=read.token_id("bos_token_id", 50_256),
-        eos_token_id=read.token_id("eos_token_id", 50_256),
+        eos_token_ids=read.token_ids("eos_token_id", 50_256),
     )
     read.finish(ignored=_IGNORED_KEYS)
     return config
@@ -96,7 +95,7 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
         "attention_types": [[[_LOCAL if window else _GLOBAL for window in windows], 1]],
         "initializer_range": config.initializer_range,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
+        "eos_token_id": token_ids_to_hf(config.eos_token_ids),
         "dtype": config.dtype,
     }
     return values | ({"window_size": max(windows)} if any(windows) else {})

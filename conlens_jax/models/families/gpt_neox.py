@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from conlens_jax.models.families.common import bias_row, head_row, layer_row
-from conlens_jax.models.hf_config import HFConfigReader, activation_to_hf
+from conlens_jax.models.hf_config import HFConfigReader, activation_to_hf, token_ids_to_hf
 from conlens_jax.models.hf_rope import read_rope, rope_to_hf
 from conlens_jax.models.param_table import ParamRow, Piece
 from conlens_jax.models.transformer_config import TransformerConfig
 
 MODEL_TYPE = "gpt_neox"
+# The head's name in transformers v5's memory; its files have the older one.
+RENAMES = ((r"^(gpt_neox\.)?lm_head\.", "embed_out."),)
 IGNORED = (r".*\.attention\.(masked_)?bias", r".*\.attention\.rotary_emb\.inv_freq")
 _LAYER = "gpt_neox.layers.{layer}."
 _IGNORED_KEYS = {
@@ -50,7 +52,7 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
         rope=read_rope(read, max_positions, theta=theta, fraction=fraction),
         initializer_range=read("initializer_range", 0.02),
         bos_token_id=read.token_id("bos_token_id", 0),
-        eos_token_id=read.token_id("eos_token_id", 2),
+        eos_token_ids=read.token_ids("eos_token_id", 2),
     )
     read.finish(ignored=_IGNORED_KEYS)
     return config
@@ -76,7 +78,7 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
         | {"partial_rotary_factor": config.rope.fraction},
         "initializer_range": config.initializer_range,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
+        "eos_token_id": token_ids_to_hf(config.eos_token_ids),
         "dtype": config.dtype,
     }
 
