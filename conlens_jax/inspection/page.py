@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from conlens_jax.evaluation.markup import escape, format_number, show_token
-from conlens_jax.inspection.explanations import ExplainedToken, Explanations, Prediction, Reading
+from conlens_jax.evaluation.markup import escape, format_number, show_token, token_marks
+from conlens_jax.inspection.explanations import ExplainedToken, Explanations, Prediction
 
 NOTEBOOK_ROWS = 200
 _STRONGEST = 2.0  # nats of KL at which a token has the full colour
-_OTHER_TOKENS = "(read again, this text gives other tokens; the numbers are of those written)"
 
 _STYLE = """
 .lens{font:15px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
@@ -77,11 +76,11 @@ def _table(rows: Sequence[ExplainedToken]) -> str:
 def _table_rows(row: ExplainedToken) -> str:
     lines = []
     for number, reading in enumerate(row.readings):
-        first = number == 0
+        first, (tokens, note) = number == 0, token_marks(reading.text)
         cells = [
             f'<td class="n">{row.position if first else ""}</td>',
             f"<td>{show_token(row.token) if first else ''}</td>",
-            _explanation(reading),
+            f"<td{tokens}>{escape(reading.text)}{note}</td>",
             f'<td class="n">{format_number(reading.cos)}</td>',
             f'<td class="n">{format_number(reading.kl)}</td>',
             f"<td>{_predictions(row.before) if first else ''}</td>",
@@ -89,15 +88,6 @@ def _table_rows(row: ExplainedToken) -> str:
         ]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return "\n".join(lines)
-
-
-def _explanation(reading: Reading) -> str:
-    """The text, with the tokens that its numbers are of as data."""
-    if reading.tokens is None:
-        return f"<td>{escape(reading.text)}</td>"
-    data = f'data-tokens="{" ".join(map(str, reading.tokens))}"'
-    note = "" if reading.reads_back else f" <small>{_OTHER_TOKENS}</small>"
-    return f"<td {data}>{escape(reading.text)}{note}</td>"
 
 
 def _predictions(predictions: Sequence[Prediction]) -> str:
