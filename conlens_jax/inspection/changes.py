@@ -15,7 +15,7 @@ from jaxtyping import Float
 from conlens_jax.data.written import Written
 from conlens_jax.evaluation.metrics import cosine
 from conlens_jax.inspection.explanations import ExplainedToken
-from conlens_jax.inspection.texts import Explanation, token_lists
+from conlens_jax.inspection.texts import Explanation, text_or_ids, token_lists
 from conlens_jax.models.generate import bucket
 
 if TYPE_CHECKING:
@@ -102,8 +102,8 @@ def steer(
         edit = edit(written)
     edited, base = lens.as_read(edit), written
     # A text is compared with a text, so that the move is the edit's alone.
-    is_plain = isinstance(edit, str) and not isinstance(edit, Written)
-    if is_plain and lens.model.tokenizer.encode(written):
+    is_text = isinstance(text_or_ids(edit, lens.model), str)
+    if is_text and lens.model.tokenizer.encode(written):
         base = lens.as_read(str(written))
     if edited.tokens == base.tokens:
         raise ValueError(f"edit changes nothing in the explanation {str(written)!r}")

@@ -100,7 +100,7 @@ def read_explanations(values: Sequence[Explanation], model: LanguageModel) -> li
       ValueError: something else, an explanation without a token or with more than the model can
         read, or a reading with the tokens of another tokenizer.
     """
-    pieces = [_text_or_ids(value, model) for value in values]
+    pieces = [text_or_ids(value, model) for value in values]
     if any(not isinstance(piece, str) and not len(piece) for piece in pieces):
         raise ValueError("an explanation has no token")
     lists = token_lists(pieces, model, add_bos=False)
@@ -110,7 +110,7 @@ def read_explanations(values: Sequence[Explanation], model: LanguageModel) -> li
     ]
 
 
-def _text_or_ids(value: Explanation, model: LanguageModel) -> str | Sequence[int]:
+def text_or_ids(value: Explanation, model: LanguageModel) -> str | Sequence[int]:
     """A text that is to be tokenised, or the tokens that are there already."""
     if isinstance(value, ExplainedToken):
         value = value.best
