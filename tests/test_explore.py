@@ -67,11 +67,16 @@ def test_page_and_facts(lens, address):
 @pytest.mark.parametrize("decoding", ["greedy", "sample"])
 def test_an_explanation_comes_as_it_is_written(lens, address, decoding):
     lines = streamed(address, text=TEXT, position=4, decoding=decoding, seed=2)
-    assert [line["text"] for line in lines[:-1]] == list(
-        lens.write(TEXT, 4, decoding=decoding, seed=2)
+    written = list(lens.write(TEXT, 4, decoding=decoding, seed=2))
+    assert [line["text"] for line in lines[:-1]] == written
+    assert [tuple(line["tokens"]) for line in lines[:-1]] == [text.tokens for text in written]
+    assert lines[-1]["row"] == plain(lens.swap(TEXT, 4, written[-1]))
+    own, found = lens.explain(TEXT, 4, decoding=decoding, seed=2)[0].best, lines[-1]["row"]
+    assert (found["readings"][0]["text"], tuple(found["readings"][0]["tokens"])) == (
+        own.text,
+        own.tokens,
     )
-    row = lens.explain(TEXT, 4, decoding=decoding, seed=2)[0]
-    assert lines[-1]["row"] == plain(row) and lines[-2]["text"] == row.explanation
+    assert found["readings"][0]["kl"] == pytest.approx(own.kl, rel=1e-3, abs=1e-5)
 
 
 def test_an_edited_explanation_is_swapped_in(lens, address):
@@ -131,7 +136,11 @@ def test_requests_at_the_same_time_are_not_mixed(lens, address):
     with concurrent.futures.ThreadPoolExecutor(len(places)) as pool:
         ask = lambda place: streamed(address, text=place[0], position=place[1])[-1]["row"]
         answers = list(pool.map(ask, places))
-    assert answers == [plain(lens.explain(text, position)[0]) for text, position in places]
+    expected = []
+    for text, position in places:
+        *_, written = lens.write(text, position)
+        expected.append(plain(lens.swap(text, position, written)))
+    assert answers == expected
 
 
 def test_when_too_many_wait_the_next_one_is_told(lens):

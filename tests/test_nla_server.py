@@ -19,6 +19,8 @@ RESULT = {
     "message_index",
 }
 TOKEN = RESULT - {"l2_norm", "description", "mse", "cosine_similarity", "generated"}
+# What a lens adds to every description; clients that do not know these fields leave them be.
+OWN = {"description_tokens", "reads_back"}
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +68,11 @@ def test_explain_says_what_the_lens_says(lens, client):
     last = len(lens.tokens(TEXT)) - 1
     assert [row["position"] for row in found["results"]] == [last, 2]  # reverse is the default
     for row in found["results"]:
-        assert set(row) == RESULT and row["generated"] is False
+        assert set(row) == RESULT | OWN and row["generated"] is False
         own = lens.explain(TEXT, row["position"])[0]
         assert row["description"] == own.explanation and row["token"] == own.token
+        assert row["description_tokens"] == list(own.best.tokens)
+        assert row["reads_back"] == own.best.reads_back
         assert row["cosine_similarity"] == pytest.approx(own.best.cos, abs=1e-6)
         assert row["mse"] == pytest.approx(2 - 2 * own.best.cos, abs=1e-5)
         norm = np.linalg.norm(lens.capture(TEXT, row["position"]))
@@ -81,15 +85,16 @@ def test_a_stream_of_explanations(lens, client):
     """At a temperature: frames of a text as it grows, then the result, which is the lens's."""
     first, *rest = frames(client, "explain", text="one red fox", positions=[1, 3], temperature=0.5)
     assert first == {"layer_index": lens.spec.layer, "total": 2, "prompt_length": 4}
-    for position in (3, 1):
-        grown, rest = rest[: lens.spec.text_len], rest[lens.spec.text_len :]
-        assert all(set(frame) == {"position", "text", "done"} for frame in grown)
-        assert all(frame["position"] == position and not frame["done"] for frame in grown)
-        (result, *rest) = rest
-        assert set(result) == RESULT and result["description"] == grown[-1]["text"]
+    grown, results = rest[:-2], rest[-2:]
+    assert all(set(frame) == {"position", "text", "done"} for frame in grown)
+    for position, result in zip((3, 1), results, strict=True):
+        texts = [frame["text"] for frame in grown if frame["position"] == position]
+        assert set(result) == RESULT | OWN and result["description"] == texts[-1]
+        assert len(texts) == lens.spec.text_len and result["position"] == position
         own = lens.explain("one red fox", position, decoding="sample", temperature=0.5)[0]
         assert result["description"] == own.explanation
-    assert not rest
+    body = {"text": "one red fox", "positions": [1, 3], "temperature": 0.5}
+    assert ask(client, "explain", **body)["results"] == results  # to the last digit
     whole = ask(client, "explain", text="two cat", temperature=0)  # every position, bos too
     assert [row["position"] for row in whole["results"]] == [2, 1, 0]
 
@@ -102,9 +107,11 @@ def test_activations_go_out_and_come_back(lens, client):
     described = ask(client, "describe", activations=vectors, temperature=0)["results"]
     assert [row["description"] for row in described] == lens.decode(np.array(vectors))
     for vector, row in zip(vectors, described, strict=True):
-        scored = ask(client, "score", description=row["description"], activation=vector)
-        assert scored == {name: row[name] for name in ("mse", "cosine_similarity")}
-        read = lens.encode(row["description"])
+        body = {name: row[name] for name in ("description", "description_tokens")}
+        scored = ask(client, "score", **body, activation=vector)
+        assert set(row) == {"description", *scored}
+        assert scored == {name: row[name] for name in scored}
+        read = lens.encode(row["description_tokens"])
         cos = read @ vector / np.linalg.norm(read) / np.linalg.norm(vector)
         assert scored["cosine_similarity"] == pytest.approx(cos, abs=1e-6)
     streamed = frames(client, "describe", activations=vectors, temperature=0)

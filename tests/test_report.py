@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from conlens_jax.data.written import Written
 from conlens_jax.evaluation import svg
 from conlens_jax.evaluation.bootstrap import Interval
 from conlens_jax.evaluation.heat_map import STEPS, HeatMap, HeatToken, render_heat_map
@@ -299,6 +300,17 @@ def test_example_marks_the_token_and_scales_both_lists_alike():
     widths = [e.get("style") for e in article.iter("i")]
     assert widths == ["width:100.0%", "width:50.0%", "width:20.0%"]
     assert "⏎" in _text(article) and "50.0 %" in _text(article)
+
+
+def test_numbers_of_a_text_stand_with_the_tokens_that_they_are_of():
+    texts = {"whole": Written("a fox", [5, 17], True), "other": Written("a f\ufffd", [5, 9], False)}
+    example = dataclasses.replace(_report().examples[0], explanations=list(texts.items()))
+    page = render_report(_report(examples=[example]))
+    assert page.count('data-tokens="5 17"') == page.count('data-tokens="5 9"') == 1
+    assert page.count("gives other tokens") == 1
+    tokens = [HeatToken("x", 0.5, text) for text in texts.values()]
+    page = render_heat_map(HeatMap("title", "note", "nats", tokens))
+    assert page.count("data-tokens=") == 2 and page.count("gives other tokens") == 1
 
 
 def test_config_is_flattened_into_sections():

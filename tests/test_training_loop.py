@@ -164,6 +164,8 @@ def test_samples_and_histograms_lie_beside_the_metrics(world):
         ("joint", LAST_STEP)
     ] * 2
     assert all(record["explanation"] and record["kl"] >= 0 for record in samples)
+    assert {len(record["tokens"]) for record in samples} == {world.config.lens.text_len}
+    assert all(isinstance(record["reads_back"], bool) for record in samples)
     scored = {r["step"]: r for r in read_metrics(world.run / "metrics.jsonl")}
     for record in read_metrics(world.run / "histograms.jsonl"):
         found = record["kl_at_sampled"]

@@ -6,6 +6,7 @@ import numpy as np
 
 from conlens_jax.data.rows import Rows
 from conlens_jax.data.tokenizer import Tokenizer
+from conlens_jax.data.written import written_texts
 from conlens_jax.evaluation.heat_map import HeatMap, HeatToken
 from conlens_jax.evaluation.suite import Suite
 from conlens_jax.evaluation.text_changes import Lexicon
@@ -47,7 +48,7 @@ def document_heat(suite: Suite, trainable: Params, frozen: Params, tokenizer: To
         if row is None:
             tokens.append(HeatToken(shown))
         else:
-            text = tokenizer.decode(explained.texts["greedy"][row])
+            (text,) = written_texts([explained.texts["greedy"][row]], tokenizer)
             tokens.append(HeatToken(shown, float(kl_N[row]), text))
     return HeatMap(
         f"Document {int(rows.documents_N[0])}, the longest of the held-out rows",

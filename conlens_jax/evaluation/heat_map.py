@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from conlens_jax.evaluation.markup import escape, format_number, show_token
+from conlens_jax.evaluation.markup import escape, format_number, show_token, token_marks
 
 STEPS = (0.03, 0.1, 0.3, 1.0, 3.0)
 """Where the next colour begins, in nats."""
@@ -43,11 +43,12 @@ def _token(token: HeatToken, unit: str) -> str:
     shown = show_token(token.token)
     if token.value is None or not math.isfinite(token.value):
         return f'<span class="cold">{shown}</span>'
+    tokens, note = token_marks(token.tip)
     colour = bisect.bisect_right(STEPS, token.value)
     return (
         f'<span class="hot h{colour}" tabindex="0">{shown}<span class="tip" role="tooltip">'
-        f'<b>{shown}</b> <span class="says" dir="auto">{escape(token.tip.strip())}</span> '
-        f"<i>{format_number(token.value)} {escape(unit)}</i></span></span>"
+        f'<b>{shown}</b> <span class="says" dir="auto"{tokens}>{escape(token.tip.strip())}</span> '
+        f"<i>{format_number(token.value)} {escape(unit)}</i>{note}</span></span>"
     )
 
 

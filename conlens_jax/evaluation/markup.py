@@ -6,6 +6,7 @@ import html
 import math
 import re
 
+from conlens_jax.data.written import Written
 from conlens_jax.evaluation.bootstrap import Interval
 
 # Not allowed in HTML text, or not encodable as UTF-8 (lone surrogates): tokens of a byte-level
@@ -16,6 +17,16 @@ _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe
 def escape(text: object) -> str:
     """Any text, safe as HTML content and inside a quoted attribute."""
     return html.escape(_FORBIDDEN.sub("\ufffd", str(text)), quote=True)
+
+
+def token_marks(text: str) -> tuple[str, str]:
+    """The tokens of a written text as an attribute ``data-tokens="5 17"`` of its element, and a
+    note to stand after it where the text, read again, gives others. Empty for any other text."""
+    if not isinstance(text, Written):
+        return "", ""
+    attribute = f' data-tokens="{" ".join(map(str, text.tokens))}"'
+    note = "(read again, this gives other tokens; the numbers are of those written)"
+    return attribute, "" if text.reads_back else f" <small>{note}</small>"
 
 
 def show_token(token: str) -> str:

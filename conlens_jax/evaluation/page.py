@@ -10,6 +10,7 @@ import numpy as np
 
 from conlens_jax.data.rows import Rows
 from conlens_jax.data.tokenizer import Tokenizer
+from conlens_jax.data.written import written_texts
 from conlens_jax.evaluation.bootstrap import Interval
 from conlens_jax.evaluation.full_tables import AUDIT, full_charts, full_groups
 from conlens_jax.evaluation.heat_map import HeatMap
@@ -323,18 +324,17 @@ def _examples(data: PageData, main: System, tokenizer: Tokenizer) -> list[Exampl
     for row, label in _chosen_rows(data, main):
         tokens, position = data.rows.tokens_NS[row], int(data.rows.positions_N[row])
         stop = min(position + 9, int(data.rows.lengths_N[row]))
-        texts = {
-            system.name: tokenizer.decode(system.evaluated.explained.texts["greedy"][row])
-            for system in data.systems
-        }
-        sampled = tokenizer.decode(evaluated.explained.texts["sampled"][row])
+        greedy = [system.evaluated.explained.texts["greedy"][row] for system in data.systems]
+        sampled = evaluated.explained.texts["sampled"][row]
+        names = [*(system.name for system in data.systems), f"{main.name}, sampled"]
+        texts = written_texts([*greedy, sampled], tokenizer)
         other = evaluated.explained.texts["greedy"][data.partner_N[row]]
         examples.append(
             Example(
                 context=tokenizer.decode(tokens[:position]),
                 token_at_position=tokenizer.token(tokens[position]),
                 continuation=tokenizer.decode(tokens[position + 1 : stop]),
-                explanations=[*texts.items(), (f"{main.name}, sampled", sampled)],
+                explanations=list(zip(names, texts, strict=True)),
                 other_row_text=tokenizer.decode(other),
                 numbers={
                     "cos": float(evaluated.per_row["greedy.cos"][row]),

@@ -19,7 +19,13 @@ import numpy as np
 from conlens_jax.config.paths import local_path
 from conlens_jax.evaluation.bootstrap import Interval
 from conlens_jax.evaluation.heat_map import render_heat_map
-from conlens_jax.evaluation.markup import escape, format_interval, format_number, show_token
+from conlens_jax.evaluation.markup import (
+    escape,
+    format_interval,
+    format_number,
+    show_token,
+    token_marks,
+)
 from conlens_jax.evaluation.report_data import (
     HIGHER,
     LOWER,
@@ -190,9 +196,11 @@ def _example(number: int, example: Example, reserved: Mapping[str, int]) -> str:
     readings = []
     for name, text in example.explanations:
         colour = f' class="c{reserved[name]}"' if name in reserved else ""
+        tokens, note = token_marks(text)
         readings.append(
             f"<div{colour}><dt>{escape(name)}</dt>"
-            f'<dd><span class="text" dir="auto">{escape(text.strip())}</span></dd></div>'
+            f'<dd><span class="text" dir="auto"{tokens}>{escape(text.strip())}</span>{note}</dd>'
+            "</div>"
         )
     if example.other_row_text:
         other = escape(example.other_row_text.strip())

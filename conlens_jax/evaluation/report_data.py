@@ -45,7 +45,8 @@ class Example:
     Attributes:
       context: the text before the position; token_at_position: the token whose activation is read;
         continuation: the text that follows, which the lens does not see.
-      explanations: (column name, text written from the activation).
+      explanations: (column name, text written from the activation); a text that brings its tokens
+        along (:class:`~conlens_jax.data.written.Written`) is shown with them.
       other_row_text: the control, the text of another row.
       numbers: metrics of this row by name, for example KL and cosine.
       top_before, top_after: (token, probability) of M's next-token predictions without and with

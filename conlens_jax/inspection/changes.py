@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from conlens_jax.data.written import Written
 from conlens_jax.evaluation.metrics import cosine
 from conlens_jax.inspection.explanations import ExplainedToken
-from conlens_jax.inspection.texts import token_index, token_lists
+from conlens_jax.inspection.texts import Explanation, text_or_ids, token_index, token_lists
 from conlens_jax.models.arguments import finite_array
 from conlens_jax.models.generate import bucket
 
@@ -33,16 +34,18 @@ class Comparison:
     Attributes:
       a, b: what the decoder writes of each of them.
       towards_a, towards_b: what it writes of ``mean + (a − b)`` and of ``mean + (b − a)``: the mean
-        training activation moved by the difference alone.
-      cos: cosine of a − b and the difference of what the encoder makes of the texts a and b: how
-        much of the difference the two texts carry.
-      cos_towards_a: cosine of a − b and what the encoder makes of ``towards_a``, less the mean.
+        training activation moved by the difference alone. All have the ``tokens`` that were
+        written.
+      cos: cosine of a − b and the difference of what the encoder makes of the tokens of a and b:
+        how much of the difference the two explanations carry.
+      cos_towards_a: cosine of a − b and what the encoder makes of the tokens of ``towards_a``,
+        less the mean.
     """
 
-    a: str
-    b: str
-    towards_a: str
-    towards_b: str
+    a: Written
+    b: Written
+    towards_a: Written
+    towards_b: Written
     cos: float
     cos_towards_a: float
 
@@ -52,13 +55,15 @@ class Steered:
     """What :meth:`Lens.steer` does to M.
 
     Attributes:
-      written, edited: the explanation before and after the edit.
+      written: the explanation before the edit, with the ``tokens`` that were written and whether
+        its text gives them (``reads_back``).
+      edited: the explanation after it, with the ``tokens`` that were read.
       effect: what M predicts with the moved activation.
       before, after: how M goes on with the text, greedily, without and with it.
     """
 
-    written: str
-    edited: str
+    written: Written
+    edited: Written
     effect: ExplainedToken
     before: str
     after: str
@@ -71,8 +76,7 @@ def compare(lens: Lens, a: Place | Vector, b: Place | Vector) -> Comparison:
     difference_D = a_D - b_D
     cosine_to = lambda x_D: float(cosine(x_D[None], difference_D[None])[0])
     texts = lens.decode(np.stack([a_D, b_D, mean_D + difference_D, mean_D - difference_D]))
-    # A text of special tokens alone is empty, and cannot be read back.
-    read_a, read_b, towards_a, _ = (lens.encode(text) if text else mean_D for text in texts)
+    read_a, read_b, towards_a, _ = lens.encode(texts)
     return Comparison(
         *texts,
         cos=cosine_to(read_a - read_b),
@@ -100,7 +104,7 @@ def steer(
     lens: Lens,
     text: Any,
     position: int,
-    edit: str | tuple[str, str] | Callable[[str], str],
+    edit: Explanation | tuple[str, str] | Callable[[Written], Explanation],
     strength: float,
     new_tokens: int,
 ) -> Steered:
@@ -110,13 +114,18 @@ def steer(
     (tokens,) = token_lists([text], lens.model, lens.add_bos)
     position = token_index(position, tokens)
     *_, written = lens.write(text, position)
-    if isinstance(edit, tuple):
-        edited = written.replace(*edit)
-    else:
-        edited = edit if isinstance(edit, str) else edit(written)
-    if edited == written:
-        raise ValueError(f"edit changes nothing in the explanation {written!r}")
-    move_D = lens.encode(edited) - (lens.encode(written) if written else 0.0)
+    if isinstance(edit, tuple) and all(isinstance(words, str) for words in edit):
+        edit = written.replace(*edit)
+    elif callable(edit):
+        edit = edit(written)
+    edited, base = lens.as_read(edit), written
+    # A text is compared with a text, so that the move is the edit's alone.
+    is_text = isinstance(text_or_ids(edit, lens.model), str)
+    if is_text and lens.model.tokenizer.encode(written):
+        base = lens.as_read(str(written))
+    if edited.tokens == base.tokens:
+        raise ValueError(f"edit changes nothing in the explanation {str(written)!r}")
+    move_D = lens.encode(edited.tokens) - lens.encode(base.tokens)
     activation_D = lens.capture(text, position)
     moved_D = (activation_D + strength * move_D).astype(np.float32)
     effect = lens.swap(text, position, moved_D)

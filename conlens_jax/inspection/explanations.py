@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from conlens_jax.config.paths import local_path
+from conlens_jax.data.written import Written
 
 if TYPE_CHECKING:
     import pandas
@@ -29,16 +30,32 @@ class Reading:
     """One text that stands for an activation, and what it is worth.
 
     Attributes:
-      text: the explanation; empty where a bare vector was swapped in.
-      cos: cosine of the activation and of what the encoder makes of the text.
+      text: the explanation; empty where a bare vector was swapped in, or where all of its tokens
+        are special ones.
+      cos: cosine of the activation and of what the encoder makes of the explanation.
       kl: KL(M ‖ M with the reconstruction swapped in) of the prediction behind the token, nats.
       after: M's most probable next tokens with the swap.
+      tokens: the token ids that the numbers are of. None where the text was read by another
+        tokenizer than the model's, as an NLA pair reads it, where a bare vector was swapped in,
+        and in JSON of earlier versions.
+      reads_back: whether the text alone, tokenised again, gives these tokens; None without them.
+        Where it does not, hand on the reading itself (``lens.swap(text, position, reading)``)
+        and not a copy of its text.
     """
 
     text: str
     cos: float
     kl: float
     after: tuple[Prediction, ...]
+    tokens: tuple[int, ...] | None = None
+    reads_back: bool | None = None
+
+    @classmethod
+    def of(cls, text: str, cos: float, kl: float, after: tuple[Prediction, ...]) -> Reading:
+        """With the tokens that ``text`` brings along, where it does."""
+        if isinstance(text, Written):
+            return cls(text, cos, kl, after, text.tokens, text.reads_back)
+        return cls(text, cos, kl, after)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +114,13 @@ class Explanations(Sequence[ExplainedToken]):
                 "position": row.position,
                 "token": row.token,
                 "sample": sample,
-                "explanation": reading.text,
+                "explanation": str(reading.text),
                 "cos": reading.cos,
                 "kl": reading.kl,
                 "before": _listed(row.before),
                 "after": _listed(reading.after),
+                "tokens": None if reading.tokens is None else list(reading.tokens),
+                "reads_back": reading.reads_back,
             }
             for row in self.rows
             for sample, reading in enumerate(row.readings)
@@ -171,14 +190,18 @@ def _listed(predictions: Sequence[Prediction]) -> str:
 
 def _row(values: Mapping[str, Any]) -> ExplainedToken:
     predictions = lambda pairs: tuple(Prediction(str(t), float(p)) for t, p in pairs)
-    readings = tuple(
-        Reading(str(r["text"]), float(r["cos"]), float(r["kl"]), predictions(r["after"]))
-        for r in values["readings"]
-    )
     return ExplainedToken(
         int(values["document"]),
         int(values["position"]),
         str(values["token"]),
         predictions(values["before"]),
-        readings,
+        tuple(
+            Reading.of(_text(r), float(r["cos"]), float(r["kl"]), predictions(r["after"]))
+            for r in values["readings"]
+        ),
     )
+
+
+def _text(reading: Mapping[str, Any]) -> str:
+    text, tokens = str(reading["text"]), reading.get("tokens")
+    return text if tokens is None else Written(text, tokens, reading["reads_back"])

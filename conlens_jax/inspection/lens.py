@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from conlens_jax.config.paths import local_path
 from conlens_jax.config.seeds import checked_seed
+from conlens_jax.data.written import Written, written_texts
 from conlens_jax.inspection import batching, changes
 from conlens_jax.inspection.changes import Place, Vector
 from conlens_jax.inspection.explanations import (
@@ -27,8 +28,11 @@ from conlens_jax.inspection.explanations import (
 )
 from conlens_jax.inspection.programs import Effect, Programs, Sampling, sampling_of
 from conlens_jax.inspection.texts import (
+    Explanation,
     Positions,
     is_one,
+    is_one_explanation,
+    read_explanations,
     token_index,
     token_indices,
     token_lists,
@@ -180,7 +184,8 @@ class Lens:
         text_BT, effect = self._programs.explain(
             self.trainable, self.frozen, reading, places_B, positions_B, sampling
         )
-        texts, effect = self.model.decode(text_BT), jax.tree.map(np.asarray, effect)
+        texts = written_texts(np.asarray(text_BT), self.model.tokenizer)
+        effect = jax.tree.map(np.asarray, effect)
         tokens: dict[tuple[int, int], list[int]] = {}
         for number, row in enumerate(rows):
             tokens.setdefault((row.document, row.position), []).append(number)
@@ -203,8 +208,9 @@ class Lens:
         decoding: str = "greedy",
         temperature: float = 1.0,
         seed: int = 0,
-    ) -> Iterator[str]:
-        """Writes the explanation of one activation, token by token: yields the text so far."""
+    ) -> Iterator[Written]:
+        """Writes the explanation of one activation, token by token: yields the text so far, with
+        its tokens."""
         (tokens,) = token_lists([text], self.model, self.add_bos)
         index = token_index(position, tokens)
         vector_D = self.capture(text, index)
@@ -220,29 +226,50 @@ class Lens:
         temperature: float = 1.0,
         seed: int = 0,
         position: int = 0,
-    ) -> Iterator[str]:
+    ) -> Iterator[Written]:
         """:meth:`write` for an activation [D] that is there already. ``position`` only tells apart
         the samples of one seed."""
+        several = self.write_vectors(
+            finite_array(vector, "vector")[None],
+            decoding=decoding,
+            temperature=temperature,
+            seed=seed,
+            positions=[position],
+        )
+        return (texts[0] for texts in several)
+
+    def write_vectors(
+        self,
+        vectors: Float[np.ndarray, "N D"],
+        *,
+        decoding: str = "greedy",
+        temperature: float = 1.0,
+        seed: int = 0,
+        positions: Sequence[int],
+    ) -> Iterator[list[Written]]:
+        """:meth:`write_vector` for several activations at once: yields all texts so far."""
         _check_explain(1, decoding, 1, temperature)
         seed = checked_seed(seed)
-        vector_BD = finite_array(vector, "vector")[None]
-        self._check_width(vector_BD)
-        sampling = None
+        vectors = finite_array(vectors, "vectors")
+        self._check_width(vectors)
+        size, sampling = batching.power_of_two(len(vectors)), None
         if decoding == "sample":
-            one = jnp.array([position], jnp.int32)
-            sampling = sampling_of(seed, one, jnp.zeros(1, jnp.int32), temperature)
-        return self._written(jnp.asarray(vector_BD), sampling)
+            places = batching.filled(np.array(positions, np.int32), size)
+            sampling = sampling_of(seed, jnp.asarray(places), jnp.zeros_like(places), temperature)
+        return self._written(jnp.asarray(batching.filled(vectors, size)), len(vectors), sampling)
 
-    def _written(self, vector_BD: jax.Array, sampling: Sampling | None) -> Iterator[str]:
+    def _written(
+        self, vector_BD: jax.Array, count: int, sampling: Sampling | None
+    ) -> Iterator[list[Written]]:
         state = self._programs.first_token(self.trainable, self.frozen, vector_BD, sampling)
-        written = [int(state.token_B[0])]
-        yield self.model.tokenizer.decode(written)
+        tokens_TB = [np.array(state.token_B)]  # a copy: the state is given away
         for step in range(1, self.spec.text_len):
+            yield written_texts(np.stack(tokens_TB, axis=1)[:count], self.model.tokenizer)
             state = self._programs.next_token(
                 self.trainable, self.frozen, state, jnp.int32(step), sampling
             )
-            written.append(int(state.token_B[0]))
-            yield self.model.tokenizer.decode(written)
+            tokens_TB.append(np.array(state.token_B))
+        yield written_texts(np.stack(tokens_TB, axis=1)[:count], self.model.tokenizer)
 
     def capture(self, text: Any, position: Positions) -> Float[np.ndarray, "*N D"]:
         """Activations of one text, the output of the lens's block, fp32: [D] of one position, or
@@ -254,25 +281,45 @@ class Lens:
         vectors_ND = np.asarray(reading.residual_GSD[0, np.array(indices)], np.float32)
         return vectors_ND[0] if is_one(position) else vectors_ND
 
-    def decode(self, activations: Float[np.ndarray, "*N D"]) -> str | list[str]:
-        """What the decoder writes, greedily, of one activation or of several."""
+    def decode(self, activations: Float[np.ndarray, "*N D"]) -> Written | list[Written]:
+        """What the decoder writes, greedily, of one activation or of several; a text brings the
+        tokens along that it was written with."""
         vectors = np.atleast_2d(finite_array(activations, "activations"))
         self._check_width(vectors)
         size = batching.power_of_two(len(vectors))
         rows = jnp.asarray(batching.filled(vectors, size))
         written = self._programs.write(self.trainable, self.frozen, rows, None)
-        texts = self.model.decode(written)[: len(vectors)]
+        texts = written_texts(np.asarray(written)[: len(vectors)], self.model.tokenizer)
         return texts[0] if np.ndim(activations) == 1 else texts
 
-    def encode(self, explanation: str | Sequence[str]) -> Float[np.ndarray, "*N D"]:
+    def as_read(self, explanation: Explanation) -> Written:
+        """An explanation as :meth:`encode`, :meth:`swap` and :meth:`steer` read it: the text, with
+        the ``tokens`` that the encoder gets, and whether the text alone gives them
+        (``reads_back``).
+
+        What a lens wrote (a reading of :meth:`explain`, its ``text``, a text of :meth:`decode` or
+        :meth:`write`) is read as the tokens that were written, and token ids as they stand. Any
+        other text is tokenised; it may have come from other tokens.
+
+        Raises:
+          ValueError: no explanation, or one without a token or with more than the model can read.
+        """
+        (written,) = read_explanations([explanation], self.model)
+        return written
+
+    def encode(self, explanation: Explanation | Sequence[Explanation]) -> Float[np.ndarray, "*N D"]:
         """What the encoder makes of an explanation, [D], or of several, [N, D]; in the units of
         the activation, fp32. The encoder was trained on texts of ``spec.text_len`` tokens.
 
+        Args:
+          explanation: read as :meth:`as_read` says.
+
         Raises:
-          ValueError: a text without a token, or with more than the model can read.
+          ValueError: as :meth:`as_read`.
         """
-        texts = [explanation] if isinstance(explanation, str) else list(explanation)
-        lists = token_lists(texts, self.model, add_bos=False)
+        one = is_one_explanation(explanation)
+        read = read_explanations([explanation] if one else list(explanation), self.model)
+        lists = [written.tokens for written in read]
         length = bucket(max(map(len, lists)))
         tokens_BT = np.zeros((len(lists), length), np.int32)
         mask_BT = np.zeros(tokens_BT.shape, bool)
@@ -283,18 +330,25 @@ class Lens:
         arrays = (jnp.asarray(batching.filled(array, size)) for array in (tokens_BT, mask_BT))
         vectors = self._programs.encode(self.trainable, self.frozen, *arrays)
         vectors_ND = np.asarray(vectors)[: len(lists)]
-        return vectors_ND[0] if isinstance(explanation, str) else vectors_ND
+        return vectors_ND[0] if one else vectors_ND
 
     # --- changing -------------------------------------------------------------------------------
 
-    def swap(self, text: Any, position: int, replacement: str | Vector) -> ExplainedToken:
+    def swap(self, text: Any, position: int, replacement: Explanation | Vector) -> ExplainedToken:
         """What M predicts where an explanation, or a vector, takes an activation's place.
+
+        Args:
+          replacement: an explanation, read as :meth:`as_read` says (whole numbers are token
+            ids); or an activation [D]. The result has the tokens that were read.
 
         Raises:
           ValueError: no such position, or a vector of another width or with NaN or infinity.
         """
-        is_text = isinstance(replacement, str)
-        vector_D = self.encode(replacement) if is_text else finite_array(replacement, "replacement")
+        if is_one_explanation(replacement):
+            read = self.as_read(replacement)
+            vector_D = self.encode(read.tokens)
+        else:
+            read, vector_D = "", finite_array(replacement, "replacement")
         self._check_width(vector_D[None])
         reading, index = self._read_one(text, position)
         effect = self._programs.swap(
@@ -310,7 +364,7 @@ class Lens:
             index,
             self.tokens(text)[index],
             self._predictions(effect.before, 0),
-            (self._reading(replacement if is_text else "", effect, 0),),
+            (self._reading(read, effect, 0),),
         )
 
     def compare(self, a: Place | Vector, b: Place | Vector) -> changes.Comparison:
@@ -329,7 +383,7 @@ class Lens:
         self,
         text: Any,
         position: int,
-        edit: str | tuple[str, str] | Callable[[str], str],
+        edit: Explanation | tuple[str, str] | Callable[[Written], Explanation],
         *,
         strength: float = 1.0,
         new_tokens: int = 12,
@@ -337,10 +391,14 @@ class Lens:
         """Changes what an activation says, and shows what M makes of it.
 
         The activation is moved by ``strength`` times the difference of what the encoder makes of
-        the edited and of the written explanation; what the explanation leaves out stays.
+        the edited and of the written explanation; what the explanation leaves out stays. An edited
+        text is tokenised, and then the written one is read as a text too: the difference is of
+        the edit alone, also where the text does not give the tokens that were written
+        (``written.reads_back`` of the result). Edits of the tokens leave them as they are.
 
         Args:
-          edit: the new explanation, (old words, new words), or a function of the explanation.
+          edit: the new explanation, as a text or as token ids; (old words, new words); or a
+            function of the explanation, which has its ``tokens``.
           new_tokens: how far M goes on.
 
         Raises:
@@ -381,7 +439,7 @@ class Lens:
 
     def _reading(self, text: str, effect: Effect, row: int) -> Reading:
         cos, kl = float(effect.cos[row]), float(effect.kl[row])
-        return Reading(text, cos, kl, self._predictions(effect.after, row))
+        return Reading.of(text, cos, kl, self._predictions(effect.after, row))
 
     def _predictions(self, most_probable, row: int) -> tuple[Prediction, ...]:
         name = self.model.tokenizer.token

@@ -5,11 +5,13 @@
     */nla_meta.yaml             role, layer, width, prompts; and the section ``conlens``
     */conlens_parts.safetensors what the sidecar's own keys cannot say
 
-The transformers are ordinary ones. Around them a lens does two things that an NLA does not, so the
+The transformers are ordinary ones. Around them a lens does what an NLA does not, so the
 section ``conlens`` of the sidecar names the arrays for them:
 
 * its prompts are trained vectors: ``prompt_left`` and ``prompt_right`` [p, D] stand around the
   slot (AV) or around the embeddings of the text (AR), as ``inputs_embeds``;
+* the AR's numbers are those of the tokens that the AV writes: hand on the ids, since their text,
+  tokenised again, may be others;
 * the AV's slot is ``(a − mean) / scale @ slot_kernel + slot_bias``, not a norm; and the AR's head
   has a bias: ``state @ weight.T + bias``, state being the output of its last block.
 """

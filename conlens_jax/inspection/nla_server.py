@@ -16,11 +16,18 @@ A stream is server-sent events: ``{layer_index, total, prompt_length}`` (of expl
 ``{position | index, text, done: false}`` for each token of a text, the result itself, and
 ``[DONE]`` at the end. ``mse`` is that of vectors scaled to norm √d, 2(1 − cos).
 
+Two fields more go with every description: ``description_tokens``, the ids that were written and
+that the numbers are of, and ``reads_back``, whether the description alone, tokenised again, gives
+them. A text may read back as other tokens, so send ``description_tokens`` along to ``/nla/score``,
+which is then about the same ones; without them, its answer has the ids that it read.
+
 What differs, because a lens is no NLA pair: a text has the lens's own length, so a smaller
-``max_new_tokens`` is refused; a stream's texts are written one after the other, and a request gets
-the same samples again. Tokens are not grouped into glyphs (``fragment_count`` is 1), nor given the
-roles of a chat (null). ``continue_final_message``, ``enable_thinking``, ``/compare`` and
-``/completion`` are not offered; a stream that has to end early says ``{error}`` in its place.
+``max_new_tokens`` is refused. A stream writes up to 32 texts side by side, so that the frames of
+several positions alternate; without ``stream``, a request gets the results of the stream, the same
+to the last digit, and again the same samples. Tokens are not grouped into glyphs
+(``fragment_count`` is 1), nor given the roles of a chat (null). ``continue_final_message``,
+``enable_thinking``, ``/compare`` and ``/completion`` are not offered; a stream that has to end
+early says ``{error}`` in its place.
 """
 
 from __future__ import annotations
@@ -37,6 +44,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, StrictInt
 
+from conlens_jax.data.written import Written, with_its_tokens
 from conlens_jax.evaluation.metrics import cosine, mse_nrm
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.inspection.server_limits import RETRY, ClosedStream, failure
@@ -45,8 +53,8 @@ from conlens_jax.inspection.texts import chat_tokens, token_lists
 from conlens_jax.inspection.turns import Busy, Gone, Turns
 
 MAX_CHARACTERS, MAX_DESCRIPTION, MAX_POSITIONS, MAX_ACTIVATIONS = 65_536, 8_192, 512, 512
-_A_TURN = 32
-"""Explanations that are written before the next request may have the lens."""
+_AT_ONCE = 32
+"""Explanations that are written side by side."""
 
 
 _BYTES_A_NUMBER, _MOST_BYTES = 26, 8 * 2**20
@@ -89,6 +97,7 @@ class DescribeRequest(Writing):
 
 class ScoreRequest(BaseModel):
     description: str = Field(max_length=MAX_DESCRIPTION)
+    description_tokens: list[int] | None = Field(None, max_length=MAX_DESCRIPTION)
     activation: list[float]
 
 
@@ -154,26 +163,37 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
             raise ValueError("the activation is zero, or not finite")
         return vector
 
-    def scored(description: str, vector: np.ndarray) -> dict[str, float]:
-        if not description.strip():
-            raise ValueError("the description is empty")
+    def scored(description: Written, vector: np.ndarray) -> dict[str, Any]:
+        """One text at a time, so that its numbers are the same whatever stands beside it."""
         with turns.turn():
-            found = lens.encode(description)
-        return _similarity(float(cosine(found[None], vector[None])[0]))
+            found = lens.encode(description.tokens)
+        cos = float(cosine(found[None], vector[None])[0])
+        return {
+            "mse": float(mse_nrm(cos)),
+            "cosine_similarity": cos,
+            "description_tokens": list(description.tokens),
+            "reads_back": description.reads_back,
+        }
 
-    def judged(text: str, vector: np.ndarray) -> dict[str, Any]:
-        """A text that was written just now; one of special tokens alone cannot be read back."""
-        unread = {"mse": None, "cosine_similarity": None}
-        return {"description": text, **(scored(text, vector) if text.strip() else unread)}
+    def written(
+        vectors: Sequence[np.ndarray], keys: Sequence[int], decoding: dict[str, Any], key: str
+    ) -> Iterator[dict[str, Any]]:
+        """The frames of the texts of activations [D]: each as it grows, then its result.
 
-    def written(pieces: Iterator[str]) -> Iterator[str]:
-        """The text so far, a turn at the lens for each token."""
-        while True:
-            with turns.turn():
-                text = next(pieces, None)
-            if text is None:
-                return
-            yield text
+        Args:
+          keys: what tells the texts apart, for the samples too; ``key`` is its name.
+        """
+        for start in range(0, len(vectors), _AT_ONCE):
+            here = slice(start, start + _AT_ONCE)
+            pieces = lens.write_vectors(np.stack(vectors[here]), positions=keys[here], **decoding)
+            texts: list[Written] = []
+            for _ in range(lens.spec.text_len):
+                with turns.turn():  # one for each token, so that others get theirs
+                    texts = next(pieces)
+                for value, text in zip(keys[here], texts, strict=True):
+                    yield {key: value, "text": text, "done": False}
+            for vector, text in zip(vectors[here], texts, strict=True):
+                yield {"description": text, **scored(text, vector)}
 
     @app.get("/")
     def health() -> dict[str, Any]:
@@ -235,30 +255,20 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
         with turns.turn():
             vectors = lens.capture(tokens, chosen)
 
-        def result(position: int, vector: np.ndarray, found: dict[str, Any]) -> dict[str, Any]:
-            place = {**_token(lens, tokens, position), "l2_norm": _norm(vector)}
-            return {**place, **found, "generated": False}
-
-        if not request.stream:
-            results = []
-            for start in range(0, len(chosen), _A_TURN):
-                here = slice(start, start + _A_TURN)
-                with turns.turn():
-                    rows = lens.explain(tokens, chosen[here], progress=False, **decoding)
-                for position, vector, row in zip(chosen[here], vectors[here], rows, strict=True):
-                    found = {"description": row.explanation, **_similarity(row.best.cos)}
-                    results.append(result(position, vector, found))
-            return {"layer_index": layer, "results": results}
-
         def frames() -> Iterator[dict[str, Any]]:
             yield {"layer_index": layer, "total": len(chosen), "prompt_length": len(tokens)}
-            for position, vector in zip(chosen, vectors, strict=True):
-                text = ""
-                for text in written(lens.write_vector(vector, position=position, **decoding)):
-                    yield {"position": position, "text": text, "done": False}
-                yield result(position, vector, judged(text, vector))
+            places = zip(chosen, vectors, strict=True)
+            for frame in written(vectors, chosen, decoding, "position"):
+                if "description" in frame:
+                    position, vector = next(places)
+                    place = _token(lens, tokens, position)
+                    norm = {"l2_norm": float(np.linalg.norm(vector))}
+                    frame = {**place, **norm, **frame, "generated": False}
+                yield frame
 
-        return _events(frames())
+        if request.stream:
+            return _events(frames())
+        return {"layer_index": layer, "results": _results(frames())}
 
     @app.post("/describe")
     def describe(request: DescribeRequest):
@@ -266,20 +276,17 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
         turns.reserve()
         vectors = [vector_of(activation) for activation in request.activations]
 
-        def frames() -> Iterator[dict[str, Any]]:
-            for index, vector in enumerate(vectors):
-                text = ""
-                for text in written(lens.write_vector(vector, position=index, **decoding)):
-                    yield {"index": index, "text": text, "done": False}
-                yield judged(text, vector)
-
-        if request.stream:
-            return _events(frames())
-        return {"results": [frame for frame in frames() if "description" in frame]}
+        frames = written(vectors, range(len(vectors)), decoding, "index")
+        return _events(frames) if request.stream else {"results": _results(frames)}
 
     @app.post("/score")
-    def score(request: ScoreRequest) -> dict[str, float]:
-        return scored(request.description, vector_of(request.activation))
+    def score(request: ScoreRequest) -> dict[str, Any]:
+        description, tokens = request.description, request.description_tokens
+        if tokens is not None:
+            description = with_its_tokens(description, tokens, lens.model.tokenizer)
+        elif not description.strip():
+            raise ValueError("the description is empty")
+        return scored(lens.as_read(description), vector_of(request.activation))
 
     return app
 
@@ -302,8 +309,8 @@ def _index(position: int, length: int) -> int:
     return position % length
 
 
-def _similarity(cos: float) -> dict[str, float]:
-    return {"mse": float(mse_nrm(cos)), "cosine_similarity": cos}
+def _results(frames: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [frame for frame in frames if "description" in frame]
 
 
 def _norm(vector: np.ndarray) -> float:

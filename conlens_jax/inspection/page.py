@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from conlens_jax.evaluation.markup import escape, format_number, show_token
+from conlens_jax.evaluation.markup import escape, format_number, show_token, token_marks
 from conlens_jax.inspection.explanations import ExplainedToken, Explanations, Prediction
 
 NOTEBOOK_ROWS = 200
@@ -76,11 +76,11 @@ def _table(rows: Sequence[ExplainedToken]) -> str:
 def _table_rows(row: ExplainedToken) -> str:
     lines = []
     for number, reading in enumerate(row.readings):
-        first = number == 0
+        first, (tokens, note) = number == 0, token_marks(reading.text)
         cells = [
             f'<td class="n">{row.position if first else ""}</td>',
             f"<td>{show_token(row.token) if first else ''}</td>",
-            f"<td>{escape(reading.text)}</td>",
+            f"<td{tokens}>{escape(reading.text)}{note}</td>",
             f'<td class="n">{format_number(reading.cos)}</td>',
             f'<td class="n">{format_number(reading.kl)}</td>',
             f"<td>{_predictions(row.before) if first else ''}</td>",

@@ -7,9 +7,10 @@ requests are served. They also bring far fewer packages along.
     GET  /             the page
     GET  /api/lens     what is read: model, layer, limits
     POST /api/tokens   {text} → {tokens}
-    POST /api/explain  {text, position, decoding, seed} → a JSON line {"text": so far} for each
-                       token, and a last one {"row": explained token}
-    POST /api/swap     {text, position, explanation} → {"row": explained token}
+    POST /api/explain  {text, position, decoding, seed} → a JSON line {"text", "tokens": so far}
+                       for each token, and a last one {"row": explained token}
+    POST /api/swap     {text, position, explanation, tokens} → {"row": explained token}; tokens: of
+                       an explanation that was written, in case its text reads back as others
     …    /nla/…        Neuronpedia's NLA API, see :mod:`conlens_jax.inspection.nla_server`
 
 Requests share nothing but the lens, and take turns at it: a stream gives way after every token, and
@@ -30,10 +31,11 @@ from typing import Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
-from pydantic import BaseModel, StrictInt
+from pydantic import BaseModel, Field, StrictInt
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from conlens_jax.data.written import Written, with_its_tokens
 from conlens_jax.inspection.explanations import ExplainedToken
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.inspection.nla_server import make_nla_app, most_bytes
@@ -70,6 +72,7 @@ class ExplainRequest(TextRequest):
 class SwapRequest(TextRequest):
     position: StrictInt  # not true, and not "3"
     explanation: str
+    tokens: list[int] | None = Field(None, max_length=MAX_CHARACTERS)
 
 
 def make_app(
@@ -163,21 +166,17 @@ def make_app(
             first = next(pieces)
         return ClosedStream(lines(request, first, pieces), media_type="application/x-ndjson")
 
-    def lines(request: ExplainRequest, written: str, pieces: Iterator[str]) -> Iterator[str]:
-        yield _line(text=written)
+    def lines(
+        request: ExplainRequest, written: Written, pieces: Iterator[Written]
+    ) -> Iterator[str]:
+        yield _line(text=written, tokens=written.tokens)
         try:
             for _ in range(lens.spec.text_len - 1):
                 with turns.turn():
                     written = next(pieces)
-                yield _line(text=written)
-            with turns.turn():
-                (row,) = lens.explain(
-                    request.text,
-                    request.position,
-                    decoding=request.decoding,
-                    seed=request.seed,
-                    progress=False,
-                )
+                yield _line(text=written, tokens=written.tokens)
+            with turns.turn():  # the numbers of what was shown, and not of a text written anew
+                row = lens.swap(request.text, request.position, written)
             yield _line(row=_plain(row))
         except Gone:
             raise
@@ -188,10 +187,13 @@ def make_app(
     def swap(request: SwapRequest) -> dict[str, Any]:
         tokens_of(request.text)
         tokens_of(request.explanation)
-        if not request.explanation.strip():
+        explanation = request.explanation
+        if request.tokens is not None:
+            explanation = with_its_tokens(explanation, request.tokens, lens.model.tokenizer)
+        elif not explanation.strip():
             raise ValueError("the explanation is empty")
         with turns.turn():
-            row = lens.swap(request.text, request.position, request.explanation)
+            row = lens.swap(request.text, request.position, explanation)
         return {"row": _plain(row)}
 
     app.mount("/nla", make_nla_app(lens, turns, max_tokens))

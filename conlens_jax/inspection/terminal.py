@@ -11,6 +11,7 @@ from conlens_jax.inspection.explanations import ExplainedToken, Explanations, Pr
 # KL in nats, and the colour of an explanation that costs M at least so much (ANSI).
 _COLOURS = ((1.0, "31"), (0.25, "33"), (0.0, "32"))
 _DIM = "2"
+_NOTE = "* read again, the text gives other tokens; the numbers are of those written (see --json)"
 
 
 def render(explanations: Explanations, *, colour: bool, width: int | None = None) -> str:
@@ -18,13 +19,17 @@ def render(explanations: Explanations, *, colour: bool, width: int | None = None
 
     Args:
       colour: green, yellow and red by KL: below 0.25 nats, below 1, above.
+
+    Behind the cosine, ``*`` marks a text that, read again, gives other tokens than those written;
+    a last line says so.
       width: columns of the terminal; None asks it.
     """
     width = width or shutil.get_terminal_size((120, 24)).columns
     lines = [_line(row, number) for row in explanations for number in range(len(row.readings))]
     header = ["", "token", "explanation", "cos", "KL", "M predicts", "with the swap"]
     widths = [max(_columns(cells[i]) for cells in [header, *(c for c, _ in lines)]) for i in (0, 1)]
-    widths += [0, 6, 6, 14, 14]
+    marked = any(reading.reads_back is False for row in explanations for reading in row.readings)
+    widths += [0, 7 if marked else 6, 6, 14, 14]
     gaps = 2 * (len(widths) - 1)
     widths[2] = max(width - sum(widths) - gaps, 16)
     paint = lambda text, code: f"\x1b[{code}m{text}\x1b[0m" if colour and code else text
@@ -38,7 +43,7 @@ def render(explanations: Explanations, *, colour: bool, width: int | None = None
     for cells, kl in lines:
         code = next((code for least, code in _COLOURS if kl >= least), "32")
         rows.append(joined(cells, [_DIM, "", code, "", code, _DIM, ""]))
-    return "\n".join(rows)
+    return "\n".join([*rows, *([paint(_NOTE, _DIM)] if marked else [])])
 
 
 def _line(row: ExplainedToken, number: int) -> tuple[list[str], float]:
@@ -47,7 +52,7 @@ def _line(row: ExplainedToken, number: int) -> tuple[list[str], float]:
         str(row.position) if first else "",
         _printable(row.token) if first else "",
         _printable(reading.text),
-        f"{reading.cos:.3f}",
+        f"{reading.cos:.3f}{'*' if reading.reads_back is False else ''}",
         f"{reading.kl:.3f}",
         _top(row.before) if first else "",
         _top(reading.after),

@@ -9,10 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from conlens_jax.data.written import Written, with_its_tokens, written_texts
+from conlens_jax.inspection.explanations import ExplainedToken, Reading
 from conlens_jax.models.arguments import index_array
 from conlens_jax.models.model import LanguageModel
 
 Positions = str | int | Sequence[int] | slice
+Explanation = str | Reading | ExplainedToken | Sequence[int]
+"""A text; what a lens wrote, which is read as the tokens that it has; or token ids."""
 
 
 def token_lists(text: Any, model: LanguageModel, add_bos: bool) -> list[list[int]]:
@@ -97,6 +101,47 @@ def _tokens(piece: Any, model: LanguageModel, add_bos: bool) -> list[int]:
             )
         return [int(token) for token in piece]
     raise ValueError(f"text must be texts, chat messages or token ids, not {piece!r:.80}")
+
+
+def is_one_explanation(value: Any) -> bool:
+    """Whether it is one :data:`Explanation`, and not several."""
+    return isinstance(value, str | Reading | ExplainedToken) or _is_ids(value)
+
+
+def read_explanations(values: Sequence[Explanation], model: LanguageModel) -> list[Written]:
+    """What an encoder reads: every explanation with its tokens.
+
+    A text that the model's tokenizer did not write as it stands is tokenised.
+
+    Raises:
+      ValueError: something else, an explanation without a token or with more than the model can
+        read, or a reading with the tokens of another tokenizer.
+    """
+    pieces = [text_or_ids(value, model) for value in values]
+    if any(not isinstance(piece, str) and not len(piece) for piece in pieces):
+        raise ValueError("an explanation has no token")
+    lists = token_lists(pieces, model, add_bos=False)
+    return [
+        Written(piece, written.tokens, True) if isinstance(piece, str) else written
+        for piece, written in zip(pieces, written_texts(lists, model.tokenizer), strict=True)
+    ]
+
+
+def text_or_ids(value: Explanation, model: LanguageModel) -> str | Sequence[int]:
+    """A text that is to be tokenised, or the tokens that are there already."""
+    if isinstance(value, ExplainedToken):
+        value = value.best
+    if isinstance(value, Reading):
+        if value.tokens is None:
+            return str(value.text)
+        return with_its_tokens(value.text, value.tokens, model.tokenizer).tokens
+    if isinstance(value, Written):  # by another model's tokenizer it is a text like any other
+        return value.tokens if model.tokenizer.decode(value.tokens) == value else str(value)
+    if isinstance(value, str) or _is_ids(value):
+        return value
+    raise ValueError(
+        f"an explanation must be a text, what a lens wrote, or token ids, not {value!r:.80}"
+    )
 
 
 def chat_tokens(

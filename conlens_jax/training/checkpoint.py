@@ -56,6 +56,9 @@ __all__ = [
 _STEP = re.compile(r"[0-9]+")
 
 PyTree = Any
+
+CHECKPOINT_METRIC = "kl_at_sampled"
+"""The validation score that makes a checkpoint the best one; lower is better."""
 _T = TypeVar("_T")
 
 

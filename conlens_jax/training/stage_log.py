@@ -26,7 +26,7 @@ class StageLog:
 
     ===================  =========================================================================
     ``metrics.jsonl``    numbers: losses and validation scores
-    ``samples.jsonl``    explanations to read: context, text, cos, KL, predictions
+    ``samples.jsonl``    explanations to read: context, text, its tokens, cos, KL, predictions
     ``histograms.jsonl`` distributions over the validation rows (counts and the edges of bins), and
                          the share of the texts' commonest tokens
     ===================  =========================================================================

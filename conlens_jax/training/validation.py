@@ -11,6 +11,7 @@ import numpy as np
 
 from conlens_jax.data.rows import Rows
 from conlens_jax.data.tokenizer import Tokenizer
+from conlens_jax.data.written import written_texts
 from conlens_jax.evaluation import metrics
 from conlens_jax.evaluation.measure import Effect, other_rows
 from conlens_jax.models.param_table import Params
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from conlens_jax.training.run import Run
 
 _SHOWN = 8
+_OTHER_TOKENS = (
+    "              (read again, it gives other tokens; the numbers are of those written)\n"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +101,11 @@ def token_shares(
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One row as a person would look at it."""
+    """One row as a person would look at it.
+
+    ``tokens`` are those of the explanation that the numbers are of; ``reads_back`` says whether its
+    text alone, tokenised again, gives them.
+    """
 
     context: str
     continuation: str
@@ -106,11 +114,14 @@ class Sample:
     kl: float
     top_before: str
     top_after: str
+    tokens: tuple[int, ...] = ()
+    reads_back: bool = True
 
     def text(self) -> str:
         return (
             f"context       … {self.context} | {self.continuation} …\n"
             f"explanation   {self.explanation}\n"
+            f"{'' if self.reads_back else _OTHER_TOKENS}"
             f"cos {self.cos:.3f}   KL {self.kl:.3f} nats\n"
             f"M predicts    {self.top_before}\n"
             f"after swap    {self.top_after}"
@@ -127,15 +138,18 @@ def verbose_samples(run: Run, trainable: Params, frozen: Params, count: int) -> 
     effects = run.measurer.effects(frozen["original"], rows, {"greedy": vectors})
     cos = metrics.cosine(vectors, rows.activations_ND)
     contexts = [context_of(rows, i, tokenizer) for i in range(count)]
+    texts = written_texts(explained.texts["greedy"], tokenizer)
     return [
         Sample(
             context=before,
             continuation=after,
-            explanation=tokenizer.decode(explained.texts["greedy"][i]),
+            explanation=str(texts[i]),
             cos=float(cos[i]),
             kl=float(effects["greedy"].kl_at[i]),
             top_before=_listed(effects["clean"], i, tokenizer),
             top_after=_listed(effects["greedy"], i, tokenizer),
+            tokens=texts[i].tokens,
+            reads_back=texts[i].reads_back,
         )
         for i, (before, after) in enumerate(contexts)
     ]
