@@ -24,6 +24,7 @@ _CHOICES = {
     "corpus.kind": (*GENERATED_CORPORA, "stdlib", "text", "jsonl", "parquet", "huggingface"),
     "data.source": ("cache", "stream"),
     "dump.dtype": ("float32", "bfloat16"),
+    "dump.add_bos": ("auto", "true", "false"),
     "lens.train_decoder": ("full", "frozen", "lora"),
     "lens.train_encoder": ("full", "frozen", "lora"),
     "loss.mse_kind": ("direction", "direction+norm", "raw"),

@@ -62,7 +62,8 @@ def _from_run(path: Path, mesh: Mesh, dtype: str | None, step: int | str) -> Len
     # The evaluation speaks of the run's last checkpoint.
     file, is_last = run / "metrics.json", metadata["step"] == all_steps(folder)[-1]
     metrics = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and is_last else {}
-    return make_lens(trainable, config.dump.add_bos, facts, metrics)
+    add_bos = model.tokenizer.adds_bos(config.dump.add_bos)
+    return make_lens(trainable, add_bos, facts, metrics)
 
 
 def _chosen_step(folder: Path, step: int | str) -> int | None:

@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conlens_jax.config import ConfigError, ExperimentConfig, field_names, lookup, to_json_dict
+from conlens_jax.config import (
+    EMBEDDED_MODEL,
+    ConfigError,
+    ExperimentConfig,
+    field_names,
+    lookup,
+    to_json_dict,
+)
 from conlens_jax.models.param_table import Params
 from conlens_jax.training.checkpoint import all_steps, restore_params
 
@@ -50,7 +57,9 @@ def claim_folder(folder: Path, config: ExperimentConfig, *, write: bool = True) 
             f"{name} is {lookup(config, name)!r}, and was {_nested(before, name)!r} when "
             f"{folder} was begun; choose another run_dir, or give the old value"
             for name in _leaf_names()
-            if not name.startswith(_FREE) and _nested(before, name) != lookup(config, name)
+            if not name.startswith(_FREE)
+            and _nested(before, name) != lookup(config, name)
+            and not _same_bos(name, _nested(before, name), config)
         ]
         if problems:
             raise ConfigError(problems)
@@ -58,6 +67,15 @@ def claim_folder(folder: Path, config: ExperimentConfig, *, write: bool = True) 
         return
     folder.mkdir(parents=True, exist_ok=True)
     recorded.write_text(json.dumps(to_json_dict(config), indent=2) + "\n", encoding="utf-8")
+
+
+def _same_bos(name: str, before: Any, config: ExperimentConfig) -> bool:
+    """Whether ``dump.add_bos``, once a plain bool, meant what it means now. A tokenizer of our
+    own puts a bos token by itself."""
+    if name != "dump.add_bos" or not isinstance(before, bool):
+        return False
+    own = config.dump.add_bos == "auto" and config.model.path == EMBEDDED_MODEL
+    return config.dump.add_bos == str(before).lower() or (before and own)
 
 
 def _leaf_names() -> list[str]:
