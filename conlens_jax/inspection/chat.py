@@ -43,10 +43,12 @@ def render_chat(messages: Sequence[Mapping], folder: Path, *, answer: bool = Fal
             **named_tokens(settings),
         )
     except Exception as error:  # a template is a program: it can fail in any way
-        line = _line(error)
+        line, reason = _line(error), str(error) or type(error).__name__
+        if isinstance(error, SyntaxError):  # of the program that the template became
+            line, reason = None, error.msg
         raise ValueError(
             f"the model's chat template ({folder / name}{f', line {line}' if line else ''}) "
-            f"refuses the messages: {error or type(error).__name__}"
+            f"refuses the messages: {reason}"
         ) from error
     return text
 
