@@ -22,6 +22,7 @@ from conlens_jax.config import (
     unknown_field_message,
     with_changes,
 )
+from conlens_jax.training.run_folder import claim_folder
 
 
 def problems_of(**changes) -> list[str]:
@@ -74,6 +75,43 @@ def test_a_whole_number_is_a_float_but_nothing_else_changes_its_type():
     ):
         (problem,) = problems_of(**{name: value})
         assert name in problem and kind in problem and repr(value) in problem
+
+
+@pytest.mark.parametrize("value", [True, False, "true", "False", "auto"])
+def test_add_bos_was_once_a_plain_bool(value):
+    config = with_changes(ExperimentConfig(), {"dump.add_bos": value})
+    assert config.dump.add_bos == str(value).lower()
+    values = to_config_dict(config)
+    values.dump.add_bos = "False"  # as the command line writes it
+    assert from_config_dict(values.to_dict()).dump.add_bos == "false"
+    assert ExperimentConfig().dump.add_bos == "auto"
+    assert "dump.add_bos must be one of auto, true, false" in problems_of(dump__add_bos="maybe")[0]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "asked", "path", "same"),
+    [
+        (True, "auto", "embedded", True),
+        (True, "true", "some/model", True),
+        (False, "false", "some/model", True),
+        (True, "auto", "some/model", False),
+        (False, "auto", "embedded", False),
+        ("true", "auto", "embedded", False),
+    ],
+)
+def test_an_older_run_goes_on_where_add_bos_means_the_same(recorded, asked, path, same, tmp_path):
+    changes = {"dump.add_bos": asked, "model.path": path, "train.resume": True}
+    config = with_changes(ExperimentConfig(), changes)
+    before = to_json_dict(config)
+    before["dump"]["add_bos"] = recorded
+    (tmp_path / "checkpoints" / "3" / "state").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    if same:
+        claim_folder(tmp_path, config)
+        assert json.loads((tmp_path / "config.json").read_text()) == to_json_dict(config)
+    else:
+        with pytest.raises(ConfigError, match=rf"dump\.add_bos is '{asked}', and was {recorded!r}"):
+            claim_folder(tmp_path, config)
 
 
 def test_floats_written_as_whole_numbers_take_fractions_from_the_command_line():

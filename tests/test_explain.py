@@ -239,7 +239,6 @@ def test_token_ids_and_chats_are_read_too(lens, explained):
     chat = [{"role": "user", "content": "two blue owl"}]
     with pytest.raises(ValueError, match="no chat template"):
         lens.explain(chat)
-    pytest.importorskip("jinja2")
     file = lens.model.folder / "chat_template.jinja"
     file.write_text("{{ bos_token }}{% for m in messages %}the cat saw {{ m.content }}{% endfor %}")
     try:

@@ -140,6 +140,11 @@ def test_without_bos_a_context_begins_with_the_text(world, tmp_path):
     rows, tokenizer = all_rows(tmp_path / "cache" / "train"), world.setting.model.tokenizer
     assert (all_rows(world.cache / "train").tokens_NS[:, 0] == tokenizer.bos_id).all()
     assert (rows.tokens_NS[:, 0] != tokenizer.bos_id).all()
+    # The default is the embedded tokenizer's own habit, and recorded as older caches have it.
+    assert world.config.dump.add_bos == "auto"
+    recorded = ActivationCache.open(world.cache / "train").metadata.dump["add_bos"]
+    without = ActivationCache.open(tmp_path / "cache" / "train").metadata.dump["add_bos"]
+    assert (recorded, without) == (True, False)
 
 
 def test_metadata_says_who_made_it(world):

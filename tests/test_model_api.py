@@ -199,11 +199,13 @@ def test_tokenizer_of_the_folder(model):
 
 
 def test_tokenizer_larger_than_the_embedding(model, tmp_path):
-    """An embedding may have rows to spare, but not too few."""
+    """An embedding may have rows to spare; what it has no row for, no text may use."""
     for vocab_size in (model.config.vocab_size - 8, model.config.vocab_size):
         write_tokenizer(tmp_path, vocab_size)
         fitting = dataclasses.replace(model, folder=tmp_path)
         assert fitting.tokenizer.vocab_size == vocab_size
     write_tokenizer(tmp_path, model.config.vocab_size + 1)
-    with pytest.raises(ValueError, match=r"49.*48"):
-        _ = dataclasses.replace(model, folder=tmp_path).tokenizer
+    larger = dataclasses.replace(model, folder=tmp_path)
+    assert larger.generate("word47 word5", 2, stop=()).shape == (1, 2)
+    with pytest.raises(ValueError, match=r"'word48' with id 48, .* only 48 rows"):
+        larger.generate("word5 word48", 2)

@@ -21,7 +21,6 @@ from conlens_jax.inspection.nla_export import PARTS, export_pair
 from conlens_jax.models.hf_io import save_model
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("jinja2")
 
 TEMPLATE = (
     "{% for m in messages %}the {{ m.content }}{% endfor %}{{ ' and' if add_generation_prompt }}"

@@ -120,7 +120,6 @@ def test_activations_go_out_and_come_back(lens, client):
 
 
 def test_chats_are_rendered_by_the_models_template(lens, client):
-    pytest.importorskip("jinja2")
     body = {"messages": [{"role": "user", "content": "two blue owl"}]}
     assert client.post("/nla/tokenize", json=body).status_code == 400  # no template yet
     file = lens.model.folder / "chat_template.jinja"
@@ -133,6 +132,14 @@ def test_chats_are_rendered_by_the_models_template(lens, client):
         last = ask(client, "explain", **body, positions=[-1], temperature=0)["results"][0]
         own = lens.explain("the two blue owl and", -1)[0]
         assert last["description"] == own.explanation
+        # A template's error is the request's fault, with the line and the reason.
+        file.write_text("{{ bos_token }}\n{{ raise_exception('no owls') }}")
+        answer = client.post("/nla/explain", json=body)
+        assert answer.status_code == 400
+        assert "chat_template.jinja, line 2) refuses" in answer.json()["detail"]
+        assert answer.json()["detail"].endswith("no owls")
+        file.write_text("{% if %}")
+        assert client.post("/nla/extract", json=body).status_code == 400
     finally:
         file.unlink()
 

@@ -11,7 +11,6 @@ from tokenizers import models, pre_tokenizers, processors
 from conlens_jax.data.stories import story
 from conlens_jax.data.tokenizer import (
     Tokenizer,
-    check_vocabulary,
     train_bpe_tokenizer,
     train_word_tokenizer,
 )
@@ -130,33 +129,39 @@ def test_nothing_is_added_cut_or_padded(foreign):
     tokenizer = foreign()
     assert tokenizer.encode("a b a b a b") == [3, 4, 3, 4, 3, 4]
     assert tokenizer.encode_batch(["a", "b a"]) == [[3], [4, 3]]
-    assert tokenizer.vocab_size == 6  # five words and one added token
+    # Five words, one added token, and the [PAD] that its padding names, as transformers has it.
+    assert tokenizer.vocab_size == 7
 
 
 @pytest.mark.parametrize(
     ("files", "bos_eos_pad"),
     [
-        ({}, (None, None, 0)),
-        ({"tokenizer_config": {"bos_token": "<s>", "eos_token": "</s>"}}, (0, 1, 1)),
-        ({"tokenizer_config": {"eos_token": {"content": "</s>"}}}, (1, 1, 1)),
+        ({}, (None, None, 6)),
+        ({"tokenizer_config": {"bos_token": "<s>", "eos_token": "</s>"}}, (0, 1, 6)),
+        ({"tokenizer_config": {"eos_token": {"content": "</s>"}, "pad_token": None}}, (1, 1, 1)),
         ({"special_tokens_map": {"eos_token": "</s>", "pad_token": "<extra>"}}, (1, 1, 5)),
-        ({"config": {"bos_token_id": 0, "eos_token_id": [1, 5]}}, (0, 1, 1)),
-        ({"config": {"text_config": {"eos_token_id": 1, "pad_token_id": 3}}}, (1, 1, 3)),
-        ({"config": {"bos_token_id": 3}}, (3, None, 3)),
-        # Of two sources the tokenizer's own wins; an id beyond the vocabulary is no token.
-        ({"tokenizer_config": {"bos_token": "<s>"}, "config": {"bos_token_id": 3}}, (0, None, 0)),
+        ({"config": {"bos_token_id": 0, "eos_token_id": [1, 5]}}, (0, 1, 6)),
         (
-            {"tokenizer_config": {"bos_token": "<none>"}, "config": {"bos_token_id": 3}},
-            (3, None, 3),
+            {
+                "tokenizer_config": {"pad_token": None},
+                "config": {"text_config": {"eos_token_id": 1, "pad_token_id": 3}},
+            },
+            (1, 1, 3),
         ),
-        ({"config": {"bos_token_id": 99, "eos_token_id": 1}}, (1, 1, 1)),
+        ({"config": {"bos_token_id": 3}}, (3, None, 6)),
+        # Of two sources the tokenizer's own wins; an id beyond the vocabulary is no token.
+        ({"tokenizer_config": {"bos_token": "<s>"}, "config": {"bos_token_id": 3}}, (0, None, 6)),
+        (  # A name that the vocabulary has not is a new token.
+            {"tokenizer_config": {"bos_token": "<none>"}, "config": {"bos_token_id": 3}},
+            (6, None, 7),
+        ),
+        ({"config": {"bos_token_id": 99, "eos_token_id": 1}}, (1, 1, 6)),
     ],
 )
 def test_special_ids(files, bos_eos_pad, foreign):
     tokenizer = foreign(**files)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == bos_eos_pad
-    prefix = [] if bos_eos_pad[0] is None else [bos_eos_pad[0]]
-    assert tokenizer.encode("a", add_bos=True) == [*prefix, 3]
+    assert tokenizer.encode("a", add_bos=True) == [0, 3]  # as its own template does it
 
 
 # --- bad input ----------------------------------------------------------------------------------
@@ -166,7 +171,7 @@ def test_bad_folders(tmp_path, word):
     with pytest.raises(ValueError, match=r"model\.path: there is no tokenizer\.json in"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer that can be used"):
         Tokenizer.from_folder(tmp_path)
     word.save(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -174,11 +179,21 @@ def test_bad_folders(tmp_path, word):
         Tokenizer.from_folder(tmp_path)
 
 
-def test_check_vocabulary(word):
-    check_vocabulary(word, word.vocab_size)
-    check_vocabulary(word, word.vocab_size + 64)
-    with pytest.raises(ValueError, match=rf"{word.vocab_size}.*only {word.vocab_size - 1} rows"):
-        check_vocabulary(word, word.vocab_size - 1)
+def test_ids_beyond_the_embedding_are_refused_where_a_text_uses_one(word, caplog):
+    word = Tokenizer(word._json, word._side_files)
+    rows = word.encode("zebra duck")[-1]
+    for more in (0, 64):
+        word.limit_to(word.vocab_size + more)
+    assert not caplog.records
+    word.limit_to(rows)
+    assert f"beyond the {rows} rows" in caplog.text
+    assert word.encode("zebra") == [3] and word.encode_batch(["", "zebra"]) == [[], [3]]
+    for refused in (lambda: word.encode("zebra duck"), lambda: word.encode_batch(["", "duck"])):
+        with pytest.raises(ValueError, match=rf"'duck' with id {rows}, .* only {rows} rows"):
+            refused()
+    assert (word.pad_id, word.bos_id) == (0, 1)
+    word.limit_to(1)  # the pad token alone has a row
+    assert (word.pad_id, word.bos_id, word.eos_id) == (0, None, None)
 
 
 @pytest.mark.parametrize("train", [train_word_tokenizer, train_bpe_tokenizer])

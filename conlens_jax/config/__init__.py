@@ -159,6 +159,8 @@ def _build(kind: type, values: Mapping[str, Any], prefix: str, problems: list[st
 
 
 def _coerce(kind: type, value: Any, dotted: str, problems: list[str]) -> Any:
+    if dotted == "dump.add_bos" and str(value).lower() in ("true", "false"):
+        return str(value).lower()  # once a plain bool; so it is in older configs
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is tuple and isinstance(value, list):  # from JSON

@@ -26,6 +26,7 @@ _CHOICES = {
     "corpus.kind": (*GENERATED_CORPORA, "stdlib", "text", "jsonl", "parquet", "huggingface"),
     "corpus.encoding_errors": ("error", "replace"),
     "data.source": ("cache", "stream"),
+    "dump.add_bos": ("auto", "true", "false"),
     "lens.train_decoder": ("full", "frozen", "lora"),
     "lens.train_encoder": ("full", "frozen", "lora"),
     "loss.mse_kind": ("direction", "direction+norm", "raw"),

@@ -139,7 +139,9 @@ class DumpConfig:
       positions_per_sequence: rows taken from one document.
       min_position, max_position: the range of positions P, both ends included. A row also needs
         ``after`` tokens behind P. ``max_position = 0`` means the last one that is possible.
-      add_bos: begin every context with the tokenizer's bos token, where it has one.
+      add_bos: whether every context begins with the tokenizer's bos token: ``"auto"`` where the
+        tokenizer's own template puts one (as transformers does; the embedded model's does),
+        ``"true"`` where it has one, or ``"false"``. A plain true or false is read too.
       after: how many true tokens must follow P (the KL horizon and the warm start read them).
       dtype: ``"float32"`` or ``"bfloat16"`` on disk.
     """
@@ -152,7 +154,7 @@ class DumpConfig:
     min_position: int = 8
     max_position: int = 0
     after: int = 4
-    add_bos: bool = True
+    add_bos: str = "auto"
     batch_size: int = 64
     rows_per_shard: int = 4_096
     dtype: str = "float32"

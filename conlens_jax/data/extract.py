@@ -80,6 +80,7 @@ def _metadata(
     config: ExperimentConfig, model: LanguageModel, corpus: Corpus, split: str
 ) -> CacheMetadata:
     settings = dataclasses.asdict(config.dump)
+    settings["add_bos"] = model.tokenizer.adds_bos(config.dump.add_bos)
     for name in ("cache_dir", "seq_len", "dtype", "seed", "rows_per_shard"):
         settings.pop(name)  # recorded apart, or without influence on the rows
     return CacheMetadata(

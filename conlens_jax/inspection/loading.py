@@ -62,7 +62,8 @@ def _from_run(path: Path, mesh: Mesh, dtype: str | None, step: int | str) -> Len
     # One that names no step is of the checkpoint that was the last.
     if metrics.get(MEASURED_STEP, all_steps(folder)[-1]) != step:
         metrics = {}
-    return make_lens(trainable, config.dump.add_bos, facts, metrics)
+    add_bos = model.tokenizer.adds_bos(config.dump.add_bos)
+    return make_lens(trainable, add_bos, facts, metrics)
 
 
 def _model_of_run(

@@ -40,6 +40,7 @@ from jaxtyping import Array, Float
 from conlens_jax.config import LensConfig
 from conlens_jax.config.paths import local_path
 from conlens_jax.inspection import batching
+from conlens_jax.inspection.chat import render_chat
 from conlens_jax.inspection.explanations import (
     ExplainedToken,
     Explanations,
@@ -47,7 +48,7 @@ from conlens_jax.inspection.explanations import (
     Reading,
 )
 from conlens_jax.inspection.programs import Programs
-from conlens_jax.inspection.texts import Positions, render_chat, token_indices, token_lists
+from conlens_jax.inspection.texts import Positions, token_indices, token_lists
 from conlens_jax.lens import decoder as writing
 from conlens_jax.lens.spec import Decoder, LensSpec
 from conlens_jax.models import hf_io
@@ -307,7 +308,7 @@ class NlaPair:
           text, positions: as for :meth:`conlens_jax.inspection.lens.Lens.explain`.
         """
         layer, token = self.av_sidecar.layer, model.tokenizer.token
-        documents = token_lists(text, model, add_bos=True)
+        documents = token_lists(text, model, add_bos="auto")
         bos = model.tokenizer.bos_id
         indices = [token_indices(positions, tokens, bos) for tokens in documents]
         once = [list(dict.fromkeys(chosen)) for chosen in indices]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from conlens_jax.data.written import Written, with_its_tokens, written_texts
+from conlens_jax.inspection.chat import render_chat
 from conlens_jax.inspection.explanations import ExplainedToken, Reading
 from conlens_jax.models.arguments import index_array
 from conlens_jax.models.model import LanguageModel
@@ -19,13 +18,14 @@ Explanation = str | Reading | ExplainedToken | Sequence[int]
 """A text; what a lens wrote, which is read as the tokens that it has; or token ids."""
 
 
-def token_lists(text: Any, model: LanguageModel, add_bos: bool) -> list[list[int]]:
+def token_lists(text: Any, model: LanguageModel, add_bos: bool | str) -> list[list[int]]:
     """The token ids of each document.
 
     Args:
       text: a text, a list of texts; chat messages (``{"role": …, "content": …}``), or a list of
         such chats; or token ids, taken as they stand.
-      add_bos: begin every text with the tokenizer's bos token, as the lens was trained.
+      add_bos: begin every text with the tokenizer's bos token, as the lens was trained; see
+        :meth:`conlens_jax.data.tokenizer.Tokenizer.encode`.
 
     Raises:
       ValueError: something else, nothing, or more tokens than the model can read.
@@ -85,7 +85,7 @@ def _refuse_half_characters(piece: Any) -> None:
             ) from None
 
 
-def _tokens(piece: Any, model: LanguageModel, add_bos: bool) -> list[int]:
+def _tokens(piece: Any, model: LanguageModel, add_bos: bool | str) -> list[int]:
     _refuse_half_characters(piece)
     tokenizer = model.tokenizer
     if isinstance(piece, str):
@@ -145,66 +145,15 @@ def text_or_ids(value: Explanation, model: LanguageModel) -> str | Sequence[int]
 
 
 def chat_tokens(
-    messages: Sequence[Mapping], model: LanguageModel, add_bos: bool, *, answer: bool = False
+    messages: Sequence[Mapping],
+    model: LanguageModel,
+    add_bos: bool | str,
+    *,
+    answer: bool = False,
 ) -> list[int]:
-    """Token ids of :func:`render_chat`, with one bos token where ``add_bos``."""
-    tokenizer = model.tokenizer
-    tokens = tokenizer.encode(render_chat(messages, model.folder, answer=answer))
-    begins = tokens[:1] == [tokenizer.bos_id]
-    return tokens if begins or not add_bos else tokenizer.encode("", add_bos=True) + tokens
-
-
-def render_chat(messages: Sequence[Mapping], folder: Path, *, answer: bool = False) -> str:
-    """Chat messages as the text that the model was trained on, by its own template.
-
-    The template is a Jinja program of the model's folder; it runs in Jinja's sandbox.
-
-    Args:
-      answer: begin the model's answer behind the messages.
-
-    Raises:
-      ValueError: the model has no template, or it refuses the messages.
-      ImportError: jinja2 is not installed.
-    """
-    template, config = _chat_template(folder)
-    if template is None:
-        raise ValueError(
-            f"the model in {folder} has no chat template; give plain text instead of messages"
-        )
-    try:
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
-        raise ImportError("chat messages need jinja2: pip install jinja2") from error
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    special = {
-        name: token["content"] if isinstance(token, Mapping) else token
-        for name, token in config.items()
-        if name.endswith("_token") and token is not None
-    }
-    try:
-        return environment.from_string(template).render(
-            messages=list(messages), add_generation_prompt=answer, **special
-        )
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the model's chat template refuses the messages: {error}") from error
-
-
-def _chat_template(folder: Path) -> tuple[str | None, Mapping[str, Any]]:
-    """The template, from its own file or from ``tokenizer_config.json``; and that config."""
-    file, own = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if own.is_file():
-        return own.read_text(encoding="utf-8"), config
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template, config
+    """Token ids of :func:`~conlens_jax.inspection.chat.render_chat`. ``add_bos`` puts a bos token
+    in front of a chat too, where its template wrote none."""
+    return model.tokenizer.encode(render_chat(messages, model.folder, answer=answer), add_bos)
 
 
 def token_indices(

@@ -17,6 +17,7 @@ _FETCHED = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "vocab*",
     "merges.txt",
 )

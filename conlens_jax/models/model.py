@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from conlens_jax.config.dtypes import run_dtype
 from conlens_jax.config.paths import local_path
 from conlens_jax.config.seeds import random_key
-from conlens_jax.data.tokenizer import Tokenizer, check_vocabulary
+from conlens_jax.data.tokenizer import Tokenizer
 from conlens_jax.models import generate as generation
 from conlens_jax.models import hf_io
 from conlens_jax.models.arguments import finite_array, row_positions
@@ -64,7 +64,7 @@ class LanguageModel:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         tokenizer = Tokenizer.from_folder(self.folder)
-        check_vocabulary(tokenizer, self.config.vocab_size)
+        tokenizer.limit_to(self.config.vocab_size)
         return tokenizer
 
     def logits(
@@ -146,12 +146,12 @@ class LanguageModel:
         seed: int = 0,
         mask: Bool[Array, "B S"] | None = None,
         stop: Sequence[int] | None = None,
+        add_bos: bool | str = "auto",
     ) -> Int[Array, "B T"]:
         """Token ids that follow each prompt; :meth:`decode` makes text of them.
 
         Args:
-          prompt: token ids, padded on either side; or one text or several, to which the
-            tokenizer's bos token is added.
+          prompt: token ids, padded on either side; or one text or several.
           max_new_tokens: T, how many to write.
           temperature: 0 takes the most probable token, anything above draws from the softmax of
             logits / temperature.
@@ -161,12 +161,14 @@ class LanguageModel:
           mask: False on padding; only for token ids.
           stop: tokens that end a row, which then repeats its last one. None: the model's own ends
             of text (``config.eos_token_ids``); ``()``: no row ends early.
+          add_bos: whether texts begin with the bos token. ``"auto"``: where the tokenizer's own
+            template puts one, as transformers does. It is never put in front twice.
 
         Raises:
           ValueError: a setting out of range, a prompt without a token, or more tokens than the
             model has positions.
         """
-        tokens, mask = self._prompt(prompt, mask)
+        tokens, mask = self._prompt(prompt, mask, add_bos)
         longest = int(np.max(np.sum(mask, axis=1), initial=0))
         _check_generation(max_new_tokens, temperature, top_p)
         if not np.all(np.any(mask, axis=1)):
@@ -197,14 +199,14 @@ class LanguageModel:
         """The text of each row, special tokens left out."""
         return [self.tokenizer.decode(row) for row in np.asarray(tokens)]
 
-    def _prompt(self, prompt, mask) -> tuple[Array, Array]:
+    def _prompt(self, prompt, mask, add_bos: bool | str) -> tuple[Array, Array]:
         """Tokens and mask; texts are padded on the left."""
         if not _is_text(prompt):
             return _inputs(prompt, mask, self.config)
         if mask is not None:
             raise ValueError("mask goes with token ids; texts are padded by themselves")
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        rows = [np.asarray(self.tokenizer.encode(text, add_bos=True), np.int32) for text in texts]
+        rows = [np.asarray(self.tokenizer.encode(text, add_bos), np.int32) for text in texts]
         tokens = np.full((len(rows), max(map(len, rows))), self.tokenizer.pad_id, np.int32)
         mask = np.zeros(tokens.shape, bool)
         for row, ids in enumerate(rows):

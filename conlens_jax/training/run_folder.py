@@ -8,7 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conlens_jax.config import ConfigError, ExperimentConfig, field_names, lookup, to_json_dict
+from conlens_jax.config import (
+    EMBEDDED_MODEL,
+    ConfigError,
+    ExperimentConfig,
+    field_names,
+    lookup,
+    to_json_dict,
+)
 from conlens_jax.config.paths import PATH_FIELDS, expanded, local_path
 from conlens_jax.models.model import LanguageModel
 from conlens_jax.models.param_table import Params
@@ -69,7 +76,9 @@ def claim_folder(
             f"{name} is {lookup(config, name)!r}, and was {_recorded(before, name)!r} when "
             f"{folder} was begun; choose another run_dir, or give the old value"
             for name in _leaf_names()
-            if not name.startswith(free) and _recorded(before, name) != _plain(config, name)
+            if not name.startswith(free)
+            and _recorded(before, name) != _plain(config, name)
+            and not _same_bos(name, _recorded(before, name), config)
         ]
         problems += resumption_problems(config, metadata, model)
         if problems:
@@ -84,6 +93,15 @@ def claim_folder(
 def _plain(config: ExperimentConfig, dotted: str) -> Any:
     """A field's value as JSON gives it back: a tuple is a list."""
     return json.loads(json.dumps(lookup(config, dotted)))
+
+
+def _same_bos(name: str, before: Any, config: ExperimentConfig) -> bool:
+    """Whether ``dump.add_bos``, once a plain bool, meant what it means now. A tokenizer of our
+    own puts a bos token by itself."""
+    if name != "dump.add_bos" or not isinstance(before, bool):
+        return False
+    own = config.dump.add_bos == "auto" and config.model.path == EMBEDDED_MODEL
+    return config.dump.add_bos == str(before).lower() or (before and own)
 
 
 def _leaf_names() -> list[str]:
