@@ -27,6 +27,7 @@ from conlens_jax.evaluation.report import write_report
 from conlens_jax.evaluation.report_data import Report
 from conlens_jax.training.console import Console
 from conlens_jax.training.setting import open_setting
+from conlens_jax.whole_files import write_whole
 
 _OUT = flags.DEFINE_string("out", "runs/gradient_report", "Folder for the report.")
 _DRAWS = flags.DEFINE_integer("draws", 100_000, "Draws an estimator.", lower_bound=2)
@@ -86,7 +87,7 @@ def _shown(interval: lens_gradients.Interval) -> str:
 def _write(name: str, numbers: Mapping[str, Any], report: Report) -> None:
     folder = Path(_OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / f"{name}.json", json.dumps(numbers, indent=2) + "\n")
     print(write_report(report, folder / f"{name}.html").absolute())
 
 

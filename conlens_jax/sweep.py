@@ -20,6 +20,7 @@ from conlens_jax.training.loop import train_lens
 from conlens_jax.training.setting import open_setting
 from conlens_jax.training.sweep import read_sweep, result_of, trial_config, trials
 from conlens_jax.training.tracking import json_line
+from conlens_jax.whole_files import write_whole
 
 _CONFIG = cli.define_config()
 _SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, such as configs/sweeps/joint.yaml.")
@@ -43,7 +44,7 @@ def main() -> None:
         result = result_of(sweep, train_lens(open_setting(trial, console)))
         results.append({"trial": number, sweep.metric: result, **values})
         lines = "".join(json_line(result) for result in results)
-        (folder / "trials.jsonl").write_text(lines, encoding="utf-8")
+        write_whole(folder / "trials.jsonl", lines)
     sign = -1 if sweep.maximize else 1
     last = lambda value: math.inf if math.isnan(value) else sign * value
     results.sort(key=lambda result: last(result[sweep.metric]))

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from conlens_jax.data import cache_writer, shard_files
+from conlens_jax import whole_files
+from conlens_jax.data import cache_writer
 from conlens_jax.data.cache import (
     ActivationCache,
     CacheError,
@@ -306,7 +307,7 @@ def test_disk_full(tmp_path, monkeypatch, full_file, code):
     rows, metadata = make_rows(), make_metadata()
     dump(tmp_path / "whole", rows, metadata)
     dump(tmp_path / "cut", rows, metadata, stop=12)  # the first two shards fit
-    real = shard_files.write_atomically
+    real = whole_files.write_atomically
 
     def write(path, chunks):
         def full():

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -45,36 +43,6 @@ def shard_chunks(rows: Rows) -> list[bytes | memoryview]:
     text += b" " * (-len(text) % 8)
     payload = [array.reshape(-1).view(np.uint8).data for array in arrays.values()]
     return [len(text).to_bytes(8, "little") + text, *payload]
-
-
-def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Writes, syncs and renames; returns the size and the sha256 of what was written."""
-    temporary = path.with_name(path.name + ".tmp")
-    digest, size = hashlib.sha256(), 0
-    try:
-        with open(temporary, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                digest.update(chunk)
-                size += len(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-    return size, digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename inside ``folder`` survive a power cut."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def shard_problem(folder: Path, shard: Shard, with_hash: bool) -> str | None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from conlens_jax.whole_files import write_whole
+
 if TYPE_CHECKING:
     import pandas
 
@@ -125,7 +127,7 @@ class Explanations(Sequence[ExplainedToken]):
         values = {"schema": SCHEMA, **dataclasses.asdict(self)}
         text = json.dumps(values, ensure_ascii=False, indent=1) + "\n"
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_whole(path, text)
         return text
 
     @classmethod
@@ -153,7 +155,7 @@ class Explanations(Sequence[ExplainedToken]):
 
         page = whole_page(self)
         if path is not None:
-            Path(path).write_text(page, encoding="utf-8")
+            write_whole(path, page)
         return page
 
     def _repr_html_(self) -> str:

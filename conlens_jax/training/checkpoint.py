@@ -9,6 +9,7 @@ disturbs a run that is writing.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,7 +59,7 @@ class Checkpoints:
             raise ValueError(f"checkpoint.keep_latest must be at least 1, not {keep_latest}")
         self.folder = Path(folder).absolute()
         self._policy = _Preserve(keep_latest, keep_best, metric, frozenset(keep_steps))
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._policy,
@@ -149,7 +150,18 @@ class Checkpoints:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        # Where an error is on its way, a save that fails too has nothing to add: mostly the same
+        # full disk.
+        with contextlib.suppress(*(() if error is None else (OSError, ValueError))):
+            self.close()
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but for one question: training alone asks whether to stop, see
+    :mod:`conlens_jax.parallel.preemption`."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class _Preserve:

@@ -10,6 +10,7 @@ from typing import Any
 from conlens_jax.config import ConfigError, ExperimentConfig, field_names, lookup, to_json_dict
 from conlens_jax.models.param_table import Params
 from conlens_jax.training.checkpoint import all_steps, restore_params
+from conlens_jax.whole_files import write_whole
 
 CONTROL, BASELINE, AUDIT = "control", "baseline", "audit"
 """Folders, inside a run's, of the stages beside it."""
@@ -57,7 +58,7 @@ def claim_folder(folder: Path, config: ExperimentConfig, *, write: bool = True) 
     if not write:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    recorded.write_text(json.dumps(to_json_dict(config), indent=2) + "\n", encoding="utf-8")
+    write_whole(recorded, json.dumps(to_json_dict(config), indent=2) + "\n")
 
 
 def _leaf_names() -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from conlens_jax.config import WandbConfig
 from conlens_jax.training.console import Console
+from conlens_jax.whole_files import write_whole
 
 RUN_ID = "wandb_id.txt"
 """The file of a run folder that names its run."""
@@ -143,5 +144,5 @@ def _run_id(path: Path) -> str:
     if path.exists() and (known := path.read_text(encoding="utf-8").strip()):
         return known
     new = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-    path.write_text(new + "\n", encoding="utf-8")
+    write_whole(path, new + "\n")
     return new
