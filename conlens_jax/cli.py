@@ -18,7 +18,7 @@ from conlens_jax.config import (
 )
 from conlens_jax.config import unknown_field_message as unknown_field
 from conlens_jax.parallel.host import keep_freed_memory
-from conlens_jax.parallel.preemption import PREEMPTED, Preempted
+from conlens_jax.parallel.preemption import PREEMPTED, Preempted, leaving_on_sigterm
 from conlens_jax.parallel.processes import (
     ProcessError,
     is_first,
@@ -57,7 +57,7 @@ def run(
         # Orbax and JAX narrate at INFO; their warnings and errors stay.
         logging.set_verbosity(logging.WARNING)
         try:
-            with stopping_with_others():
+            with leaving_on_sigterm(), stopping_with_others():
                 main(*([list(argv[1:])] if takes_arguments else []))
         except Preempted as stopped:
             print(stopped, file=sys.stderr)

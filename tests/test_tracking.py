@@ -158,6 +158,12 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
         MetricsFile(path).truncate_after(1)
 
 
+def test_a_full_disk_names_the_file_and_its_folder(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=rf"No space left.*metrics\.jsonl.*{tmp_path}.*make room"):
+        MetricsFile(tmp_path / "metrics.jsonl").write(1, loss=1.0)
+
+
 def test_other_processes_write_nothing(tmp_path):
     metrics = MetricsFile(tmp_path / "run" / "metrics.jsonl", enabled=False)
     metrics.write(1, loss=1.0)

@@ -61,6 +61,16 @@ def shard_problem(folder: Path, shard: Shard, with_hash: bool) -> str | None:
     return None
 
 
+def shard_stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file does, without reading it: inode, size and time; None where there is
+    none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def map_shard(path: Path) -> Rows:
     """The arrays of a shard as views of the memory-mapped file; nothing is read yet."""
     data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
