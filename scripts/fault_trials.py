@@ -203,7 +203,9 @@ class Trials:
             row.trials += 1
             ended = self.world.run("dump", folder, fault, **kept)
             (disk / FILLER).unlink(missing_ok=True)
-            again = self.world.run("dump", self.world.begin("disk", "dump"), None, **kept)
+            # With train.compile_cache what was cut is removed; the environment's name is JAX's own.
+            more = f"--config.train.compile_cache={disk / 'compiled'}"
+            again = self.world.run("dump", self.world.begin("disk", "dump"), None, more)
             for one in (ended, again):
                 if one.code or "Traceback" in one.printed:
                     row.count("unclear", "programs", f"code {one.code}: {one.printed[-800:]}")

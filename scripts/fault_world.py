@@ -125,17 +125,30 @@ class World:
 
     def make_whole(self) -> None:
         """Runs the three commands undisturbed, twice: compiled programs are there the second time,
-        which is measured."""
+        which is measured. What an earlier call has left in the folder is taken."""
+        counts = {stage: self.root / f"{stage}.json" for stage in STAGES}
+        if all(count.exists() for count in counts.values()):
+            self._read_counts(counts)
+            return
         for _ in range(2):
             shutil.rmtree(self.whole, ignore_errors=True)
             for stage in STAGES:
-                count = self.root / f"{stage}.json"
-                fault = {"kind": "count", "root": str(self.whole), "count_file": str(count)}
+                fault = {
+                    "kind": "count",
+                    "root": str(self.whole),
+                    "count_file": str(self.root / f"{stage}.first.json"),
+                }
                 ended = self.run(stage, self.whole, fault)
                 if ended.code:
                     raise RuntimeError(f"the undisturbed {stage} failed:\n{ended.printed}")
-                counted = json.loads(count.read_text())
-                self.events[stage], self.seconds[stage] = counted["events"], counted["seconds"]
+        for stage, count in counts.items():
+            (self.root / f"{stage}.first.json").rename(count)
+        self._read_counts(counts)
+
+    def _read_counts(self, counts: dict[str, Path]) -> None:
+        for stage, count in counts.items():
+            counted = json.loads(count.read_text())
+            self.events[stage], self.seconds[stage] = counted["events"], counted["seconds"]
 
     def begin(self, name: str, stage: str, folder: Path | None = None) -> Path:
         """A new folder that holds what comes before a stage."""
