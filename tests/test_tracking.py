@@ -248,6 +248,17 @@ def test_metrics_and_tables_reach_wandb_with_their_step(tmp_path, monkeypatch):
     assert inner.finished and not run.active and stream.getvalue() == ""
 
 
+def test_the_end_of_a_run_does_not_wait_for_a_network_for_ever(tmp_path, monkeypatch):
+    """Only where this version of wandb knows the setting: an unknown one is an error of its own."""
+    calls = fake_wandb(monkeypatch, FakeRun())
+    start(tmp_path, "online")
+    assert "finish_timeout" not in calls[0]["settings"]
+    real = type("Settings", (dict,), {"model_fields": {"finish_timeout": None}})
+    monkeypatch.setattr(sys.modules["wandb"], "Settings", real)
+    start(tmp_path, "online")
+    assert 0 < calls[1]["settings"]["finish_timeout"] <= 600
+
+
 def test_the_run_id_is_stable_and_the_environment_wins(tmp_path, monkeypatch):
     calls = fake_wandb(monkeypatch, FakeRun())
     start(tmp_path, "offline")
