@@ -14,6 +14,16 @@ from pathlib import Path
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def reason_of(error: Exception) -> str:
+    """Why something could not be written, in the system's words: storage libraries report a full
+    disk in the midst of a page of their own."""
+    text = str(error)
+    for number in _FULL:
+        if os.strerror(number) in text:
+            return os.strerror(number)
+    return text.strip().splitlines()[0][:300] if text.strip() else type(error).__name__
+
+
 def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, str]:
     """Writes, syncs and renames; returns the size and the sha256 of what was written."""
     temporary = path.with_name(path.name + ".tmp")

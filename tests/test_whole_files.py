@@ -9,7 +9,7 @@ import pytest
 
 from conlens_jax.config import ExperimentConfig, with_changes
 from conlens_jax.training.run_folder import claim_folder
-from conlens_jax.whole_files import naming_full_disk, write_whole
+from conlens_jax.whole_files import naming_full_disk, reason_of, write_whole
 
 
 def full(_):
@@ -36,6 +36,16 @@ def test_links_keep_pointing_and_devices_are_written_to(tmp_path):
     write_whole("/dev/null", "text")
     with pytest.raises(OSError, match="No space left on device: full could not be written in /dev"):
         write_whole("/dev/full", "text")
+
+
+def test_the_reason_is_told_in_a_few_words():
+    storage = (
+        f'RESOURCE_EXHAUSTED: Error writing "/a": {os.strerror(errno.ENOSPC)} [code=28] \n' * 9
+    )
+    assert reason_of(ValueError(storage)) == "No space left on device"
+    assert reason_of(OSError(errno.EFBIG, "File too large")) == "File too large"
+    assert reason_of(ValueError("one\ntwo")) == "one"
+    assert reason_of(ValueError()) == "ValueError"
 
 
 def test_other_errors_are_left_alone(tmp_path):

@@ -10,6 +10,7 @@ disturbs a run that is writing.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from etils import epath
 
 _STATE, _METADATA = "state", "metadata"
@@ -57,6 +59,8 @@ class Checkpoints:
     ):
         if keep_latest < 1:
             raise ValueError(f"checkpoint.keep_latest must be at least 1, not {keep_latest}")
+        logger = absl_logging.get_absl_logger()
+        logger.addFilter(_is_news)  # once: a filter that is there already is not added
         self.folder = Path(folder).absolute()
         self._policy = _Preserve(keep_latest, keep_best, metric, frozenset(keep_steps))
         self._manager = _Manager(
@@ -154,6 +158,12 @@ class Checkpoints:
         # full disk.
         with contextlib.suppress(*(() if error is None else (OSError, ValueError))):
             self.close()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether to print a log record. What goes wrong in Orbax's threads it logs with a page of
+    trace for each; the next save or wait raises the same error, which is told in words."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 class _Manager(ocp.CheckpointManager):

@@ -22,6 +22,7 @@ from conlens_jax.training.run import Run, TrainingStopped
 from conlens_jax.training.stage_log import StageLog
 from conlens_jax.training.state import Stage, TrainState
 from conlens_jax.training.validation import Validation, validate, verbose_samples
+from conlens_jax.whole_files import reason_of
 
 
 class StageLoop:
@@ -174,7 +175,7 @@ class StageLoop:
             yield
         except (OSError, ValueError) as error:
             raise TrainingStopped(
-                f"{what} could not be written: {error}; "
+                f"{what} could not be written in {self.checkpoints.folder}: {reason_of(error)}; "
                 f"{self._last_good()} Make room and run the same command again."
             ) from error
 
