@@ -51,6 +51,7 @@ from conlens_jax import launch
 from conlens_jax.data.cache_writer import PROGRESS_FILE
 from conlens_jax.parallel.preemption import PREEMPTED
 from conlens_jax.training.checkpoint import all_steps
+from conlens_jax.whole_files import write_whole
 
 SMALL_DISK = "48m"
 
@@ -82,7 +83,13 @@ class Trials:
         self.world, self.rng, self.rows = world, random.Random(seed), {}
 
     def row(self, fault: str) -> Row:
+        """The row of a fault; what is known so far is written down, since the whole is long."""
+        self.write()
         return self.rows.setdefault(fault, Row(fault))
+
+    def write(self) -> None:
+        results = [dataclasses.asdict(row) for row in self.rows.values()]
+        write_whole(self.world.root / "results.json", json.dumps(results, indent=1) + "\n")
 
     def finish(self, row: Row, trial: str, folder: Path, stage: str, *more: str) -> None:
         """Runs the command again without a fault, and compares what it gives."""
@@ -148,7 +155,12 @@ class Trials:
         """During one quickstart, at any file operation: between the stages too."""
         row, total = self.row("SIGTERM in a quickstart"), sum(self.world.events.values())
         # Of the first operations of a stage and of its last ones there are few, so they are named.
-        named = ["*/cache/train", "*/run/config.json*", "*/run/checkpoints/24*", "*/run/control"]
+        named = [
+            "*/cache/validation.partial",
+            "*/run/config.json*",
+            "*/run/checkpoints/24*",
+            "*/run/control",
+        ]
         for number in range(count):
             fault = {"kind": "term", "event": self.rng.randint(1, total)}
             if number < len(named):
@@ -409,6 +421,7 @@ def main() -> int:
     parser.add_argument("--terms", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unmounts what is mounted
     world = World(flags.folder)
     trials = Trials(world, flags.seed)
     kinds: dict[str, Callable[[], None]] = {
@@ -426,8 +439,7 @@ def main() -> int:
     world.make_whole()
     for kind in chosen:
         kinds[kind]()
-        results = [dataclasses.asdict(row) for row in trials.rows.values()]
-        (flags.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        trials.write()
         print(f"{kind}: done", flush=True)
     print(table(list(trials.rows.values())))
     for row in trials.rows.values():
