@@ -54,6 +54,7 @@ def run(
         if len(argv) > 1 and not takes_arguments:
             _fail([f"unexpected argument {argument!r}" for argument in argv[1:]])
         keep_freed_memory()
+        sys.unraisablehook = _without_closed_loops
         # Orbax and JAX narrate at INFO; their warnings and errors stay.
         logging.set_verbosity(logging.WARNING)
         try:
@@ -73,6 +74,13 @@ def run(
     if problems:
         _fail(problems)
     app.run(guarded, flags_parser=_parse)
+
+
+def _without_closed_loops(unraisable: sys.UnraisableHookArgs) -> None:
+    """On a full disk the first of a checkpoint's writes to fail ends the event loop that the others
+    report to, each with a trace; the error itself is told elsewhere."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
