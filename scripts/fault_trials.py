@@ -183,7 +183,7 @@ class Trials:
             ("run's config.json", "train", "*/run/config.json*", {}, "config.json"),
             ("checkpoint", "train", "*/checkpoints/8.orbax*", {}, "checkpoints/4"),
             ("metrics.jsonl", "train", "*/run/metrics.jsonl", {"page_left": 250}, "metrics.jsonl"),
-            ("samples.jsonl", "train", "*/run/samples.jsonl", {"page_left": 700}, "samples.jsonl"),
+            ("samples.jsonl", "train", "*/run/samples.jsonl", {"page_left": 700}, "could not be"),
             ("histograms.jsonl", "train", "*/run/histograms.jsonl", {"nth": 4}, "could not be"),
             ("metrics.json", "evaluate", "*/run/metrics.json*", {}, "metrics.json"),
             ("report.html", "evaluate", "*report.html*", {}, "report.html"),
