@@ -137,7 +137,7 @@ class Trials:
             repeated, allowed = _rows_repeated(folder), ROWS_PER_SHARD
         elif stage == "train":
             where, repeated = _steps_repeated(folder)
-            allowed = 2 * SAVE_EVERY - 1
+            allowed = 2 * SAVE_EVERY
         row = self.row(f"SIGKILL in {where}")
         row.trials += 1
         row.most_repeated = max(row.most_repeated, repeated)
