@@ -18,7 +18,7 @@ from conlens_jax.config import (
 )
 from conlens_jax.config import unknown_field_message as unknown_field
 from conlens_jax.parallel.host import keep_freed_memory
-from conlens_jax.parallel.preemption import PREEMPTED, Preempted
+from conlens_jax.parallel.preemption import PREEMPTED, Preempted, leaving_on_sigterm
 from conlens_jax.parallel.processes import (
     ProcessError,
     is_first,
@@ -55,10 +55,11 @@ def run(
         if len(argv) > 1 and not takes_arguments:
             _fail([f"unexpected argument {argument!r}" for argument in argv[1:]])
         keep_freed_memory()
+        sys.unraisablehook = _without_closed_loops
         # Orbax and JAX narrate at INFO; their warnings and errors stay.
         logging.set_verbosity(logging.WARNING)
         try:
-            with stopping_with_others():
+            with leaving_on_sigterm(), stopping_with_others():
                 main(*([list(argv[1:])] if takes_arguments else []))
         except Preempted as stopped:
             print(stopped, file=sys.stderr)
@@ -78,6 +79,13 @@ def run(
     if problems:
         _fail(problems)
     app.run(guarded, flags_parser=_parse)
+
+
+def _without_closed_loops(unraisable: sys.UnraisableHookArgs) -> None:
+    """On a full disk the first of a checkpoint's writes to fail ends the event loop that the others
+    report to, each with a trace; the error itself is told elsewhere."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

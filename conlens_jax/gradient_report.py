@@ -30,6 +30,7 @@ from conlens_jax.training.console import Console
 from conlens_jax.training.preflight import check_files
 from conlens_jax.training.run_folder import checkpoint_of
 from conlens_jax.training.setting import open_setting
+from conlens_jax.whole_files import write_whole
 
 _OUT = flags.DEFINE_string("out", "runs/gradient_report", "Folder for the report.")
 _DRAWS = flags.DEFINE_integer("draws", 100_000, "Draws an estimator.", lower_bound=2)
@@ -96,7 +97,7 @@ def _shown(interval: lens_gradients.Interval) -> str:
 def _write(name: str, numbers: Mapping[str, Any], report: Report) -> None:
     folder = local_path(_OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / f"{name}.json", json.dumps(numbers, indent=2) + "\n")
     print(write_report(report, folder / f"{name}.html").absolute())
 
 

@@ -21,6 +21,7 @@ from conlens_jax.training.preflight import check_files
 from conlens_jax.training.setting import open_setting
 from conlens_jax.training.sweep import read_sweep, result_of, trial_config, trials
 from conlens_jax.training.tracking import json_line
+from conlens_jax.whole_files import write_whole
 
 _CONFIG = cli.define_config()
 _SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, such as configs/sweeps/joint.yaml.")
@@ -45,7 +46,7 @@ def main() -> None:
         result = result_of(sweep, train_lens(open_setting(trial, console, run=trial.run_dir)))
         results.append({"trial": number, sweep.metric: result, **values})
         lines = "".join(json_line(result) for result in results)
-        (folder / "trials.jsonl").write_text(lines, encoding="utf-8")
+        write_whole(folder / "trials.jsonl", lines)
     sign = -1 if sweep.maximize else 1
     last = lambda value: math.inf if math.isnan(value) else sign * value
     results.sort(key=lambda result: last(result[sweep.metric]))

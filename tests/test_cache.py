@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from conlens_jax.data import cache_writer, shard_files
+from conlens_jax import whole_files
+from conlens_jax.data import cache_writer
 from conlens_jax.data.cache import (
     ActivationCache,
     CacheError,
@@ -252,6 +254,35 @@ def test_damaged_shards_are_reported_together(tmp_path, verify):
     assert ("shard-00003.safetensors: altered" in message) == (verify is True)
 
 
+@pytest.mark.parametrize("damage", ["cut", "altered"])
+def test_a_shard_that_changes_while_it_is_read_is_named(tmp_path, damage):
+    """Cut, a mapped read would end the process; altered, other rows would be read."""
+    rows = make_rows()
+    dump(tmp_path / "cache", rows, make_metadata())
+    shard = tmp_path / "cache" / "shard-00001.safetensors"
+    os.utime(shard, (1, 1))  # times of files are coarse
+    cache = ActivationCache.open(tmp_path / "cache")
+    cache.rows(range(N_ROWS))
+    whole = shard.read_bytes()
+    cut, altered = whole[: len(whole) // 2], whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]
+    with shard.open("r+b") as file:  # in place: the mapping sees it
+        file.write(altered)
+        file.truncate(len(cut if damage == "cut" else whole))
+    cache.rows(range(PER_SHARD))  # another shard
+    how = "bytes instead" if damage == "cut" else "altered"
+    said = rf"was damaged while it was read.*\n.*shard-00001.*{how}"
+    for read in (lambda: cache.rows([PER_SHARD]), lambda: list(cache.places())):
+        with pytest.raises(CacheError, match=said):
+            read()
+    shard.write_bytes(whole)
+    assert_same_rows(cache.rows(range(N_ROWS)), rows)
+    shard.rename(shard.with_suffix(".old"))
+    shard.write_bytes(whole)  # another file with the same bytes
+    assert_same_rows(cache.rows(range(N_ROWS)), rows)
+    shutil.rmtree(tmp_path / "cache")
+    assert_same_rows(cache.rows(range(N_ROWS)), rows)  # what is mapped stays
+
+
 def test_open_explains_what_is_not_there(tmp_path):
     with pytest.raises(CacheError, match=r"run conlens_jax\.dump first"):
         ActivationCache.open(tmp_path / "cache")
@@ -306,7 +337,7 @@ def test_disk_full(tmp_path, monkeypatch, full_file, code):
     rows, metadata = make_rows(), make_metadata()
     dump(tmp_path / "whole", rows, metadata)
     dump(tmp_path / "cut", rows, metadata, stop=12)  # the first two shards fit
-    real = shard_files.write_atomically
+    real = whole_files.write_atomically
 
     def write(path, chunks):
         def full():

@@ -144,6 +144,20 @@ def test_params_alone_need_no_optimizer_and_may_be_a_part_in_another_dtype(tmp_p
     assert_same(restored, {"encoder": make_state(2, dtype=jnp.bfloat16).params["encoder"]})
 
 
+def test_a_failed_save_does_not_hide_the_error_that_ends_the_run(tmp_path, monkeypatch):
+    def full(*_):
+        raise ValueError("no space left for the last save")
+
+    monkeypatch.setattr(Checkpoints, "close", full)
+    with pytest.raises(KeyError), Checkpoints(tmp_path, keep_latest=1, keep_best=0):
+        raise KeyError
+    with (
+        pytest.raises(ValueError, match="no space"),
+        Checkpoints(tmp_path, keep_latest=1, keep_best=0),
+    ):
+        pass
+
+
 def test_missing_checkpoints_are_said_clearly(tmp_path):
     for read in (read_metadata, lambda folder: restore_params(folder, None, {})):
         with pytest.raises(CheckpointError, match=r"no checkpoint in .*nowhere.*init_from"):

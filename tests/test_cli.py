@@ -9,10 +9,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from pipeline import TINY, child_settings, open_world
@@ -25,7 +27,7 @@ from conlens_jax.config import (
     from_config_dict,
     to_json_dict,
 )
-from conlens_jax.parallel.host import use_compilation_cache
+from conlens_jax.parallel.host import drop_cut_programs, use_compilation_cache
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(ROOT.glob("configs/*.py"))
@@ -193,10 +195,28 @@ def test_compiled_programs_are_kept_where_asked(tmp_path):
         use_compilation_cache(str(tmp_path / "programs"), least_seconds=0.0)
         jax.block_until_ready(jax.jit(lambda x: jnp.sin(x) * 3)(jnp.arange(7.0)))
         assert any((tmp_path / "programs").iterdir())
+        assert drop_cut_programs(tmp_path / "programs") == []
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstandard"])
+def test_cut_programs_are_removed(tmp_path, compression):
+    """A kill or a full disk leaves them; JAX would warn of them at every start."""
+    library, content = pytest.importorskip(compression), np.random.default_rng(0).bytes(1000)
+    compress = library.compress if compression == "zlib" else library.ZstdCompressor().compress
+    whole = compress(content)
+    for name, content in (("a", whole), ("b", whole[:-1]), ("c", whole[:500]), ("d", b"")):
+        (tmp_path / f"{name}-cache").write_bytes(content)
+    (tmp_path / "notes").write_text("mine")
+    assert sorted(drop_cut_programs(tmp_path)) == ["b-cache", "c-cache", "d-cache"]
+    assert {file.name for file in tmp_path.iterdir()} == {"a-cache", "notes", "looked_through"}
+    time.sleep(0.02)
+    (tmp_path / "e-cache").write_bytes(whole[:7])
+    assert drop_cut_programs(tmp_path) == ["e-cache"]
+    assert drop_cut_programs(tmp_path / "not there") == []
 
 
 def test_entry_points_that_take_a_checkpoint_can_be_imported_together():

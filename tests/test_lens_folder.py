@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import functools
+import itertools
 import json
+import os
 import shutil
 
 import huggingface_hub
@@ -108,6 +112,68 @@ def test_saving_replaces_a_lens_and_nothing_else(lens, folder, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="no lens; choose another folder"):
         lens.save(tmp_path)
+
+
+def contents(folder):
+    """What is in a saved lens, but for what a killed save has not finished."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    files = [file for file in files if ".unfinished-lens" not in file.parts]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def test_a_save_that_is_stopped_leaves_one_lens_or_the_other(lens, folder, tmp_path, monkeypatch):
+    """Killed at every rename: never the decoder of one and the encoder of the other."""
+
+    class Killed(BaseException):
+        pass
+
+    moved = jax.tree.map(lambda leaf: leaf + 1, lens.trainable)
+    other = dataclasses.replace(lens, trainable=moved)
+    other.save(tmp_path / "other", include_model=False)
+    before, after = contents(folder), contents(tmp_path / "other")
+    assert "model/config.json" in before and before.keys() - after.keys()
+    found = []
+    for survived in itertools.count():
+        target = shutil.copytree(folder, tmp_path / str(survived))
+        left = itertools.count(survived, -1)
+
+        def renamed(*arguments, real, left=left):
+            if next(left) == 0:
+                raise Killed
+            return real(*arguments)
+
+        with monkeypatch.context() as patch:
+            for name in ("replace", "rename"):
+                patch.setattr(os, name, functools.partial(renamed, real=getattr(os, name)))
+            try:
+                other.save(target, include_model=False)
+            except Killed:
+                pass
+            else:
+                break
+        assert saved.is_saved_lens(target)  # as everything that reads a folder asks first
+        found.append(contents(target))
+        assert found[-1] in (before, after), survived
+    assert contents(target) == after
+    assert before in found and after in found
+
+
+def test_a_full_disk_keeps_the_saved_lens_and_is_named(lens, folder, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = contents(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=f"No space left.*{folder}.*make room"):
+            lens.save(folder)
+        with pytest.raises(OSError, match="No space left"):
+            lens.save(tmp_path / "new")
+    assert contents(folder) == before
+    lens.save(tmp_path / "new")
+    (tmp_path / "new" / ".unfinished-lens").mkdir()  # of a kill
+    lens.save(tmp_path / "new")
+    assert contents(tmp_path / "new").keys() == before.keys()
 
 
 def test_parts_that_do_not_fit_are_listed(folder, tmp_path):

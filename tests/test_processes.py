@@ -30,9 +30,15 @@ from conlens_jax.data import cache
 from conlens_jax.data.cache import ActivationCache
 from conlens_jax.data.cache_writer import CacheWriter
 from conlens_jax.evaluation.run import evaluate_run
-from conlens_jax.parallel import processes
+from conlens_jax.parallel import preemption, processes
 from conlens_jax.parallel.mesh import batch_sharding, make_mesh
-from conlens_jax.parallel.preemption import PREEMPTED, Preempted
+from conlens_jax.parallel.preemption import (
+    PREEMPTED,
+    Preempted,
+    leave_together,
+    leaving_on_sigterm,
+    watching_for_sigterm,
+)
 from conlens_jax.parallel.processes import ProcessError, local_rows, on_devices, start_processes
 from conlens_jax.training import stage_loop
 from conlens_jax.training.checkpoint import all_steps
@@ -302,6 +308,68 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(world, tmp_pat
     monkeypatch.setattr(stage_loop, "read_batch", read)
     train_lens(setting)
     assert losses(tmp_path / "run") == losses(world.run)
+
+
+def test_sigterm_behind_the_last_step_of_a_stage_is_not_lost(world, tmp_path, monkeypatch):
+    """While the last step is validated nobody asks any more; the next stage must not begin."""
+    quiet = {"train__n_verbose_samples": 0}
+    setting, checkpoints = (
+        world.changed(tmp_path / "run", **quiet),
+        warm_run(world, tmp_path / "run"),
+    )
+
+    def be_stopped(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return Validation({}, "")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_loop, "validate", be_stopped)
+        with pytest.raises(Preempted, match="the joint stage is over and saved"):
+            train_lens(setting)
+    assert all_steps(checkpoints)[-1] == LAST_STEP
+    assert not (tmp_path / "run" / "control").exists()
+    monkeypatch.setattr(stage_loop, "validate", lambda *_: Validation({}, ""))
+    train_lens(setting)
+    assert losses(tmp_path / "run" / "control") == losses(world.run / "control")
+
+
+def test_sigterm_where_nobody_watches_leaves_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match="SIGTERM: the same command goes on"), leaving_on_sigterm():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        except Exception:  # such as that of a tracker, which forgives everything
+            pytest.fail("the signal was swallowed")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # a second one does not disturb the leaving
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_several_processes_ask_with_numbers_that_rise(monkeypatch):
+    """Over all stages: a number that was passed is never reached, and the signal is lost."""
+    asked, stop_at = [], [0]
+
+    def reached(number):
+        asked.append(number)
+        return number == stop_at[0]
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(preemption.multihost_utils, "reached_preemption_sync_point", reached)
+    for _ in range(2):
+        with watching_for_sigterm("saved") as stops:
+            assert not stops() and not stops()
+    leave_together("evaluates again")
+    assert asked == list(range(asked[0], asked[0] + 7))
+    stop_at[0] = asked[-1] + 2  # behind the last step
+    with (
+        pytest.raises(Preempted, match="SIGTERM: all is saved"),
+        watching_for_sigterm("all is saved") as stops,
+    ):
+        assert not stops()
+    stop_at[0] = asked[-1] + 1
+    with pytest.raises(Preempted, match="SIGTERM: evaluates again"):
+        leave_together("evaluates again")
 
 
 # --- the launcher -------------------------------------------------------------------------------

@@ -158,6 +158,12 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
         MetricsFile(path).truncate_after(1)
 
 
+def test_a_full_disk_names_the_file_and_its_folder(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=rf"No space left.*metrics\.jsonl.*{tmp_path}.*make room"):
+        MetricsFile(tmp_path / "metrics.jsonl").write(1, loss=1.0)
+
+
 def test_other_processes_write_nothing(tmp_path):
     metrics = MetricsFile(tmp_path / "run" / "metrics.jsonl", enabled=False)
     metrics.write(1, loss=1.0)
@@ -240,6 +246,17 @@ def test_metrics_and_tables_reach_wandb_with_their_step(tmp_path, monkeypatch):
     run.finish()
     assert inner.logged == [{"loss": 1.0, "step": 7}, {"samples": (["text"], [["a"]]), "step": 8}]
     assert inner.finished and not run.active and stream.getvalue() == ""
+
+
+def test_the_end_of_a_run_does_not_wait_for_a_network_for_ever(tmp_path, monkeypatch):
+    """Only where this version of wandb knows the setting: an unknown one is an error of its own."""
+    calls = fake_wandb(monkeypatch, FakeRun())
+    start(tmp_path, "online")
+    assert "finish_timeout" not in calls[0]["settings"]
+    real = type("Settings", (dict,), {"model_fields": {"finish_timeout": None}})
+    monkeypatch.setattr(sys.modules["wandb"], "Settings", real)
+    start(tmp_path, "online")
+    assert 0 < calls[1]["settings"]["finish_timeout"] <= 600
 
 
 def test_the_run_id_is_stable_and_the_environment_wins(tmp_path, monkeypatch):

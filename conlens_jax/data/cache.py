@@ -30,7 +30,7 @@ from conlens_jax.data.cache_metadata import (
 )
 from conlens_jax.data.cache_writer import CacheWriter
 from conlens_jax.data.rows import Places, Rows, checked_indices
-from conlens_jax.data.shard_files import map_shard, shard_problem
+from conlens_jax.data.shard_files import map_shard, shard_problem, shard_stamp
 
 __all__ = [
     "ActivationCache",
@@ -46,11 +46,14 @@ __all__ = [
 class ActivationCache:
     """A finished cache; rows are read from memory-mapped shards. Make it with :meth:`open`."""
 
-    def __init__(self, folder: Path, metadata: CacheMetadata):
+    def __init__(
+        self, folder: Path, metadata: CacheMetadata, stamps: Sequence[tuple[int, ...] | None]
+    ):
         self.folder = folder
         self.metadata = metadata
         self._ends = np.cumsum([shard.rows for shard in metadata.shards])
         self._maps: dict[int, Rows] = {}
+        self._stamps = list(stamps)  # of the shards when they were verified
 
     @classmethod
     def open(
@@ -83,6 +86,7 @@ class ActivationCache:
             )
             raise CacheError(f"no activation cache at {folder} (no {METADATA_FILE}); {hint}")
         metadata = CacheMetadata.from_json(path.read_text(), str(path))
+        stamps = [shard_stamp(folder / shard.file) for shard in metadata.shards]
         reads = lambda number: verify is True and number % share[1] == share[0]
         problems = [
             problem
@@ -97,7 +101,7 @@ class ActivationCache:
                 f"{folder} is damaged; restore these files, or delete the folder and dump again:\n"
                 + "\n".join(f"  - {problem}" for problem in problems)
             )
-        return cls(folder, metadata)
+        return cls(folder, metadata, stamps)
 
     def __len__(self) -> int:
         return self.metadata.n_rows
@@ -107,6 +111,7 @@ class ActivationCache:
 
         Raises:
           ValueError: an index outside ``0 … len − 1``.
+          CacheError: a shard was cut or altered since the cache was opened.
         """
         indices = checked_indices(indices, len(self))
         # Ascending reads touch every page once, whatever order the batch wants.
@@ -114,10 +119,12 @@ class ActivationCache:
         ordered = indices[order]
         shard_of = np.searchsorted(self._ends, ordered, side="right")
         parts = []
-        for number in np.unique(shard_of):
+        shard_numbers = [int(number) for number in np.unique(shard_of)]
+        self._check_unchanged(shard_numbers)
+        for number in shard_numbers:
             first_row = self._ends[number] - self.metadata.shards[number].rows
-            part = self._shard(int(number)).take(ordered[shard_of == number] - first_row)
-            parts.append(part)
+            parts.append(self._shard(number).take(ordered[shard_of == number] - first_row))
+        self._check_unchanged(shard_numbers)  # neither while they were read
         rows = Rows.concatenate(parts) if parts else self._shard(0).take(indices)
         rows = rows.take(np.argsort(order))
         return dataclasses.replace(rows, activations_ND=rows.activations_ND.astype(np.float32))
@@ -125,7 +132,35 @@ class ActivationCache:
     def places(self) -> Iterator[Places]:
         """Positions, lengths and documents of all rows, shard by shard; nothing else is read."""
         for number in range(len(self.metadata.shards)):
+            self._check_unchanged([number])
             yield Places.of(self._shard(number))
+
+    def _check_unchanged(self, numbers: Sequence[int]) -> None:
+        """Shards are verified once, when the cache is opened, and then read for days. Beyond the
+        end of a file that was cut a mapped read ends the process, and altered rows would be
+        trained on. So a file that is touched is verified again.
+
+        Raises:
+          CacheError: it is not what it was.
+        """
+        problems = []
+        for number in numbers:
+            shard = self.metadata.shards[number]
+            stamp = shard_stamp(self.folder / shard.file)
+            # A cache that is removed altogether stays readable where it is mapped.
+            if stamp == self._stamps[number] or (stamp is None and number in self._maps):
+                continue
+            if problem := shard_problem(self.folder, shard, with_hash=True):
+                problems.append(problem)
+            else:
+                self._maps.pop(number, None)  # written anew, perhaps as another file
+                self._stamps[number] = stamp
+        if problems:
+            raise CacheError(
+                f"{self.folder} was damaged while it was read; restore these files and run the "
+                "same command again, which goes on from the last checkpoint:\n"
+                + "\n".join(f"  - {problem}" for problem in problems)
+            )
 
     def _shard(self, number: int) -> Rows:
         if number not in self._maps:

@@ -24,7 +24,8 @@ from conlens_jax.data.cache_metadata import (
     to_plain,
 )
 from conlens_jax.data.rows import ACTIVATION_DTYPES, Rows
-from conlens_jax.data.shard_files import shard_chunks, shard_problem, sync_folder, write_atomically
+from conlens_jax.data.shard_files import shard_chunks, shard_problem
+from conlens_jax.whole_files import sync_folder, write_atomically
 
 PROGRESS_FILE = "progress.json"
 

@@ -62,9 +62,7 @@ def dump_activations(
         console.line("dump", note=note)
     root = local_path(config.dump.cache_dir)
     wanted = {"train": config.dump.n_samples, "validation": config.dump.n_validation_samples}
-    with watching_for_sigterm() as stops_behind:
-        batches = itertools.count(1)  # over both splits: the number must rise
-        stops = lambda: stops_behind(next(batches))
+    with watching_for_sigterm(f"the cache {root} is whole; the same command goes on") as stops:
         for split in SPLITS:
             metadata = _metadata(config, model, corpus, split)
             writer = SharedWriter(root / split, metadata, config.dump.rows_per_shard)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -47,36 +45,6 @@ def shard_chunks(rows: Rows) -> list[bytes | memoryview]:
     return [len(text).to_bytes(8, "little") + text, *payload]
 
 
-def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Writes, syncs and renames; returns the size and the sha256 of what was written."""
-    temporary = path.with_name(path.name + ".tmp")
-    digest, size = hashlib.sha256(), 0
-    try:
-        with open(temporary, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                digest.update(chunk)
-                size += len(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-    return size, digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename inside ``folder`` survive a power cut."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def shard_problem(folder: Path, shard: Shard, with_hash: bool) -> str | None:
     path = folder / shard.file
     if Path(shard.file).name != shard.file:
@@ -91,6 +59,16 @@ def shard_problem(folder: Path, shard: Shard, with_hash: bool) -> str | None:
             if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
                 return f"{shard.file}: altered (sha256 does not match)"
     return None
+
+
+def shard_stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file does, without reading it: inode, size and time; None where there is
+    none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def map_shard(path: Path) -> Rows:

@@ -53,9 +53,20 @@ class Measurer:
       horizon: h of ``kl_cont``.
       batch_size: rows a call; the last batch is filled up.
       seed: of the sampled texts.
+      between: called before every batch; what it raises ends the measuring.
     """
 
-    def __init__(self, spec: LensSpec, mesh: Mesh, *, horizon: int, batch_size: int, seed: int):
+    def __init__(
+        self,
+        spec: LensSpec,
+        mesh: Mesh,
+        *,
+        horizon: int,
+        batch_size: int,
+        seed: int,
+        between: Callable[[], None] = lambda: None,
+    ):
+        self._between = between
         self.spec, self.horizon, self.batch_size = spec, horizon, batch_size
         self.sharding = batch_sharding(mesh)
         self._explain = jax.jit(functools.partial(pure.explain, spec=spec, seed=seed))
@@ -196,6 +207,7 @@ class Measurer:
         """Runs over batches and joins what comes back, a pytree of arrays [batch, …]."""
         outputs = []
         for start in range(0, len(rows), self.batch_size):
+            self._between()
             piece = rows.take(slice(start, start + self.batch_size))
             batch = make_batch(piece, self.sharding, self.batch_size, start)
             outputs.append(to_host(run(batch, start)))
@@ -204,6 +216,7 @@ class Measurer:
     def _over_texts(self, arrays: Sequence[np.ndarray], run: Callable) -> np.ndarray:
         count, outputs = len(arrays[0]), []
         for start in range(0, count, self.batch_size):
+            self._between()
             outputs.append(to_host(run(*(self._piece(array, start) for array in arrays))))
         return np.concatenate(outputs)[:count]
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from conlens_jax.evaluation.bootstrap import Interval
+from conlens_jax.whole_files import write_whole
 
 Flat = dict[str, Interval]
 MEASURED_STEP = "checkpoint_step"
@@ -54,11 +55,5 @@ def write_metrics(
         else:
             values |= dict(zip((name + end for end in ends), numbers, strict=True))
         writer.writerow([name, *("" if number is None else repr(number) for number in numbers)])
-    _replace(folder / "metrics.json", json.dumps(values, indent=2) + "\n")
-    _replace(folder / "metrics.csv", table.getvalue())
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_whole(folder / "metrics.json", json.dumps(values, indent=2) + "\n")
+    write_whole(folder / "metrics.csv", table.getvalue())

@@ -47,6 +47,7 @@ from conlens_jax.evaluation.svg import (
     last_value,
     series_colours,
 )
+from conlens_jax.whole_files import naming_full_disk
 
 _OPEN_EXAMPLES = 6
 
@@ -346,7 +347,8 @@ def write_report(report: Report, path: str | os.PathLike[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(page, encoding="utf-8", newline="\n")
+        with naming_full_disk(path):
+            temporary.write_text(page, encoding="utf-8", newline="\n")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from conlens_jax.evaluation.suite import HEADLINE, Evaluated, Suite, attribute_t
 from conlens_jax.evaluation.tracking import track_evaluation
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.models.param_table import Params
+from conlens_jax.parallel.preemption import leave_together
 from conlens_jax.parallel.processes import told_by_first
 from conlens_jax.training.checkpoint import all_steps, read_metadata
 from conlens_jax.training.language_model import STATISTICS_FILE
@@ -99,7 +100,7 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
     template = placed(template, setting)
     baseline = _load_baseline(run_folder, template)
     suite = Suite.make(
-        setting.measurer(),
+        setting.measurer(lambda: leave_together("the same command evaluates again")),
         validation.rows(np.arange(count)),
         reference,
         config.warm,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from conlens_jax.config.paths import local_path
 from conlens_jax.data.written import Written
+from conlens_jax.whole_files import write_whole
 
 if TYPE_CHECKING:
     import pandas
@@ -146,7 +147,7 @@ class Explanations(Sequence[ExplainedToken]):
         values = {"schema": SCHEMA, **dataclasses.asdict(self)}
         text = json.dumps(values, ensure_ascii=False, indent=1) + "\n"
         if path is not None:
-            local_path(path).write_text(text, encoding="utf-8")
+            write_whole(local_path(path), text)
         return text
 
     @classmethod
@@ -174,7 +175,7 @@ class Explanations(Sequence[ExplainedToken]):
 
         page = whole_page(self)
         if path is not None:
-            local_path(path).write_text(page, encoding="utf-8")
+            write_whole(local_path(path), page)
         return page
 
     def _repr_html_(self) -> str:

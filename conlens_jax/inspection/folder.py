@@ -26,11 +26,14 @@ from conlens_jax.config import LensConfig, ModelConfig
 from conlens_jax.config.paths import local_path
 from conlens_jax.inspection.card import model_card
 from conlens_jax.models.param_table import Params
+from conlens_jax.whole_files import naming_full_disk, write_atomically, write_whole
 
 if TYPE_CHECKING:
     from conlens_jax.inspection.lens import Lens
 
 MODEL_FOLDER = "model"
+_UNFINISHED, _FINISHED = ".unfinished-lens", ".finished-lens"
+_NOT_COPIED = (".bin", ".pt", ".py")
 FORMAT = 1
 _KIND = "consistency_lens"
 _SIDES = ("decoder", "encoder")
@@ -62,6 +65,7 @@ class Record:
 
 
 def is_saved_lens(folder: Path) -> bool:
+    _put_in_place(folder)
     file = folder / "config.json"
     return file.is_file() and _json(file).get("model_type") == _KIND
 
@@ -73,32 +77,66 @@ def _json(file: Path) -> dict[str, Any]:
 def save(lens: Lens, folder: Path, include_model: bool | None = None) -> Path:
     """Writes the folder; it must be new, empty, or a saved lens, which is then replaced.
 
+    A kill or a full disk leaves the lens that was there, or the new one; never a part of each.
+
     Args:
       include_model: copy the language model too. None: where its name is no hub id.
 
     Raises:
       ValueError: the folder holds something else.
+      OSError: it cannot be written; a full disk is named with the folder.
     """
-    if folder.exists() and any(folder.iterdir()) and not is_saved_lens(folder):
+    others = [] if not folder.exists() else [f for f in folder.iterdir() if f.name != _UNFINISHED]
+    if others and not is_saved_lens(folder):
         raise ValueError(f"{folder} holds something that is no lens; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    if include_model is None:
+        include_model = not _is_hub_id(lens.model.model_id)
+    unfinished = folder / _UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        with naming_full_disk(folder / "the lens"):
+            unfinished.mkdir(parents=True)
+            _write_parts(lens, unfinished, include_model)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    unfinished.rename(folder / _FINISHED)
+    _put_in_place(folder)
+    return folder
+
+
+def _write_parts(lens: Lens, folder: Path, include_model: bool) -> None:
     for side in _SIDES:
         flat = {name: jax.device_get(leaf) for name, leaf in _named(lens.trainable[side]).items()}
         tensors = {name: np.asarray(leaf) for name, leaf in flat.items()}
-        safetensors.numpy.save_file(tensors, folder / f"{side}.safetensors")
-    if include_model is None:
-        include_model = not _is_hub_id(lens.model.model_id)
+        write_atomically(folder / f"{side}.safetensors", [safetensors.numpy.save(tensors)])
+    model = folder / MODEL_FOLDER
+    model.mkdir()  # empty, it only takes an older one's place
     if include_model:
-        shutil.copytree(
-            lens.model.folder,
-            folder / MODEL_FOLDER,
-            dirs_exist_ok=True,
-            ignore=shutil.ignore_patterns("*.bin", "*.pt", "*.py"),
-        )
+        for file in lens.model.folder.rglob("*"):
+            if file.is_file() and file.suffix not in _NOT_COPIED:
+                copy = model / file.relative_to(lens.model.folder)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, copy)
     _write(folder / "metrics.json", lens.metrics)
     _write(folder / "config.json", _config(lens))
-    (folder / "README.md").write_text(model_card(lens, include_model), encoding="utf-8")
-    return folder
+    write_whole(folder / "README.md", model_card(lens, include_model))
+
+
+def _put_in_place(folder: Path) -> None:
+    """Moves a lens that was written whole (its name says so) over the older one around it. Several
+    files cannot be replaced at once: where a kill came in between, the next reader goes on."""
+    finished = folder / _FINISHED
+    if not finished.is_dir():
+        return
+    for file in finished.iterdir():
+        if file.is_dir():
+            shutil.rmtree(folder / file.name, ignore_errors=True)
+        file.replace(folder / file.name)
+    model = folder / MODEL_FOLDER
+    if model.is_dir() and not any(model.iterdir()):
+        model.rmdir()
+    finished.rmdir()
 
 
 def _is_hub_id(name: str) -> bool:
@@ -139,7 +177,7 @@ def _config(lens: Lens) -> dict[str, Any]:
 
 
 def _write(file: Path, values: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(values, indent=2) + "\n")
 
 
 def read_record(folder: Path) -> Record:

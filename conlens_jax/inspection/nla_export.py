@@ -32,6 +32,7 @@ from conlens_jax.inspection.lens import Lens
 from conlens_jax.inspection.nla import SIDECAR, VALUE_HEAD
 from conlens_jax.lens.spec import decoder_of, encoder_of
 from conlens_jax.models.hf_io import save_model
+from conlens_jax.whole_files import write_whole
 
 PARTS = "conlens_parts.safetensors"
 
@@ -124,4 +125,4 @@ def _write_sidecar(
         "prompt_templates": {role: template},
         "conlens": {"parts": PARTS, "text_len": lens.spec.text_len},
     }
-    (folder / SIDECAR).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    write_whole(folder / SIDECAR, yaml.safe_dump(values, sort_keys=False))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
+import zlib
+from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -12,6 +15,7 @@ from conlens_jax.config.paths import local_path
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 _GIB = 1 << 30
+_ZSTD = b"\x28\xb5\x2f\xfd"
 
 
 def keep_freed_memory() -> bool:
@@ -35,6 +39,46 @@ def keep_freed_memory() -> bool:
     return all(mallopt(parameter, value) == 1 for parameter, value in settings)
 
 
+def drop_cut_programs(folder: Path) -> list[str]:
+    """Removes programs of a compilation cache that a kill or a full disk has cut; returns their
+    names.
+
+    JAX writes such a file in place and never anew: it would warn and compile at every start. Only
+    what is newer than the last look is read.
+    """
+    looked = folder / "looked_through"
+    since = looked.stat().st_mtime_ns if looked.exists() else 0
+    cut = []
+    for file in folder.glob("*-cache"):
+        with contextlib.suppress(OSError):  # another process looks too, or the disk is full
+            if file.stat().st_mtime_ns >= since and not _is_whole(file.read_bytes()):
+                file.unlink()
+                cut.append(file.name)
+    if folder.is_dir():
+        with contextlib.suppress(OSError):
+            looked.touch()
+    return cut
+
+
+def _is_whole(program: bytes) -> bool:
+    """Whether a compressed file ends where it should; True where nothing here can tell."""
+    if not program.startswith(_ZSTD):
+        try:
+            zlib.decompress(program)
+        except zlib.error:
+            return False
+        return True
+    try:
+        import zstandard
+    except ImportError:
+        return True
+    try:
+        zstandard.ZstdDecompressor().decompress(program)
+    except zstandard.ZstdError:
+        return False
+    return True
+
+
 def use_compilation_cache(folder: str, least_seconds: float = 1.0) -> None:
     """Keeps compiled programs in ``folder`` for later runs; an empty name changes nothing.
 
@@ -42,7 +86,9 @@ def use_compilation_cache(folder: str, least_seconds: float = 1.0) -> None:
     were compiled before are not in it.
     """
     if folder:
-        jax.config.update("jax_compilation_cache_dir", str(local_path(folder)))
+        place = local_path(folder)
+        drop_cut_programs(place)
+        jax.config.update("jax_compilation_cache_dir", str(place))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
         # JAX settles at its first compilation whether there is a cache; let it look again.
         compilation_cache.reset_cache()

@@ -10,6 +10,8 @@ checksums.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +21,7 @@ from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 
 from conlens_jax.config.paths import local_path
 from conlens_jax.training.checkpoint_storage import (
@@ -93,6 +96,8 @@ class Checkpoints:
     ):
         if keep_latest < 1:
             raise ValueError(f"checkpoint.keep_latest must be at least 1, not {keep_latest}")
+        logger = absl_logging.get_absl_logger()
+        logger.addFilter(_is_news)  # once: a filter that is there already is not added
         self.folder = local_path(folder)
         place = storage_path(self.folder)
         self._reads_back = not all_steps(self.folder)
@@ -100,7 +105,7 @@ class Checkpoints:
             if problem := metrics_problem(self.folder / str(step)):
                 raise _damaged(self.folder / str(step), problem)
         self._policy = _Preserve(keep_latest, keep_best, metric, frozenset(keep_steps))
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             place,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._policy,
@@ -201,7 +206,24 @@ class Checkpoints:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        # Where an error is on its way, a save that fails too has nothing to add: mostly the same
+        # full disk.
+        with contextlib.suppress(*(() if error is None else (OSError, ValueError))):
+            self.close()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether to print a log record. What goes wrong in Orbax's threads it logs with a page of
+    trace for each; the next save or wait raises the same error, which is told in words."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but for one question: training alone asks whether to stop, see
+    :mod:`conlens_jax.parallel.preemption`."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class _Preserve:

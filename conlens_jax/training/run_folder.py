@@ -22,6 +22,7 @@ from conlens_jax.models.param_table import Params
 from conlens_jax.training.checkpoint import CHECKPOINT_METRIC, all_steps, restore_params, step_of
 from conlens_jax.training.places import MOVABLE, metadata_of_run, resumption_problems
 from conlens_jax.training.tracking import read_metrics
+from conlens_jax.whole_files import write_whole
 
 CONTROL, BASELINE, AUDIT = "control", "baseline", "audit"
 """Folders, inside a run's, of the stages beside it."""
@@ -86,7 +87,7 @@ def claim_folder(
     if not write:
         return metadata
     folder.mkdir(parents=True, exist_ok=True)
-    recorded.write_text(json.dumps(to_json_dict(config), indent=2) + "\n", encoding="utf-8")
+    write_whole(recorded, json.dumps(to_json_dict(config), indent=2) + "\n")
     return metadata
 
 

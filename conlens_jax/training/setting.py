@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -69,7 +69,8 @@ class Setting:
         """:func:`training_reference`, once."""
         return training_reference(self.caches[0])
 
-    def measurer(self) -> Measurer:
+    def measurer(self, between: Callable[[], None] = lambda: None) -> Measurer:
+        """``between`` is called before every batch."""
         evaluate = self.config.evaluate
         return Measurer(
             self.spec,
@@ -77,6 +78,7 @@ class Setting:
             horizon=evaluate.kl_horizon,
             batch_size=evaluate.batch_size,
             seed=evaluate.seed,
+            between=between,
         )
 
 

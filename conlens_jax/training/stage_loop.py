@@ -22,6 +22,7 @@ from conlens_jax.training.run import Run, TrainingStopped
 from conlens_jax.training.stage_log import StageLog
 from conlens_jax.training.state import Stage, TrainState
 from conlens_jax.training.validation import Validation, validate, verbose_samples
+from conlens_jax.whole_files import reason_of
 
 
 class StageLoop:
@@ -56,7 +57,9 @@ class StageLoop:
         profile = StepProfile(self.config.profile, self.run_.folder / "profile", stage, step)
         with (
             self.console.progress(stage.steps, stage.name, initial=done) as progress,
-            watching_for_sigterm() as stops_behind,
+            watching_for_sigterm(
+                f"the {stage.name} stage is over and saved; the same command goes on behind it"
+            ) as stops_here,
             stopping_with_others(),
         ):
             mark = self._clock()
@@ -68,7 +71,7 @@ class StageLoop:
                     jax.block_until_ready(metrics)
                     self.console.line(stage.name, seconds_to_first_step=time.time() - started)
                 here = index + 1
-                stops = stops_behind(stage.first_step + here)
+                stops = stops_here()
                 if not (stops or self._pauses(here)):
                     progress.update(1)
                     continue
@@ -79,6 +82,7 @@ class StageLoop:
                 if stops:
                     self._leave(here, state)
                 mark = self._clock()
+            self.wait_for_checkpoints()
         return state
 
     def _read(self, index: int):
@@ -174,7 +178,7 @@ class StageLoop:
             raise TrainingStopped(str(error)) from error
         except (OSError, ValueError) as error:
             raise TrainingStopped(
-                f"{what} could not be written: {error}; "
+                f"{what} could not be written in {self.checkpoints.folder}: {reason_of(error)}; "
                 f"{self._last_good()} Make room and run the same command again."
             ) from error
 

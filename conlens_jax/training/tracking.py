@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conlens_jax.config.paths import local_path
+from conlens_jax.whole_files import naming_full_disk, write_whole
 
 
 class MetricsFile:
@@ -38,7 +39,7 @@ class MetricsFile:
         if not self._enabled:
             return
         record = {"step": step, "time": round(time.time(), 3), **values}
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming_full_disk(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json_line(record))
 
     def truncate_after(self, step: int) -> None:
@@ -47,9 +48,7 @@ class MetricsFile:
             self._rewrite([record for record in read_metrics(self.path) if record["step"] <= step])
 
     def _rewrite(self, records: Sequence[Mapping[str, Any]]) -> None:
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(json_line(r) for r in records), encoding="utf-8")
-        temporary.replace(self.path)
+        write_whole(self.path, "".join(json_line(r) for r in records))
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -11,9 +11,12 @@ from typing import Any
 from conlens_jax.config import WandbConfig
 from conlens_jax.config.paths import local_path
 from conlens_jax.training.console import Console
+from conlens_jax.whole_files import write_whole
 
 RUN_ID = "wandb_id.txt"
 """The file of a run folder that names its run."""
+FINISH_SECONDS = 300.0
+"""How long the end of a run waits for uploads."""
 
 
 class WandbRun:
@@ -125,7 +128,9 @@ class WandbRun:
             dir=str(run_dir),
             config=dict(config_dict),
             mode=mode,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+            settings=wandb.Settings(
+                silent=True, console="off", init_timeout=30, **_patience(wandb)
+            ),
         )
         # A resumed run writes steps of before the kill again, which wandb's own step forbids.
         self._run.define_metric("step")
@@ -140,9 +145,17 @@ class WandbRun:
             self._console.line("wandb", warning=f"tracking is off: {error or type(error).__name__}")
 
 
+def _patience(wandb: Any) -> dict[str, float]:
+    """How long the end of a run waits for uploads. Without a limit, and where the network is gone,
+    wandb tries for days; what is not uploaded stays in the run folder, for ``wandb sync``. Older
+    versions have no such setting."""
+    known = getattr(wandb.Settings, "model_fields", {})
+    return {"finish_timeout": FINISH_SECONDS} if "finish_timeout" in known else {}
+
+
 def _run_id(path: Path) -> str:
     if path.exists() and (known := path.read_text(encoding="utf-8").strip()):
         return known
     new = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-    path.write_text(new + "\n", encoding="utf-8")
+    write_whole(path, new + "\n")
     return new

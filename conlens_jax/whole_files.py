@@ -1,0 +1,88 @@
+"""Files that are whole or not there, and full disks that are named."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+# A file system that is full, a quota, and a limit on the size of files.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def reason_of(error: Exception) -> str:
+    """Why something could not be written, in the system's words: storage libraries report a full
+    disk in the midst of a page of their own."""
+    text = str(error)
+    for number in _FULL:
+        if os.strerror(number) in text:
+            return os.strerror(number)
+    return text.strip().splitlines()[0][:300] if text.strip() else type(error).__name__
+
+
+def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Writes, syncs and renames; returns the size and the sha256 of what was written."""
+    temporary = path.with_name(path.name + ".tmp")
+    digest, size = hashlib.sha256(), 0
+    try:
+        with open(temporary, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+    return size, digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename inside ``folder`` survive a power cut."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Replaces a text file: a kill or a full disk leaves the old one, never half of the new one.
+    Where ``path`` is a link its target is replaced; a pipe or a device is written to.
+
+    Raises:
+      OSError: it cannot be written; a full disk is named with the file.
+    """
+    path = Path(os.path.realpath(path))
+    with naming_full_disk(path):
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+        else:
+            write_atomically(path, [text.encode()])
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """An error of a full disk, which the system reports without a name, names the file, its folder
+    and how much is free there."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        free = "unknown"
+        with contextlib.suppress(OSError):
+            free = f"{shutil.disk_usage(path.parent).free / 2**20:.1f} MiB"
+        raise OSError(
+            error.errno,
+            f"{os.strerror(error.errno)}: {path.name} could not be written in {path.parent} "
+            f"({free} free there); make room and run the same command again",
+        ) from error
