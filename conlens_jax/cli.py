@@ -26,7 +26,7 @@ from conlens_jax.parallel.processes import (
     start_processes,
     stopping_with_others,
 )
-from conlens_jax.training.console import Console
+from conlens_jax.tracking.console import Console
 from conlens_jax.training.run import TrainingStopped
 
 _HELP = re.compile(r"--?(help|helpshort|helpfull|helpxml|\?)(=\w+)?")

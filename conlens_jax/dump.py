@@ -8,7 +8,7 @@ from __future__ import annotations
 from conlens_jax import cli
 from conlens_jax.data.extract import dump_activations
 from conlens_jax.training.preflight import check_files
-from conlens_jax.training.setting import open_setting
+from conlens_jax.training.session import open_setting
 
 _CONFIG = cli.define_config()
 

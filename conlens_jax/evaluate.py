@@ -12,46 +12,26 @@ it; ``--cache_dir`` says where else the cache is. The configuration is the run's
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 
 from absl import flags
 
 from conlens_jax import cli
+from conlens_jax.checkpoint_flags import CHECKPOINT, STEP, recorded_config
 from conlens_jax.config import (
     ConfigError,
-    DistributedConfig,
-    ExperimentConfig,
-    from_config_dict,
 )
-from conlens_jax.config.paths import local_path
 from conlens_jax.evaluation.run import evaluate_run
+from conlens_jax.files.paths import local_path
 from conlens_jax.parallel.processes import is_first
 from conlens_jax.training.preflight import check_files
-from conlens_jax.training.run_folder import checkpoint_of, chosen_checkpoint
-from conlens_jax.training.setting import open_setting
+from conlens_jax.training.run_folder import chosen_checkpoint
+from conlens_jax.training.session import open_setting
 
 _CONFIG = cli.define_config()
 SUITE = flags.DEFINE_enum(
     "suite", None, ("basic", "full", "interventions"), "In place of evaluate.suite."
 )
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run folder, or a checkpoint in it.")
-STEP = flags.DEFINE_string("step", "latest", "Checkpoint of a run folder: latest, best, or a step.")
 _CACHE_DIR = flags.DEFINE_string("cache_dir", None, "In place of dump.cache_dir.")
-
-
-def recorded_config(checkpoint: str) -> ExperimentConfig:
-    """The configuration that a run was made with, but for the processes that it was made in.
-
-    Raises:
-      ConfigError: the folder is no run.
-    """
-    folder, _ = checkpoint_of(checkpoint)
-    file = Path(folder).parent / "config.json"
-    if not file.exists():
-        raise ConfigError([f"--checkpoint={checkpoint}: there is no {file}; give a run folder"])
-    recorded = from_config_dict(json.loads(file.read_text(encoding="utf-8")))
-    return dataclasses.replace(recorded, distributed=DistributedConfig())
 
 
 def main() -> None:

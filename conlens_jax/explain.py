@@ -12,11 +12,11 @@ import sys
 from absl import flags
 
 from conlens_jax import cli
+from conlens_jax.checkpoint_flags import CHECKPOINT, STEP
 from conlens_jax.config import ConfigError
-from conlens_jax.config.paths import write_problems
-from conlens_jax.data.corpus import CorpusError
-from conlens_jax.data.text_lines import lines
-from conlens_jax.evaluate import CHECKPOINT, STEP
+from conlens_jax.corpora.corpus import CorpusError
+from conlens_jax.corpora.text_lines import lines
+from conlens_jax.files.paths import write_problems
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.inspection.terminal import render
 

@@ -13,10 +13,10 @@ import contextlib
 from absl import flags
 
 from conlens_jax import cli
+from conlens_jax.checkpoint_flags import CHECKPOINT, STEP
 from conlens_jax.config import ConfigError
-from conlens_jax.evaluate import CHECKPOINT, STEP
+from conlens_jax.explorer.listener import listener_on
 from conlens_jax.inspection.lens import Lens
-from conlens_jax.inspection.listener import listener_on
 
 LOOPBACK = "127.0.0.1"
 _HOST = flags.DEFINE_string("host", LOOPBACK, "Address to serve; 0.0.0.0 is every interface.")
@@ -32,9 +32,9 @@ def main() -> None:
     try:
         import uvicorn
 
-        from conlens_jax.inspection.server import LIMITS, make_app
-        from conlens_jax.inspection.server_limits import served_hosts
-        from conlens_jax.inspection.slow_clients import uvicorn_options
+        from conlens_jax.explorer.server import LIMITS, make_app
+        from conlens_jax.explorer.server_limits import served_hosts
+        from conlens_jax.explorer.slow_clients import uvicorn_options
     except ImportError as error:
         raise ImportError(
             f"the page needs the extra 'explore': pip install 'conlens_jax[explore]' ({error})"

@@ -18,19 +18,19 @@ from typing import Any
 from absl import flags
 
 from conlens_jax import cli
+from conlens_jax.checkpoint_flags import CHECKPOINT, recorded_config
 from conlens_jax.config import ConfigError
-from conlens_jax.config.paths import local_path, write_problems
-from conlens_jax.evaluate import CHECKPOINT, recorded_config
 from conlens_jax.evaluation import lens_gradients
 from conlens_jax.evaluation.gradients import build_report, measure
-from conlens_jax.evaluation.markup import format_interval
-from conlens_jax.evaluation.report import write_report
-from conlens_jax.evaluation.report_data import Report
-from conlens_jax.training.console import Console
+from conlens_jax.evaluation.report.markup import format_interval
+from conlens_jax.evaluation.report.report_data import Report
+from conlens_jax.evaluation.report.writing import write_report
+from conlens_jax.files.paths import local_path, write_problems
+from conlens_jax.files.whole import write_whole
+from conlens_jax.tracking.console import Console
 from conlens_jax.training.preflight import check_files
 from conlens_jax.training.run_folder import checkpoint_of
-from conlens_jax.training.setting import open_setting
-from conlens_jax.whole_files import write_whole
+from conlens_jax.training.session import open_setting
 
 _OUT = flags.DEFINE_string("out", "runs/gradient_report", "Folder for the report.")
 _DRAWS = flags.DEFINE_integer("draws", 100_000, "Draws an estimator.", lower_bound=2)

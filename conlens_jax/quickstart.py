@@ -13,10 +13,10 @@ from conlens_jax.config import ExperimentConfig
 from conlens_jax.data.extract import dump_activations
 from conlens_jax.evaluation.run import evaluate_run
 from conlens_jax.parallel.processes import is_first
-from conlens_jax.training.console import Console
+from conlens_jax.tracking.console import Console
 from conlens_jax.training.loop import train_lens
 from conlens_jax.training.preflight import check_files
-from conlens_jax.training.setting import open_setting
+from conlens_jax.training.session import open_setting
 
 _CONFIG = cli.define_config(str(Path(__file__).parents[1] / "configs" / "quickstart.py"))
 

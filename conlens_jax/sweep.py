@@ -14,14 +14,14 @@ from absl import flags
 
 from conlens_jax import cli
 from conlens_jax.config import ConfigError
-from conlens_jax.config.paths import local_path
-from conlens_jax.training.console import Console
+from conlens_jax.files.paths import local_path
+from conlens_jax.files.whole import write_whole
+from conlens_jax.tracking.console import Console
+from conlens_jax.tracking.records import json_line
 from conlens_jax.training.loop import train_lens
 from conlens_jax.training.preflight import check_files
-from conlens_jax.training.setting import open_setting
+from conlens_jax.training.session import open_setting
 from conlens_jax.training.sweep import read_sweep, result_of, trial_config, trials
-from conlens_jax.training.tracking import json_line
-from conlens_jax.whole_files import write_whole
 
 _CONFIG = cli.define_config()
 _SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, such as configs/sweeps/joint.yaml.")

@@ -10,7 +10,7 @@ from conlens_jax import cli
 from conlens_jax.planning.command import show_plan
 from conlens_jax.training.loop import train_lens
 from conlens_jax.training.preflight import check_files
-from conlens_jax.training.setting import open_setting
+from conlens_jax.training.session import open_setting
 
 _CONFIG = cli.define_config()
 

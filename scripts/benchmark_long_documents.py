@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from conlens_jax.config import CorpusConfig
-from conlens_jax.data.corpus import open_corpus
-from conlens_jax.data.first_tokens import first_tokens
-from conlens_jax.data.tokenizer import Tokenizer, train_bpe_tokenizer
+from conlens_jax.corpora.first_tokens import first_tokens
+from conlens_jax.corpora.opening import open_corpus
+from conlens_jax.models.tokenizer import Tokenizer, train_bpe_tokenizer
 
 _WORDS = "the small cat sat on a mat and then one old dog ran after it over hill and dale".split()
 

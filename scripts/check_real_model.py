@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import conlens_jax
-from conlens_jax.data.tokenizer import Tokenizer
 from conlens_jax.models.hub import resolve_folder
-from conlens_jax.training.console import Console
+from conlens_jax.models.tokenizer import Tokenizer
+from conlens_jax.tracking.console import Console
 
 PROMPTS = (
     "Once upon a time, a small fox lived at the edge of a dark forest.",

@@ -23,21 +23,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from conlens_jax.checkpoint_flags import recorded_config
 from conlens_jax.config import with_changes
 from conlens_jax.data.batches import grouped_batch, prefetch, read_groups
-from conlens_jax.evaluate import recorded_config
-from conlens_jax.evaluation import metrics
-from conlens_jax.lens.batch import make_batch
+from conlens_jax.data.device_batches import make_batch
+from conlens_jax.lens.objective import Objective
 from conlens_jax.lens.spec import init_lens, make_spec
+from conlens_jax.measurement import metrics
 from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.host import keep_freed_memory
 from conlens_jax.parallel.mesh import batch_sharding
+from conlens_jax.tracking.console import Console
 from conlens_jax.training.checkpoint import read_metadata
-from conlens_jax.training.console import Console
-from conlens_jax.training.objective import Objective
 from conlens_jax.training.run import placed
 from conlens_jax.training.run_folder import load_lens
-from conlens_jax.training.setting import Setting, open_setting
+from conlens_jax.training.session import Setting, open_setting
 from conlens_jax.training.state import Stage, init_state, make_step, stage_optimizer
 
 TIMED_STEPS = 16

@@ -49,9 +49,9 @@ from fault_world import (
 
 from conlens_jax import launch
 from conlens_jax.data.cache_writer import PROGRESS_FILE
+from conlens_jax.files.whole import write_whole
 from conlens_jax.parallel.preemption import PREEMPTED
 from conlens_jax.training.checkpoint import all_steps
-from conlens_jax.whole_files import write_whole
 
 SMALL_DISK = "48m"
 

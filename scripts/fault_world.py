@@ -18,8 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from conlens_jax.config import ExperimentConfig, from_config_dict, to_json_dict, with_changes
+from conlens_jax.tracking.records import read_metrics
 from conlens_jax.training.checkpoint import all_steps
-from conlens_jax.training.tracking import read_metrics
 
 SAVE_EVERY, ROWS_PER_SHARD = 4, 48
 STAGES = ("dump", "train", "evaluate")

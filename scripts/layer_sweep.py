@@ -13,11 +13,11 @@ import argparse
 
 import numpy as np
 
-from conlens_jax.evaluate import recorded_config
-from conlens_jax.evaluation.layers import LayerStatistics, layer_statistics
-from conlens_jax.training.console import Console
+from conlens_jax.checkpoint_flags import recorded_config
+from conlens_jax.evaluation.studies.layers import LayerStatistics, layer_statistics
+from conlens_jax.tracking.console import Console
 from conlens_jax.training.preflight import check_files
-from conlens_jax.training.setting import open_setting
+from conlens_jax.training.session import open_setting
 
 HEADER = ["layer", "R", "1 − R²", "median norm", "outliers", "KL of mean", "KL of zero", ""]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from conlens_jax.config import ConfigError
 from conlens_jax.planning.profile_reading import phase_of, scopes_of, time_by_operation
-from conlens_jax.training.console import Console
+from conlens_jax.tracking.console import Console
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from absl import flags
 from conlens_jax import cli
 from conlens_jax.config import ConfigError
 from conlens_jax.planning.scaling import HEADER, report_row
-from conlens_jax.training.console import Console
+from conlens_jax.tracking.console import Console
 
 _CONFIG = cli.define_config()
 DEVICES = flags.DEFINE_list("devices", "1,2,4,8,64,512".split(","), "Counts, with commas between.")

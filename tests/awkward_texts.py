@@ -13,11 +13,11 @@ from tiny_models import random_params, tiny_config
 from tokenizers import decoders, models, normalizers
 
 from conlens_jax.config import LensConfig
-from conlens_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe_tokenizer
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.lens.spec import init_lens, make_spec
 from conlens_jax.models.hf_io import save_model
 from conlens_jax.models.model import load_model
+from conlens_jax.models.tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe_tokenizer
 
 KINDS = ("byte_level", "byte_fallback")
 TEXT = "the cat sat"

@@ -21,12 +21,12 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from conlens_jax.config import ExperimentConfig, with_changes
 from conlens_jax.data.extract import dump_activations
+from conlens_jax.lens.objective import Objective
 from conlens_jax.lens.spec import make_spec
-from conlens_jax.training.console import Console
+from conlens_jax.tracking.console import Console
+from conlens_jax.tracking.records import read_metrics
 from conlens_jax.training.loop import train_lens
-from conlens_jax.training.objective import Objective
-from conlens_jax.training.setting import Setting, open_setting
-from conlens_jax.training.tracking import read_metrics
+from conlens_jax.training.session import Setting, open_setting
 
 # The control has the warm start's length and schedule, so that it needs no program of its own.
 WARM_STEPS, JOINT_STEPS, CONTROL_STEPS = 12, 6, 12

@@ -14,8 +14,8 @@ def serving(app: Any, limits: Any = None) -> Iterator[str]:
     """The address of a running server."""
     import uvicorn  # of the extra 'explore'
 
-    from conlens_jax.inspection.server_limits import Limits
-    from conlens_jax.inspection.slow_clients import uvicorn_options
+    from conlens_jax.explorer.server_limits import Limits
+    from conlens_jax.explorer.slow_clients import uvicorn_options
 
     options = uvicorn_options(limits or Limits())
     with socket.socket() as listener:

@@ -10,7 +10,7 @@ from conlens_jax import cli
 from conlens_jax.data.extract import dump_activations
 from conlens_jax.evaluation.run import evaluate_run
 from conlens_jax.training import loop, stage_loop
-from conlens_jax.training.setting import open_setting
+from conlens_jax.training.session import open_setting
 from conlens_jax.training.validation import Validation
 
 _CONFIG = cli.define_config()

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conlens_jax.data.statements import token_variables
-from conlens_jax.data.sums import VARIABLES, addition
-from conlens_jax.data.tokenizer import train_word_tokenizer
-from conlens_jax.training import answers
+from conlens_jax.corpora.statements import token_variables
+from conlens_jax.corpora.sums import VARIABLES, addition
+from conlens_jax.embedded import answers
+from conlens_jax.models.tokenizer import train_word_tokenizer
 
 SUMS = [addition(0, index) for index in range(70)]
 # Each column states a digit and a carry, the last line a count and the three digits again.

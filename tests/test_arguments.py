@@ -11,8 +11,8 @@ from tiny_models import random_tokens
 from tiny_user import LAYER, TEXT, TEXTS, tiny_user_lens
 
 from conlens_jax.config.seeds import numpy_seed, random_key
+from conlens_jax.corpora.stories import story
 from conlens_jax.data.batches import batch_indices
-from conlens_jax.data.stories import story
 
 LENGTH, WIDTH = 10, 32
 

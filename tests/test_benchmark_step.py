@@ -18,7 +18,7 @@ from conlens_jax.benchmark.flops import causal, dump_flops, stack_cost, step_flo
 from conlens_jax.benchmark.naive import naive_loss
 from conlens_jax.benchmark.shapes import comparable, shape_workload
 from conlens_jax.config import ExperimentConfig, LossConfig, WarmConfig, constant
-from conlens_jax.training.objective import Objective, joint_loss, prepare
+from conlens_jax.lens.objective import Objective, joint_loss, prepare
 
 WEIGHTS = {"lm": 0.5, "kl": 1.0, "mse": 2.0, "entropy": 0.3, "text": 0.0}
 SCRIPTS = Path(__file__).parent.parent / "scripts"

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from conlens_jax import whole_files
 from conlens_jax.data import cache_writer
 from conlens_jax.data.cache import (
     ActivationCache,
@@ -24,6 +23,7 @@ from conlens_jax.data.cache import (
     Rows,
     cache_is_complete,
 )
+from conlens_jax.files import whole as whole_files
 
 N_ROWS, D_MODEL, SEQ_LEN, PER_SHARD = 23, 5, 7, 6
 

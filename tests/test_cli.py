@@ -117,7 +117,7 @@ def test_commands_of_one_process_refuse_several():
 
 
 def test_evaluate_reads_the_config_of_a_run(tmp_path):
-    from conlens_jax.evaluate import recorded_config
+    from conlens_jax.checkpoint_flags import recorded_config
 
     config = ExperimentConfig(run_dir=str(tmp_path / "run"))
     # The processes that it was trained in are not those that evaluate it.

@@ -14,9 +14,10 @@ import pyarrow.parquet
 import pytest
 
 from conlens_jax.config import CorpusConfig
-from conlens_jax.data import stdlib_docs, stories, story_grammar
-from conlens_jax.data.corpus import CorpusError, is_held_out, open_corpus
-from conlens_jax.data.file_search import find_files
+from conlens_jax.corpora import stdlib_docs, stories, story_grammar
+from conlens_jax.corpora.corpus import CorpusError, is_held_out
+from conlens_jax.corpora.file_search import find_files
+from conlens_jax.corpora.opening import open_corpus
 
 STORIES = [stories.story(0, index) for index in range(1500)]
 TEXTS = [f"document number {i} has its own words" for i in range(60)]

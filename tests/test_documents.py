@@ -31,7 +31,7 @@ from entry_points import check, run
 from pipeline import TINY, WARM_STEPS, World, open_world
 
 from conlens_jax.config import CorpusConfig, to_json_dict
-from conlens_jax.data.corpus import open_corpus
+from conlens_jax.corpora.opening import open_corpus
 
 NOTEBOOK = ROOT / "scripts" / "notebooks" / "explore.ipynb"
 NAMES = [str(document.relative_to(ROOT)) for document in DOCUMENTS]

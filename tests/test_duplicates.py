@@ -11,11 +11,12 @@ import pyarrow.parquet
 import pytest
 
 from conlens_jax.config import CorpusConfig
-from conlens_jax.data import duplicates, stdlib_docs
-from conlens_jax.data.corpus import CorpusError, Document, is_held_out, open_corpus, without_copies
-from conlens_jax.data.duplicates import SeenTexts, Tally, text_hash
-from conlens_jax.data.generated import GeneratedCorpus, Generator
-from conlens_jax.data.sums import addition
+from conlens_jax.corpora import duplicates, stdlib_docs
+from conlens_jax.corpora.corpus import CorpusError, Document, is_held_out, without_copies
+from conlens_jax.corpora.duplicates import SeenTexts, Tally, text_hash
+from conlens_jax.corpora.generated import GeneratedCorpus, Generator
+from conlens_jax.corpora.opening import open_corpus
+from conlens_jax.corpora.sums import addition
 
 FRACTION = 0.3
 DIFFERENT = [f"document number {i} has its own words" for i in range(12)]

@@ -33,8 +33,8 @@ from conlens_jax.evaluation.lens_gradients import quality as lens_quality
 from conlens_jax.lens.decoder import forced_states, generate, head_of
 from conlens_jax.lens.estimators import condition_on_token, conditional_gumbel, token_keys
 from conlens_jax.lens.gumbel import straight_through_embed
+from conlens_jax.lens.objective import TERMS, Objective
 from conlens_jax.lens.spec import decoder_of
-from conlens_jax.training.objective import TERMS, Objective
 
 DRAWS = 40_000
 

@@ -18,14 +18,14 @@ from pipeline import CHECKPOINT_EVERY, LAST_STEP, WARM_STEPS, open_world, quiet_
 
 from conlens_jax import gradient_report
 from conlens_jax.config import ConfigError
-from conlens_jax.data.tokenizer import Tokenizer
 from conlens_jax.evaluation import lens_gradients, run
 from conlens_jax.evaluation.run import evaluate_run
 from conlens_jax.evaluation.suite import HEADLINE
+from conlens_jax.models.tokenizer import Tokenizer
+from conlens_jax.tracking.records import read_metrics
 from conlens_jax.training.checkpoint import CheckpointError
 from conlens_jax.training.loop import train_lens
-from conlens_jax.training.setting import open_caches, training_reference
-from conlens_jax.training.tracking import read_metrics
+from conlens_jax.training.session import open_caches, training_reference
 
 PREFIXES = ("", "warm_", "control_")
 # What a run must report, with the ends of its interval, for each of its lenses.

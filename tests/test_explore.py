@@ -25,7 +25,7 @@ def lens(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(lens):
-    from conlens_jax.inspection.server import make_app
+    from conlens_jax.explorer.server import make_app
 
     with serving(make_app(lens, max_tokens=24, hosts=("127.0.0.1",))) as address:
         yield address
@@ -144,8 +144,8 @@ def test_requests_at_the_same_time_are_not_mixed(lens, address):
 
 
 def test_when_too_many_wait_the_next_one_is_told(lens):
-    from conlens_jax.inspection.server import make_app
-    from conlens_jax.inspection.turns import Busy, Turns
+    from conlens_jax.explorer.server import make_app
+    from conlens_jax.explorer.turns import Busy, Turns
 
     turns = Turns(1)
     with turns.turn(), pytest.raises(Busy, match="too many"), turns.turn():

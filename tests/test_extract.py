@@ -12,14 +12,14 @@ import pytest
 from pipeline import open_world, quiet_console
 
 from conlens_jax.config import ConfigError
+from conlens_jax.corpora.corpus import CorpusError, Document
+from conlens_jax.corpora.stories import story
 from conlens_jax.data import extract, shared_writer
 from conlens_jax.data.cache import ActivationCache, CacheError
 from conlens_jax.data.cache_writer import CacheWriter
-from conlens_jax.data.corpus import CorpusError, Document
 from conlens_jax.data.rows import Rows
-from conlens_jax.data.stories import story
 from conlens_jax.data.stream import open_stream
-from conlens_jax.training.setting import Setting
+from conlens_jax.training.session import Setting
 
 
 @pytest.fixture(scope="module")

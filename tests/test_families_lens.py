@@ -17,7 +17,7 @@ from tiny_lens import relative_error, tiny_batch, tiny_lens, tiny_noise, tiny_sp
 
 from conlens_jax.benchmark.naive import naive_loss
 from conlens_jax.config import LossConfig, WarmConfig, constant
-from conlens_jax.training.objective import Objective, joint_loss, prepare
+from conlens_jax.lens.objective import Objective, joint_loss, prepare
 
 WEIGHTS = {"lm": 0.3, "kl": 1.7, "mse": 0.6, "entropy": 0.2, "text": 0.4}
 LOSS = LossConfig(

@@ -8,9 +8,9 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from conlens_jax.data import first_tokens as module
-from conlens_jax.data.first_tokens import first_tokens
-from conlens_jax.data.tokenizer import train_bpe_tokenizer, train_word_tokenizer
+from conlens_jax.corpora import first_tokens as module
+from conlens_jax.corpora.first_tokens import first_tokens
+from conlens_jax.models.tokenizer import train_bpe_tokenizer, train_word_tokenizer
 
 SAMPLE = [
     "The quick brown fox, 12345 times, jumped over 67 lazy dogs; it wasn't hard.",

@@ -12,10 +12,10 @@ import pytest
 from pipeline import WARM_STEPS, open_world, quiet_console
 
 from conlens_jax.config import ConfigError
-from conlens_jax.data.stories import ATTRIBUTES
+from conlens_jax.corpora.stories import ATTRIBUTES
 from conlens_jax.evaluation.run import evaluate_run
-from conlens_jax.evaluation.text_changes import CHANGES
-from conlens_jax.training.tracking import read_metrics
+from conlens_jax.evaluation.studies.text_changes import CHANGES
+from conlens_jax.tracking.records import read_metrics
 
 AUDIT_STEPS, BEST_OF = 12, 3
 PREFIXES = ("", "warm_", "control_")

@@ -23,10 +23,10 @@ from tiny_lens import (
 from tiny_models import random_tokens, write_tokenizer
 
 from conlens_jax.config import LensConfig, OptimizerConfig
-from conlens_jax.data.tokenizer import Tokenizer
 from conlens_jax.lens.decoder import generate, teacher_forced_logits
 from conlens_jax.lens.spec import decoder_of, init_lens, make_spec
 from conlens_jax.models.layer_kinds import slice_layers
+from conlens_jax.models.tokenizer import Tokenizer
 from conlens_jax.models.transformer import all_positions, run_layers, unembed
 from conlens_jax.training.optimizer import decay_mask, learning_rate_multipliers
 

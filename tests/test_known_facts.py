@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from conlens_jax.config import WarmConfig
-from conlens_jax.data.generators import GENERATORS
+from conlens_jax.corpora.generators import GENERATORS
+from conlens_jax.corpora.statements import NOTHING, token_variables
+from conlens_jax.corpora.stories import ATTRIBUTES, story
+from conlens_jax.corpora.story_grammar import words
+from conlens_jax.corpora.sums import VARIABLES, addition
 from conlens_jax.data.rows import Rows
-from conlens_jax.data.statements import NOTHING, token_variables
-from conlens_jax.data.stories import ATTRIBUTES, story
-from conlens_jax.data.story_grammar import words
-from conlens_jax.data.sums import VARIABLES, addition
-from conlens_jax.data.tokenizer import train_word_tokenizer
-from conlens_jax.evaluation.interventions import EDITS, draw_edits
-from conlens_jax.evaluation.known_facts import KnownFacts
+from conlens_jax.evaluation.studies.interventions import EDITS, draw_edits
+from conlens_jax.evaluation.studies.known_facts import KnownFacts
+from conlens_jax.evaluation.studies.truth import Readable, truth_of_texts
 from conlens_jax.evaluation.suite import Suite
-from conlens_jax.evaluation.truth import Readable, truth_of_texts
+from conlens_jax.models.tokenizer import train_word_tokenizer
 
 SEED, N_ROWS = 5, 40
 

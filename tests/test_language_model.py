@@ -14,11 +14,11 @@ from tiny_models import random_tokens
 from tiny_models import tiny_config as tiny_transformer_config
 
 from conlens_jax.config import ExperimentConfig, with_changes
-from conlens_jax.data.corpus import open_corpus
+from conlens_jax.corpora.opening import open_corpus
+from conlens_jax.embedded import language_model
+from conlens_jax.embedded.language_model import ensure_language_model
 from conlens_jax.models.model import load_model
 from conlens_jax.models.transformer import forward
-from conlens_jax.training import language_model
-from conlens_jax.training.language_model import ensure_language_model
 
 
 @pytest.fixture(scope="module")

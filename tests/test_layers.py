@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from pipeline import open_world
 
-from conlens_jax.evaluation.layers import LayerStatistics, layer_statistics
-from conlens_jax.evaluation.measure import reference_of
+from conlens_jax.evaluation.studies.layers import LayerStatistics, layer_statistics
+from conlens_jax.measurement.runner import reference_of
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,9 @@ from tiny_lens import (
 from tiny_models import random_tokens, write_tokenizer
 
 from conlens_jax.config import LensConfig, LossConfig, WarmConfig, constant
-from conlens_jax.data.tokenizer import Tokenizer
 from conlens_jax.lens.decoder import prompt_embeddings
 from conlens_jax.lens.encoder import encode_embeddings, encode_tokens
+from conlens_jax.lens.objective import TERMS, Objective, joint_loss, prepare
 from conlens_jax.lens.spec import (
     decoder_of,
     denormalise,
@@ -34,7 +34,7 @@ from conlens_jax.lens.spec import (
     make_spec,
     normalise,
 )
-from conlens_jax.training.objective import TERMS, Objective, joint_loss, prepare
+from conlens_jax.models.tokenizer import Tokenizer
 
 SWITCHES = ("train_projections", "train_soft_prompt", "train_output_head")
 COMBINATIONS = list(

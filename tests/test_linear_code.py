@@ -7,13 +7,13 @@ import itertools
 import numpy as np
 import pytest
 
-from conlens_jax.evaluation.linear_code import (
+from conlens_jax.evaluation.studies.linear_code import (
     LinearCode,
     allocate_bits,
     bits_of_text,
     lloyd_levels,
 )
-from conlens_jax.evaluation.probe import LinearMap, logistic_regression, probe_values
+from conlens_jax.evaluation.studies.probe import LinearMap, logistic_regression, probe_values
 
 RNG = np.random.default_rng(0)
 

@@ -36,12 +36,12 @@ from conlens_jax.config import (
 )
 from conlens_jax.lens.decoder import generate, teacher_forced_logits
 from conlens_jax.lens.encoder import encode_tokens
+from conlens_jax.lens.objective import Objective, warm_loss
 from conlens_jax.lens.sharding import lens_shardings
 from conlens_jax.lens.spec import decoder_of, encoder_of, init_lens
 from conlens_jax.parallel.mesh import make_mesh
 from conlens_jax.training.accounting import parameter_table
 from conlens_jax.training.checkpoint import Checkpoints, restore_params
-from conlens_jax.training.objective import Objective, warm_loss
 from conlens_jax.training.optimizer import (
     apply_updates,
     learning_rate_multipliers,

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conlens_jax.evaluation.measure import reference_of
 from conlens_jax.lens.losses import (
     cross_entropy,
     direction_error,
@@ -16,6 +15,7 @@ from conlens_jax.lens.losses import (
     reconstruction_error,
     squared_error,
 )
+from conlens_jax.measurement.runner import reference_of
 
 ROWS, VOCAB, WIDTH = 40, 23, 16
 

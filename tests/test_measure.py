@@ -13,14 +13,14 @@ from tiny_models import random_tokens
 
 from conlens_jax.config import WarmConfig
 from conlens_jax.data.rows import Rows
-from conlens_jax.evaluation import metrics
-from conlens_jax.evaluation.measure import Explained, Measurer, other_rows, reference_of
-from conlens_jax.evaluation.measurements import SAMPLING, TOP
 from conlens_jax.evaluation.suite import HEADLINE, Suite
 from conlens_jax.lens.batch import Batch
 from conlens_jax.lens.decoder import generate
 from conlens_jax.lens.gumbel import example_keys, gumbel_noise
 from conlens_jax.lens.spec import decoder_of
+from conlens_jax.measurement import metrics
+from conlens_jax.measurement.programs import SAMPLING, TOP
+from conlens_jax.measurement.runner import Explained, Measurer, other_rows, reference_of
 from conlens_jax.models.transformer import forward
 from conlens_jax.parallel.mesh import single_device_mesh
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conlens_jax.evaluation import metrics
-from conlens_jax.evaluation.bootstrap import (
+from conlens_jax.measurement import metrics
+from conlens_jax.measurement.bootstrap import (
     DocumentBootstrap,
     bootstrap_interval,
     paired_difference,

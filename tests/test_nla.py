@@ -16,9 +16,9 @@ from tiny_lens import tiny_original, tiny_spec
 from tiny_models import write_tiny_folder
 from tiny_user import LAYER, TEXT, TEXTS, tiny_user_lens
 
-from conlens_jax.inspection.nla import SIDECAR, VALUE_HEAD, NlaPair, _explanation, read_sidecar
-from conlens_jax.inspection.nla_export import PARTS, export_pair
 from conlens_jax.models.hf_io import save_model
+from conlens_jax.nla.export import PARTS, export_pair
+from conlens_jax.nla.pairs import SIDECAR, VALUE_HEAD, NlaPair, _explanation, read_sidecar
 
 torch = pytest.importorskip("torch")
 

@@ -31,7 +31,7 @@ def lens(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(lens):
-    from conlens_jax.inspection.server import make_app
+    from conlens_jax.explorer.server import make_app
 
     with testclient.TestClient(make_app(lens, max_tokens=24)) as client:
         yield client
@@ -185,7 +185,7 @@ def test_numbers_that_are_none_are_refused(client, path, body):
 
 
 def test_when_too_many_wait_the_next_one_is_told(lens):
-    from conlens_jax.inspection.server import make_app
+    from conlens_jax.explorer.server import make_app
 
     with testclient.TestClient(make_app(lens, most_waiting=0)) as client:
         answer = client.post("/nla/explain", json={"text": TEXT})

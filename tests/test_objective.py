@@ -37,11 +37,7 @@ from conlens_jax.config import (
     constant,
 )
 from conlens_jax.lens.gumbel import example_keys, gumbel_noise
-from conlens_jax.lens.original import text_alone
-from conlens_jax.models.transformer import forward
-from conlens_jax.parallel.mesh import AXES, batch_sharding, replicated
-from conlens_jax.training import state as training_state
-from conlens_jax.training.objective import (
+from conlens_jax.lens.objective import (
     TERMS,
     Objective,
     joint_loss,
@@ -51,6 +47,10 @@ from conlens_jax.training.objective import (
     swap_vector,
     warm_loss,
 )
+from conlens_jax.lens.original import text_alone
+from conlens_jax.models.transformer import forward
+from conlens_jax.parallel.mesh import AXES, batch_sharding, replicated
+from conlens_jax.training import state as training_state
 from conlens_jax.training.state import Stage, init_state, make_step, stage_optimizer
 
 HORIZON, BEFORE, AFTER = 2, 3, 1

@@ -14,10 +14,11 @@ import pytest
 
 from conlens_jax import explain
 from conlens_jax.config import ConfigError, CorpusConfig, ExperimentConfig, with_changes
-from conlens_jax.data.corpus import CorpusError, open_corpus
-from conlens_jax.data.file_search import find_files
-from conlens_jax.data.tokenizer import train_bpe_tokenizer
+from conlens_jax.corpora.corpus import CorpusError
+from conlens_jax.corpora.file_search import find_files
+from conlens_jax.corpora.opening import open_corpus
 from conlens_jax.inspection.texts import token_lists
+from conlens_jax.models.tokenizer import train_bpe_tokenizer
 
 
 def opened(kind, path, **changes):

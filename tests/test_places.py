@@ -14,15 +14,15 @@ from pipeline import quiet_console as quiet
 from tiny_user import TEXT, tiny_user_lens
 
 import conlens_jax
+from conlens_jax.checkpoint_flags import recorded_config
 from conlens_jax.config import ConfigError, with_changes
 from conlens_jax.data.extract import dump_activations
-from conlens_jax.evaluate import recorded_config
+from conlens_jax.embedded import language_model
 from conlens_jax.models import hub
-from conlens_jax.training import language_model
 from conlens_jax.training.checkpoint import DamagedCheckpoint, read_metadata
 from conlens_jax.training.loop import train_lens
 from conlens_jax.training.run_folder import chosen_checkpoint
-from conlens_jax.training.setting import open_setting
+from conlens_jax.training.session import open_setting
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -236,7 +236,7 @@ def test_home_in_every_path_of_a_config(monkeypatch, world):
 
 
 def test_a_run_dir_that_cannot_hold_checkpoints_is_refused_first(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("conlens_jax.training.setting.load_model", pytest.fail)
+    monkeypatch.setattr("conlens_jax.training.session.load_model", pytest.fail)
     config = with_changes(world.config, {"run_dir": str(tmp_path / "a\\b")})
     with pytest.raises(ConfigError, match=r"run_dir: .*backslash"):
         open_setting(config, quiet()[0])

@@ -21,8 +21,8 @@ from conlens_jax.config import (
     MeshConfig,
     with_changes,
 )
+from conlens_jax.data.device_batches import make_batch
 from conlens_jax.data.rows import Rows
-from conlens_jax.lens.batch import make_batch
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.models.families.llama import param_table
 from conlens_jax.models.param_table import count_params

@@ -16,10 +16,10 @@ from conlens_jax.config import LossConfig, WarmConfig, constant
 from conlens_jax.lens.decoder import teacher_forced_logits
 from conlens_jax.lens.encoder import encode_tokens
 from conlens_jax.lens.losses import cross_entropy, kl_divergence, reconstruction_error
+from conlens_jax.lens.objective import Objective, joint_loss, prepare, swap_vector, warm_loss
 from conlens_jax.lens.original import swapped_logits
 from conlens_jax.lens.policy import advantages, policy_loss
 from conlens_jax.lens.spec import decoder_of, encoder_of
-from conlens_jax.training.objective import Objective, joint_loss, prepare, swap_vector, warm_loss
 
 COSTS = np.array([0.3, -1.0, 2.0])
 GROUP = 2

@@ -12,7 +12,6 @@ from tiny_lens import TEXT_LEN, tiny_batch, tiny_lens, tiny_spec
 from tiny_models import random_tokens
 
 from conlens_jax.config import LossConfig, WarmConfig
-from conlens_jax.evaluation.statistics import prefix_lengths
 from conlens_jax.lens.encoder import (
     encode_embeddings,
     encode_prefixes,
@@ -20,9 +19,10 @@ from conlens_jax.lens.encoder import (
     encode_tokens,
 )
 from conlens_jax.lens.losses import reconstruction_error
+from conlens_jax.lens.objective import Objective, source_window, warm_loss
 from conlens_jax.lens.spec import encoder_of
+from conlens_jax.measurement.aggregates import prefix_lengths
 from conlens_jax.models.transformer import embed_tokens
-from conlens_jax.training.objective import Objective, source_window, warm_loss
 
 
 @functools.cache

@@ -18,9 +18,10 @@ from absl import flags
 
 from conlens_jax import cli
 from conlens_jax.config import ConfigError, ExperimentConfig, to_json_dict, with_changes
+from conlens_jax.embedded import language_model
 from conlens_jax.inspection.lens import Lens
-from conlens_jax.training import language_model, setting
-from conlens_jax.training.console import Console
+from conlens_jax.tracking.console import Console
+from conlens_jax.training import session as setting
 from conlens_jax.training.preflight import check_files
 
 ROOT = Path(__file__).parents[1]

@@ -43,7 +43,7 @@ from conlens_jax.parallel.processes import ProcessError, local_rows, on_devices,
 from conlens_jax.training import stage_loop
 from conlens_jax.training.checkpoint import all_steps
 from conlens_jax.training.loop import train_lens
-from conlens_jax.training.setting import open_caches, training_reference
+from conlens_jax.training.session import open_caches, training_reference
 from conlens_jax.training.validation import Validation
 
 

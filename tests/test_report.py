@@ -12,14 +12,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from conlens_jax.data.written import Written
-from conlens_jax.evaluation import svg
-from conlens_jax.evaluation.bootstrap import Interval
-from conlens_jax.evaluation.heat_map import STEPS, HeatMap, HeatToken, render_heat_map
-from conlens_jax.evaluation.markup import escape, format_interval, format_number, show_token
-from conlens_jax.evaluation.report import render_report, write_report
-from conlens_jax.evaluation.report_data import Example, MetricGroup, MetricRow, Report
-from conlens_jax.evaluation.svg import CurveChart, HistogramChart, Series
+from conlens_jax.evaluation.report.heat_map import STEPS, HeatMap, HeatToken, render_heat_map
+from conlens_jax.evaluation.report.markup import escape, format_interval, format_number, show_token
+from conlens_jax.evaluation.report.report_data import Example, MetricGroup, MetricRow, Report
+from conlens_jax.evaluation.report.svg import CurveChart, HistogramChart, Series
+from conlens_jax.evaluation.report.writing import render_report, svg, write_report
+from conlens_jax.measurement.bootstrap import Interval
+from conlens_jax.models.written import Written
 
 NAN, INF = math.nan, math.inf
 

@@ -12,9 +12,10 @@ from test_plan import config_of
 from tiny_models import write_tiny_folder
 
 from conlens_jax.config import MeshConfig
+from conlens_jax.data.device_batches import make_batch
 from conlens_jax.data.rows import Rows
-from conlens_jax.lens.batch import make_batch
 from conlens_jax.lens.gumbel import example_keys
+from conlens_jax.lens.objective import prepare
 from conlens_jax.lens.sharding import lens_shardings
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.lens.vocabulary import noise_of_texts
@@ -22,7 +23,6 @@ from conlens_jax.models.model import load_model
 from conlens_jax.parallel.mesh import batch_sharding, make_mesh
 from conlens_jax.planning.lens import make_plan
 from conlens_jax.planning.model_source import planned_model
-from conlens_jax.training.objective import prepare
 from conlens_jax.training.state import SAMPLING, init_state, stage_optimizer, stages_of
 
 STEPS, ROWS, LENGTH = 20, 16, 12

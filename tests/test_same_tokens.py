@@ -23,9 +23,9 @@ from tokenizers import (
 )
 from tokenizers import Tokenizer as Backend
 
-from conlens_jax.data.stories import story
-from conlens_jax.data.tokenizer import Tokenizer
+from conlens_jax.corpora.stories import story
 from conlens_jax.models.model import load_model
+from conlens_jax.models.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 

@@ -30,7 +30,7 @@ def lens(tmp_path_factory):
 
 
 def quick_limits():
-    from conlens_jax.inspection.server_limits import Limits
+    from conlens_jax.explorer.server_limits import Limits
 
     return Limits(
         body_bytes=100_000,
@@ -44,7 +44,7 @@ def quick_limits():
 
 @pytest.fixture(scope="module")
 def address(lens):
-    from conlens_jax.inspection.server import make_app
+    from conlens_jax.explorer.server import make_app
 
     hosts, limits = ("127.0.0.1",), quick_limits()
     app = make_app(lens, max_tokens=24, most_waiting=64, hosts=hosts, limits=limits)
@@ -132,7 +132,7 @@ def test_fifty_at_once_each_get_their_own(lens, address):
 
 
 def test_too_many_are_told_and_those_that_began_are_finished(lens):
-    from conlens_jax.inspection.server import make_app
+    from conlens_jax.explorer.server import make_app
 
     body = {"text": TEXT, "position": 1}
     with serving(make_app(lens, most_waiting=4)) as address:
@@ -148,7 +148,7 @@ def test_too_many_are_told_and_those_that_began_are_finished(lens):
 
 def test_turns_come_in_the_order_of_asking():
     """Who leaves and asks again at once stands behind those who wait."""
-    from conlens_jax.inspection.turns import Turns
+    from conlens_jax.explorer.turns import Turns
 
     turns, order, started = Turns(3), [], threading.Event()
 
@@ -173,7 +173,7 @@ def test_turns_come_in_the_order_of_asking():
 
 
 def test_who_has_left_loses_turn_and_place():
-    from conlens_jax.inspection.turns import Busy, Gone, Turns, calling
+    from conlens_jax.explorer.turns import Busy, Gone, Turns, calling
 
     turns, outcome = Turns(2), []
 
@@ -224,7 +224,7 @@ def test_large_bodies_are_refused_while_they_come(address):
 
 def test_all_bodies_together_are_limited(lens):
     """Three that wait for their last byte fill what there is; a fourth is told to come again."""
-    from conlens_jax.inspection.server import make_app
+    from conlens_jax.explorer.server import make_app
 
     limits = quick_limits()
     with contextlib.ExitStack() as stack:
@@ -259,7 +259,7 @@ def test_all_bodies_together_are_limited(lens):
 def test_bodies_that_are_no_request(lens, path, content, status, message):
     import re
 
-    from conlens_jax.inspection.server import make_app
+    from conlens_jax.explorer.server import make_app
 
     with testclient.TestClient(make_app(lens)) as client:
         found = client.post(path, content=content, headers={"Content-Type": "application/json"})
@@ -299,7 +299,7 @@ def test_a_reader_that_does_not_read_is_left():
     from starlette.applications import Starlette
     from starlette.routing import Route
 
-    from conlens_jax.inspection.server_limits import ClosedStream
+    from conlens_jax.explorer.server_limits import ClosedStream
 
     sent, ended = [], threading.Event()
 
@@ -329,7 +329,7 @@ def test_a_reader_that_does_not_read_is_left():
 )
 def test_who_hangs_up_is_not_worked_for(lens, address, path, body, whole, monkeypatch):
     """With the lens slowed down; not streamed, the work ends with the batch at hand."""
-    from conlens_jax.inspection import nla_server
+    from conlens_jax.explorer import nla_api as nla_server
     from conlens_jax.inspection.lens import Lens
 
     calls = []
@@ -382,8 +382,8 @@ def test_who_hangs_up_is_not_worked_for(lens, address, path, body, whole, monkey
     ],
 )
 def test_which_names_are_served(lens, host, listens, status):
-    from conlens_jax.inspection.server import make_app
-    from conlens_jax.inspection.server_limits import served_hosts
+    from conlens_jax.explorer.server import make_app
+    from conlens_jax.explorer.server_limits import served_hosts
 
     app = make_app(lens, hosts=served_hosts(listens, ["lens.example"]))
     with testclient.TestClient(app) as client:
@@ -391,7 +391,7 @@ def test_which_names_are_served(lens, host, listens, status):
 
 
 def test_pages_of_other_sites_may_not_ask(lens):
-    from conlens_jax.inspection.server import make_app
+    from conlens_jax.explorer.server import make_app
 
     there, body = "https://there.example", {"text": TEXT}
     cross = {"Origin": there, "Access-Control-Request-Method": "POST"}
@@ -420,7 +420,7 @@ def test_the_pages_policy_lets_its_own_script_run(lens):
     import hashlib
     import re
 
-    from conlens_jax.inspection.server import make_app
+    from conlens_jax.explorer.server import make_app
 
     with testclient.TestClient(make_app(lens)) as client:
         page, facts = client.get("/"), client.get("/api/lens")
@@ -433,8 +433,8 @@ def test_the_pages_policy_lets_its_own_script_run(lens):
 
 
 def test_what_fails_is_said_without_what_failed(lens, monkeypatch):
+    from conlens_jax.explorer.server import make_app
     from conlens_jax.inspection.lens import Lens
-    from conlens_jax.inspection.server import make_app
 
     def fail(*arguments, **options):
         raise RuntimeError("secret")
@@ -451,8 +451,8 @@ def test_what_fails_is_said_without_what_failed(lens, monkeypatch):
 
 
 def test_a_stream_that_fails_says_so(lens, monkeypatch, caplog):
+    from conlens_jax.explorer.server import make_app
     from conlens_jax.inspection.lens import Lens
-    from conlens_jax.inspection.server import make_app
 
     def fail(*arguments, **options):
         raise RuntimeError("secret")

@@ -13,9 +13,9 @@ from tiny_lens import relative_error, tiny_batch, tiny_lens, tiny_noise, tiny_sp
 from conlens_jax.config import LossConfig, WarmConfig
 from conlens_jax.config.settings import ScheduleConfig
 from conlens_jax.data.batches import document_groups, grouped_batch, read_groups
+from conlens_jax.data.device_batches import make_batch
 from conlens_jax.data.rows import Places, Rows
-from conlens_jax.lens.batch import make_batch
-from conlens_jax.training.objective import TERMS, Objective, joint_loss, prepare, swap_vector
+from conlens_jax.lens.objective import TERMS, Objective, joint_loss, prepare, swap_vector
 
 SHARED = 2
 FIRST = jax.sharding.SingleDeviceSharding(jax.devices()[0])

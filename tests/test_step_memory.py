@@ -11,7 +11,7 @@ import pytest
 from tiny_lens import plain_text, tiny_batch, tiny_lens, tiny_spec
 
 from conlens_jax.config import ExperimentConfig, LossConfig, ScheduleConfig, WarmConfig
-from conlens_jax.training.objective import TERMS, Objective, joint_loss, prepare
+from conlens_jax.lens.objective import TERMS, Objective, joint_loss, prepare
 from conlens_jax.training.state import Stage, init_state, make_step, stage_optimizer
 
 COMPILED = "/jax/core/compile/backend_compile_duration"

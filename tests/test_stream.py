@@ -12,12 +12,13 @@ import pytest
 from pipeline import WARM_STEPS, losses, open_world
 
 from conlens_jax.config import ConfigError, with_changes
+from conlens_jax.data.device_batches import make_batch
 from conlens_jax.data.stream import open_stream
-from conlens_jax.lens.batch import make_batch, with_activations
+from conlens_jax.lens.batch import with_activations
 from conlens_jax.training import stage_loop
 from conlens_jax.training.checkpoint import all_steps
 from conlens_jax.training.loop import train_lens
-from conlens_jax.training.setting import open_caches, training_reference
+from conlens_jax.training.session import open_caches, training_reference
 from conlens_jax.training.validation import Validation
 
 

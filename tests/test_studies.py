@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from conlens_jax.config import WarmConfig
+from conlens_jax.corpora.statements import TokenVariable
 from conlens_jax.data.rows import Rows
-from conlens_jax.data.statements import TokenVariable
-from conlens_jax.evaluation.audit import audit_lens
-from conlens_jax.evaluation.interventions import intervene
-from conlens_jax.evaluation.measure import Explained, reference_of
-from conlens_jax.evaluation.measurements import Effect
+from conlens_jax.evaluation.studies.audit import audit_lens
+from conlens_jax.evaluation.studies.interventions import intervene
+from conlens_jax.evaluation.studies.text_changes import DROPPED, Lexicon
 from conlens_jax.evaluation.suite import Evaluated, Suite
-from conlens_jax.evaluation.text_changes import DROPPED, Lexicon
+from conlens_jax.measurement.programs import Effect
+from conlens_jax.measurement.runner import Explained, reference_of
 
 N_ROWS, TEXT_LEN, VOCABULARY = 24, 6, 40
 RNG = np.random.default_rng(0)

@@ -8,8 +8,8 @@ import re
 import pytest
 
 from conlens_jax.config import GENERATED_CORPORA
-from conlens_jax.data.generators import GENERATORS
-from conlens_jax.data.sums import SYNONYMS, VARIABLES, addition
+from conlens_jax.corpora.generators import GENERATORS
+from conlens_jax.corpora.sums import SYNONYMS, VARIABLES, addition
 
 SUMS = [addition(0, index) for index in range(400)]
 PINNED_TEXT = (

@@ -5,9 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from conlens_jax.data.stories import SYNONYMS
-from conlens_jax.data.tokenizer import train_bpe_tokenizer, train_word_tokenizer
-from conlens_jax.evaluation.text_changes import CHANGES, DROPPED, Lexicon, changed, is_changed
+from conlens_jax.corpora.stories import SYNONYMS
+from conlens_jax.evaluation.studies.text_changes import (
+    CHANGES,
+    DROPPED,
+    Lexicon,
+    changed,
+    is_changed,
+)
+from conlens_jax.models.tokenizer import train_bpe_tokenizer, train_word_tokenizer
 
 WORDS = "tom was a little happy dog . he smiled , and anna shouted !"
 

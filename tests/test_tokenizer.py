@@ -8,8 +8,8 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
-from conlens_jax.data.stories import story
-from conlens_jax.data.tokenizer import (
+from conlens_jax.corpora.stories import story
+from conlens_jax.models.tokenizer import (
     Tokenizer,
     train_bpe_tokenizer,
     train_word_tokenizer,

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from conlens_jax.config import WandbConfig
-from conlens_jax.training.console import Console, format_value
+from conlens_jax.tracking.console import Console, format_value
+from conlens_jax.tracking.records import MetricsFile, read_metrics
+from conlens_jax.tracking.wandb_run import WandbRun
 from conlens_jax.training.stage_log import BINS, StageLog, histogram
-from conlens_jax.training.tracking import MetricsFile, read_metrics
 from conlens_jax.training.validation import Sample, token_shares
-from conlens_jax.training.wandb_run import WandbRun
 
 # --- console ------------------------------------------------------------------------------------
 

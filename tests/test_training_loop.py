@@ -36,8 +36,10 @@ from pipeline import (
 from conlens_jax.config import ConfigError, to_json_dict, with_changes
 from conlens_jax.data.batches import read_groups
 from conlens_jax.data.cache import CacheError
+from conlens_jax.lens.objective import warm_loss
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.models.model import load_model
+from conlens_jax.tracking.records import read_metrics
 from conlens_jax.training import loop, stage_loop
 from conlens_jax.training.checkpoint import (
     CheckpointError,
@@ -46,16 +48,14 @@ from conlens_jax.training.checkpoint import (
     read_metadata,
 )
 from conlens_jax.training.loop import train_lens
-from conlens_jax.training.objective import warm_loss
 from conlens_jax.training.run import TrainingStopped
 from conlens_jax.training.run_folder import load_lens
-from conlens_jax.training.setting import (
+from conlens_jax.training.session import (
     Setting,
     open_caches,
     open_setting,
     training_reference,
 )
-from conlens_jax.training.tracking import read_metrics
 from conlens_jax.training.validation import Validation, validate
 
 
@@ -337,8 +337,8 @@ for name, value in json.loads(sys.argv[2]).items():
     jax.config.update(name, value)
 from conlens_jax.config import from_config_dict
 from conlens_jax.training import loop, stage_loop
-from conlens_jax.training.console import Console
-from conlens_jax.training.setting import open_setting
+from conlens_jax.tracking.console import Console
+from conlens_jax.training.session import open_setting
 from conlens_jax.training.validation import Validation, validate
 stage_loop.validate = lambda *_: Validation({"kl_at_sampled": 1.0}, "")
 config = from_config_dict(json.loads(Path(sys.argv[1]).read_text()))

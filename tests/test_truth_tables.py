@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from conlens_jax.evaluation.bootstrap import Interval
-from conlens_jax.evaluation.truth_tables import truth_by
+from conlens_jax.evaluation.report.truth_tables import truth_by
+from conlens_jax.measurement.bootstrap import Interval
 
 MEASURED = (
     *("probe_read", "probe_read_ones", "recall_ones", "null_shuffle_recall_ones", "precision_ones"),

@@ -15,7 +15,7 @@ from conlens_jax.config import LossConfig, WarmConfig
 from conlens_jax.config.settings import ScheduleConfig
 from conlens_jax.lens import vocabulary
 from conlens_jax.lens.gumbel import drawn_noise, gumbel_noise
-from conlens_jax.training.objective import TERMS, Objective, joint_loss, prepare
+from conlens_jax.lens.objective import TERMS, Objective, joint_loss, prepare
 
 VOCAB = 48
 

@@ -8,8 +8,8 @@ import os
 import pytest
 
 from conlens_jax.config import ExperimentConfig, with_changes
+from conlens_jax.files.whole import naming_full_disk, reason_of, write_whole
 from conlens_jax.training.run_folder import claim_folder
-from conlens_jax.whole_files import naming_full_disk, reason_of, write_whole
 
 
 def full(_):

@@ -26,11 +26,11 @@ from awkward_texts import (
 )
 from pipeline import quick_compilation
 
-from conlens_jax.data.written import Written, with_its_tokens, written_texts
 from conlens_jax.inspection.explanations import Explanations
 from conlens_jax.inspection.terminal import render
 from conlens_jax.lens.encoder import encode_tokens
 from conlens_jax.lens.spec import encoder_of
+from conlens_jax.models.written import Written, with_its_tokens, written_texts
 
 CASES = [(kind, name) for kind in KINDS for name in awkward(kind)]
 WRONG = [case for case in CASES if not awkward(case[0])[case[1]][2]]
@@ -259,7 +259,7 @@ def test_an_edit_moves_by_the_edit_alone(lens, oracle):
 def client(lens):
     pytest.importorskip("fastapi", reason="the server needs the extra 'explore'")
     testclient = pytest.importorskip("starlette.testclient", reason="needs httpx")
-    from conlens_jax.inspection.server import make_app
+    from conlens_jax.explorer.server import make_app
 
     with testclient.TestClient(make_app(lens)) as client:
         yield client

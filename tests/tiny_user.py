@@ -8,11 +8,11 @@ import jax
 from tiny_lens import TEXT_LEN, tiny_lens, tiny_original, tiny_spec
 
 from conlens_jax.config import LensConfig
-from conlens_jax.data.tokenizer import train_word_tokenizer
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.lens.spec import make_spec
 from conlens_jax.models.hf_io import save_model
 from conlens_jax.models.model import load_model
+from conlens_jax.models.tokenizer import train_word_tokenizer
 
 # With the special tokens and the texts' own words, as many as the model has ids.
 WORDS = (

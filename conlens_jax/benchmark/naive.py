@@ -16,6 +16,7 @@ from conlens_jax.lens.batch import Batch
 from conlens_jax.lens.decoder import head_of, prompt_embeddings, slot_patches
 from conlens_jax.lens.encoder import encode_embeddings
 from conlens_jax.lens.losses import entropy, kl_divergence, reconstruction_error
+from conlens_jax.lens.objective import TERMS, Objective, reference_text, warm_loss
 from conlens_jax.lens.original import capture
 from conlens_jax.lens.spec import Decoder, LensSpec, decoder_of, encoder_of
 from conlens_jax.models.layer_kinds import slice_layers
@@ -29,7 +30,6 @@ from conlens_jax.models.transformer import (
     scale_embeddings,
     unembed,
 )
-from conlens_jax.training.objective import TERMS, Objective, reference_text, warm_loss
 
 
 def write_text(

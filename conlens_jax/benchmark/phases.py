@@ -23,16 +23,16 @@ from conlens_jax.lens.decoder import generate, teacher_forced_logits
 from conlens_jax.lens.encoder import encode_embeddings
 from conlens_jax.lens.gumbel import example_keys, gumbel_noise
 from conlens_jax.lens.losses import entropy, kl_divergence, reconstruction_error
-from conlens_jax.lens.original import read_context, swapped_logits
-from conlens_jax.lens.spec import decoder_of, encoder_of
-from conlens_jax.models.transformer import embed_tokens, scale_embeddings
-from conlens_jax.training.objective import (
+from conlens_jax.lens.objective import (
     Scheduled,
     joint_loss,
     prepare,
     reference_text,
     swap_vector,
 )
+from conlens_jax.lens.original import read_context, swapped_logits
+from conlens_jax.lens.spec import decoder_of, encoder_of
+from conlens_jax.models.transformer import embed_tokens, scale_embeddings
 from conlens_jax.training.optimizer import apply_updates, poison_if_not_finite
 from conlens_jax.training.state import (
     SAMPLING,

@@ -19,15 +19,15 @@ from conlens_jax.config import (
     schedule,
     with_changes,
 )
+from conlens_jax.embedded.language_model import embedded_shape
 from conlens_jax.lens.batch import Batch
+from conlens_jax.lens.objective import Objective
 from conlens_jax.lens.original import capture
 from conlens_jax.lens.spec import LensSpec, init_lens, make_spec
 from conlens_jax.models.families import llama
 from conlens_jax.models.model import load_model
 from conlens_jax.models.param_table import Params, init_params
 from conlens_jax.models.transformer_config import TransformerConfig
-from conlens_jax.training.language_model import embedded_shape
-from conlens_jax.training.objective import Objective
 
 # Llama's rule for the mlp, 2/3 · 4 d rounded up to a multiple of 256, gives 768 at d = 256.
 SHAPES = {

@@ -17,7 +17,6 @@ from typing import Any
 import ml_collections
 
 from conlens_jax.config.fields import field_names, field_types, lookup, unknown_field_message
-from conlens_jax.config.paths import PATH_FIELDS, expanded
 from conlens_jax.config.rules import config_problems
 from conlens_jax.config.settings import (
     EMBEDDED_MODEL,
@@ -47,6 +46,7 @@ from conlens_jax.config.settings import (
     constant,
     schedule,
 )
+from conlens_jax.files.paths import PATH_FIELDS, expanded
 
 __all__ = [
     "BaselineConfig",

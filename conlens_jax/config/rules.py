@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from conlens_jax.config.dtypes import dtype_problem
 from conlens_jax.config.estimator import ANY_SAMPLE_TAU, parse_estimator
 from conlens_jax.config.fields import field_names, lookup
-from conlens_jax.config.paths import PATH_FIELDS, PATTERN, path_problems
 from conlens_jax.config.settings import (
     EMBEDDED_MODEL,
     GENERATED_CORPORA,
@@ -19,6 +18,7 @@ from conlens_jax.config.settings import (
     ProfileConfig,
     ScheduleConfig,
 )
+from conlens_jax.files.paths import PATH_FIELDS, PATTERN, path_problems
 
 _CHOICES = {
     "model.remat": ("none", "products", "full"),

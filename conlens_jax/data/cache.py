@@ -19,7 +19,6 @@ from typing import Literal
 
 import numpy as np
 
-from conlens_jax.config.paths import local_path
 from conlens_jax.data.cache_metadata import (
     METADATA_FILE,
     CacheError,
@@ -31,6 +30,7 @@ from conlens_jax.data.cache_metadata import (
 from conlens_jax.data.cache_writer import CacheWriter
 from conlens_jax.data.rows import Places, Rows, checked_indices
 from conlens_jax.data.shard_files import map_shard, shard_problem, shard_stamp
+from conlens_jax.files.paths import local_path
 
 __all__ = [
     "ActivationCache",

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from conlens_jax.config.paths import local_path
 from conlens_jax.data.rows import ACTIVATION_DTYPES
+from conlens_jax.files.paths import local_path
 
 SCHEMA_VERSION = 1
 METADATA_FILE = "metadata.json"

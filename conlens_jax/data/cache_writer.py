@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from conlens_jax.config.paths import local_path
 from conlens_jax.data.cache_metadata import (
     METADATA_FILE,
     CacheError,
@@ -25,7 +24,8 @@ from conlens_jax.data.cache_metadata import (
 )
 from conlens_jax.data.rows import ACTIVATION_DTYPES, Rows
 from conlens_jax.data.shard_files import shard_chunks, shard_problem
-from conlens_jax.whole_files import sync_folder, write_atomically
+from conlens_jax.files.paths import local_path
+from conlens_jax.files.whole import sync_folder, write_atomically
 
 PROGRESS_FILE = "progress.json"
 

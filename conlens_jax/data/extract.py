@@ -23,22 +23,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from conlens_jax.config import DumpConfig, ExperimentConfig
-from conlens_jax.config.paths import local_path
 from conlens_jax.config.seeds import numpy_seed
+from conlens_jax.corpora.corpus import Corpus, CorpusError, Document
+from conlens_jax.corpora.duplicates import Tally
+from conlens_jax.corpora.first_tokens import first_tokens
+from conlens_jax.corpora.opening import open_corpus
 from conlens_jax.data.batches import pad_tokens
 from conlens_jax.data.cache_metadata import CacheMetadata
-from conlens_jax.data.corpus import Corpus, CorpusError, Document, open_corpus
-from conlens_jax.data.duplicates import Tally
-from conlens_jax.data.first_tokens import first_tokens
 from conlens_jax.data.rows import Rows
 from conlens_jax.data.shared_writer import SharedWriter
+from conlens_jax.files.paths import local_path
 from conlens_jax.lens.original import capture
 from conlens_jax.lens.spec import LensSpec
 from conlens_jax.models.model import LanguageModel
 from conlens_jax.parallel.mesh import batch_sharding, check_batch
 from conlens_jax.parallel.preemption import Preempted, watching_for_sigterm
 from conlens_jax.parallel.processes import check_same, local_rows, on_devices, to_host
-from conlens_jax.training.console import Console
+from conlens_jax.tracking.console import Console
 
 SPLITS = ("train", "validation")
 _DOCUMENTS_AT_ONCE = 256

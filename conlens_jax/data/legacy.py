@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from conlens_jax.config.paths import local_path
 from conlens_jax.data.cache import ActivationCache
 from conlens_jax.data.cache_metadata import (
     CacheError,
@@ -46,6 +45,7 @@ from conlens_jax.data.legacy_files import (
     recorded_by_sidecar,
 )
 from conlens_jax.data.rows import Places, Rows, checked_indices
+from conlens_jax.files.paths import local_path
 
 
 def open_cache(

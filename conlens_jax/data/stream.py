@@ -13,12 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from conlens_jax.config import ExperimentConfig
-from conlens_jax.data.corpus import CorpusError, open_corpus
+from conlens_jax.corpora.corpus import CorpusError
+from conlens_jax.corpora.opening import open_corpus
 from conlens_jax.data.extract import Extractor
 from conlens_jax.data.rows import Places, Rows, checked_indices
 from conlens_jax.lens.spec import LensSpec
 from conlens_jax.models.model import LanguageModel
-from conlens_jax.training.console import Console
+from conlens_jax.tracking.console import Console
 
 
 class TokenStream:

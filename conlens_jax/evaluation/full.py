@@ -8,23 +8,23 @@ from pathlib import Path
 import numpy as np
 
 from conlens_jax.config import GENERATED_CORPORA, ConfigError, EvaluateConfig
-from conlens_jax.data.generators import GENERATORS
+from conlens_jax.corpora.generators import GENERATORS
+from conlens_jax.corpora.statements import token_variables
 from conlens_jax.data.rows import Rows
-from conlens_jax.data.statements import token_variables
-from conlens_jax.evaluation.audit import audit_lens
-from conlens_jax.evaluation.baselines import baselines, text_only
-from conlens_jax.evaluation.best_of import best_of
-from conlens_jax.evaluation.bootstrap import Interval
-from conlens_jax.evaluation.interventions import intervene
-from conlens_jax.evaluation.known_facts import KnownFacts
-from conlens_jax.evaluation.measure import Measurer
-from conlens_jax.evaluation.slices import sliced
+from conlens_jax.evaluation.studies.audit import audit_lens
+from conlens_jax.evaluation.studies.baselines import baselines, text_only
+from conlens_jax.evaluation.studies.best_of import best_of
+from conlens_jax.evaluation.studies.interventions import intervene
+from conlens_jax.evaluation.studies.known_facts import KnownFacts
+from conlens_jax.evaluation.studies.slices import sliced
+from conlens_jax.evaluation.studies.text_changes import Lexicon
+from conlens_jax.evaluation.studies.truth import Readable, truth_of_texts
 from conlens_jax.evaluation.suite import Evaluated, Suite
-from conlens_jax.evaluation.text_changes import Lexicon
-from conlens_jax.evaluation.truth import Readable, truth_of_texts
+from conlens_jax.measurement.bootstrap import Interval
+from conlens_jax.measurement.runner import Measurer
 from conlens_jax.models.param_table import Params
 from conlens_jax.training.auditor import train_auditor
-from conlens_jax.training.setting import Setting, training_rows
+from conlens_jax.training.session import Setting, training_rows
 
 _TRAIN_ROWS = 8_192
 """Rows that linear maps are fitted on."""

@@ -20,11 +20,11 @@ from jaxtyping import Array, Float, Int, Key
 
 from conlens_jax.config.estimator import SCORE_FUNCTION, Estimator, parse_estimator
 from conlens_jax.config.seeds import random_key
-from conlens_jax.evaluation.bootstrap import Interval
-from conlens_jax.evaluation.report_data import HIGHER, LOWER, MetricGroup, MetricRow, Report
-from conlens_jax.evaluation.svg import CurveChart, Series
+from conlens_jax.evaluation.report.report_data import HIGHER, LOWER, MetricGroup, MetricRow, Report
+from conlens_jax.evaluation.report.svg import CurveChart, Series
 from conlens_jax.lens.gumbel import straight_through_embed
 from conlens_jax.lens.policy import policy_loss
+from conlens_jax.measurement.bootstrap import Interval
 
 VOCAB, WIDTH = 5, 3
 Policy = dict[str, Array]

@@ -22,17 +22,18 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from conlens_jax.config import ConfigError, LossConfig, constant
-from conlens_jax.evaluation.bootstrap import Interval
-from conlens_jax.evaluation.report_data import HIGHER, LOWER, MetricGroup, MetricRow, Report
-from conlens_jax.lens.batch import Batch, make_batch
+from conlens_jax.data.device_batches import make_batch
+from conlens_jax.evaluation.report.report_data import HIGHER, LOWER, MetricGroup, MetricRow, Report
+from conlens_jax.lens.batch import Batch
 from conlens_jax.lens.gumbel import drawn_noise, example_keys
+from conlens_jax.lens.objective import Objective, joint_loss, prepare
 from conlens_jax.lens.spec import init_lens
+from conlens_jax.measurement.bootstrap import Interval
 from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.mesh import batch_sharding
-from conlens_jax.training.objective import Objective, joint_loss, prepare
 from conlens_jax.training.run import placed
 from conlens_jax.training.run_folder import load_lens
-from conlens_jax.training.setting import Setting
+from conlens_jax.training.session import Setting
 from conlens_jax.training.state import ESTIMATING, SAMPLING
 
 # Name, estimator, tau.

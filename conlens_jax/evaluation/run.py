@@ -10,25 +10,25 @@ from typing import Any
 import numpy as np
 
 from conlens_jax.config import ConfigError, to_json_dict
-from conlens_jax.evaluation.bootstrap import Interval
-from conlens_jax.evaluation.document_heat import document_heat
+from conlens_jax.embedded.language_model import STATISTICS_FILE
 from conlens_jax.evaluation.full import Studies
-from conlens_jax.evaluation.heat_map import HeatMap
-from conlens_jax.evaluation.metric_files import flatten, write_metrics
-from conlens_jax.evaluation.page import PageData, System, build_report
-from conlens_jax.evaluation.report import write_report
+from conlens_jax.evaluation.report.document_heat import document_heat
+from conlens_jax.evaluation.report.heat_map import HeatMap
+from conlens_jax.evaluation.report.metric_files import flatten, write_metrics
+from conlens_jax.evaluation.report.page import PageData, System, build_report
+from conlens_jax.evaluation.report.writing import write_report
 from conlens_jax.evaluation.suite import HEADLINE, Evaluated, Suite, attribute_token_ids
 from conlens_jax.evaluation.tracking import track_evaluation
 from conlens_jax.lens.spec import init_lens
+from conlens_jax.measurement.bootstrap import Interval
 from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.preemption import leave_together
 from conlens_jax.parallel.processes import told_by_first
+from conlens_jax.tracking.records import read_metrics
 from conlens_jax.training.checkpoint import all_steps, read_metadata
-from conlens_jax.training.language_model import STATISTICS_FILE
 from conlens_jax.training.run import placed
 from conlens_jax.training.run_folder import BASELINE, CONTROL, checkpoint_of, load_lens
-from conlens_jax.training.setting import Setting
-from conlens_jax.training.tracking import read_metrics
+from conlens_jax.training.session import Setting
 
 _STATISTICS = {
     "lm_loss": "{:.3f} nats a token",

@@ -16,19 +16,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from conlens_jax.config import WarmConfig
-from conlens_jax.data.generators import GENERATORS
+from conlens_jax.corpora.generators import GENERATORS
+from conlens_jax.corpora.statements import token_variables
 from conlens_jax.data.rows import Rows
-from conlens_jax.data.statements import token_variables
-from conlens_jax.data.tokenizer import Tokenizer
-from conlens_jax.evaluation import metrics
-from conlens_jax.evaluation.bootstrap import (
-    DocumentBootstrap,
-    Interval,
-    Statistic,
-    percentile_interval,
-)
-from conlens_jax.evaluation.measure import Effect, Explained, Measurer, Reference, other_rows
-from conlens_jax.evaluation.statistics import (
+from conlens_jax.measurement import metrics
+from conlens_jax.measurement.aggregates import (
     REFERENCES,
     attribute_statistics,
     fve_nrm_of,
@@ -36,7 +28,15 @@ from conlens_jax.evaluation.statistics import (
     prefix_lengths,
     reconstruction_statistics,
 )
+from conlens_jax.measurement.bootstrap import (
+    DocumentBootstrap,
+    Interval,
+    Statistic,
+    percentile_interval,
+)
+from conlens_jax.measurement.runner import Effect, Explained, Measurer, Reference, other_rows
 from conlens_jax.models.param_table import Params
+from conlens_jax.models.tokenizer import Tokenizer
 
 HEADLINE = ("fve_nrm", "kl_frac_mean", "sampled_fve_nrm", "sampled_kl_frac_mean")
 PerRow = dict[str, np.ndarray]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from conlens_jax.config import ExperimentConfig, to_json_dict
 from conlens_jax.parallel.processes import is_first
-from conlens_jax.training.console import Console
-from conlens_jax.training.wandb_run import RUN_ID, WandbRun
+from conlens_jax.tracking.console import Console
+from conlens_jax.tracking.wandb_run import RUN_ID, WandbRun
 
 FILES = ("report.html", "metrics.json", "metrics.csv")
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
-from conlens_jax.evaluation.markup import format_number
-
-if TYPE_CHECKING:
-    from conlens_jax.inspection.lens import Lens
+from conlens_jax.evaluation.report.markup import format_number
+from conlens_jax.inspection.parts import LensParts
 
 _METRICS = {
     "fve_nrm": "directional variance explained, greedy text",
@@ -23,7 +20,7 @@ _METRICS = {
 }
 
 
-def model_card(lens: Lens, includes_model: bool) -> str:
+def model_card(lens: LensParts, includes_model: bool) -> str:
     """Markdown with the front matter of the hub."""
     model_id, facts = lens.model.model_id, lens.facts
     front = {"library_name": "conlens_jax", "tags": ["consistency-lens", "interpretability"]}
@@ -60,7 +57,7 @@ def model_card(lens: Lens, includes_model: bool) -> str:
     )
 
 
-def _table(lens: Lens) -> list[str]:
+def _table(lens: LensParts) -> list[str]:
     metrics = lens.metrics
     shown = [name for name in _METRICS if isinstance(metrics.get(name), int | float)]
     if not shown:

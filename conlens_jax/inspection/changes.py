@@ -7,22 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
-from conlens_jax.data.written import Written
-from conlens_jax.evaluation.metrics import cosine
-from conlens_jax.inspection.explanations import ExplainedToken
+from conlens_jax.inspection.reader import LensReader, Vector
+from conlens_jax.inspection.readings import ExplainedToken
 from conlens_jax.inspection.texts import Explanation, text_or_ids, token_index, token_lists
+from conlens_jax.measurement.metrics import cosine
 from conlens_jax.models.arguments import finite_array
 from conlens_jax.models.generate import bucket
+from conlens_jax.models.written import Written
 
-if TYPE_CHECKING:
-    from conlens_jax.inspection.lens import Lens
-
-Vector = Float[np.ndarray, "D"]
 Place = tuple[Any, int]
 """A text and an index into its tokens."""
 
@@ -69,7 +65,7 @@ class Steered:
     after: str
 
 
-def compare(lens: Lens, a: Place | Vector, b: Place | Vector) -> Comparison:
+def compare(lens: LensReader, a: Place | Vector, b: Place | Vector) -> Comparison:
     """See :meth:`~conlens_jax.inspection.lens.Lens.compare`."""
     mean_D = np.asarray(lens.frozen["statistics"]["mean"])
     a_D, b_D = _vector_of(lens, a, "a"), _vector_of(lens, b, "b")
@@ -84,7 +80,7 @@ def compare(lens: Lens, a: Place | Vector, b: Place | Vector) -> Comparison:
     )
 
 
-def _vector_of(lens: Lens, value: Place | Vector, name: str) -> Vector:
+def _vector_of(lens: LensReader, value: Place | Vector, name: str) -> Vector:
     if not isinstance(value, tuple):
         vector, width = finite_array(value, name), lens.spec.model.d_model
         if vector.shape != (width,):
@@ -101,7 +97,7 @@ def _vector_of(lens: Lens, value: Place | Vector, name: str) -> Vector:
 
 
 def steer(
-    lens: Lens,
+    lens: LensReader,
     text: Any,
     position: int,
     edit: Explanation | tuple[str, str] | Callable[[Written], Explanation],
@@ -134,7 +130,7 @@ def steer(
     return Steered(written, edited, effect, before, after)
 
 
-def _continued(lens: Lens, text: Any, position: int, vector_D: Vector, count: int) -> str:
+def _continued(lens: LensReader, text: Any, position: int, vector_D: Vector, count: int) -> str:
     """How M goes on, greedily, with a vector at the position; every token by a full pass."""
     (tokens,) = token_lists([text], lens.model, lens.add_bos)
     length = len(tokens)

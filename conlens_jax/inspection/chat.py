@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conlens_jax.data.added_tokens import CONFIG_FILE, SPECIAL_FILE, named_tokens
+from conlens_jax.models.added_tokens import CONFIG_FILE, SPECIAL_FILE, named_tokens
 
 _TEMPLATE_FILES = ("chat_template.jinja", CONFIG_FILE, "chat_template.json")
 """Where a template may stand; the first that has one decides."""

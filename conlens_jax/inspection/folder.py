@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,13 +23,11 @@ import safetensors.flax
 import safetensors.numpy
 
 from conlens_jax.config import LensConfig, ModelConfig
-from conlens_jax.config.paths import local_path
+from conlens_jax.files.paths import local_path
+from conlens_jax.files.whole import naming_full_disk, write_atomically, write_whole
 from conlens_jax.inspection.card import model_card
+from conlens_jax.inspection.parts import LensParts
 from conlens_jax.models.param_table import Params
-from conlens_jax.whole_files import naming_full_disk, write_atomically, write_whole
-
-if TYPE_CHECKING:
-    from conlens_jax.inspection.lens import Lens
 
 MODEL_FOLDER = "model"
 _UNFINISHED, _FINISHED = ".unfinished-lens", ".finished-lens"
@@ -74,7 +72,7 @@ def _json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def save(lens: Lens, folder: Path, include_model: bool | None = None) -> Path:
+def save(lens: LensParts, folder: Path, include_model: bool | None = None) -> Path:
     """Writes the folder; it must be new, empty, or a saved lens, which is then replaced.
 
     A kill or a full disk leaves the lens that was there, or the new one; never a part of each.
@@ -105,7 +103,7 @@ def save(lens: Lens, folder: Path, include_model: bool | None = None) -> Path:
     return folder
 
 
-def _write_parts(lens: Lens, folder: Path, include_model: bool) -> None:
+def _write_parts(lens: LensParts, folder: Path, include_model: bool) -> None:
     for side in _SIDES:
         flat = {name: jax.device_get(leaf) for name, leaf in _named(lens.trainable[side]).items()}
         tensors = {name: np.asarray(leaf) for name, leaf in flat.items()}
@@ -148,7 +146,7 @@ def _named(tree: Params) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _config(lens: Lens) -> dict[str, Any]:
+def _config(lens: LensParts) -> dict[str, Any]:
     shape, statistics = lens.spec.model, lens.frozen["statistics"]
     how = ModelConfig(
         # Where the model is not saved along with the lens, this is where it is loaded from.
@@ -259,7 +257,7 @@ def resolve(path: str) -> Path:
     return folder
 
 
-def push(lens: Lens, repo_id: str, private: bool, **save_options: Any) -> str:
+def push(lens: LensParts, repo_id: str, private: bool, **save_options: Any) -> str:
     """Uploads what :func:`save` writes; the address of the commit comes back."""
     from huggingface_hub import HfApi
 

@@ -19,22 +19,22 @@ from conlens_jax.config import (
     from_config_dict,
 )
 from conlens_jax.config.dtypes import run_dtype
-from conlens_jax.config.paths import local_path
-from conlens_jax.evaluation.metric_files import MEASURED_STEP
+from conlens_jax.evaluation.report.metric_files import MEASURED_STEP
+from conlens_jax.files.paths import local_path
 from conlens_jax.inspection import folder as saved
-from conlens_jax.inspection.lens import Lens
+from conlens_jax.inspection.parts import LensParts
 from conlens_jax.lens.sharding import lens_shardings
 from conlens_jax.lens.spec import init_lens, make_spec
 from conlens_jax.models.model import LanguageModel, load_model
 from conlens_jax.models.param_table import Params
+from conlens_jax.tracking.console import Console
 from conlens_jax.training.checkpoint import all_steps, read_metadata, restore_params
-from conlens_jax.training.console import Console
 from conlens_jax.training.places import Metadata, check_weights, model_place
 from conlens_jax.training.run_folder import chosen_checkpoint
 
 
-def load(path_or_hub_id: str | Path, mesh: Mesh, dtype: str | None, step: int | str) -> Lens:
-    """See :meth:`Lens.load`."""
+def load(path_or_hub_id: str | Path, mesh: Mesh, dtype: str | None, step: int | str) -> LensParts:
+    """The parts of a lens; see :meth:`conlens_jax.inspection.lens.Lens.load`."""
     dtype = None if dtype is None else run_dtype(dtype)
     path = local_path(path_or_hub_id)
     if path.is_dir() and not saved.is_saved_lens(path):
@@ -42,7 +42,7 @@ def load(path_or_hub_id: str | Path, mesh: Mesh, dtype: str | None, step: int | 
     return _from_saved(saved.resolve(str(path_or_hub_id)), mesh, dtype)
 
 
-def _from_run(path: Path, mesh: Mesh, dtype: str | None, step: int | str) -> Lens:
+def _from_run(path: Path, mesh: Mesh, dtype: str | None, step: int | str) -> LensParts:
     folder, step = chosen_checkpoint(path, step)
     run = folder.parent
     metadata = read_metadata(folder, step)
@@ -121,13 +121,13 @@ class _LensMaker:
 
     def __call__(
         self, trainable: Params, add_bos: bool, facts: dict[str, Any], metrics: dict[str, Any]
-    ) -> Lens:
-        return Lens(
+    ) -> LensParts:
+        return LensParts(
             self.model, self.spec, trainable, self.frozen, self.mesh, add_bos, facts, metrics
         )
 
 
-def _from_saved(folder: Path, mesh: Mesh, dtype: str | None) -> Lens:
+def _from_saved(folder: Path, mesh: Mesh, dtype: str | None) -> LensParts:
     record = saved.read_record(folder)
     settings = dataclasses.replace(record.model, dtype=dtype or record.model.dtype)
     if (folder / saved.MODEL_FOLDER).is_dir():

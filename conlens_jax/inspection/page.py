@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from conlens_jax.evaluation.markup import escape, format_number, show_token, token_marks
-from conlens_jax.inspection.explanations import ExplainedToken, Explanations, Prediction
+from conlens_jax.evaluation.report.markup import escape, format_number, show_token, token_marks
+from conlens_jax.inspection.readings import ExplainedToken, Prediction
 
 NOTEBOOK_ROWS = 200
 _STRONGEST = 2.0  # nats of KL at which a token has the full colour
@@ -23,36 +24,44 @@ border-top:1px solid rgba(128,128,128,.35)}
 """
 
 
-def whole_page(explanations: Explanations) -> str:
-    """A complete document, without scripts or anything from elsewhere."""
+Rows = Sequence[ExplainedToken]
+Documents = Sequence[Sequence[str]]
+
+
+def whole_page(rows: Rows, documents: Documents, facts: Mapping[str, Any]) -> str:
+    """A complete document, without scripts or anything from elsewhere.
+
+    Args:
+      rows, documents, facts: as of :class:`~conlens_jax.inspection.explanations.Explanations`.
+    """
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         "<title>Explanations</title><style>:root{color-scheme:light dark}"
         "body{max-width:70rem;margin:2rem auto;padding:0 1rem}</style></head><body>\n"
-        + _body(explanations, len(explanations))
+        + _body(rows, documents, facts, len(rows))
         + "\n</body></html>\n"
     )
 
 
-def fragment(explanations: Explanations) -> str:
+def fragment(rows: Rows, documents: Documents, facts: Mapping[str, Any]) -> str:
     """The first :data:`NOTEBOOK_ROWS` rows, to stand inside another page."""
-    return _body(explanations, NOTEBOOK_ROWS)
+    return _body(rows, documents, facts, NOTEBOOK_ROWS)
 
 
-def _body(explanations: Explanations, most: int) -> str:
+def _body(rows: Rows, documents: Documents, facts: Mapping[str, Any], most: int) -> str:
     parts = [f'<div class="lens"><style>{_STYLE}</style>']
-    facts = ", ".join(f"{name} {value}" for name, value in explanations.facts.items())
-    if facts:
-        parts.append(f"<p><small>{escape(facts)}</small></p>")
-    rows = explanations.rows[:most]
+    described = ", ".join(f"{name} {value}" for name, value in facts.items())
+    if described:
+        parts.append(f"<p><small>{escape(described)}</small></p>")
+    count, rows = len(rows), rows[:most]
     by_place = {(row.document, row.position): row for row in rows}
-    for number, tokens in enumerate(explanations.documents):
+    for number, tokens in enumerate(documents):
         spans = (_span(token, by_place.get((number, i))) for i, token in enumerate(tokens))
         parts.append(f'<p class="text">{"".join(spans)}</p>')
     parts.append(_table(rows))
-    if len(explanations) > most:
-        parts.append(f"<p><small>{len(explanations) - most} more rows: to_html()</small></p>")
+    if count > most:
+        parts.append(f"<p><small>{count - most} more rows: to_html()</small></p>")
     return "\n".join([*parts, "</div>"])
 
 

@@ -6,7 +6,8 @@ import shutil
 import unicodedata
 from collections.abc import Sequence
 
-from conlens_jax.inspection.explanations import ExplainedToken, Explanations, Prediction
+from conlens_jax.inspection.explanations import Explanations
+from conlens_jax.inspection.readings import ExplainedToken, Prediction
 
 # KL in nats, and the colour of an explanation that costs M at least so much (ANSI).
 _COLOURS = ((1.0, "31"), (0.25, "33"), (0.0, "32"))

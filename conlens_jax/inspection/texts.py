@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from conlens_jax.data.written import Written, with_its_tokens, written_texts
 from conlens_jax.inspection.chat import render_chat
-from conlens_jax.inspection.explanations import ExplainedToken, Reading
+from conlens_jax.inspection.readings import ExplainedToken, Reading
 from conlens_jax.models.arguments import index_array
 from conlens_jax.models.model import LanguageModel
+from conlens_jax.models.written import Written, with_its_tokens, written_texts
 
 Positions = str | int | Sequence[int] | slice
 Explanation = str | Reading | ExplainedToken | Sequence[int]
@@ -25,7 +25,7 @@ def token_lists(text: Any, model: LanguageModel, add_bos: bool | str) -> list[li
       text: a text, a list of texts; chat messages (``{"role": …, "content": …}``), or a list of
         such chats; or token ids, taken as they stand.
       add_bos: begin every text with the tokenizer's bos token, as the lens was trained; see
-        :meth:`conlens_jax.data.tokenizer.Tokenizer.encode`.
+        :meth:`conlens_jax.models.tokenizer.Tokenizer.encode`.
 
     Raises:
       ValueError: something else, nothing, or more tokens than the model can read.

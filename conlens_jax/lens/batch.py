@@ -1,18 +1,15 @@
-"""Rows of a cache on the device."""
+"""The rows of a step, on the devices."""
 
 from __future__ import annotations
 
 import flax.struct
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
 from jaxtyping import Array, Bool, Float, Int
 
-from conlens_jax.data.rows import Rows, RowSource
 from conlens_jax.lens.original import capture, documents_of
 from conlens_jax.lens.spec import LensSpec
 from conlens_jax.models.param_table import Params
-from conlens_jax.parallel.processes import local_rows, on_devices
 
 
 @flax.struct.dataclass
@@ -48,54 +45,6 @@ def with_activations(batch: Batch, original: Params, spec: LensSpec) -> Batch:
     documents_B = documents_of(batch.positions_B, batch.tokens_GS)
     activation_BD = states_GSD[documents_B, batch.positions_B].astype(jnp.float32)
     return batch.replace(activation_BD=activation_BD)
-
-
-def make_batch(
-    rows: Rows,
-    sharding: Sharding,
-    batch_size: int,
-    first_example: int = 0,
-    rows_per_document: int = 1,
-) -> Batch:
-    """Rows on the device, filled up to ``batch_size`` by repeating the last one.
-
-    Raises:
-      ValueError: ``rows_per_document`` neighbours are not of one document.
-    """
-    here = np.minimum(local_rows(sharding, batch_size), len(rows) - 1)
-    return _on_devices(
-        rows.take(here), first_example + here, sharding, batch_size, rows_per_document
-    )
-
-
-def read_batch(
-    source: RowSource, indices_B: np.ndarray, sharding: Sharding, rows_per_document: int = 1
-) -> Batch:
-    """:func:`make_batch` of rows that each process reads for its own devices alone."""
-    here = local_rows(sharding, len(indices_B))
-    rows = source.rows(indices_B[here])
-    return _on_devices(rows, here, sharding, len(indices_B), rows_per_document)
-
-
-def _on_devices(
-    rows: Rows, examples: np.ndarray, sharding: Sharding, batch_size: int, rows_per_document: int
-) -> Batch:
-    """A batch from this process's part of it, with the rows' numbers in the whole."""
-    if np.any(
-        rows.documents_N != np.repeat(rows.documents_N[::rows_per_document], rows_per_document)
-    ):
-        raise ValueError(f"every {rows_per_document} rows must be of one document")
-    put = lambda array: on_devices(array, sharding, batch_size)
-    a_document = lambda array: on_devices(
-        array[::rows_per_document], sharding, batch_size // rows_per_document
-    )
-    return Batch(
-        put(np.asarray(rows.activations_ND, np.float32)),
-        a_document(rows.tokens_NS),
-        a_document(rows.lengths_N),
-        put(rows.positions_N),
-        put(examples.astype(np.int32)),
-    )
 
 
 def filled(array: np.ndarray, size: int) -> np.ndarray:

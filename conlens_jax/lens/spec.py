@@ -25,12 +25,12 @@ from jaxtyping import Array, Float
 from conlens_jax.config import LensConfig
 from conlens_jax.config.rules import LORA_TARGETS
 from conlens_jax.config.seeds import random_key
-from conlens_jax.data.tokenizer import Tokenizer
 from conlens_jax.models.adapters import init_adapters, with_adapters
 from conlens_jax.models.families import family_of
 from conlens_jax.models.hf_io import BELOW_THE_LAYERS
 from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
+from conlens_jax.models.tokenizer import Tokenizer
 from conlens_jax.models.transformer import embed_tokens, output_head, scale_embeddings
 from conlens_jax.models.transformer_config import TransformerConfig
 from conlens_jax.parallel.constrain import constrain

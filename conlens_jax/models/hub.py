@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from conlens_jax.config.paths import local_path
+from conlens_jax.files.paths import local_path
 
 # Weights, shapes and tokenizers; nothing that would have to be run or unpickled.
 _FETCHED = (

@@ -19,9 +19,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from conlens_jax.config.dtypes import run_dtype
-from conlens_jax.config.paths import local_path
 from conlens_jax.config.seeds import random_key
-from conlens_jax.data.tokenizer import Tokenizer
+from conlens_jax.files.paths import local_path
 from conlens_jax.models import generate as generation
 from conlens_jax.models import hf_io
 from conlens_jax.models.arguments import finite_array, row_positions
@@ -29,6 +28,7 @@ from conlens_jax.models.hooks import Place, boundaries, is_place
 from conlens_jax.models.hub import commit_of
 from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
+from conlens_jax.models.tokenizer import Tokenizer
 from conlens_jax.models.transformer import (
     embed_tokens,
     enter,

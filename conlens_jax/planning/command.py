@@ -12,7 +12,7 @@ from conlens_jax.planning.gpu_target import target_mesh
 from conlens_jax.planning.lens import make_plan
 from conlens_jax.planning.model_source import planned_model
 from conlens_jax.planning.report import print_plan
-from conlens_jax.training.console import Console
+from conlens_jax.tracking.console import Console
 
 
 def show_plan(

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from conlens_jax.benchmark.shapes import Workload
 from conlens_jax.config import ExperimentConfig
 from conlens_jax.lens.batch import Batch
+from conlens_jax.lens.objective import Objective
 from conlens_jax.lens.sharding import lens_shardings
 from conlens_jax.lens.spec import LensSpec, init_lens, make_spec
 from conlens_jax.models.families import family_of
@@ -25,8 +26,7 @@ from conlens_jax.models.sharding import param_shardings
 from conlens_jax.models.transformer_config import TransformerConfig
 from conlens_jax.parallel.mesh import batch_sharding
 from conlens_jax.planning.model_source import PlannedModel
-from conlens_jax.training.objective import Objective
-from conlens_jax.training.setting import check_batches, check_context
+from conlens_jax.training.session import check_batches, check_context
 from conlens_jax.training.state import (
     Stage,
     Step,

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from conlens_jax.config import EMBEDDED_MODEL, ConfigError, ExperimentConfig
-from conlens_jax.data.tokenizer import Tokenizer
+from conlens_jax.embedded.language_model import embedded_shape
 from conlens_jax.models.hf_io import read_config, read_config_file
+from conlens_jax.models.tokenizer import Tokenizer
 from conlens_jax.models.transformer_config import TransformerConfig
-from conlens_jax.training.language_model import embedded_shape
 
 SHIPPED = Path(__file__).parents[2] / "third_party" / "model_configs"
 """Shapes of real models, where the package runs from a checkout."""

@@ -10,8 +10,8 @@ from conlens_jax.planning.compiled import compile_step
 from conlens_jax.planning.lens import Plan, make_plan
 from conlens_jax.planning.memory import peak, step_memory
 from conlens_jax.planning.model_source import WordCounter
+from conlens_jax.tracking.console import Console
 from conlens_jax.training.accounting import parameter_table
-from conlens_jax.training.console import Console
 from conlens_jax.training.state import Stage, stages_of
 
 

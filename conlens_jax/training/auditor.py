@@ -14,12 +14,12 @@ from conlens_jax.data.rows import Places, Rows, RowSource
 from conlens_jax.data.stream import CapturedRows, TokenStream
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.models.param_table import Params
+from conlens_jax.tracking.wandb_run import WandbRun
 from conlens_jax.training.loop import run_stage
 from conlens_jax.training.run import Run, placed
 from conlens_jax.training.run_folder import AUDIT
-from conlens_jax.training.setting import Setting, training_rows
+from conlens_jax.training.session import Setting, training_rows
 from conlens_jax.training.state import Stage
-from conlens_jax.training.wandb_run import WandbRun
 
 Where = TypeVar("Where", Rows, Places)
 

@@ -23,7 +23,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
-from conlens_jax.config.paths import local_path
+from conlens_jax.files.paths import local_path
 from conlens_jax.training.checkpoint_storage import (
     CHECKSUMS,
     METADATA,

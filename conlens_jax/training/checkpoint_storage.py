@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from conlens_jax.config.paths import checkpoint_path_problem, local_path
+from conlens_jax.files.paths import checkpoint_path_problem, local_path
 from conlens_jax.training.checksums import checksums
 
 STATE, METADATA, METRICS, CHECKSUMS = "state", "metadata", "metrics", "checksums"

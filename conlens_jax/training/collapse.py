@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from conlens_jax.config import ExperimentConfig
-from conlens_jax.evaluation.bootstrap import DocumentBootstrap
-from conlens_jax.evaluation.statistics import fve_nrm_of
+from conlens_jax.measurement.aggregates import fve_nrm_of
+from conlens_jax.measurement.bootstrap import DocumentBootstrap
 
 _RESAMPLES = 400
 

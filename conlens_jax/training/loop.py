@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from conlens_jax.config import to_json_dict
-from conlens_jax.config.paths import local_path
 from conlens_jax.data.batches import read_groups, steps_per_epoch
+from conlens_jax.files.paths import local_path
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.processes import first_before_others, is_first
+from conlens_jax.tracking.wandb_run import WandbRun
 from conlens_jax.training.accounting import parameter_table, stored_table
 from conlens_jax.training.checkpoint import (
     CHECKPOINT_METRIC,
@@ -28,7 +29,7 @@ from conlens_jax.training.checkpoint import (
 from conlens_jax.training.places import places_of
 from conlens_jax.training.run import Run, placed, placed_frozen
 from conlens_jax.training.run_folder import BASELINE, CONTROL, claim_folder, load_lens
-from conlens_jax.training.setting import Setting
+from conlens_jax.training.session import Setting
 from conlens_jax.training.stage_log import StageLog
 from conlens_jax.training.stage_loop import StageLoop
 from conlens_jax.training.state import (
@@ -39,7 +40,6 @@ from conlens_jax.training.state import (
     stage_optimizer,
     stages_of,
 )
-from conlens_jax.training.wandb_run import WandbRun
 
 
 def train_lens(setting: Setting) -> Path:

@@ -17,13 +17,13 @@ from conlens_jax.config import (
     ExperimentConfig,
     to_json_dict,
 )
-from conlens_jax.config.paths import local_path
 from conlens_jax.data.cache_metadata import METADATA_FILE
+from conlens_jax.embedded.language_model import cache_root, ensure_language_model
+from conlens_jax.files.paths import local_path
 from conlens_jax.models.hf_io import weights_fingerprint
 from conlens_jax.models.model import LanguageModel
+from conlens_jax.tracking.console import Console
 from conlens_jax.training.checkpoint import any_metadata
-from conlens_jax.training.console import Console
-from conlens_jax.training.language_model import cache_root, ensure_language_model
 
 Metadata = Mapping[str, Any]
 

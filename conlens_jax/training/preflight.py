@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from conlens_jax.config import EMBEDDED_MODEL, ConfigError, CorpusConfig, ExperimentConfig
-from conlens_jax.config.paths import local_path, write_problems
-from conlens_jax.data.corpus import SPLITS, open_corpus
+from conlens_jax.corpora.corpus import SPLITS
+from conlens_jax.corpora.opening import open_corpus
+from conlens_jax.files.paths import local_path, write_problems
 from conlens_jax.parallel.processes import told_by_first
+from conlens_jax.tracking.console import Console
 from conlens_jax.training.checkpoint import all_steps
-from conlens_jax.training.console import Console
 from conlens_jax.training.places import metadata_of_run, recorded_model, with_cache_found
 from conlens_jax.training.run_folder import checkpoint_of, claim_folder
 

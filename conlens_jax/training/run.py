@@ -11,12 +11,12 @@ import jax
 
 from conlens_jax.config import ExperimentConfig
 from conlens_jax.data.rows import RowSource
-from conlens_jax.evaluation.measure import Measurer, Reference
 from conlens_jax.lens.sharding import lens_shardings
+from conlens_jax.measurement.runner import Measurer, Reference
 from conlens_jax.models.param_table import Params
-from conlens_jax.training.console import Console
-from conlens_jax.training.setting import Setting
-from conlens_jax.training.wandb_run import WandbRun
+from conlens_jax.tracking.console import Console
+from conlens_jax.tracking.wandb_run import WandbRun
+from conlens_jax.training.session import Setting
 
 
 class TrainingStopped(RuntimeError):

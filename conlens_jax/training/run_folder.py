@@ -16,13 +16,13 @@ from conlens_jax.config import (
     lookup,
     to_json_dict,
 )
-from conlens_jax.config.paths import PATH_FIELDS, expanded, local_path
+from conlens_jax.files.paths import PATH_FIELDS, expanded, local_path
+from conlens_jax.files.whole import write_whole
 from conlens_jax.models.model import LanguageModel
 from conlens_jax.models.param_table import Params
+from conlens_jax.tracking.records import read_metrics
 from conlens_jax.training.checkpoint import CHECKPOINT_METRIC, all_steps, restore_params, step_of
 from conlens_jax.training.places import MOVABLE, metadata_of_run, resumption_problems
-from conlens_jax.training.tracking import read_metrics
-from conlens_jax.whole_files import write_whole
 
 CONTROL, BASELINE, AUDIT = "control", "baseline", "audit"
 """Folders, inside a run's, of the stages beside it."""

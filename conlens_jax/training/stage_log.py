@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from conlens_jax.training.tracking import MetricsFile
-from conlens_jax.training.wandb_run import WandbRun
-
-if TYPE_CHECKING:
-    from conlens_jax.training.validation import Sample
+from conlens_jax.tracking.records import MetricsFile
+from conlens_jax.tracking.wandb_run import WandbRun
+from conlens_jax.training.validation import Sample
 
 METRICS, SAMPLES, HISTOGRAMS = "metrics.jsonl", "samples.jsonl", "histograms.jsonl"
 BINS = 32

@@ -11,7 +11,8 @@ import numpy as np
 
 from conlens_jax.config import to_json_dict
 from conlens_jax.data.batches import grouped_batch, prefetch
-from conlens_jax.lens.batch import read_batch
+from conlens_jax.data.device_batches import read_batch
+from conlens_jax.files.whole import reason_of
 from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.mesh import batch_sharding
 from conlens_jax.parallel.preemption import Preempted, watching_for_sigterm
@@ -22,7 +23,6 @@ from conlens_jax.training.run import Run, TrainingStopped
 from conlens_jax.training.stage_log import StageLog
 from conlens_jax.training.state import Stage, TrainState
 from conlens_jax.training.validation import Validation, validate, verbose_samples
-from conlens_jax.whole_files import reason_of
 
 
 class StageLoop:

@@ -16,10 +16,7 @@ from jaxtyping import Array, Int
 from conlens_jax.config import ExperimentConfig, OptimizerConfig
 from conlens_jax.lens.batch import Batch, with_activations
 from conlens_jax.lens.gumbel import example_keys
-from conlens_jax.lens.schedules import Schedule, make_schedule
-from conlens_jax.lens.vocabulary import noise_of_texts
-from conlens_jax.models.param_table import Params
-from conlens_jax.training.objective import (
+from conlens_jax.lens.objective import (
     Metrics,
     Objective,
     Scheduled,
@@ -27,6 +24,9 @@ from conlens_jax.training.objective import (
     prepare,
     warm_loss,
 )
+from conlens_jax.lens.schedules import Schedule, make_schedule
+from conlens_jax.lens.vocabulary import noise_of_texts
+from conlens_jax.models.param_table import Params
 from conlens_jax.training.optimizer import (
     apply_updates,
     bad_steps_in_a_row,

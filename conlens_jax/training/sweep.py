@@ -23,10 +23,10 @@ from conlens_jax.config import (
     unknown_field_message,
     with_changes,
 )
-from conlens_jax.config.paths import local_path
 from conlens_jax.config.seeds import numpy_seed
+from conlens_jax.files.paths import local_path
+from conlens_jax.tracking.records import read_metrics
 from conlens_jax.training.stage_log import METRICS
-from conlens_jax.training.tracking import read_metrics
 
 PREFIX = "config."
 """In front of a field's name, as on a command line."""

@@ -5,20 +5,17 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from conlens_jax.data.rows import Rows
-from conlens_jax.data.tokenizer import Tokenizer
-from conlens_jax.data.written import written_texts
-from conlens_jax.evaluation import metrics
-from conlens_jax.evaluation.measure import Effect, other_rows
+from conlens_jax.measurement import metrics
+from conlens_jax.measurement.runner import Effect, other_rows
 from conlens_jax.models.param_table import Params
+from conlens_jax.models.tokenizer import Tokenizer
+from conlens_jax.models.written import written_texts
 from conlens_jax.training.collapse import collapse_warning
-
-if TYPE_CHECKING:
-    from conlens_jax.training.run import Run
+from conlens_jax.training.run import Run
 
 _SHOWN = 8
 _OTHER_TOKENS = (

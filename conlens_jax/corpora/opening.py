@@ -1,0 +1,36 @@
+"""The corpus that a config names, of any kind."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from conlens_jax.config import CorpusConfig
+from conlens_jax.corpora import huggingface_texts, stdlib_docs, text_files
+from conlens_jax.corpora.corpus import Corpus, CorpusError
+from conlens_jax.corpora.generated import GeneratedCorpus
+from conlens_jax.corpora.generators import GENERATORS
+
+
+def open_corpus(config: CorpusConfig) -> Corpus:
+    """The corpus that ``config.kind`` names.
+
+    Files and columns are checked here; that there is any text at all, when the reading starts.
+
+    Raises:
+      CorpusError: an unknown kind, or a path, column or split that is not there.
+    """
+    openers: dict[str, Callable[[CorpusConfig], Corpus]] = {
+        **{
+            kind: functools.partial(GeneratedCorpus, generator=generator)
+            for kind, generator in GENERATORS.items()
+        },
+        "stdlib": stdlib_docs.open_stdlib,
+        "text": text_files.open_text,
+        "jsonl": text_files.open_jsonl,
+        "parquet": text_files.open_parquet,
+        "huggingface": huggingface_texts.open_huggingface,
+    }
+    if config.kind not in openers:
+        raise CorpusError(f"corpus.kind must be one of {', '.join(openers)}, not {config.kind!r}")
+    return openers[config.kind](config)

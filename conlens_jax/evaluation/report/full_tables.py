@@ -1,0 +1,189 @@
+"""The full suite on the page: tables and charts, as data. What was not measured is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from conlens_jax.evaluation.report.report_data import (
+    HIGHER,
+    LOWER,
+    NEITHER,
+    MetricGroup,
+    MetricRow,
+    Metrics,
+    Rowspec,
+)
+from conlens_jax.evaluation.report.svg import CurveChart, Series
+from conlens_jax.evaluation.report.truth_tables import truth_by
+from conlens_jax.evaluation.studies.best_of import best_of_curves
+from conlens_jax.evaluation.studies.text_changes import CHANGES
+
+AUDIT: tuple[Rowspec, ...] = (
+    ("gap_frozen", "fve_nrm of the lens's own encoder minus the audit encoder's", LOWER),
+    ("sampled_gap_frozen", "the same with sampled text", LOWER),
+    ("gap_frozen_window", "the same on true text, where there can be no code", NEITHER),
+    ("frozen_fve_nrm", "greedy text read by the audit encoder", HIGHER),
+    ("frozen_kl_frac_mean", "the same", HIGHER),
+    ("frozen_sampled_fve_nrm", "sampled text read by it", HIGHER),
+    ("frozen_null_shuffle_fve_nrm", "the text of another row read by it", NEITHER),
+    ("tokens_to_0", "fewest first tokens that explain more than nothing", NEITHER),
+    ("tokens_to_half", "… half of what the whole text explains", NEITHER),
+    ("frozen_tokens_to_half", "the same for the audit encoder", NEITHER),
+)
+_COMPARED: tuple[tuple[str, str, str], ...] = (
+    ("", "lens, greedy text", "read by its own encoder"),
+    ("sampled_", "lens, sampled text", "read by its own encoder"),
+    ("frozen_", "lens, greedy text, audited", "read by an encoder that never saw a decoder's text"),
+    ("frozen_sampled_", "lens, sampled text, audited", "read by the same encoder"),
+    ("untrained_encoder_", "lens, greedy text, untrained reader", "M cut behind block L"),
+    ("null_shuffle_", "control: text of another row", "own encoder"),
+    ("null_novec_", "control: decoder without the vector", "given the mean activation"),
+    ("random_words_", "control: random words", "tokens of the corpus, audit encoder"),
+    ("hard_prompt_", "untrained decoder", "M with a in the slot of the prompt, audit encoder"),
+    ("text_only_", "M's own words", "M continues the context, no vector, audit encoder"),
+    ("logit_lens_words_", "logit lens, as words", "its T likeliest tokens, audit encoder"),
+    ("tuned_lens_words_", "tuned lens, as words", "its T likeliest tokens, audit encoder"),
+    ("logit_lens_", "logit lens, as a prediction", "M's head on a, against M"),
+    (
+        "tuned_lens_",
+        "tuned lens, as a prediction",
+        "a linear map to M's last state, its head",
+    ),
+    ("last_tokens_", "the last T source tokens", "an encoder of their own reads them"),
+    ("window_", "the true window", "own encoder; holds the true continuation"),
+    ("frozen_window_", "the true window, audited", "audit encoder"),
+    ("linear_code_", "linear code", "principal components with the bits of a text"),
+)
+_COMPARED_BY = ("fve_nrm", "kl_frac_mean", "top1_agree")
+
+
+def comparison(metrics: Metrics) -> MetricGroup:
+    """Everything that explains the same activations, one below the other."""
+    rows = []
+    for prefix, name, explanation in _COMPARED:
+        values = [metrics.get(prefix + metric) for metric in _COMPARED_BY]
+        if any(values):
+            rows.append(MetricRow(name, explanation, NEITHER, values))
+    bits = metrics.get("linear_code_bits")
+    counted = f" T tokens hold at most {bits.value:.0f} bits." if bits else ""
+    return MetricGroup(
+        "Side by side",
+        "The same rows, resamples and references for all. 1 is perfect, 0 no better than the mean "
+        "activation." + counted,
+        rows,
+        _COMPARED_BY,
+    )
+
+
+def damage(systems: Mapping[str, Metrics]) -> MetricGroup:
+    """What is left of each lens's text after each change, for both readers.
+
+    Args:
+      systems: name of a lens → its metrics.
+    """
+    columns = {
+        "rows touched": "{}_rows",
+        "fve_nrm left": "{}_retention",
+        "kl_frac_mean left": "{}_kl_retention",
+        "fve_nrm left, audit encoder": "frozen_{}_retention",
+        "kl_frac_mean left, audit encoder": "frozen_{}_kl_retention",
+    }
+    rows = []
+    for change, (_, explanation) in CHANGES.items():
+        for system, metrics in systems.items():
+            values = [metrics.get(name.format(change)) for name in columns.values()]
+            if any(values):
+                rows.append(MetricRow(f"{change}, {system}", explanation, NEITHER, values))
+    return MetricGroup(
+        "Damage: what a changed text still explains",
+        "Shares of what the whole text explains, on the rows that the change touches; negative "
+        "where the changed text misleads.",
+        rows,
+        list(columns),
+    )
+
+
+def interventions(metrics: Metrics, variables: Sequence[str]) -> MetricGroup:
+    """The edit and its two controls, all rows together and by variable."""
+    columns = ("edit to w", "control: to a third value", "control: random word")
+    prefixes = ("", "third_value_", "random_word_")
+    groups = [("", "every value"), ("next_", "where it is what M is about to say")]
+    groups += [(f"{name}_", name) for name in variables]
+    rows = []
+    for key, name in groups:
+        for what, explanation in (
+            ("success", "M preferred v before and prefers w after"),
+            ("shift", "change of log p(w) − log p(v), nats"),
+        ):
+            values = [metrics.get(f"{prefix}intervention_{key}{what}") for prefix in prefixes]
+            if any(values):
+                rows.append(MetricRow(f"{what}: {name}", explanation, HIGHER, values))
+    return MetricGroup(
+        "Interventions",
+        "A value v that the explanation states becomes w, the text is read again and swapped in.",
+        rows,
+        columns,
+    )
+
+
+def parts(metrics: Metrics) -> MetricGroup:
+    """Greedy text by position in the context and by the norm of the activation."""
+    columns = ("rows", "fve_nrm", "kl_frac_mean")
+    names = [
+        f"{what}_{part}" for what in ("position", "norm") for part in ("low", "middle", "high")
+    ]
+    rows = []
+    for name in (*names, "norm_ordinary", "norm_outlier"):
+        values = [metrics.get(f"{name}_{column}") for column in columns]
+        if any(values):
+            rows.append(MetricRow(name.replace("_", ", "), "", NEITHER, values))
+    note = "Thirds of the rows; an outlier's norm is more than three times the median."
+    return MetricGroup("By position and by norm", note, rows, columns)
+
+
+def full_groups(
+    main: str, systems: Mapping[str, Metrics], variables: Sequence[str]
+) -> list[MetricGroup]:
+    """Tables with columns of their own; empty ones are left out.
+
+    Args:
+      main: name of the lens that all tables but that of the damage are about.
+      variables: what is known of every document.
+    """
+    metrics = systems[main]
+    # Of the basic suite alone the comparison would only repeat its tables.
+    groups = [comparison(metrics)] if "gap_frozen" in metrics else []
+    groups += [damage(systems), *truth_by(metrics, variables)]
+    groups += [interventions(metrics, variables), parts(metrics)]
+    return [group for group in groups if group.rows]
+
+
+def full_charts(metrics: Metrics) -> list[CurveChart]:
+    """Best of K, and FVE by the number of tokens that are read."""
+    charts = []
+    by_size = best_of_curves(metrics)
+    if by_size:
+        charts.append(
+            CurveChart(
+                "Best of K",
+                "texts sampled for a row",
+                "share explained",
+                [Series(name, *curve) for name, curve in by_size.items()],
+                "The text with the nearest reconstruction is kept: the choice looks at a.",
+            )
+        )
+    series = []
+    for reader, label in (("", "own encoder"), ("frozen_", "audit encoder")):
+        marker = f"{reader}fve_nrm_at_"
+        points = sorted(
+            (int(name.removeprefix(marker)), interval.value)
+            for name, interval in metrics.items()
+            if name.startswith(marker)
+        )
+        if points:
+            series.append(Series(label, *zip(*points, strict=True)))
+    if len(series) > 1:
+        charts.append(
+            CurveChart("Truncation", "first tokens read", "fve_nrm", series, "Greedy text.")
+        )
+    return charts

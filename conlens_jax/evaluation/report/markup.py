@@ -1,0 +1,79 @@
+"""Text for the report: escaping, and numbers that are short, comparable and safe."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+
+from conlens_jax.measurement.bootstrap import Interval
+from conlens_jax.models.written import Written
+
+# Not allowed in HTML text, or not encodable as UTF-8 (lone surrogates): tokens of a byte-level
+# vocabulary can hold any of them.
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def escape(text: object) -> str:
+    """Any text, safe as HTML content and inside a quoted attribute."""
+    return html.escape(_FORBIDDEN.sub("\ufffd", str(text)), quote=True)
+
+
+def token_marks(text: str) -> tuple[str, str]:
+    """The tokens of a written text as an attribute ``data-tokens="5 17"`` of its element, and a
+    note to stand after it where the text, read again, gives others. Empty for any other text."""
+    if not isinstance(text, Written):
+        return "", ""
+    attribute = f' data-tokens="{" ".join(map(str, text.tokens))}"'
+    note = "(read again, this gives other tokens; the numbers are of those written)"
+    return attribute, "" if text.reads_back else f" <small>{note}</small>"
+
+
+def show_token(token: str) -> str:
+    """A token with its white space made visible where there is nothing else to see. Escaped."""
+    if not token.strip():
+        token = token.replace(" ", "␣").replace("\t", "⇥") or "∅"
+    return escape(token.replace("\r", "").replace("\n", "⏎"))
+
+
+def _decimals(magnitude: float) -> int:
+    """Digits behind the point for three or four significant ones; −1 for scientific notation."""
+    if magnitude == 0:
+        return 0
+    if magnitude < 5e-4 or magnitude >= 1e6:
+        return -1
+    return 3 if magnitude < 10 else 2 if magnitude < 100 else 1 if magnitude < 1000 else 0
+
+
+def _with_decimals(value: float, decimals: int) -> str:
+    if math.isnan(value):
+        return "n/a"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if decimals < 0 and value != 0:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        shown = f"{mantissa}e{int(exponent)}"
+    else:
+        shown = f"{value:,.{max(decimals, 0)}f}"
+        if float(shown.replace(",", "")) == 0:
+            shown = shown.removeprefix("-")
+    return shown.replace("-", "−")
+
+
+def format_number(value: float) -> str:
+    """A number for people: ``0.623``, ``12.40``, ``3.2e−5``, ``n/a`` for NaN."""
+    return _with_decimals(value, _decimals(abs(value) if math.isfinite(value) else 0.0))
+
+
+def format_interval(interval: Interval) -> tuple[str, str]:
+    """Value and ``"lo to hi"`` with equal decimals: ``"lo or more"`` where there is no upper end,
+    and nothing without an interval."""
+    ends = (interval.lo, interval.hi)
+    finite = [abs(x) for x in (interval.value, *ends) if math.isfinite(x)]
+    decimals = _decimals(max(finite, default=0.0))
+    value = _with_decimals(interval.value, decimals)
+    if not math.isfinite(interval.lo):
+        return value, ""
+    if not math.isfinite(interval.hi):
+        return value, f"{_with_decimals(interval.lo, decimals)} or more"
+    return value, " to ".join(_with_decimals(end, decimals) for end in ends)

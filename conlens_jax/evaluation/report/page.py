@@ -1,0 +1,365 @@
+"""From measured lenses to the page: which metrics stand in which table, and what is said."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from conlens_jax.data.rows import Rows
+from conlens_jax.evaluation.report.full_tables import AUDIT, full_charts, full_groups
+from conlens_jax.evaluation.report.heat_map import HeatMap
+from conlens_jax.evaluation.report.report_data import (
+    HIGHER,
+    LOWER,
+    NEITHER,
+    Example,
+    MetricGroup,
+    MetricRow,
+    Report,
+    Rowspec,
+)
+from conlens_jax.evaluation.report.svg import CurveChart, HistogramChart, Series
+from conlens_jax.evaluation.report.truth_tables import TRUTH
+from conlens_jax.evaluation.suite import HEADLINE, Evaluated
+from conlens_jax.measurement.bootstrap import Interval
+from conlens_jax.models.tokenizer import Tokenizer
+from conlens_jax.models.written import written_texts
+
+_CARRIES: tuple[Rowspec, ...] = (
+    ("fve_nrm", "share of the directional variance explained, greedy text", HIGHER),
+    ("kl_frac_mean", "share of the mean activation's KL removed, greedy text", HIGHER),
+    ("sampled_fve_nrm", "the same with sampled text", HIGHER),
+    ("sampled_kl_frac_mean", "the same with sampled text", HIGHER),
+    ("cos", "cosine of reconstruction and activation", HIGHER),
+    ("fve_raw", "share of the raw variance explained", HIGHER),
+    ("kl_at", "KL(M ‖ M with the reconstruction) at P, nats", LOWER),
+    ("kl_cont", "the same, mean over P and the predictions behind it, nats", LOWER),
+    ("kl_frac_zero", "share of the zero vector's KL removed", HIGHER),
+    ("kl_frac_other", "share of another row's activation's KL removed", HIGHER),
+    ("ce_rec", "cross-entropy recovered, 0 = mean activation, 1 = no swap", HIGHER),
+    ("top1_agree", "M's top prediction stays the same", HIGHER),
+)
+_CONTROLS: tuple[Rowspec, ...] = (
+    ("null_shuffle_fve_nrm", "the text of another row", NEITHER),
+    ("null_shuffle_kl_frac_mean", "the text of another row", NEITHER),
+    ("null_shuffle_sampled_fve_nrm", "another row's sampled text", NEITHER),
+    ("null_shuffle_sampled_kl_frac_mean", "another row's sampled text", NEITHER),
+    ("null_novec_fve_nrm", "text written from the mean activation", NEITHER),
+    ("null_novec_kl_frac_mean", "text written from the mean activation", NEITHER),
+    ("kl_floor", "KL of swapping the activation for itself", LOWER),
+)
+_BASELINES: tuple[Rowspec, ...] = (
+    ("last_tokens_fve_nrm", "an encoder reads the true last T source tokens", NEITHER),
+    ("last_tokens_kl_frac_mean", "an encoder reads the true last T source tokens", NEITHER),
+    ("window_fve_nrm", "the encoder reads the true window that the warm start teaches", NEITHER),
+    ("window_kl_frac_mean", "the same window", NEITHER),
+    ("kl_mean", "KL of swapping in the mean activation, nats", NEITHER),
+    ("kl_zero", "KL of swapping in zeros, nats", NEITHER),
+    ("kl_other", "KL of swapping in another row's activation, nats", NEITHER),
+)
+_TEXT: tuple[Rowspec, ...] = (
+    (
+        "attribute_stated",
+        "where M's top prediction is an attribute word: the text states it",
+        HIGHER,
+    ),
+    ("null_shuffle_attribute_stated", "… and in the text of another row", NEITHER),
+    ("attribute_ratio", "the first over the second", HIGHER),
+    ("sampled_attribute_stated", "… in the sampled text", HIGHER),
+    *(
+        (f"fve_nrm_at_{k}", f"fve_nrm where only the first {k} tokens are read", HIGHER)
+        for k in (1, 2, 4, 8, 16, 32)
+    ),
+    ("nll_text", "NLL a token of the greedy text under M reading it alone, nats", LOWER),
+    ("sampled_nll_text", "NLL a token of the sampled text", LOWER),
+    ("nll_window", "NLL a token of true windows of the corpus, read the same way", NEITHER),
+    ("distinct_2", "different bigrams over all bigrams, greedy texts together", NEITHER),
+    ("repeat_4gram", "share of 4-grams that repeat within a text", LOWER),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """A measured lens: ``key`` prefixes its metrics in metrics.json, ``name`` heads its column."""
+
+    key: str
+    name: str
+    evaluated: Evaluated
+
+
+@dataclasses.dataclass(frozen=True)
+class PageData:
+    """What the page is made from.
+
+    Attributes:
+      systems: in the order of the columns.
+      main: key of the system that the summary, histograms and examples are about.
+      differences: title → differences of the headline metrics, main minus another system.
+      records: of metrics.jsonl, by curve set ("" for the run, "control" for the control).
+      facts: label → value.
+      heat_maps: documents token by token.
+      variables: names of what is known of every document; none but in a generated corpus.
+      ranked: show the best, median and worst rows before those at equal distances.
+    """
+
+    systems: Sequence[System]
+    main: str
+    differences: Mapping[str, Mapping[str, Interval]]
+    records: Mapping[str, Sequence[Mapping[str, Any]]]
+    facts: Mapping[str, Any]
+    rows: Rows
+    partner_N: np.ndarray
+    config: Mapping[str, Any]
+    n_examples: int
+    notes: Sequence[str]
+    heat_maps: Sequence[HeatMap] = ()
+    variables: Sequence[str] = ()
+    ranked: bool = False
+
+
+def build_report(data: PageData, tokenizer: Tokenizer) -> Report:
+    """The report of a run."""
+    main = next(system for system in data.systems if system.key == data.main)
+    groups = [
+        _group("Does the text carry the activation?", "", _CARRIES, data),
+        _group(
+            "Controls: what a text that says nothing of the activation scores",
+            "A lens is worth nothing where these reach its own numbers.",
+            _CONTROLS,
+            data,
+        ),
+        _group(
+            "Baselines",
+            "An encoder is given true text instead of an explanation. The window holds the true "
+            "continuation of the text, so it is no explanation but the warm start's own target.",
+            _BASELINES,
+            data,
+        ),
+        _group("The text", "", _TEXT, data),
+        _group(
+            "Audit: is the text a private code?",
+            "The audit encoder has read true text only. True text has a gap too, where the readers "
+            "differ in skill.",
+            AUDIT,
+            data,
+        ),
+        _group(
+            "Truth: what the text states of what is known",
+            "The generator of the corpus knows every value. A text may state right what M is about "
+            "to say because the warm start taught it to look ahead.",
+            TRUTH,
+            data,
+        ),
+        *full_groups(
+            main.name, {s.name: s.evaluated.metrics for s in data.systems}, data.variables
+        ),
+        *_difference_groups(data),
+    ]
+    return Report(
+        title=f"Consistency lens: {data.facts['model']}, layer {data.facts['layer']}",
+        summary=_summary(main.evaluated.metrics, main.name),
+        facts=list(data.facts.items()),
+        columns=[system.name for system in data.systems],
+        metric_groups=[group for group in groups if group.rows],
+        curves=_curves(data.records),
+        measured_curves=full_charts(main.evaluated.metrics),
+        heat_maps=data.heat_maps,
+        histograms=_histograms(main),
+        examples=_examples(data, main, tokenizer),
+        config=data.config,
+        notes=list(data.notes),
+    )
+
+
+def _group(title: str, note: str, specs: Sequence[Rowspec], data: PageData) -> MetricGroup:
+    rows = [
+        MetricRow(name, explanation, better, values)
+        for name, explanation, better in specs
+        if any(values := [system.evaluated.metrics.get(name) for system in data.systems])
+    ]
+    return MetricGroup(title, note, rows)
+
+
+def _difference_groups(data: PageData) -> list[MetricGroup]:
+    """The differences stand in the column of the main system."""
+    explanations = {name: explanation for name, explanation, _ in _CARRIES}
+    return [
+        MetricGroup(
+            title,
+            "Paired by document. An interval that holds 0 shows no difference.",
+            [
+                MetricRow(
+                    name,
+                    explanations[name],
+                    HIGHER,
+                    [
+                        differences[name] if system.key == data.main else None
+                        for system in data.systems
+                    ],
+                )
+                for name in HEADLINE
+            ],
+        )
+        for title, differences in data.differences.items()
+    ]
+
+
+def _summary(metrics: Mapping[str, Interval], name: str) -> str:
+    show = lambda key: _two_digits(metrics[key])
+    carried = metrics["kl_frac_mean"].lo > max(metrics["null_shuffle_kl_frac_mean"].hi, 0.0)
+    verdict = "carries the activation" if carried else "does not carry the activation"
+    return (
+        f"The text {verdict} ({name}). Put back into the model, what is read from a greedy "
+        f"explanation removes {show('kl_frac_mean')} of the harm that the mean activation does to "
+        f"the model's prediction, and explains {show('fve_nrm')} of the activations' directional "
+        f"variance. With the text of another row it is {show('null_shuffle_kl_frac_mean')} and "
+        f"{show('null_shuffle_fve_nrm')}." + _audit_sentence(metrics) + _truth_sentence(metrics)
+    )
+
+
+def _two_digits(interval: Interval) -> str:
+    return f"{interval.value:.2f}".replace("-", "−")
+
+
+def _audit_sentence(metrics: Mapping[str, Interval]) -> str:
+    """Whether a stranger loses more on the lens's text than on true text; nothing without audit."""
+    if "gap_frozen" not in metrics:
+        return ""
+    gap, skill = metrics["gap_frozen"], metrics["gap_frozen_window"]
+    verdict = "loses no more than on true text" if gap.lo <= skill.hi else "loses more"
+    return (
+        f" A reader that never saw a decoder's text {verdict}: {_two_digits(gap)} of the variance, "
+        f"and {_two_digits(skill)} on true text."
+    )
+
+
+def _truth_sentence(metrics: Mapping[str, Interval]) -> str:
+    """How often the text is right, which no reconstruction says; nothing where it is not known."""
+    own, other = metrics.get("precision"), metrics.get("null_shuffle_precision")
+    if own is None or other is None:
+        return ""
+    return (
+        f" Of the values that it states {_two_digits(own)} are right, and {_two_digits(other)} of "
+        "those that the text of another row states."
+    )
+
+
+def _curves(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[CurveChart]:
+    charts = (
+        ("Loss", "nats and squared error", ("loss",)),
+        ("Terms of the loss", "unweighted", ("read_error", "write_loss", "mse", "kl", "lm")),
+        (
+            "Validation: KL removed",
+            "kl_frac_mean",
+            (
+                "validation_kl_frac_greedy",
+                "validation_kl_frac_sampled",
+                "validation_kl_frac_shuffle",
+            ),
+        ),
+        (
+            "Validation: variance explained",
+            "fve_nrm",
+            ("validation_fve_nrm_greedy", "validation_fve_nrm_sampled"),
+        ),
+    )
+    built = []
+    for title, y_label, names in charts:
+        series = []
+        for which, entries in records.items():
+            for name in names:
+                points = [(r["step"], r[name]) for r in entries if r.get(name) is not None]
+                if points:
+                    label = " ".join(filter(None, (which, name.removeprefix("validation_"))))
+                    steps, values = zip(*points, strict=True)
+                    series.append(Series(label, steps, values))
+        if series:
+            markers = [(step, f"{stage} begins") for step, stage in _stage_starts(records)]
+            built.append(CurveChart(title, "step", y_label, series, markers=markers))
+    return built
+
+
+def _stage_starts(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[int, str]]:
+    """Steps at which another stage follows in the main run."""
+    entries = records.get("", [])
+    return [
+        (before["step"], after["stage"])
+        for before, after in zip(entries, entries[1:], strict=False)
+        if before["stage"] != after["stage"]
+    ]
+
+
+def _histograms(main: System) -> list[HistogramChart]:
+    per_row = main.evaluated.per_row
+    named = (("explanation", "greedy"), ("another row's text", "null_shuffle"))
+    log_kl = lambda name: np.log10(np.maximum(per_row[f"{name}.kl_at"], 1e-6))
+    return [
+        HistogramChart(
+            "Cosine of reconstruction and activation",
+            "cosine, one value a row",
+            [(label, per_row[f"{name}.cos"]) for label, name in named],
+        ),
+        HistogramChart(
+            "KL with the reconstruction swapped in",
+            "log10 of nats, one value a row",
+            [(label, log_kl(name)) for label, name in (*named, ("mean activation", "mean"))],
+        ),
+    ]
+
+
+def _examples(data: PageData, main: System, tokenizer: Tokenizer) -> list[Example]:
+    evaluated = main.evaluated
+    top = lambda name, row: [
+        (tokenizer.token(token), float(probability))
+        for token, probability in zip(
+            evaluated.effects[name].top_tokens[row],
+            evaluated.effects[name].top_probabilities[row],
+            strict=True,
+        )
+    ]
+    examples = []
+    for row, label in _chosen_rows(data, main):
+        tokens, position = data.rows.tokens_NS[row], int(data.rows.positions_N[row])
+        stop = min(position + 9, int(data.rows.lengths_N[row]))
+        greedy = [system.evaluated.explained.texts["greedy"][row] for system in data.systems]
+        sampled = evaluated.explained.texts["sampled"][row]
+        names = [*(system.name for system in data.systems), f"{main.name}, sampled"]
+        texts = written_texts([*greedy, sampled], tokenizer)
+        other = evaluated.explained.texts["greedy"][data.partner_N[row]]
+        examples.append(
+            Example(
+                context=tokenizer.decode(tokens[:position]),
+                token_at_position=tokenizer.token(tokens[position]),
+                continuation=tokenizer.decode(tokens[position + 1 : stop]),
+                explanations=list(zip(names, texts, strict=True)),
+                other_row_text=tokenizer.decode(other),
+                numbers={
+                    "cos": float(evaluated.per_row["greedy.cos"][row]),
+                    "KL": float(evaluated.per_row["greedy.kl_at"][row]),
+                    "KL, mean activation": float(evaluated.per_row["mean.kl_at"][row]),
+                },
+                top_before=top("clean", row),
+                top_after=top("greedy", row),
+                label=label,
+            )
+        )
+    return examples
+
+
+def _chosen_rows(data: PageData, main: System) -> list[tuple[int, str]]:
+    """Rows and why they are shown: those of the least, the median and the most KL, where that is
+    asked for; then, at equal distances in the held-out set, rows chosen before anything was
+    measured."""
+    count = min(data.n_examples, len(data.rows))
+    if not count:
+        return []
+    blind = np.linspace(0, len(data.rows) - 1, count).astype(np.int64)
+    chosen = [(int(row), "") for row in blind]
+    if data.ranked:
+        order = np.argsort(main.evaluated.per_row["greedy.kl_at"], kind="stable")
+        places = {"least KL": 0, "median KL": len(order) // 2, "most KL": len(order) - 1}
+        chosen = [(int(order[place]), label) for label, place in places.items()] + chosen
+    return chosen

@@ -1,0 +1,1 @@
+"""Studies of the full suite: audit, truth, interventions, baselines."""

@@ -1,0 +1,102 @@
+"""What else could be said of the activation, and what saying nothing of it is worth.
+
+Vectors: a linear code with the bits of a text. Texts, read by the audit encoder: M's own words
+without the vector (``text_only``), an untrained decoder with the activation in the slot of its
+prompt (``hard_prompt``), the likeliest tokens of a logit lens and of a tuned one, random words.
+Predictions: the two lenses that read M's next token from the activation by a linear map.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from conlens_jax.data.rows import Rows
+from conlens_jax.evaluation.studies.linear_code import LinearCode, bits_of_text
+from conlens_jax.evaluation.studies.probe import LinearMap
+from conlens_jax.evaluation.suite import Evaluated, PerRow, Suite
+from conlens_jax.measurement.aggregates import mean_of, reconstruction_statistics
+from conlens_jax.measurement.bootstrap import Interval, Statistic
+from conlens_jax.measurement.metrics import fraction_removed, top1_agreement
+from conlens_jax.models.param_table import Params
+
+SHORT = ("fve_nrm", "kl_frac_mean", "top1_agree")
+LENSES = ("logit_lens", "tuned_lens")
+
+
+def text_only(suite: Suite, original: Params) -> np.ndarray:
+    """The window that the warm start teaches, as M would write it without the vector: the true
+    tokens up to P, then M's own likeliest continuation; [N, T]."""
+    before, after = suite.warm.before, suite.warm.after
+    said_NT = suite.window(before, 0)
+    if not after:
+        return said_NT
+    return np.concatenate(
+        [said_NT, suite.measurer.continuations(original, suite.rows, after)], axis=1
+    )
+
+
+def baselines(
+    suite: Suite,
+    evaluated: Evaluated,
+    trainable: Params,
+    untrained: Params,
+    frozen: Params,
+    auditor: Params,
+    train: Rows,
+    seed: int,
+) -> dict[str, Interval]:
+    """The metrics of all baselines; they do not depend on the lens, but for ``untrained_encoder``.
+
+    Args:
+      evaluated, trainable: a measured lens; its rows' references are used, and its greedy text is
+        given to an untrained encoder.
+      untrained: a lens as it is before any training.
+      train: rows that the linear maps are fitted on.
+      seed: of the random words.
+    """
+    measurer, original, rows = suite.measurer, frozen["original"], suite.rows
+    text_len, vocab_size = measurer.spec.text_len, measurer.spec.model.vocab_size
+    n_bits = bits_of_text(text_len, vocab_size)
+    code = LinearCode.fit(train.activations_ND, n_bits)
+    tuned = LinearMap.fit(train.activations_ND, measurer.last_states(original, train))
+    states = {"logit_lens": rows.activations_ND, "tuned_lens": tuned(rows.activations_ND)}
+    predicted = {name: measurer.unembedded(original, rows, states[name]) for name in LENSES}
+    rng = np.random.default_rng(seed)
+    in_context = np.arange(train.tokens_NS.shape[1]) < train.lengths_N[:, None]
+    corpus_tokens = train.tokens_NS[in_context]
+    texts = {
+        "text_only": text_only(suite, original),
+        "hard_prompt": measurer.explain(untrained, frozen, rows).texts["greedy"],
+        "random_words": rng.choice(corpus_tokens, (len(rows), text_len)).astype(np.int32),
+        **{f"{name}_words": words for name, (_, words) in predicted.items()},
+    }
+    stranger = {**trainable, **auditor}
+    vectors = {name: measurer.read(stranger, frozen, text) for name, text in texts.items()}
+    vectors["linear_code"] = code(rows.activations_ND)
+    greedy = evaluated.explained.texts["greedy"]
+    vectors["untrained_encoder"] = measurer.read(untrained, frozen, greedy)
+    per_row = suite.score(evaluated, original, vectors)
+    statistics: dict[str, Statistic] = {}
+    for name in vectors:
+        found = reconstruction_statistics(name, f"{name}_", suite.reference.resultant)
+        statistics |= {f"{name}_{metric}": found[f"{name}_{metric}"] for metric in SHORT}
+    for name, (effect, _) in predicted.items():
+        per_row |= _prediction_rows(name, effect, evaluated)
+        statistics[f"{name}_kl_at"] = mean_of(f"{name}.kl_at")
+        statistics[f"{name}_top1_agree"] = mean_of(f"{name}.top1")
+        statistics[f"{name}_kl_frac_mean"] = lambda means, name=name: fraction_removed(
+            means[f"{name}.kl_at"], means["mean.kl_at"]
+        )
+    return {
+        **suite.intervals(statistics, per_row),
+        "linear_code_bits": Interval(code.bits),
+        "text_bits": Interval(float(n_bits)),
+    }
+
+
+def _prediction_rows(name: str, effect, evaluated: Evaluated) -> PerRow:
+    clean = evaluated.effects["clean"].top_tokens[:, 0]
+    return {
+        f"{name}.kl_at": effect.kl_at,
+        f"{name}.top1": top1_agreement(effect.top_tokens[:, 0], clean),
+    }

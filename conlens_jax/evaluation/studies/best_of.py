@@ -1,0 +1,56 @@
+"""Best of K: what more tries at a text are worth.
+
+K texts are sampled for each row, and the one whose reconstruction is nearest to the activation is
+kept. The choice looks at a, as a user who has the activation may do; it does not look at M.
+"""
+
+from __future__ import annotations
+
+from conlens_jax.evaluation.suite import Evaluated, Suite
+from conlens_jax.measurement.aggregates import reconstruction_statistics
+from conlens_jax.measurement.bootstrap import Interval, Statistic
+from conlens_jax.measurement.metrics import cosine
+from conlens_jax.models.param_table import Params
+
+SHORT = ("fve_nrm", "kl_frac_mean")
+
+
+def doublings(most: int) -> list[int]:
+    """1, 2, 4, … and ``most``."""
+    return [2**power for power in range(most.bit_length()) if 2**power < most] + [most]
+
+
+def best_of(
+    suite: Suite, evaluated: Evaluated, trainable: Params, frozen: Params, most: int
+) -> dict[str, Interval]:
+    """``best_of_K_…`` for K = 1, 2, 4, … ``most``; the first K draws are those of every larger K,
+    and the first one is the sampled text of the basic suite."""
+    actual = suite.rows.activations_ND
+    best_ND = evaluated.explained.reconstructions["sampled"].copy()
+    best_cos_N = cosine(best_ND, actual)
+    vectors, sizes = {}, doublings(most)
+    for draw in range(most):
+        if draw:
+            _, drawn_ND = suite.measurer.sample(trainable, frozen, suite.rows, draw)
+            cos_N = cosine(drawn_ND, actual)
+            better = cos_N > best_cos_N
+            best_ND[better], best_cos_N[better] = drawn_ND[better], cos_N[better]
+        if draw + 1 in sizes:
+            vectors[f"best_of_{draw + 1}"] = best_ND.copy()
+    per_row = suite.score(evaluated, frozen["original"], vectors)
+    statistics: dict[str, Statistic] = {}
+    for name in vectors:
+        found = reconstruction_statistics(name, f"{name}_", suite.reference.resultant)
+        statistics |= {f"{name}_{metric}": found[f"{name}_{metric}"] for metric in SHORT}
+    return suite.intervals(statistics, per_row)
+
+
+def best_of_curves(metrics: dict[str, Interval]) -> dict[str, tuple[list[int], list[float]]]:
+    """(K, value) of each metric, for a chart; empty where best of K was not measured."""
+    curves = {}
+    for metric in SHORT:
+        names = [n for n in metrics if n.startswith("best_of_") and n.endswith(f"_{metric}")]
+        of_size = {int(n.removeprefix("best_of_").split("_")[0]): metrics[n].value for n in names}
+        if of_size:
+            curves[metric] = (sorted(of_size), [of_size[size] for size in sorted(of_size)])
+    return curves

@@ -1,0 +1,1 @@
+"""The local server: the page and the hosted API."""

@@ -1,0 +1,347 @@
+"""Neuronpedia's NLA inference API, spoken by a lens.
+
+Source: github.com/hijohnnylin/neuronpedia, ``apps/nla`` at commit 17bc391 (``README.md``,
+``openapi.json`` 0.1.0, ``server.py``; ``tests/test_frame_contract.py`` pins the keys of the
+frames), read on 2026-11-25. A client of that server finds here, under ``/nla``:
+
+    GET  /nla/          which models, and the limits
+    POST /nla/tokenize  {text | messages} → {tokens, prompt_length, text}
+    POST /nla/extract   {text | messages} → {layer_index, tokens: [… activation, l2_norm]}
+    POST /nla/explain   {text | messages, positions, temperature, reverse, stream} →
+                        {layer_index, results: [… description, mse, cosine_similarity]}
+    POST /nla/describe  {activations, temperature, stream} → {results: [description, mse, …]}
+    POST /nla/score     {description, activation} → {mse, cosine_similarity}
+
+A stream is server-sent events: ``{layer_index, total, prompt_length}`` (of explain), a
+``{position | index, text, done: false}`` for each token of a text, the result itself, and
+``[DONE]`` at the end. ``mse`` is that of vectors scaled to norm √d, 2(1 − cos).
+
+Two fields more go with every description: ``description_tokens``, the ids that were written and
+that the numbers are of, and ``reads_back``, whether the description alone, tokenised again, gives
+them. A text may read back as other tokens, so send ``description_tokens`` along to ``/nla/score``,
+which is then about the same ones; without them, its answer has the ids that it read.
+
+What differs, because a lens is no NLA pair: a text has the lens's own length, so a smaller
+``max_new_tokens`` is refused. A stream writes up to 32 texts side by side, so that the frames of
+several positions alternate; without ``stream``, a request gets the results of the stream, the same
+to the last digit, and again the same samples. Tokens are not grouped into glyphs
+(``fragment_count`` is 1), nor given the roles of a chat (null). ``continue_final_message``,
+``enable_thinking``, ``/compare`` and ``/completion`` are not offered; a stream that has to end
+early says ``{error}`` in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field, StrictInt
+
+from conlens_jax.explorer.server_limits import RETRY, ClosedStream, failure
+from conlens_jax.explorer.strict_json import StrictRoute, plain_problems
+from conlens_jax.explorer.turns import Busy, Gone, Turns
+from conlens_jax.inspection.lens import Lens
+from conlens_jax.inspection.texts import chat_tokens, token_lists
+from conlens_jax.measurement.metrics import cosine, mse_nrm
+from conlens_jax.models.written import Written, with_its_tokens
+
+MAX_CHARACTERS, MAX_DESCRIPTION, MAX_POSITIONS, MAX_ACTIVATIONS = 65_536, 8_192, 512, 512
+_AT_ONCE = 32
+"""Explanations that are written side by side."""
+
+
+_BYTES_A_NUMBER, _MOST_BYTES = 26, 8 * 2**20
+
+
+def most_bytes(lens: Lens) -> int:
+    """What the body of a request with activations may have."""
+    whole = MAX_ACTIVATIONS * lens.spec.model.d_model * _BYTES_A_NUMBER
+    return max(min(whole, _MOST_BYTES), 2**20)
+
+
+class Message(BaseModel):
+    role: str
+    content: str = ""
+
+
+class TextRequest(BaseModel):
+    text: str | None = Field(None, max_length=MAX_CHARACTERS)
+    messages: list[Message] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    enable_thinking: bool | None = None
+
+
+class Writing(BaseModel):
+    temperature: float = Field(0.7, ge=0, le=5)
+    max_new_tokens: int = Field(200, gt=0, le=4096)
+    stream: bool = False
+
+
+class ExplainRequest(TextRequest, Writing):
+    # Strict: a boolean mask would be read as positions 0 and 1. Empty: as if it were not there.
+    positions: list[StrictInt] | None = Field(None, max_length=MAX_POSITIONS)
+    reverse: bool = True
+
+
+class DescribeRequest(Writing):
+    activations: list[list[float]] = Field(min_length=1, max_length=MAX_ACTIVATIONS)
+
+
+class ScoreRequest(BaseModel):
+    description: str = Field(max_length=MAX_DESCRIPTION)
+    description_tokens: list[int] | None = Field(None, max_length=MAX_DESCRIPTION)
+    activation: list[float]
+
+
+def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
+    """The API as an application to be mounted.
+
+    Args:
+      turns: shared with whatever else uses the lens.
+      max_tokens: longer texts are refused.
+    """
+    app = FastAPI(title="NLA API of a consistency lens", docs_url=None, redoc_url=None)
+    app.router.route_class = StrictRoute
+    width, layer = lens.spec.model.d_model, lens.spec.layer
+    most_activations = min(MAX_ACTIVATIONS, most_bytes(lens) // (_BYTES_A_NUMBER * width))
+
+    @app.exception_handler(ValueError)
+    async def refuse(_: Request, error: ValueError):
+        return JSONResponse({"detail": str(error)}, status_code=400)
+
+    @app.exception_handler(Busy)
+    async def wait(_: Request, error: Busy):
+        return JSONResponse({"detail": str(error)}, status_code=429, headers=RETRY)
+
+    @app.exception_handler(RequestValidationError)
+    async def name_fields(_: Request, error: RequestValidationError):
+        return JSONResponse({"detail": plain_problems(error)}, status_code=422)
+
+    @app.exception_handler(Exception)  # it is logged, too
+    async def admit(_: Request, error: Exception):
+        message = f"the server failed ({type(error).__name__}); its log has the trace"
+        return JSONResponse({"detail": message}, status_code=500)
+
+    def tokens_of(request: TextRequest) -> list[int]:
+        if request.continue_final_message or request.enable_thinking is not None:
+            raise ValueError("continue_final_message and enable_thinking are not offered here")
+        if request.messages:
+            messages = [message.model_dump() for message in request.messages]
+            answer = request.add_generation_prompt
+            tokens = chat_tokens(messages, lens.model, lens.add_bos, answer=answer)
+        elif request.text is None:
+            raise ValueError("give text or messages")
+        else:
+            (tokens,) = token_lists([request.text], lens.model, lens.add_bos)
+        if len(tokens) > max_tokens:
+            raise ValueError(f"the text has {len(tokens)} tokens; at most {max_tokens} are read")
+        return tokens
+
+    def decoding_of(request: Writing) -> dict[str, Any]:
+        if request.max_new_tokens < lens.spec.text_len:
+            raise ValueError(
+                f"max_new_tokens={request.max_new_tokens}: this lens writes {lens.spec.text_len}"
+            )
+        if request.temperature == 0:
+            return {"decoding": "greedy"}
+        return {"decoding": "sample", "temperature": request.temperature}
+
+    def vector_of(activation: Sequence[float]) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            vector = np.array(activation, np.float32)
+        if len(vector) != width:
+            raise ValueError(f"activation length {len(vector)} != d_model {width}")
+        if not np.isfinite(vector).all() or not vector.any():
+            raise ValueError("the activation is zero, or not finite")
+        return vector
+
+    def scored(description: Written, vector: np.ndarray) -> dict[str, Any]:
+        """One text at a time, so that its numbers are the same whatever stands beside it."""
+        with turns.turn():
+            found = lens.encode(description.tokens)
+        cos = float(cosine(found[None], vector[None])[0])
+        return {
+            "mse": float(mse_nrm(cos)),
+            "cosine_similarity": cos,
+            "description_tokens": list(description.tokens),
+            "reads_back": description.reads_back,
+        }
+
+    def written(
+        vectors: Sequence[np.ndarray], keys: Sequence[int], decoding: dict[str, Any], key: str
+    ) -> Iterator[dict[str, Any]]:
+        """The frames of the texts of activations [D]: each as it grows, then its result.
+
+        Args:
+          keys: what tells the texts apart, for the samples too; ``key`` is its name.
+        """
+        for start in range(0, len(vectors), _AT_ONCE):
+            here = slice(start, start + _AT_ONCE)
+            pieces = lens.write_vectors(np.stack(vectors[here]), positions=keys[here], **decoding)
+            texts: list[Written] = []
+            for _ in range(lens.spec.text_len):
+                with turns.turn():  # one for each token, so that others get theirs
+                    texts = next(pieces)
+                for value, text in zip(keys[here], texts, strict=True):
+                    yield {key: value, "text": text, "done": False}
+            for vector, text in zip(vectors[here], texts, strict=True):
+                yield {"description": text, **scored(text, vector)}
+
+    @app.get("/")
+    def health() -> dict[str, Any]:
+        return {
+            "status": "ok",
+            "verbalizer_model": str(lens.facts.get("model", lens.model.model_id)),
+            "reconstructor_available": True,
+            "source_model": lens.model.model_id,
+            "d_model": width,
+            "extraction_layer": layer,
+            "completion_available": False,
+            "num_cuda_devices": sum(device.platform == "gpu" for device in jax.devices()),
+            **dict.fromkeys(("max_concurrent", "source_max_concurrent"), 1),
+            "reconstructor_max_concurrent": 1,
+            **dict.fromkeys(("max_concurrent_explains", "max_describe_requests"), turns.most),
+            "limits": {
+                "max_input_chars": MAX_CHARACTERS,
+                "max_positions_per_request": MAX_POSITIONS,
+                "max_new_tokens": 4096,
+                "max_describe_batch": most_activations,
+                "max_description_chars": MAX_DESCRIPTION,
+                "max_completion_tokens": 0,
+            },
+        }
+
+    @app.post("/tokenize")
+    def tokenize(request: TextRequest) -> dict[str, Any]:
+        tokens = tokens_of(request)
+        entries = [_token(lens, tokens, position) for position in range(len(tokens))]
+        text = lens.model.tokenizer.decode(tokens)
+        return {"tokens": entries, "prompt_length": len(tokens), "text": text}
+
+    @app.post("/extract")
+    def extract(request: TextRequest) -> ClosedStream:
+        tokens = tokens_of(request)
+        with turns.turn():
+            vectors = lens.capture(tokens, "all")
+        names = ("token", "token_id", "position")
+
+        def entries() -> Iterator[dict[str, Any]]:
+            for position, vector in enumerate(vectors):
+                token = _token(lens, tokens, position)
+                place = {name: token[name] for name in names}
+                yield {**place, "activation": vector.tolist(), "l2_norm": _norm(vector)}
+
+        return _json_of({"layer_index": layer}, "tokens", entries())
+
+    @app.post("/explain")
+    def explain(request: ExplainRequest):
+        tokens, decoding = tokens_of(request), decoding_of(request)
+        chosen = [_index(p, len(tokens)) for p in request.positions or range(len(tokens))]
+        if len(chosen) > MAX_POSITIONS:
+            raise ValueError(
+                f"resolved {len(chosen)} positions, but max is {MAX_POSITIONS} per request; give "
+                "positions"
+            )
+        if request.reverse:
+            chosen.reverse()
+        with turns.turn():
+            vectors = lens.capture(tokens, chosen)
+
+        def frames() -> Iterator[dict[str, Any]]:
+            yield {"layer_index": layer, "total": len(chosen), "prompt_length": len(tokens)}
+            places = zip(chosen, vectors, strict=True)
+            for frame in written(vectors, chosen, decoding, "position"):
+                if "description" in frame:
+                    position, vector = next(places)
+                    place = _token(lens, tokens, position)
+                    norm = {"l2_norm": float(np.linalg.norm(vector))}
+                    frame = {**place, **norm, **frame, "generated": False}
+                yield frame
+
+        if request.stream:
+            return _events(frames())
+        return {"layer_index": layer, "results": _results(frames())}
+
+    @app.post("/describe")
+    def describe(request: DescribeRequest):
+        decoding = decoding_of(request)
+        turns.reserve()
+        vectors = [vector_of(activation) for activation in request.activations]
+
+        frames = written(vectors, range(len(vectors)), decoding, "index")
+        return _events(frames) if request.stream else {"results": _results(frames)}
+
+    @app.post("/score")
+    def score(request: ScoreRequest) -> dict[str, Any]:
+        description, tokens = request.description, request.description_tokens
+        if tokens is not None:
+            description = with_its_tokens(description, tokens, lens.model.tokenizer)
+        elif not description.strip():
+            raise ValueError("the description is empty")
+        return scored(lens.as_read(description), vector_of(request.activation))
+
+    return app
+
+
+def _token(lens: Lens, tokens: Sequence[int], position: int) -> dict[str, Any]:
+    """What the API says of a token wherever it names one."""
+    return {
+        "token": lens.model.tokenizer.token(tokens[position]),
+        "token_id": int(tokens[position]),
+        "position": position,
+        "fragment_index": 0,
+        "fragment_count": 1,
+        **dict.fromkeys(("role", "section", "channel", "message_index")),
+    }
+
+
+def _index(position: int, length: int) -> int:
+    if not -length <= position < length:
+        raise ValueError(f"Position {position} out of range (0..{length - 1})")
+    return position % length
+
+
+def _results(frames: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [frame for frame in frames if "description" in frame]
+
+
+def _norm(vector: np.ndarray) -> float:
+    return float(np.linalg.norm(vector))
+
+
+def _json_of(head: dict[str, Any], name: str, entries: Iterator[Any]) -> ClosedStream:
+    """One JSON object: ``head``, and a list under ``name``, of which an entry at a time is in
+    memory. The activations of a long text are gigabytes as Python numbers."""
+
+    def pieces() -> Iterator[str]:
+        yield f"{json.dumps(head)[:-1]}, {json.dumps(name)}: ["
+        for number, entry in enumerate(entries):
+            yield (", " if number else "") + json.dumps(entry, ensure_ascii=False)
+        yield "]}"
+
+    return ClosedStream(pieces(), media_type="application/json")
+
+
+def _events(frames: Iterator[dict[str, Any]]) -> ClosedStream:
+    """Server-sent events, one a frame."""
+
+    def lines() -> Iterator[str]:
+        with contextlib.closing(frames):
+            try:
+                for frame in frames:
+                    yield f"data: {json.dumps(frame, ensure_ascii=False)}\n\n"
+                yield "data: [DONE]\n\n"
+            except Gone:
+                raise
+            except Exception as error:  # the answer has begun
+                yield f"data: {json.dumps({'error': failure(error)})}\n\n"
+
+    return ClosedStream(lines(), media_type="text/event-stream")

@@ -1,0 +1,223 @@
+"""The explorer's server: one page, and the lens behind it over HTTP.
+
+FastAPI and uvicorn, because the page has to do two things that ready-made demo pages (gradio) do
+not: every token of a text is a button, and an explanation appears token by token while other
+requests are served. They also bring far fewer packages along.
+
+    GET  /             the page
+    GET  /api/lens     what is read: model, layer, limits
+    POST /api/tokens   {text} → {tokens}
+    POST /api/explain  {text, position, decoding, seed} → a JSON line {"text", "tokens": so far}
+                       for each token, and a last one {"row": explained token}
+    POST /api/swap     {text, position, explanation, tokens} → {"row": explained token}; tokens: of
+                       an explanation that was written, in case its text reads back as others
+    …    /nla/…        Neuronpedia's NLA API, see :mod:`conlens_jax.explorer.nla_api`
+
+Requests share nothing but the lens, and take turns at it: a stream gives way after every token, and
+ends when its reader hangs up. What is refused comes back as {"error": message}; for too large,
+too slow or foreign requests see :mod:`conlens_jax.explorer.server_limits`.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import importlib.resources
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic import BaseModel, Field, StrictInt
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from conlens_jax.explorer.nla_api import make_nla_app, most_bytes
+from conlens_jax.explorer.server_limits import (
+    RETRY,
+    ClosedStream,
+    LimitedRequests,
+    Limits,
+    failure,
+)
+from conlens_jax.explorer.strict_json import StrictRoute, plain_problems
+from conlens_jax.explorer.turns import Busy, Gone, Turns
+from conlens_jax.inspection.lens import Lens
+from conlens_jax.inspection.readings import ExplainedToken
+from conlens_jax.models.written import Written, with_its_tokens
+
+MAX_CHARACTERS = 100_000
+_BYTES_A_CHARACTER = 6  # JSON may write one as \uXXXX
+LIMITS = Limits(body_bytes=2 * _BYTES_A_CHARACTER * MAX_CHARACTERS)
+"""A text and an explanation of it, each as long as can be."""
+
+
+class TooLarge(ValueError):
+    """More than the server reads."""
+
+
+class TextRequest(BaseModel):
+    text: str
+
+
+class ExplainRequest(TextRequest):
+    position: StrictInt  # not true, and not "3"
+    decoding: Literal["greedy", "sample"] = "greedy"
+    seed: int = 0
+
+
+class SwapRequest(TextRequest):
+    position: StrictInt  # not true, and not "3"
+    explanation: str
+    tokens: list[int] | None = Field(None, max_length=MAX_CHARACTERS)
+
+
+def make_app(
+    lens: Lens,
+    *,
+    max_tokens: int = 2048,
+    most_waiting: int = 32,
+    hosts: tuple[str, ...] = ("*",),
+    origins: tuple[str, ...] = (),
+    limits: Limits = LIMITS,
+) -> FastAPI:
+    """The application.
+
+    Args:
+      max_tokens: longer texts are refused.
+      most_waiting: so many requests may wait; the next one is refused.
+      hosts: names by which the server may be asked, so that another site's name that is made to
+        point here reaches nothing.
+      origins: other sites (``https://name:port``) whose pages may ask; they get CORS headers.
+      limits: of sizes and times.
+    """
+    app = FastAPI(title="conlens_jax explorer", docs_url=None, redoc_url=None, openapi_url=None)
+    app.router.route_class = StrictRoute
+    larger = {"/nla/describe": most_bytes(lens), **limits.larger}
+    limits = dataclasses.replace(limits, larger=larger)
+    app.add_middleware(LimitedRequests, limits=limits, hosts=hosts, origins=origins)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
+    turns = Turns(most_waiting)
+    max_tokens = min(max_tokens, lens.spec.model.max_positions)
+    page = importlib.resources.files(__package__).joinpath("static/explore.html").read_text("utf-8")
+    policy = _page_policy(page)
+
+    def tokens_of(text: str) -> list[str]:
+        if len(text) > MAX_CHARACTERS:
+            raise TooLarge(
+                f"the text has {len(text)} characters; at most {MAX_CHARACTERS} are read"
+            )
+        tokens = lens.tokens(text)
+        if len(tokens) > max_tokens:
+            raise TooLarge(f"the text has {len(tokens)} tokens; at most {max_tokens} are read here")
+        return tokens
+
+    @app.exception_handler(ValueError)
+    async def refuse(_: Request, error: ValueError):
+        return _refusal(413 if isinstance(error, TooLarge) else 400, str(error))
+
+    @app.exception_handler(Busy)
+    async def wait(_: Request, error: Busy):
+        return _refusal(503, str(error), RETRY)
+
+    @app.exception_handler(HTTPException)
+    async def explain_http(_: Request, error: HTTPException):
+        return _refusal(error.status_code, str(error.detail), error.headers)
+
+    @app.exception_handler(Exception)  # it is logged, too
+    async def admit(_: Request, error: Exception):
+        return _refusal(500, f"the server failed ({type(error).__name__}); its log has the trace")
+
+    @app.exception_handler(RequestValidationError)
+    async def name_fields(_: Request, error: RequestValidationError):
+        problems = [
+            f"{'.'.join(map(str, p['loc'][1:]))}: {p['msg']}" for p in plain_problems(error)
+        ]
+        return _refusal(422, "; ".join(problems))
+
+    @app.get("/")
+    async def show() -> HTMLResponse:
+        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
+
+    @app.get("/api/lens")
+    async def describe() -> dict[str, Any]:
+        return {**lens.facts, "text_len": lens.spec.text_len, "max_tokens": max_tokens}
+
+    @app.post("/api/tokens")
+    def tokenise(request: TextRequest) -> dict[str, Any]:
+        return {"tokens": tokens_of(request.text)}
+
+    @app.post("/api/explain")
+    def explain(request: ExplainRequest) -> ClosedStream:
+        tokens_of(request.text)
+        with turns.turn():  # what is wrong with the request shows here, before anything is sent
+            pieces = lens.write(
+                request.text, request.position, decoding=request.decoding, seed=request.seed
+            )
+            first = next(pieces)
+        return ClosedStream(lines(request, first, pieces), media_type="application/x-ndjson")
+
+    def lines(
+        request: ExplainRequest, written: Written, pieces: Iterator[Written]
+    ) -> Iterator[str]:
+        yield _line(text=written, tokens=written.tokens)
+        try:
+            for _ in range(lens.spec.text_len - 1):
+                with turns.turn():
+                    written = next(pieces)
+                yield _line(text=written, tokens=written.tokens)
+            with turns.turn():  # the numbers of what was shown, and not of a text written anew
+                row = lens.swap(request.text, request.position, written)
+            yield _line(row=_plain(row))
+        except Gone:
+            raise
+        except Exception as error:  # the answer has begun: it can only say so in its own words
+            yield _line(error=failure(error))
+
+    @app.post("/api/swap")
+    def swap(request: SwapRequest) -> dict[str, Any]:
+        tokens_of(request.text)
+        tokens_of(request.explanation)
+        explanation = request.explanation
+        if request.tokens is not None:
+            explanation = with_its_tokens(explanation, request.tokens, lens.model.tokenizer)
+        elif not explanation.strip():
+            raise ValueError("the explanation is empty")
+        with turns.turn():
+            row = lens.swap(request.text, request.position, explanation)
+        return {"row": _plain(row)}
+
+    app.mount("/nla", make_nla_app(lens, turns, max_tokens))
+    return app
+
+
+def _refusal(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": message}, status_code=status, headers=headers)
+
+
+def _page_policy(page: str) -> str:
+    """The page's own script and nothing else may run; it may ask this server alone."""
+    script = page.partition("<script>")[2].partition("</script>")[0].encode()
+    digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
+    return (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
+        "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
+
+
+def _plain(row: ExplainedToken) -> dict[str, Any]:
+    return dataclasses.asdict(row)
+
+
+def _line(**values: Any) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"

@@ -1,0 +1,38 @@
+"""What a loaded lens consists of."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jax.sharding import Mesh
+
+from conlens_jax.lens.spec import LensSpec
+from conlens_jax.models.model import LanguageModel
+from conlens_jax.models.param_table import Params
+from conlens_jax.parallel.mesh import single_device_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class LensParts:
+    """Decoder and encoder of a consistency lens, with the model that they read.
+
+    Attributes:
+      model: the language model M.
+      spec: shape of the lens.
+      trainable, frozen: its parameters, see :mod:`conlens_jax.lens.spec`.
+      mesh: the devices that they lie on.
+      add_bos: whether texts begin with the bos token, as they did in training.
+      facts: where the lens comes from: model, layer, stage and step of the checkpoint, and the
+        first position of its training rows.
+      metrics: of the evaluation, where there was one.
+    """
+
+    model: LanguageModel
+    spec: LensSpec
+    trainable: Params
+    frozen: Params
+    mesh: Mesh = dataclasses.field(default_factory=single_device_mesh)
+    add_bos: bool = True
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, float | None] = dataclasses.field(default_factory=dict)

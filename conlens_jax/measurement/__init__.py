@@ -1,0 +1,1 @@
+"""Measuring a lens on rows: programs, metrics, bootstrap intervals."""

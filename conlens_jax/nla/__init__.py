@@ -1,0 +1,1 @@
+"""Pairs of natural-language autoencoders: read, scored, exported."""

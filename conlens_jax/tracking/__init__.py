@@ -1,0 +1,1 @@
+"""What a run reports: the console, JSON lines, Weights & Biases."""

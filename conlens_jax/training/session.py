@@ -1,0 +1,259 @@
+"""What every entry point needs, loaded and checked once: mesh, model, lens shape, caches."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+
+from conlens_jax.config import EMBEDDED_MODEL, ConfigError, ExperimentConfig, lookup
+from conlens_jax.data.cache import ActivationCache
+from conlens_jax.data.legacy import LegacyCache, open_cache
+from conlens_jax.data.rows import Rows, RowSource
+from conlens_jax.data.stream import TokenStream, open_stream
+from conlens_jax.embedded.language_model import ensure_language_model
+from conlens_jax.files.paths import checkpoint_path_problem, local_path
+from conlens_jax.lens.objective import Objective
+from conlens_jax.lens.spec import LensSpec, make_spec
+from conlens_jax.measurement.runner import Measurer, Reference, reference_of
+from conlens_jax.models.model import LanguageModel, load_model
+from conlens_jax.models.sharding import loading_report
+from conlens_jax.models.transformer_config import TransformerConfig
+from conlens_jax.parallel.host import use_compilation_cache
+from conlens_jax.parallel.mesh import check_batch, make_mesh
+from conlens_jax.parallel.processes import first_before_others, together, told_by_first
+from conlens_jax.tracking.console import Console
+from conlens_jax.training.places import (
+    asks_for_same_model,
+    metadata_of_run,
+    model_place,
+    with_cache_found,
+)
+from conlens_jax.training.preflight import missing_cache
+
+_REFERENCE_ROWS = 16_384
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The frozen side of a run.
+
+    Attributes:
+      config: the validated configuration.
+      console: where it reports.
+      mesh: the devices.
+      model: the original model, on the mesh.
+      spec: shape of the lens.
+      objective: static side of the loss.
+    """
+
+    config: ExperimentConfig
+    console: Console
+    mesh: Mesh
+    model: LanguageModel
+    spec: LensSpec
+    objective: Objective
+
+    @functools.cached_property
+    def caches(self) -> tuple[RowSource, RowSource]:
+        """:func:`open_caches`, once: training and evaluation read the same rows."""
+        return open_caches(self)
+
+    @functools.cached_property
+    def reference(self) -> Reference:
+        """:func:`training_reference`, once."""
+        return training_reference(self.caches[0])
+
+    def measurer(self, between: Callable[[], None] = lambda: None) -> Measurer:
+        """``between`` is called before every batch."""
+        evaluate = self.config.evaluate
+        return Measurer(
+            self.spec,
+            self.mesh,
+            horizon=evaluate.kl_horizon,
+            batch_size=evaluate.batch_size,
+            seed=evaluate.seed,
+            between=between,
+        )
+
+
+def open_setting(
+    config: ExperimentConfig, console: Console, run: str | Path | None = None
+) -> Setting:
+    """Makes the mesh and loads the model, training the embedded one if that is asked for.
+
+    Args:
+      run: the folder of a run to go on with or to measure. Where its checkpoints record the model
+        and the cache, these are looked for there first, and beside the run where it was moved.
+
+    Raises:
+      ValueError: a mesh, model or prompt that does not fit; named with the field and the fix.
+    """
+    run = None if run is None else local_path(run)
+    if run in (None, local_path(config.run_dir)) and (problem := _run_dir_problem(config)):
+        raise ConfigError([problem])
+    metadata = metadata_of_run(run)
+    if metadata:
+        config = with_cache_found(config, metadata, run, console)
+    use_compilation_cache(config.train.compile_cache)
+    mesh = make_mesh(config.mesh)
+    check_batches(config, mesh)
+    path, revision = config.model.path, config.model.revision
+    if metadata and asks_for_same_model(config, metadata):
+        with first_before_others("model"):
+            path, revision = model_place(config, metadata, run, console)
+    elif path == EMBEDDED_MODEL:
+        path = _embedded_model(config, console)
+
+    def before_loading(shape: TransformerConfig) -> None:
+        check_context(config, shape, path)
+        console.table("model", *loading_report(shape, mesh))
+
+    model = load_model(
+        path,
+        dtype=config.model.dtype,
+        mesh=mesh,
+        revision=revision,
+        unroll=config.model.unroll,
+        remat=config.model.remat,
+        attention=config.model.attention,
+        quantise=config.model.quantise,
+        before_loading=before_loading,
+    )
+    if config.model.path == EMBEDDED_MODEL:
+        # The cache names the model by what the config calls it, not by a folder of this machine.
+        model = dataclasses.replace(model, model_id=model.folder.name)
+    elif path != config.model.path:
+        model = dataclasses.replace(
+            model, model_id=config.model.path, revision=metadata["places"]["model_revision"]
+        )
+    spec = make_spec(model.config, config.model.layer, config.lens, model.tokenizer)
+    console.line(
+        "model",
+        id=model.model_id,
+        layers=model.config.n_layers,
+        layer=config.model.layer,
+        width=model.config.d_model,
+        vocabulary=model.config.vocab_size,
+        devices=mesh.size,
+    )
+    return Setting(config, console, mesh, model, spec, Objective(config.loss, config.warm, spec))
+
+
+def _run_dir_problem(config: ExperimentConfig) -> str | None:
+    problem = checkpoint_path_problem(config.run_dir)
+    return problem and f"run_dir: {problem}"
+
+
+def _embedded_model(config: ExperimentConfig, console: Console) -> str:
+    """The folder of the embedded model; the first process trains it where it is not there."""
+    with first_before_others("embedded model"):
+        return str(ensure_language_model(config, console))
+
+
+def check_batches(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError where a batch does not divide over the mesh."""
+    for name in ("dump.batch_size", "warm.batch_size", "joint.batch_size", "evaluate.batch_size"):
+        check_batch(name, lookup(config, name), mesh)
+    shared = config.joint.rows_per_document
+    check_batch(
+        "joint.batch_size / joint.rows_per_document", config.joint.batch_size // shared, mesh
+    )
+
+
+def check_context(config: ExperimentConfig, model: TransformerConfig, name: str) -> None:
+    """Raises ConfigError where contexts are longer than the model can read."""
+    if config.dump.seq_len > model.max_positions:
+        raise ConfigError(
+            [
+                f"dump.seq_len={config.dump.seq_len} is longer than the "
+                f"{model.max_positions} positions that {name} was made for"
+            ]
+        )
+
+
+def open_caches(setting: Setting) -> tuple[RowSource, RowSource]:
+    """The training and validation rows, checked against the model.
+
+    Several processes share the reading: each verifies some of the shards, the first looks at the
+    positions.
+
+    Raises:
+      ValueError: not there, damaged, or made with another model, layer or tokenizer.
+    """
+    if setting.config.data.source == "stream":
+        train, validation = open_stream(
+            setting.config, setting.model, setting.spec, setting.mesh, setting.console
+        )
+        _check_rows(setting.config, train)
+        setting.console.line("stream", rows=len(train), validation_rows=len(validation))
+        return train, validation
+    root = local_path(setting.config.dump.cache_dir)
+    caches = []
+    for split in ("train", "validation"):
+        cache = together(lambda folder=root / split: _open_split(setting, folder))
+        cache.check(
+            model_id=setting.model.model_id,
+            weights_hash=setting.model.weights_hash,
+            tokenizer_hash=setting.model.tokenizer.fingerprint,
+            layer=setting.config.model.layer,
+            d_model=setting.model.config.d_model,
+        )
+        caches.append(cache)
+    _check_rows(setting.config, caches[0])
+    return caches[0], caches[1]
+
+
+def _open_split(setting: Setting, folder: Path) -> ActivationCache | LegacyCache:
+    if not folder.exists():
+        raise ConfigError([missing_cache(folder)])
+    share = (jax.process_index(), jax.process_count())
+    return open_cache(folder, pad_id=setting.model.tokenizer.pad_id, share=share)
+
+
+def _check_rows(config: ExperimentConfig, cache: RowSource) -> None:
+    """Raises ConfigError where windows that training reads do not lie inside every context."""
+    problems = told_by_first(lambda: list(_row_problems(config, cache)))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _row_problems(config: ExperimentConfig, cache: RowSource) -> Iterator[str]:
+    after = max(config.warm.after, config.loss.kl_horizon - 1, config.evaluate.kl_horizon - 1, 1)
+    short = early = 0
+    for rows in cache.places():
+        short += int(np.sum(rows.positions_N + after >= rows.lengths_N))
+        early += int(np.sum(rows.positions_N + 1 < config.warm.before))
+    if short:
+        yield (
+            f"dump.cache_dir: {short} rows have fewer than {after} tokens behind their position, "
+            "which warm.after, loss.kl_horizon and evaluate.kl_horizon read; lower these or dump "
+            "again with a larger dump.after"
+        )
+    if early:
+        yield (
+            f"dump.cache_dir: {early} rows lie before token warm.before={config.warm.before}; "
+            "lower warm.before or dump again with a larger dump.min_position"
+        )
+
+
+def training_reference(cache: RowSource) -> Reference:
+    """Mean, scale and R of (up to 16,384 of) the training activations. Of several processes the
+    first one reads them; a stream's are captured by all."""
+    of_rows = lambda: reference_of(training_rows(cache, _REFERENCE_ROWS).activations_ND)
+    if isinstance(cache, TokenStream):
+        return of_rows()
+    return Reference.from_json(told_by_first(lambda: of_rows().to_json()))
+
+
+def training_rows(cache: RowSource, most: int) -> Rows:
+    """The first rows, ``most`` of them at most, with their activations."""
+    count = min(len(cache), most)
+    if isinstance(cache, TokenStream):
+        return cache.captured(count)
+    return cache.rows(np.arange(count))
