@@ -8,7 +8,7 @@ from __future__ import annotations
 from conlens_jax import cli
 from conlens_jax.data.extract import dump_activations
 from conlens_jax.training.preflight import check_files
-from conlens_jax.training.session import open_setting
+from conlens_jax.training.session import open_session
 
 _CONFIG = cli.define_config()
 
@@ -17,8 +17,8 @@ def main() -> None:
     config = cli.load_config(_CONFIG)
     console = cli.start(config)
     check_files(config, dumps=True)
-    setting = open_setting(config, console)
-    dump_activations(config, setting.model, setting.spec, setting.mesh, setting.console)
+    session = open_session(config, console)
+    dump_activations(config, session.model, session.spec, session.mesh, session.console)
 
 
 if __name__ == "__main__":

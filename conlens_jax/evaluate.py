@@ -25,7 +25,7 @@ from conlens_jax.files.paths import local_path
 from conlens_jax.parallel.processes import is_first
 from conlens_jax.training.preflight import check_files
 from conlens_jax.training.run_folder import chosen_checkpoint
-from conlens_jax.training.session import open_setting
+from conlens_jax.training.session import open_session
 
 _CONFIG = cli.define_config()
 SUITE = flags.DEFINE_enum(
@@ -50,8 +50,8 @@ def main() -> None:
     checkpoint, console = CHECKPOINT.value or config.run_dir, cli.start(config)
     check_files(config, evaluates=checkpoint)
     folder, step = chosen_checkpoint(checkpoint, STEP.value)
-    setting = open_setting(config, console, run=folder.parent)
-    report = evaluate_run(setting, folder / str(step))
+    session = open_session(config, console, run=folder.parent)
+    report = evaluate_run(session, folder / str(step))
     if is_first():
         print(report)
 

@@ -30,7 +30,7 @@ from conlens_jax.files.whole import write_whole
 from conlens_jax.tracking.console import Console
 from conlens_jax.training.preflight import check_files
 from conlens_jax.training.run_folder import checkpoint_of
-from conlens_jax.training.session import open_setting
+from conlens_jax.training.session import open_session
 
 _OUT = flags.DEFINE_string("out", "runs/gradient_report", "Folder for the report.")
 _DRAWS = flags.DEFINE_integer("draws", 100_000, "Draws an estimator.", lower_bound=2)
@@ -66,21 +66,21 @@ def report_toy() -> None:
 
 def report_lens(checkpoint: str) -> None:
     console = Console()
-    setting = open_setting(
+    session = open_session(
         recorded_config(checkpoint), console, run=checkpoint_of(checkpoint)[0].parent
     )
-    problem = lens_gradients.open_problem(setting, checkpoint, _ROWS.value)
+    problem = lens_gradients.open_problem(session, checkpoint, _ROWS.value)
     n_draws, n_reference = _LENS_DRAWS.value, 8 * _LENS_DRAWS.value
     found = lens_gradients.measure_lens(problem, n_draws, n_reference)
     columns = list(next(iter(found.values())))
     rows = [[name, *map(_shown, quality.values())] for name, quality in found.items()]
     console.table(f"on {checkpoint}, {n_draws} draws", ["estimator", *columns], rows)
     facts = {
-        "model": setting.model.model_id,
+        "model": session.model.model_id,
         "rows": _ROWS.value,
         "draws": n_draws,
         "draws of the reference": f"{n_reference} of {lens_gradients.REFERENCE}",
-        "lens.history_gradient": setting.spec.lens.history_gradient,
+        "lens.history_gradient": session.spec.lens.history_gradient,
     }
     numbers = {
         name: {key: dataclasses.asdict(interval) for key, interval in quality.items()}

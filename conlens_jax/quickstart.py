@@ -16,7 +16,7 @@ from conlens_jax.parallel.processes import is_first
 from conlens_jax.tracking.console import Console
 from conlens_jax.training.loop import train_lens
 from conlens_jax.training.preflight import check_files
-from conlens_jax.training.session import open_setting
+from conlens_jax.training.session import open_session
 
 _CONFIG = cli.define_config(str(Path(__file__).parents[1] / "configs" / "quickstart.py"))
 
@@ -24,11 +24,11 @@ _CONFIG = cli.define_config(str(Path(__file__).parents[1] / "configs" / "quickst
 def run_quickstart(config: ExperimentConfig, console: Console) -> Path:
     """dump (unless rows are streamed) → train → evaluate; returns the path of the report."""
     check_files(config, dumps=config.data.source == "cache", trains=True)
-    setting = open_setting(config, console, run=config.run_dir)
+    session = open_session(config, console, run=config.run_dir)
     if config.data.source == "cache":
-        dump_activations(setting.config, setting.model, setting.spec, setting.mesh, console)
-    folder = train_lens(setting)
-    return evaluate_run(setting, folder)
+        dump_activations(session.config, session.model, session.spec, session.mesh, console)
+    folder = train_lens(session)
+    return evaluate_run(session, folder)
 
 
 def main() -> None:

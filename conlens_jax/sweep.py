@@ -20,7 +20,7 @@ from conlens_jax.tracking.console import Console
 from conlens_jax.tracking.records import json_line
 from conlens_jax.training.loop import train_lens
 from conlens_jax.training.preflight import check_files
-from conlens_jax.training.session import open_setting
+from conlens_jax.training.session import open_session
 from conlens_jax.training.sweep import read_sweep, result_of, trial_config, trials
 
 _CONFIG = cli.define_config()
@@ -43,7 +43,7 @@ def main() -> None:
     console, results = Console(), []
     for number, (values, trial) in enumerate(zip(chosen, configs, strict=True)):
         console.line("sweep", trial=number, of=len(chosen), **values)
-        result = result_of(sweep, train_lens(open_setting(trial, console, run=trial.run_dir)))
+        result = result_of(sweep, train_lens(open_session(trial, console, run=trial.run_dir)))
         results.append({"trial": number, sweep.metric: result, **values})
         lines = "".join(json_line(result) for result in results)
         write_whole(folder / "trials.jsonl", lines)

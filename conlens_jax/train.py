@@ -10,7 +10,7 @@ from conlens_jax import cli
 from conlens_jax.planning.command import show_plan
 from conlens_jax.training.loop import train_lens
 from conlens_jax.training.preflight import check_files
-from conlens_jax.training.session import open_setting
+from conlens_jax.training.session import open_session
 
 _CONFIG = cli.define_config()
 
@@ -22,7 +22,7 @@ def main() -> None:
         return
     console = cli.start(config)
     check_files(config, trains=True)
-    folder = train_lens(open_setting(config, console, run=config.run_dir))
+    folder = train_lens(open_session(config, console, run=config.run_dir))
     console.line("train", run=folder)
 
 

@@ -37,7 +37,7 @@ from conlens_jax.tracking.console import Console
 from conlens_jax.training.checkpoint import read_metadata
 from conlens_jax.training.run import placed
 from conlens_jax.training.run_folder import load_lens
-from conlens_jax.training.session import Setting, open_setting
+from conlens_jax.training.session import Session, open_session
 from conlens_jax.training.state import Stage, init_state, make_step, stage_optimizer
 
 TIMED_STEPS = 16
@@ -119,7 +119,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class Bench:
     """What all variants share."""
 
-    setting: Setting
+    session: Session
     caches: tuple[Any, Any]
     start: Params
     frozen: Params
@@ -128,18 +128,18 @@ class Bench:
 
     @staticmethod
     def open(run: Path) -> Bench:
-        setting = open_setting(recorded_config(str(run)), Console(), run=run)
-        caches, reference = setting.caches, setting.reference
+        session = open_session(recorded_config(str(run)), Console(), run=run)
+        caches, reference = session.caches, session.reference
         template, frozen = init_lens(
-            setting.model.params, setting.spec, reference.mean_D, reference.scale
+            session.model.params, session.spec, reference.mean_D, reference.scale
         )
-        start = load_lens(run, placed(template, setting), setting.config.warm.steps)
+        start = load_lens(run, placed(template, session), session.config.warm.steps)
         frozen = {**frozen, "warm_decoder": start["decoder"]}
-        return Bench(setting, caches, start, frozen, reference.mean_D, reference.resultant)
+        return Bench(session, caches, start, frozen, reference.mean_D, reference.resultant)
 
     def scores(self, trainable: Params) -> dict[str, float]:
         rows = self.caches[1].rows(np.arange(len(self.caches[1])))
-        measurer, original = self.setting.measurer(), self.frozen["original"]
+        measurer, original = self.session.measurer(), self.frozen["original"]
         explained = measurer.explain(trainable, self.frozen, rows)
         mean_ND = np.broadcast_to(self.mean_D, rows.activations_ND.shape)
         effects = measurer.effects(
@@ -156,15 +156,15 @@ class Bench:
 
 def train(bench: Bench, name: str, changes: dict[str, Any], budget: float, seeds: int):
     """Yields the scores of each seed after ``budget`` seconds of the variant."""
-    config = with_changes(bench.setting.config, changes)
-    model = bench.setting.model
+    config = with_changes(bench.session.config, changes)
+    model = bench.session.model
     spec = make_spec(model.config, config.model.layer, config.lens, model.tokenizer)
     objective = Objective(config.loss, config.warm, spec)
     supervised = name == "supervised"
     batch_size = (config.warm if supervised else config.joint).batch_size
     optimizer_config = config.control.optimizer if supervised else config.joint.optimizer
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
-    sharding = batch_sharding(bench.setting.mesh)
+    sharding = batch_sharding(bench.session.mesh)
     shared = 1 if supervised else config.joint.rows_per_document
     groups_nk = read_groups(bench.caches[0], shared)
     n_rows = groups_nk.size
@@ -219,7 +219,7 @@ def main() -> None:
     keep_freed_memory()
     run = Path(arguments.run)
     bench = Bench.open(run)
-    warm, joint = bench.setting.config.warm.steps, bench.setting.config.joint.steps
+    warm, joint = bench.session.config.warm.steps, bench.session.config.joint.steps
     budget = arguments.budget
     budget = budget or read_metadata(run / "checkpoints", warm + joint)["train_seconds"]
     common = {name: float(value) for name, value in (item.split("=") for item in arguments.set)}

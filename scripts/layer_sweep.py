@@ -17,7 +17,7 @@ from conlens_jax.checkpoint_flags import recorded_config
 from conlens_jax.evaluation.studies.layers import LayerStatistics, layer_statistics
 from conlens_jax.tracking.console import Console
 from conlens_jax.training.preflight import check_files
-from conlens_jax.training.session import open_setting
+from conlens_jax.training.session import open_session
 
 HEADER = ["layer", "R", "1 − R²", "median norm", "outliers", "KL of mean", "KL of zero", ""]
 
@@ -44,11 +44,11 @@ def main() -> None:
     console = Console()
     config = recorded_config(arguments.run)
     check_files(config, evaluates=arguments.run)
-    setting = open_setting(config, console, run=arguments.run)
-    _, validation = setting.caches
+    session = open_session(config, console, run=arguments.run)
+    _, validation = session.caches
     rows = validation.rows(np.arange(min(arguments.rows, len(validation))))
     found = layer_statistics(
-        setting.model.params, rows, setting.spec, setting.mesh, setting.config.evaluate.batch_size
+        session.model.params, rows, session.spec, session.mesh, session.config.evaluate.batch_size
     )
     console.table("layers", HEADER, [row_of(statistics) for statistics in found])
 

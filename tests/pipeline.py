@@ -26,7 +26,7 @@ from conlens_jax.lens.spec import make_spec
 from conlens_jax.tracking.console import Console
 from conlens_jax.tracking.records import read_metrics
 from conlens_jax.training.loop import train_lens
-from conlens_jax.training.session import Setting, open_setting
+from conlens_jax.training.session import Session, open_session
 
 # The control has the warm start's length and schedule, so that it needs no program of its own.
 WARM_STEPS, JOINT_STEPS, CONTROL_STEPS = 12, 6, 12
@@ -115,30 +115,30 @@ class World:
     """
 
     root: Path
-    setting: Setting
+    session: Session
     stream: io.StringIO
 
     @property
     def config(self) -> ExperimentConfig:
-        return self.setting.config
+        return self.session.config
 
     @functools.cached_property
     def run(self) -> Path:
         """The run's folder; it is trained at first use, which takes the most time of all."""
-        return train_lens(self.setting)
+        return train_lens(self.session)
 
     @property
     def cache(self) -> Path:
         return Path(self.config.dump.cache_dir)
 
-    def changed(self, run_dir: Path, **changes: Any) -> Setting:
+    def changed(self, run_dir: Path, **changes: Any) -> Session:
         """The setting with another run folder and other fields; the loaded model is shared.
 
         Only for fields that leave model and tokenizer as they are.
         """
         dotted = {name.replace("__", "."): value for name, value in changes.items()}
         config = with_changes(self.config, {"run_dir": str(run_dir), **dotted})
-        return resettled(self.setting, config)
+        return resettled(self.session, config)
 
     def copy_cache(self, folder: Path) -> Path:
         return Path(shutil.copytree(self.cache, folder))
@@ -147,13 +147,13 @@ class World:
         return Path(shutil.copytree(self.run, folder))
 
 
-def resettled(setting: Setting, config: ExperimentConfig) -> Setting:
+def resettled(session: Session, config: ExperimentConfig) -> Session:
     """A setting of another config around the model that is loaded already."""
-    spec = make_spec(setting.model.config, config.model.layer, config.lens, setting.model.tokenizer)
+    spec = make_spec(session.model.config, config.model.layer, config.lens, session.model.tokenizer)
     objective = Objective(config.loss, config.warm, spec)
     console, _ = quiet_console()
     return dataclasses.replace(
-        setting, config=config, console=console, spec=spec, objective=objective
+        session, config=config, console=console, spec=spec, objective=objective
     )
 
 
@@ -200,9 +200,9 @@ def _compiler_settings(folder: str) -> dict[str, tuple[Any, Any]]:
 def make_world(root: Path) -> World:
     """Model and caches below ``root``, made once a session."""
     console, stream = quiet_console()
-    setting = open_setting(tiny_config(root), console)
-    dump_activations(setting.config, setting.model, setting.spec, setting.mesh, console)
-    return World(root, setting, stream)
+    session = open_session(tiny_config(root), console)
+    dump_activations(session.config, session.model, session.spec, session.mesh, console)
+    return World(root, session, stream)
 
 
 @contextlib.contextmanager

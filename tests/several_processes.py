@@ -10,7 +10,7 @@ from conlens_jax import cli
 from conlens_jax.data.extract import dump_activations
 from conlens_jax.evaluation.run import evaluate_run
 from conlens_jax.training import loop, stage_loop
-from conlens_jax.training.session import open_setting
+from conlens_jax.training.session import open_session
 from conlens_jax.training.validation import Validation
 
 _CONFIG = cli.define_config()
@@ -24,12 +24,12 @@ def _wait(*_) -> Validation:
 def main() -> None:
     config = cli.load_config(_CONFIG)
     console = cli.start(config)
-    setting, run = open_setting(config, console), Path(config.run_dir)
-    dump_activations(config, setting.model, setting.spec, setting.mesh, console)
+    session, run = open_session(config, console), Path(config.run_dir)
+    dump_activations(config, session.model, session.spec, session.mesh, console)
     if not (run / "report.html").exists():
-        evaluate_run(setting, run)
+        evaluate_run(session, run)
     stage_loop.validate = _wait
-    loop.train_lens(setting)
+    loop.train_lens(session)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from conlens_jax.lens.history import history_sweeps
 from conlens_jax.lens.spec import decoder_of
 from conlens_jax.models.cache import empty_cache
 from conlens_jax.models.transformer import (
+    add_position_embeddings,
     all_positions,
-    enter,
     run_layers,
     scale_embeddings,
     unembed,
@@ -40,7 +40,7 @@ TEMPERATURES = (0.1, 0.5, 1.0, 2.0)
 
 
 @functools.cache
-def setting(name: str):
+def case(name: str):
     """(spec, trainable, frozen, activation, noise, cotangent of the logits)."""
     spec = tiny_spec(tied=VARIANTS[name])
     trainable, frozen = tiny_lens(spec)
@@ -85,12 +85,12 @@ def with_history(spec, history_gradient: str):
 
 @functools.cache
 def text_of(name: str):
-    spec, trainable, frozen, activation_BD, noise_BTV, _ = setting(name)
+    spec, trainable, frozen, activation_BD, noise_BTV, _ = case(name)
     return write(trainable, frozen, activation_BD, noise_BTV, spec=spec)
 
 
 def ours(name: str, tau: float, history_gradient: str = "exact"):
-    spec, trainable, frozen, activation_BD, noise_BTV, cotangent = setting(name)
+    spec, trainable, frozen, activation_BD, noise_BTV, cotangent = case(name)
     return pulled(
         trainable,
         frozen,
@@ -104,7 +104,7 @@ def ours(name: str, tau: float, history_gradient: str = "exact"):
 
 
 def theirs(name: str, tau: float, history: float = 1.0):
-    spec, trainable, frozen, activation_BD, noise_BTV, cotangent = setting(name)
+    spec, trainable, frozen, activation_BD, noise_BTV, cotangent = case(name)
     return oracle(
         trainable,
         frozen,
@@ -127,7 +127,7 @@ def test_sampled_text_is_that_of_the_plain_loop(name):
 
 
 def test_greedy_text_is_that_of_the_plain_loop():
-    spec, trainable, frozen, activation_BD, noise_BTV, cotangent = setting("untied")
+    spec, trainable, frozen, activation_BD, noise_BTV, cotangent = session("untied")
     text = write(trainable, frozen, activation_BD, None, spec=spec)
     _, tokens, _ = oracle(
         trainable,
@@ -144,7 +144,7 @@ def test_greedy_text_is_that_of_the_plain_loop():
 
 
 def test_teacher_forcing_on_own_text_gives_the_logits_it_was_sampled_from():
-    spec, trainable, frozen, activation_BD, noise_BTV, _ = setting("untied")
+    spec, trainable, frozen, activation_BD, noise_BTV, _ = session("untied")
     text_BT = text_of("untied")
     force = jax.jit(functools.partial(teacher_forced_logits, spec=spec))
     logits = force(decoder_of(trainable, frozen), activation_BD, text_BT)
@@ -170,7 +170,7 @@ def cached_scan(trainable, frozen, activation_BD, noise_BTV, tau, cotangent, *, 
         start = empty_cache(spec.model, spec.model.n_layers, BATCH, length + last)
         run = functools.partial(run_layers, base["layers"], config=spec.model)
         positions = all_positions(BATCH, length)
-        prompt = enter(base, prompt, positions)
+        prompt = add_position_embeddings(base, prompt, positions)
         x, cache = run(prompt, positions, cache=start, slot=jnp.int32(0))
 
         def write(carry, step):
@@ -184,7 +184,7 @@ def cached_scan(trainable, frozen, activation_BD, noise_BTV, tau, cotangent, *, 
             position = jnp.broadcast_to(slot, (BATCH, 1))
             embedding = scale_embeddings(choice @ base["embedding"], spec.model)[:, None]
             x, cache = run(
-                enter(base, embedding, position),
+                add_position_embeddings(base, embedding, position),
                 position,
                 cache=cache,
                 slot=slot,
@@ -202,7 +202,7 @@ def cached_scan(trainable, frozen, activation_BD, noise_BTV, tau, cotangent, *, 
 @pytest.mark.parametrize("tau", TEMPERATURES)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_exact_gradient_is_that_of_the_cached_loop(name, tau):
-    spec, *inputs, cotangent = setting(name)
+    spec, *inputs, cotangent = case(name)
     logits, expected = cached_scan(*inputs, jnp.float32(tau), cotangent, spec=spec)
     ours_logits, gradient = ours(name, tau)
     np.testing.assert_allclose(ours_logits, logits, rtol=0, atol=2e-5)
@@ -227,7 +227,7 @@ def test_detached_gradient_takes_the_history_as_a_constant():
 
 def test_each_sweep_comes_closer_to_the_exact_gradient():
     _, _, exact = theirs("untied", 0.5)
-    miss = lambda setting: 1 - cosine(ours("untied", 0.5, setting)[1], exact)
+    miss = lambda session: 1 - cosine(ours("untied", 0.5, session)[1], exact)
     detached, one, two = miss("detached"), miss("sweeps=1"), miss("sweeps=2")
     assert detached > 1e-3  # the history matters here
     assert one < 0.8 * detached
@@ -246,7 +246,7 @@ def test_number_of_sweeps(setting_name, sweeps):
 
 def test_gradient_of_a_frozen_base_with_its_own_head_and_recomputed_layers():
     """The same network, with less of it trained and layers recomputed in the backward pass."""
-    _, trainable, frozen, activation_BD, noise_BTV, cotangent = setting("untied")
+    _, trainable, frozen, activation_BD, noise_BTV, cotangent = session("untied")
     spec = tiny_spec(train_decoder="frozen", train_output_head=True, remat="full")
     decoder = dict(trainable["decoder"])
     base = decoder.pop("base")
@@ -271,7 +271,7 @@ def test_gradient_of_a_frozen_base_with_its_own_head_and_recomputed_layers():
 def test_text_of_one_token():
     """There is no history: the gradient is that of the first token of a longer text."""
     spec = tiny_spec(text_len=1, history_gradient="sweeps=1")
-    longer, trainable, frozen, activation_BD, noise_BTV, cotangent = setting("untied")
+    longer, trainable, frozen, activation_BD, noise_BTV, cotangent = session("untied")
     tau = jnp.float32(1.0)
     text_BT = write(trainable, frozen, activation_BD, noise_BTV[:, :1], spec=spec)
     np.testing.assert_array_equal(text_BT, text_of("untied")[:, :1])

@@ -113,7 +113,7 @@ def make_place(world: World, root: Path) -> Path:
     warm_start = f"runs/quickstart/checkpoints/{WARM_STEPS}"
     text = re.sub(r"runs/quickstart/checkpoints/\d+", warm_start, sweep.read_text("utf-8"))
     sweep.write_text(text, encoding="utf-8")
-    shutil.copytree(world.setting.model.folder, root / "path" / "to" / "folder")
+    shutil.copytree(world.session.model.folder, root / "path" / "to" / "folder")
     folder = world.copy_run(root / "runs" / "quickstart")
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
     (root / "my-texts").mkdir()

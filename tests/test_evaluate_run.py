@@ -62,10 +62,10 @@ def evaluate(world, folder: Path, inside: str = "", **changes) -> Result:
     if not folder.exists():
         world.copy_run(folder)
     console, stream = quiet_console()
-    setting = dataclasses.replace(world.changed(folder, **changes), console=console)
+    session = dataclasses.replace(world.changed(folder, **changes), console=console)
     with mock.patch.object(run, "track_evaluation") as track:
-        report = evaluate_run(setting, folder / inside)
-    assert track.call_args.args == (setting.config, folder, console)
+        report = evaluate_run(session, folder / inside)
+    assert track.call_args.args == (session.config, folder, console)
     assert report == folder / "report.html"
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     return Result(folder, metrics, report.read_text(encoding="utf-8"), stream.getvalue())
@@ -96,7 +96,7 @@ def test_metrics_are_flat_numbers_or_null(result):
 
 def test_metrics_follow_their_definitions(world, result):
     metrics = result.metrics
-    train, _ = open_caches(world.setting)
+    train, _ = open_caches(world.session)
     r_squared = training_reference(train).resultant ** 2
     for prefix in (*PREFIXES, "sampled_", "null_shuffle_", "null_novec_"):
         cos, fve = metrics[f"{prefix}cos"], metrics[f"{prefix}fve_nrm"]
@@ -118,7 +118,7 @@ def test_lenses_are_told_apart_and_references_are_not(result):
 
 
 def test_language_model_statistics_are_there(world, result):
-    recorded = json.loads((world.setting.model.folder / "training.json").read_text())
+    recorded = json.loads((world.session.model.folder / "training.json").read_text())
     for name in ("lm_loss", "generator_entropy"):
         assert result.metrics[name] == recorded[name]
 
@@ -132,18 +132,18 @@ def test_evaluation_is_deterministic(world, result):
 
 def test_baseline_encoder_reads_the_last_tokens(world, tmp_path):
     """With a baseline it is no longer the lens's own encoder that reads the true last tokens."""
-    setting = world.changed(
+    session = world.changed(
         tmp_path / "run", baseline__steps=20, baseline__batch_size=16, joint__steps=0
     )
-    run = train_lens(setting)
+    run = train_lens(session)
     records = read_metrics(run / "baseline" / "metrics.jsonl")
-    assert records[-1]["step"] == 20 and "write_loss" not in records[-1]
+    assert records[-1]["step"] == 20 and "decoder_nll" not in records[-1]
     # Far below 2, what a direction at random would give: a clone of M reads its own source.
-    assert records[-1]["read_error"] < 0.5
-    evaluate_run(setting, run)
+    assert records[-1]["encoder_error"] < 0.5
+    evaluate_run(session, run)
     with_baseline = json.loads((run / "metrics.json").read_text())
     shutil.rmtree(run / "baseline")
-    evaluate_run(setting, run)
+    evaluate_run(session, run)
     without = json.loads((run / "metrics.json").read_text())
     differing = {name for name in without if without[name] != with_baseline[name]}
     assert "last_tokens_fve_nrm" in differing
@@ -164,7 +164,7 @@ def test_report_shows_lenses_metrics_curves_and_settings(world, result):
     for text in ("warm start", "joint training", "matched-compute control", "fve_nrm"):
         assert text in result.page
     assert result.page.count("<svg") >= 4
-    assert world.setting.model.model_id in result.page
+    assert world.session.model.model_id in result.page
     assert f"step {LAST_STEP}" in result.page
     # With a minus sign, as all numbers of the page.
     assert f"{result.metrics['kl_frac_mean']:.2f}".replace("-", "−") in result.page
@@ -188,8 +188,8 @@ def test_one_checkpoint_of_a_run_and_escaped_texts(world, tmp_path, monkeypatch)
     found = evaluate(world, tmp_path / "run", f"checkpoints/{step}", evaluate__rows=32)
     assert f"step {step}" in found.page and "32 rows" in found.page
     assert "<b onclick" not in found.page
-    first = open_caches(world.setting)[1].rows([0])
-    context = decode(world.setting.model.tokenizer, first.tokens_NS[0, : int(first.positions_N[0])])
+    first = open_caches(world.session)[1].rows([0])
+    context = decode(world.session.model.tokenizer, first.tokens_NS[0, : int(first.positions_N[0])])
     escaped = html.escape(f"<b onclick='x'>{context}</b> & so")
     plain_quotes = lambda text: re.sub("&(#x27|#39|apos);", "'", text)
     assert plain_quotes(escaped) in plain_quotes(found.page)
@@ -219,24 +219,24 @@ def test_all_rows_where_none_are_counted(world, result, tmp_path):
 
 
 def test_checkpoint_of_another_model(world):
-    other = dataclasses.replace(world.setting.model, weights_hash="f00", model_id="other/model")
-    setting = dataclasses.replace(world.setting, model=other)
+    other = dataclasses.replace(world.session.model, weights_hash="f00", model_id="other/model")
+    session = dataclasses.replace(world.session, model=other)
     with pytest.raises(ConfigError, match="model.path: the checkpoint .* other/model") as caught:
-        evaluate_run(setting, world.run)
-    assert world.setting.model.model_id in str(caught.value)
+        evaluate_run(session, world.run)
+    assert world.session.model.model_id in str(caught.value)
 
 
 def test_folder_without_a_checkpoint(world, tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint in"):
-        evaluate_run(world.setting, tmp_path)
+        evaluate_run(world.session, tmp_path)
     with pytest.raises(CheckpointError, match="no checkpoint"):
-        evaluate_run(world.setting, world.run / "checkpoints" / "77")
+        evaluate_run(world.session, world.run / "checkpoints" / "77")
 
 
 def test_lens_of_another_shape(world, tmp_path):
-    setting = world.changed(tmp_path / "run", lens__encoder_prompt="the <text>")
+    session = world.changed(tmp_path / "run", lens__encoder_prompt="the <text>")
     with pytest.raises(CheckpointError, match="soft_prompt"):
-        evaluate_run(setting, world.run)
+        evaluate_run(session, world.run)
 
 
 def test_gradient_report_of_a_lens_from_the_command_line(world, tmp_path, monkeypatch):

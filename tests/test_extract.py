@@ -19,7 +19,7 @@ from conlens_jax.data.cache import ActivationCache, CacheError
 from conlens_jax.data.cache_writer import CacheWriter
 from conlens_jax.data.rows import Rows
 from conlens_jax.data.stream import open_stream
-from conlens_jax.training.session import Setting
+from conlens_jax.training.session import Session
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +28,14 @@ def world(tmp_path_factory):
         yield world
 
 
-def dump(setting: Setting) -> str:
+def dump(session: Session) -> str:
     """Dumps and returns what was printed."""
     console, stream = quiet_console()
-    extract.dump_activations(setting.config, setting.model, setting.spec, setting.mesh, console)
+    extract.dump_activations(session.config, session.model, session.spec, session.mesh, console)
     return stream.getvalue()
 
 
-def changed(world, folder: Path, **changes) -> Setting:
+def changed(world, folder: Path, **changes) -> Session:
     return world.changed(folder / "run", dump__cache_dir=str(folder / "cache"), **changes)
 
 
@@ -60,7 +60,7 @@ def contents(folder: Path) -> dict[str, str]:
 def test_activations_are_the_output_of_the_block(world, split):
     rows = all_rows(world.cache / split)
     mask = np.arange(rows.tokens_NS.shape[1]) < rows.lengths_N[:, None]
-    model, layer = world.setting.model, world.config.model.layer
+    model, layer = world.session.model, world.config.model.layer
     expected = model.capture(rows.tokens_NS, layer, rows.positions_N, mask)
     np.testing.assert_allclose(rows.activations_ND, expected, rtol=1e-4, atol=1e-5)
     other = model.capture(rows.tokens_NS, layer - 1, rows.positions_N, mask)
@@ -68,7 +68,7 @@ def test_activations_are_the_output_of_the_block(world, split):
 
 
 def test_contexts_are_the_documents(world):
-    rows, tokenizer = all_rows(world.cache / "train"), world.setting.model.tokenizer
+    rows, tokenizer = all_rows(world.cache / "train"), world.session.model.tokenizer
     config = world.config
     for row in range(0, len(rows), 17):
         document = story(config.corpus.seed, int(rows.documents_N[row]))
@@ -137,7 +137,7 @@ def test_bfloat16_rows_are_the_rounded_float32_rows(world, tmp_path):
 
 def test_without_bos_a_context_begins_with_the_text(world, tmp_path):
     dump(changed(world, tmp_path, dump__add_bos=False))
-    rows, tokenizer = all_rows(tmp_path / "cache" / "train"), world.setting.model.tokenizer
+    rows, tokenizer = all_rows(tmp_path / "cache" / "train"), world.session.model.tokenizer
     assert (all_rows(world.cache / "train").tokens_NS[:, 0] == tokenizer.bos_id).all()
     assert (rows.tokens_NS[:, 0] != tokenizer.bos_id).all()
     # The default is the embedded tokenizer's own habit, and recorded as older caches have it.
@@ -149,7 +149,7 @@ def test_without_bos_a_context_begins_with_the_text(world, tmp_path):
 
 def test_metadata_says_who_made_it(world):
     metadata = ActivationCache.open(world.cache / "train").metadata
-    model = world.setting.model
+    model = world.session.model
     assert (metadata.model_id, metadata.weights_hash) == (model.model_id, model.weights_hash)
     assert metadata.tokenizer_hash == model.tokenizer.fingerprint
     assert (metadata.layer, metadata.d_model) == (1, 16)
@@ -176,14 +176,14 @@ def test_interrupted_dump_goes_on_to_the_same_bytes(world, tmp_path, monkeypatch
             written.append(cursor)
             return super()._write_shard(rows, cursor)
 
-    setting = changed(world, tmp_path)
+    session = changed(world, tmp_path)
     monkeypatch.setattr(shared_writer, "CacheWriter", Dying)
     with pytest.raises(Interrupted):
-        dump(setting)
+        dump(session)
     monkeypatch.undo()
     assert (tmp_path / "cache" / "train.partial").is_dir()
     assert not (tmp_path / "cache" / "train").exists()
-    printed = dump(setting)
+    printed = dump(session)
     assert f"resumed_after={shards_before * world.config.dump.rows_per_shard}" in printed
     assert contents(tmp_path / "cache") == contents(world.cache)
 
@@ -249,9 +249,9 @@ def lines_corpus(folder: Path, lengths: list[int]) -> dict:
 
 
 def test_documents_that_are_all_too_short(world, tmp_path):
-    setting = changed(world, tmp_path, **lines_corpus(tmp_path, [3] * 20))
+    session = changed(world, tmp_path, **lines_corpus(tmp_path, [3] * 20))
     with pytest.raises(CorpusError) as caught:
-        dump(setting)
+        dump(session)
     for part in ("dump.min_position=8", "dump.after=4", "corpus.path"):
         assert part in str(caught.value)
     assert not (tmp_path / "cache" / "train").exists()
@@ -283,13 +283,13 @@ def test_copies_and_a_long_document(world, tmp_path):
     Path(changes["corpus__path"]).write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8"
     )
-    setting = changed(world, tmp_path, **changes)
-    printed = dump(setting)
+    session = changed(world, tmp_path, **changes)
+    printed = dump(session)
     assert printed.count(" duplicates=12 duplicates_left_out=") == 2
     splits = [all_rows(tmp_path / "cache" / split) for split in extract.SPLITS]
     sides = [{texts[i].split()[0] for i in rows.documents_N.tolist()} for rows in splits]
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 12
-    tokenizer, seq_len = setting.model.tokenizer, setting.config.dump.seq_len
+    tokenizer, seq_len = session.model.tokenizer, session.config.dump.seq_len
     for rows in splits:
         for tokens, length, document in zip(
             rows.tokens_NS, rows.lengths_N, rows.documents_N, strict=True
@@ -297,7 +297,7 @@ def test_copies_and_a_long_document(world, tmp_path):
             expected = tokenizer.encode(texts[document], add_bos=True)[:seq_len]
             assert tokens[:length].tolist() == expected
     console, stream = quiet_console()
-    streamed = open_stream(setting.config, setting.model, setting.spec, setting.mesh, console)
+    streamed = open_stream(session.config, session.model, session.spec, session.mesh, console)
     assert "duplicates=12" in stream.getvalue()
     for rows, source in zip(splits, streamed, strict=True):
         found = source.rows(np.arange(len(source)))
@@ -313,12 +313,12 @@ def test_long_documents_are_tokenised_few_at_once(monkeypatch):
 
 
 def test_corpus_smaller_than_asked_for_is_said_and_works(world, tmp_path):
-    setting = changed(world, tmp_path, dump__n_samples=5_000)
-    printed = dump(setting)
+    session = changed(world, tmp_path, dump__n_samples=5_000)
+    printed = dump(session)
     found = len(ActivationCache.open(tmp_path / "cache" / "train"))
     assert 192 < found < 5_000
     assert f"the corpus gave only {found} of 5000 rows" in printed
-    assert "found=" in dump(setting)  # and the shorter cache is this config's cache
+    assert "found=" in dump(session)  # and the shorter cache is this config's cache
 
 
 def test_layer_out_of_range_is_named(world, tmp_path):
@@ -327,6 +327,6 @@ def test_layer_out_of_range_is_named(world, tmp_path):
 
 
 def test_batch_that_does_not_divide_over_the_devices(world, tmp_path):
-    setting = changed(world, tmp_path, dump__batch_size=12)
+    session = changed(world, tmp_path, dump__batch_size=12)
     with pytest.raises(ConfigError, match="dump.batch_size=12 must be a multiple of"):
-        dump(setting)
+        dump(session)

@@ -39,8 +39,8 @@ def evaluate(world, folder, inside="", **changes):
     fields = {"evaluate__suite": "full", "evaluate__audit_steps": AUDIT_STEPS}
     fields |= {"evaluate__best_of": BEST_OF, **changes}
     console, stream = quiet_console()
-    setting = dataclasses.replace(world.changed(folder, **fields), console=console)
-    evaluate_run(setting, folder / inside)
+    session = dataclasses.replace(world.changed(folder, **fields), console=console)
+    evaluate_run(session, folder / inside)
     return stream.getvalue()
 
 
@@ -75,8 +75,8 @@ def test_the_auditor_is_another_reader(metrics, run):
     (folder,) = (run / "audit").iterdir()
     records = read_metrics(folder / "metrics.jsonl")
     assert records[-1]["step"] == AUDIT_STEPS
-    assert records[-1]["read_error"] < 0.8 * records[0]["read_error"]
-    assert "write_loss" not in records[-1]
+    assert records[-1]["encoder_error"] < 0.8 * records[0]["encoder_error"]
+    assert "decoder_nll" not in records[-1]
 
 
 def test_a_second_evaluation_takes_up_the_auditor(world, run, metrics):

@@ -29,7 +29,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def statistics(world) -> dict:
-    file = world.setting.model.folder / language_model.STATISTICS_FILE
+    file = world.session.model.folder / language_model.STATISTICS_FILE
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -40,7 +40,7 @@ def ensure(config: ExperimentConfig) -> tuple[Path, str]:
 
 def test_lm_loss_is_the_loss_on_whole_held_out_documents(world, statistics):
     """Computed again, with the model as it was loaded and in numpy."""
-    model, config = world.setting.model, world.config
+    model, config = world.session.model, world.config
     total = count = nats = 0.0
     for document in open_corpus(config.corpus).documents("validation"):
         tokens = model.tokenizer.encode(document.text, add_bos=True)
@@ -58,21 +58,21 @@ def test_lm_loss_is_the_loss_on_whole_held_out_documents(world, statistics):
 
 
 def test_training_lowers_the_loss(world, statistics):
-    blind = math.log(world.setting.model.config.vocab_size)
+    blind = math.log(world.session.model.config.vocab_size)
     assert statistics["generator_entropy"] < statistics["lm_loss"] < blind - 1.0
 
 
 def test_second_call_finds_the_model(world, monkeypatch):
     monkeypatch.setattr(language_model, "train_language_model", None)  # would fail if called
     folder, printed = ensure(world.config)
-    assert folder == world.setting.model.folder and "found=" in printed
+    assert folder == world.session.model.folder and "found=" in printed
 
 
 def test_the_same_recipe_gives_the_same_weights(world, tmp_path):
     folder, printed = ensure(with_changes(world.config, {"embedded.cache_dir": str(tmp_path)}))
-    assert "saved=" in printed and folder.name == world.setting.model.folder.name
+    assert "saved=" in printed and folder.name == world.session.model.folder.name
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
-        assert (folder / name).read_bytes() == (world.setting.model.folder / name).read_bytes()
+        assert (folder / name).read_bytes() == (world.session.model.folder / name).read_bytes()
 
 
 def build_nothing(corpus, config, folder, console):
@@ -141,7 +141,7 @@ def test_seen_before_looks_only_back_and_in_its_row():
 def test_transformers_reads_the_folder(world):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    ours = world.setting.model
+    ours = world.session.model
     theirs = transformers.AutoModelForCausalLM.from_pretrained(ours.folder, dtype="float32").eval()
     tokens = random_tokens(2, 12, vocab_size=ours.config.vocab_size)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 from pipeline import open_world
 
 from conlens_jax.evaluation.studies.layers import LayerStatistics, layer_statistics
-from conlens_jax.measurement.runner import reference_of
+from conlens_jax.measurement.runner import activation_statistics
 
 
 @pytest.fixture(scope="module")
@@ -19,18 +19,20 @@ def world(tmp_path_factory):
 
 
 def test_statistics_of_the_caches_layer_are_the_caches(world):
-    setting = world.setting
-    rows = setting.caches[1].rows(np.arange(32))
+    session = world.session
+    rows = session.caches[1].rows(np.arange(32))
     # The rows' own activations, of one layer, must not be what is measured.
     blind = dataclasses.replace(rows, activations_ND=np.zeros_like(rows.activations_ND))
-    found = layer_statistics(setting.model.params, blind, setting.spec, setting.mesh, 16)
+    found = layer_statistics(session.model.params, blind, session.spec, session.mesh, 16)
     assert [statistics.layer for statistics in found] == [0, 1, 2]
-    own = found[setting.spec.layer]
-    assert own.resultant == pytest.approx(reference_of(rows.activations_ND).resultant, rel=1e-4)
+    own = found[session.spec.layer]
+    assert own.resultant == pytest.approx(
+        activation_statistics(rows.activations_ND).resultant, rel=1e-4
+    )
     norms = np.linalg.norm(rows.activations_ND.astype(np.float64), axis=1)
     assert own.median_norm == pytest.approx(np.median(norms), rel=1e-4)
-    measured = setting.measurer().effects(
-        setting.model.params, rows, {"zero": np.zeros_like(rows.activations_ND)}
+    measured = session.measurer().effects(
+        session.model.params, rows, {"zero": np.zeros_like(rows.activations_ND)}
     )
     assert own.kl_zero == pytest.approx(measured["zero"].kl_at.mean(), rel=1e-3)
     assert len({round(statistics.resultant, 6) for statistics in found}) == 3

@@ -55,7 +55,7 @@ def test_a_run_folder_gives_its_last_checkpoint(world, lens):
     mean, scale = (stored["statistics"][name] for name in ("mean", "scale"))
     np.testing.assert_array_equal(lens.frozen["statistics"]["mean"], np.float32(mean))
     assert float(lens.frozen["statistics"]["scale"]) == pytest.approx(scale)
-    assert lens.spec == world.setting.spec
+    assert lens.spec == world.session.spec
     row = lens.explain(TEXT, -1)[0]
     assert np.isfinite(row.best.kl)
 
@@ -84,7 +84,7 @@ def test_another_model_is_refused(world, tmp_path):
     copy = world.copy_run(tmp_path / "run")
     file = copy / "checkpoints" / str(LAST_STEP) / "metadata" / "metadata"
     text = file.read_text(encoding="utf-8")
-    file.write_text(text.replace(world.setting.model.weights_hash, "0" * 64), encoding="utf-8")
+    file.write_text(text.replace(world.session.model.weights_hash, "0" * 64), encoding="utf-8")
     with pytest.raises(ValueError, match="not the weights that the lens was trained on"):
         conlens_jax.Lens.load(copy)
 

@@ -15,7 +15,7 @@ from conlens_jax.lens.losses import (
     reconstruction_error,
     squared_error,
 )
-from conlens_jax.measurement.runner import reference_of
+from conlens_jax.measurement.runner import activation_statistics
 
 ROWS, VOCAB, WIDTH = 40, 23, 16
 
@@ -142,7 +142,7 @@ def test_squared_error(vectors):
 
 def test_raw_error_is_relative_to_the_mean_square_norm_of_the_training_activations(vectors):
     found, wanted = vectors
-    reference = reference_of(wanted)
+    reference = activation_statistics(wanted)
     statistics = {
         "mean": jnp.asarray(reference.mean_D),
         "scale": jnp.asarray(reference.scale, jnp.float32),

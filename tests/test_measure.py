@@ -20,7 +20,7 @@ from conlens_jax.lens.gumbel import example_keys, gumbel_noise
 from conlens_jax.lens.spec import decoder_of
 from conlens_jax.measurement import metrics
 from conlens_jax.measurement.programs import SAMPLING, TOP
-from conlens_jax.measurement.runner import Explained, Measurer, other_rows, reference_of
+from conlens_jax.measurement.runner import Explained, Measurer, activation_statistics, other_rows
 from conlens_jax.models.transformer import forward
 from conlens_jax.parallel.mesh import single_device_mesh
 
@@ -218,7 +218,7 @@ def test_too_few_documents(documents):
 def test_reference_statistics():
     rng = np.random.default_rng(0)
     activations = (3 * rng.standard_normal((50, 6)) + rng.standard_normal(6)).astype(np.float32)
-    reference = reference_of(activations)
+    reference = activation_statistics(activations)
     wide = activations.astype(np.float64)
     np.testing.assert_allclose(reference.mean_D, wide.mean(axis=0), rtol=1e-5)
     assert reference.scale == pytest.approx(np.sqrt(wide.var(axis=0).mean()))
@@ -253,7 +253,7 @@ def suite_with(measurer, rows, attribute_ids=frozenset()):
     return Suite.make(
         measurer,
         rows,
-        reference_of(rows.activations_ND),
+        activation_statistics(rows.activations_ND),
         WARM,
         attribute_ids,
         n_resamples=40,

@@ -80,7 +80,7 @@ def objective_of(loss: LossConfig = ALL_TERMS, **lens) -> Objective:
 
 
 @functools.cache
-def setting():
+def case():
     """(trainable, frozen, batch, noise)."""
     spec = tiny_spec()
     trainable, frozen = tiny_lens(spec)
@@ -114,7 +114,7 @@ def plain_error(found, wanted):
 
 
 def plain_warm(trainable, frozen, batch, spec):
-    """(read_error, write_loss)."""
+    """(encoder_error, decoder_nll)."""
     rows = np.arange(BATCH)[:, None]
     place = np.asarray(batch.positions_B)[:, None] + np.arange(-BEFORE + 1, AFTER + 1)
     window = np.asarray(batch.tokens_GS)[rows, place]
@@ -160,7 +160,7 @@ def plain_terms(trainable, frozen, batch, noise_BTV, spec, through_delta, tau):
 
 @jax.jit
 def plain_joint(trainable, frozen, noise_BTV, weights, through_delta, tau=TAU):
-    spec, (_, _, batch, _) = tiny_spec(), setting()
+    spec, (_, _, batch, _) = tiny_spec(), case()
 
     def total(trainable):
         terms = plain_terms(trainable, frozen, batch, noise_BTV, spec, through_delta, tau)
@@ -174,7 +174,7 @@ def plain_joint(trainable, frozen, noise_BTV, weights, through_delta, tau=TAU):
 
 @pytest.mark.parametrize("stop", [True, False])
 def test_joint_loss_and_gradient_equal_the_direct_formulation(stop):
-    trainable, frozen, batch, noise = setting()
+    trainable, frozen, batch, noise = case()
     objective = objective_of(stop_gradient_delta=stop)
     (total, terms), gradient = joint(
         trainable, frozen, batch, noise, weights_of(), objective=objective
@@ -196,7 +196,7 @@ def test_joint_loss_and_gradient_equal_the_direct_formulation(stop):
 @pytest.mark.parametrize("tau", [0.1, 0.5, 1.0, 2.0])
 def test_gradient_of_every_part_at_every_temperature(tau):
     """Both clones, projections and prompts, through the whole loss."""
-    trainable, frozen, batch, noise = setting()
+    trainable, frozen, batch, noise = case()
     inputs = (noise, weights_of())
     _, gradient = joint(trainable, frozen, batch, *inputs, tau, objective=objective_of())
     _, oracle = plain_joint(trainable, frozen, *inputs, jnp.float32(0), tau)
@@ -228,7 +228,7 @@ def test_dual_path_with_a_perfect_partner_changes_nothing():
 
 
 def test_a_term_of_weight_zero_is_not_computed():
-    trainable, frozen, batch, noise = setting()
+    trainable, frozen, batch, noise = case()
     used = {"kl": {"context"}, "lm": {"reference"}, "text": set(), "mse": set()}
     for name, fields in used.items():
         others = {other: constant(0.0) for other in TERMS if other != name}
@@ -242,7 +242,9 @@ def test_a_term_of_weight_zero_is_not_computed():
         _, terms = jax.eval_shape(
             loss, trainable, frozen, batch, prepared, weights_of(), jnp.float32(1.0)
         )
-        watched = {"mse", "entropy"} | ({"read_error", "write_loss"} if name == "text" else set())
+        watched = {"mse", "entropy"} | (
+            {"encoder_error", "decoder_nll"} if name == "text" else set()
+        )
         assert set(terms) == watched | {name}
 
 
@@ -264,7 +266,7 @@ def test_which_schedules_are_always_zero(schedule, used):
 
 def test_unused_terms_do_not_enter_the_total():
     """The entropy is watched but has weight 0: whatever weight is handed in, it is left out."""
-    trainable, frozen, batch, noise = setting()
+    trainable, frozen, batch, noise = case()
     zero = {name: constant(0.0) for name in TERMS if name != "mse"}
     objective = objective_of(LossConfig(**zero, mse=constant(1.0)))
 
@@ -283,11 +285,11 @@ def test_unused_terms_do_not_enter_the_total():
 def test_bfloat16_gradients_have_the_dtype_of_their_parts():
     """Traced under strict dtype promotion, with every term and the dual path."""
     spec = tiny_spec(dtype="bfloat16")
-    trainable, frozen = jax.tree.map(lambda x: x.astype(jnp.bfloat16), setting()[:2])
-    frozen["statistics"] = setting()[1]["statistics"]
+    trainable, frozen = jax.tree.map(lambda x: x.astype(jnp.bfloat16), case()[:2])
+    frozen["statistics"] = case()[1]["statistics"]
     loss = dataclasses.replace(ALL_TERMS, mse_kind="raw", lm_reference="warm")
     run = functools.partial(joint.__wrapped__, objective=Objective(loss, WARM, spec))
-    (total, terms), gradient = jax.eval_shape(run, trainable, frozen, *setting()[2:], weights_of())
+    (total, terms), gradient = jax.eval_shape(run, trainable, frozen, *case()[2:], weights_of())
     assert {total.dtype, *(term.dtype for term in terms.values())} == {jnp.dtype("float32")}
     same = jax.tree.map(lambda g, x: g.dtype == x.dtype, gradient, trainable)
     assert all(jax.tree.leaves(same))
@@ -299,7 +301,7 @@ def test_bfloat16_gradients_have_the_dtype_of_their_parts():
 @pytest.mark.parametrize("kind", ["text", "prompt", "warm"])
 def test_reference_of_the_language_loss(kind):
     """M on the text alone, M under the text prompt, or the decoder as the warm start left it."""
-    trainable, frozen, batch, _ = setting()
+    trainable, frozen, batch, _ = case()
     spec, original = tiny_spec(), frozen["original"]
     text_BT = batch.tokens_GS[:, :TEXT_LEN]
     objective = objective_of(dataclasses.replace(ALL_TERMS, lm_reference=kind))
@@ -321,7 +323,7 @@ def test_reference_of_the_language_loss(kind):
 
 
 def test_reference_without_a_first_token_is_uniform_there():
-    _, frozen, batch, _ = setting()
+    _, frozen, batch, _ = case()
     spec = tiny_spec(bos=None)
     text_BT = batch.tokens_GS[:, :TEXT_LEN]
     alone = jax.jit(lambda original: text_alone(original, text_BT, (), spec).logits())
@@ -343,14 +345,14 @@ def test_window_holds_the_tokens_up_to_the_position_and_behind_it():
 
 
 def test_warm_loss_equals_the_direct_formula():
-    trainable, frozen, batch, _ = setting()
+    trainable, frozen, batch, _ = case()
     run = jax.jit(functools.partial(warm_loss, objective=objective_of()))
     total, terms = run(trainable, frozen, batch)
     direct = jax.jit(lambda trainable: plain_warm(trainable, frozen, batch, tiny_spec()))
-    read_error, write_loss = direct(trainable)
-    assert terms["read_error"] == approx(read_error)
-    assert terms["write_loss"] == approx(write_loss)
-    assert total == approx(read_error + write_loss)
+    encoder_error, decoder_nll = direct(trainable)
+    assert terms["encoder_error"] == approx(encoder_error)
+    assert terms["decoder_nll"] == approx(decoder_nll)
+    assert total == approx(encoder_error + decoder_nll)
 
 
 # --- the train step -----------------------------------------------------------------------------
@@ -392,7 +394,7 @@ def warm_loss_that_can_overflow(trainable, frozen, batch, *, objective):
 @functools.cache
 def warm_step(parts: int):
     """(stage, compiled step)."""
-    trainable, frozen, batch, _ = setting()
+    trainable, frozen, batch, _ = case()
     stage = Stage("warm", 10, BATCH, dataclasses.replace(OPTIMIZER, accumulate=parts))
     with mock.patch.object(training_state, "warm_loss", warm_loss_that_can_overflow):
         step = compiled_step(stage, CONFIG, new_state(stage, trainable), frozen, batch)
@@ -401,7 +403,7 @@ def warm_step(parts: int):
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch():
     """Of the warm start; in the joint stage a row's partner is of its own micro-batch."""
-    trainable, frozen, batch, _ = setting()
+    trainable, frozen, batch, _ = case()
     results = []
     for parts in (1, 2):
         stage, step = warm_step(parts)
@@ -409,13 +411,13 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
         results.append((gradient_in(state), metrics))
     (whole, metrics), (parts, part_metrics) = results
     assert relative_error(parts, whole) < 1e-6
-    for name in ("loss", "read_error", "write_loss", "grad_norm"):
+    for name in ("loss", "encoder_error", "decoder_nll", "grad_norm"):
         assert part_metrics[name] == approx(metrics[name], 1e-6), name
 
 
 def test_joint_step_on_eight_devices_takes_the_gradient_of_the_scheduled_loss():
     """Noise from (seed, step, example), weights and temperature from their schedules."""
-    trainable, frozen, batch, _ = setting()
+    trainable, frozen, batch, _ = case()
     loss = dataclasses.replace(
         FEW_TERMS, kl=ScheduleConfig("linear", 0.0, 4.0), tau=ScheduleConfig("linear", 1.2, 0.2)
     )
@@ -460,14 +462,14 @@ def sampled(trainable, frozen, batch):
 
 
 def sampled_on(devices: int, batch):
-    trainable, frozen, _, _ = setting()
+    trainable, frozen, _, _ = case()
     mesh = mesh_of(devices)
     weights = jax.device_put((trainable, frozen), replicated(mesh))
     return sampled(*weights, jax.device_put(batch, batch_sharding(mesh)))
 
 
 def test_text_and_loss_do_not_depend_on_the_number_of_devices():
-    batch = setting()[2]
+    batch = case()[2]
     text, total = sampled_on(1, batch)
     assert len(np.unique(text, axis=0)) > BATCH // 2
     for devices in (2, 8):
@@ -477,7 +479,7 @@ def test_text_and_loss_do_not_depend_on_the_number_of_devices():
 
 
 def test_text_belongs_to_the_example_and_not_to_its_place_in_the_batch():
-    batch = setting()[2]
+    batch = case()[2]
     text, _ = sampled_on(1, batch)
     order = np.random.default_rng(3).permutation(BATCH)
     shuffled, _ = sampled_on(1, jax.tree.map(lambda x: x[order], batch))
@@ -485,7 +487,7 @@ def test_text_belongs_to_the_example_and_not_to_its_place_in_the_batch():
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
-    trainable, frozen, batch, _ = setting()
+    trainable, frozen, batch, _ = case()
     stage, step = warm_step(1)
     state = new_state(stage, trainable)
     not_a_number = batch.activation_BD.at[2, 3].set(jnp.nan)

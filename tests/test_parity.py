@@ -18,8 +18,8 @@ from tiny_models import hf_forward, hf_model, random_params, random_tokens, tiny
 from conlens_jax import LanguageModel, load_model
 from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.transformer import (
+    add_position_embeddings,
     embed_tokens,
-    enter,
     forward,
     positions_of,
     run_layers,
@@ -69,7 +69,7 @@ def padded_rows() -> tuple[np.ndarray, np.ndarray]:
 def block_by_block(params, embeddings, mask, *, config):
     """The output of every block, each run by itself as a part of the stack."""
     positions, states = positions_of(mask), []
-    x = enter(params, embeddings, positions)
+    x = add_position_embeddings(params, embeddings, positions)
     for number in range(config.n_layers):
         block = slice_layers(params["layers"], number, number + 1)
         x, _ = run_layers(block, x, positions, config=config)

@@ -22,7 +22,7 @@ from conlens_jax.models import hub
 from conlens_jax.training.checkpoint import DamagedCheckpoint, read_metadata
 from conlens_jax.training.loop import train_lens
 from conlens_jax.training.run_folder import chosen_checkpoint
-from conlens_jax.training.session import open_setting
+from conlens_jax.training.session import open_session
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -58,7 +58,7 @@ def move(world, root: Path, *folders: str) -> Path:
 
 def test_what_a_checkpoint_records(world):
     places = read_metadata(world.run / "checkpoints")["places"]
-    model = world.setting.model.folder
+    model = world.session.model.folder
     assert (places["run"], places["model"]) == (str(world.run), str(model))
     assert places["cache"] == str(world.cache) and len(places["cache_identity"]) == 64
     assert read_metadata(world.run / "control" / "checkpoints")["places"]["run"] == str(
@@ -81,16 +81,16 @@ def test_a_run_that_moved_with_cache_and_model_is_loaded_measured_and_goes_on(
     control = conlens_jax.Lens.load(run / "control")
     assert control.model.folder == lens.model.folder
     console, printed = quiet()
-    setting = open_setting(recorded_config(str(run)), console, run=run)
-    assert setting.model.folder == lens.model.folder
-    train, _ = setting.caches
+    session = open_session(recorded_config(str(run)), console, run=run)
+    assert session.model.folder == lens.model.folder
+    train, _ = session.caches
     assert train.folder == run.parent / "cache" / "train"
     assert str(run.parent / "cache") in printed.getvalue()
     # The one thing to be said is where the run is: the command line names it.
     config = with_changes(recorded_config(str(run)), {"run_dir": str(run)})
     shutil.rmtree(run / "checkpoints" / str(LAST_STEP))
     console, printed = quiet()
-    train_lens(open_setting(config, console, run=run))
+    train_lens(open_session(config, console, run=run))
     again, whole = (conlens_jax.Lens.load(folder) for folder in (run, world.run))
     assert again.facts["step"] == LAST_STEP
     assert_same_arrays(again.trainable, whole.trainable)
@@ -105,7 +105,7 @@ def test_an_embedded_model_is_found_in_todays_cache_by_its_weights(world, tmp_pa
         conlens_jax.Lens.load(run)
     assert "corpus.path='docs' does not exist" in str(error.value)
     root = tmp_path / "models"
-    shutil.copytree(world.setting.model.folder, root / "llama-stories-by-another-name")
+    shutil.copytree(world.session.model.folder, root / "llama-stories-by-another-name")
     text = file.read_text(encoding="utf-8")
     file.write_text(text.replace("/no/such/place/models", str(root)), encoding="utf-8")
     assert conlens_jax.Lens.load(run).model.folder.parent == root
@@ -113,7 +113,7 @@ def test_an_embedded_model_is_found_in_todays_cache_by_its_weights(world, tmp_pa
 
 def test_other_weights_or_another_cache_are_named(world, tmp_path):
     run = move(world, tmp_path, "cache", "models")
-    wanted, (model,) = world.setting.model.weights_hash, (tmp_path / "models").iterdir()
+    wanted, (model,) = world.session.model.weights_hash, (tmp_path / "models").iterdir()
     file = model / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-4] ^= 1
@@ -121,10 +121,10 @@ def test_other_weights_or_another_cache_are_named(world, tmp_path):
     config = with_changes(
         world.config, {"run_dir": str(run), "model.path": str(model), "embedded.cache_dir": ""}
     )
-    setting = open_setting(config, quiet()[0])
-    other = setting.model.weights_hash
+    session = open_session(config, quiet()[0])
+    other = session.model.weights_hash
     with pytest.raises(ConfigError, match=rf"holds weights {other[:12]}.*with {wanted[:12]}"):
-        train_lens(setting)
+        train_lens(session)
     metadata = tmp_path / "cache" / "train" / "metadata.json"
     values = json.loads(metadata.read_text())
     values["shards"][0]["sha256"] = "0" * 64
@@ -239,7 +239,7 @@ def test_a_run_dir_that_cannot_hold_checkpoints_is_refused_first(world, tmp_path
     monkeypatch.setattr("conlens_jax.training.session.load_model", pytest.fail)
     config = with_changes(world.config, {"run_dir": str(tmp_path / "a\\b")})
     with pytest.raises(ConfigError, match=r"run_dir: .*backslash"):
-        open_setting(config, quiet()[0])
+        open_session(config, quiet()[0])
 
 
 def test_dump_and_train_below_an_awkward_name_that_is_relative(world, tmp_path, monkeypatch):
@@ -258,13 +258,13 @@ def test_dump_and_train_below_an_awkward_name_that_is_relative(world, tmp_path, 
             "control.enabled": False,
         },
     )
-    setting = open_setting(config, quiet()[0], run=config.run_dir)
-    assert setting.model.folder.parent == tmp_path / "mo[d]els?"
-    dump_activations(config, setting.model, setting.spec, setting.mesh, setting.console)
-    assert len(setting.caches[0]) == 48
+    session = open_session(config, quiet()[0], run=config.run_dir)
+    assert session.model.folder.parent == tmp_path / "mo[d]els?"
+    dump_activations(config, session.model, session.spec, session.mesh, session.console)
+    assert len(session.caches[0]) == 48
     (tmp_path / "elsewhere").mkdir()
     folder = tmp_path / "r[u]n=1 é"
-    train_lens(setting)
+    train_lens(session)
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert conlens_jax.Lens.load(folder).facts["step"] == 2
     assert not any((tmp_path / "elsewhere").iterdir())

@@ -26,14 +26,14 @@ from conlens_jax.models.transformer import embed_tokens
 
 
 @functools.cache
-def setting():
+def case():
     spec = dataclasses.replace(tiny_spec(), encoder_right=())
     trainable, frozen = tiny_lens(spec)
     return spec, trainable, frozen
 
 
 def test_each_prefix_reads_as_if_the_text_ended_there():
-    spec, trainable, frozen = setting()
+    spec, trainable, frozen = case()
     encoder = encoder_of(trainable, frozen, spec)
     text = random_tokens(3, TEXT_LEN)
     prefixes = encode_prefixes(encoder, embed_tokens(encoder.base, text, spec.model), spec=spec)
@@ -68,14 +68,14 @@ def test_a_prompt_behind_the_text_is_refused():
 
 
 def test_prefix_share_mixes_the_mean_error_of_shorter_texts():
-    spec, trainable, frozen = setting()
+    spec, trainable, frozen = case()
     batch = tiny_batch(spec, frozen["original"])
     warm = WarmConfig(before=3, after=1)
-    read_error = {}
+    encoder_error = {}
     for share in (0.0, 0.5):
         objective = Objective(LossConfig(prefix_share=share), warm, spec)
         _, terms = warm_loss(trainable, frozen, batch, objective=objective)
-        read_error[share] = float(terms["read_error"])
+        encoder_error[share] = float(terms["encoder_error"])
     window = source_window(batch.tokens_GS, batch.positions_B, 3, 1)
     encoder = encoder_of(trainable, frozen, spec)
     errors = [
@@ -91,9 +91,9 @@ def test_prefix_share_mixes_the_mean_error_of_shorter_texts():
         )
         for k in range(1, TEXT_LEN + 1)
     ]
-    assert read_error[0.0] == pytest.approx(errors[-1], rel=1e-5)
+    assert encoder_error[0.0] == pytest.approx(errors[-1], rel=1e-5)
     mixed = 0.5 * errors[-1] + 0.5 * np.mean(errors[:-1])
-    assert read_error[0.5] == pytest.approx(mixed, rel=1e-5)
+    assert encoder_error[0.5] == pytest.approx(mixed, rel=1e-5)
     assert abs(mixed - errors[-1]) > 1e-3 * errors[-1]
 
 

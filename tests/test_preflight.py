@@ -21,7 +21,7 @@ from conlens_jax.config import ConfigError, ExperimentConfig, to_json_dict, with
 from conlens_jax.embedded import language_model
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.tracking.console import Console
-from conlens_jax.training import session as setting
+from conlens_jax.training import session
 from conlens_jax.training.preflight import check_files
 
 ROOT = Path(__file__).parents[1]
@@ -32,8 +32,8 @@ def nothing_is_loaded(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr(setting, "load_model", fail)
-    monkeypatch.setattr(setting, "ensure_language_model", fail)
+    monkeypatch.setattr(session, "load_model", fail)
+    monkeypatch.setattr(session, "ensure_language_model", fail)
     monkeypatch.setattr(Lens, "load", fail)
 
 

@@ -106,7 +106,7 @@ def test_processes_that_find_no_cluster():
 
 def test_each_process_reads_its_share_of_the_cache_at_start(world, monkeypatch):
     """Two processes, one after the other: the second is told what the first has said."""
-    whole, said = world.setting.reference, []
+    whole, said = world.session.reference, []
     read: dict[tuple[str, int], int] = collections.Counter()
     rows, problem = ActivationCache.rows, cache.shard_problem
 
@@ -130,7 +130,7 @@ def test_each_process_reads_its_share_of_the_cache_at_start(world, monkeypatch):
     monkeypatch.setattr(cache, "shard_problem", counting_problem)
     for number in (0, 1):
         monkeypatch.setattr(jax, "process_index", lambda number=number: number)
-        train, validation = open_caches(world.setting)
+        train, validation = open_caches(world.session)
         reference = training_reference(train)
         np.testing.assert_array_equal(reference.mean_D, whole.mean_D)
         assert reference.scale == whole.scale and reference.n_rows == len(train)
@@ -170,10 +170,10 @@ def quick_children(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
 
 
-def started(setting, folder: Path) -> tuple[list[subprocess.Popen], Path]:
+def started(session, folder: Path) -> tuple[list[subprocess.Popen], Path]:
     """several_processes.py in two processes of four devices, and the file of what they say."""
     file = folder / "config.py"
-    values = json.dumps(to_json_dict(setting.config))
+    values = json.dumps(to_json_dict(session.config))
     file.write_text(
         "import json\n"
         "from conlens_jax.config import from_config_dict, to_config_dict\n"
@@ -288,7 +288,7 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(world, tmp_pat
     """In the joint stage, between two checkpoints; the warm start is the world's."""
     quiet = {"control__enabled": False, "train__n_verbose_samples": 0}
     monkeypatch.setattr(stage_loop, "validate", lambda *_: Validation({}, ""))
-    setting, read, calls = world.changed(tmp_path / "run", **quiet), stage_loop.read_batch, []
+    session, read, calls = world.changed(tmp_path / "run", **quiet), stage_loop.read_batch, []
     checkpoints = warm_run(world, tmp_path / "run")
 
     def read_and_be_stopped(*arguments):
@@ -301,19 +301,19 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(world, tmp_pat
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(stage_loop, "read_batch", read_and_be_stopped)
     with pytest.raises(Preempted, match="saved behind step .* the same command goes on"):
-        train_lens(setting)
+        train_lens(session)
     assert signal.getsignal(signal.SIGTERM) is before
     stopped_at = all_steps(checkpoints)[-1]
     assert WARM_STEPS < stopped_at < LAST_STEP
     monkeypatch.setattr(stage_loop, "read_batch", read)
-    train_lens(setting)
+    train_lens(session)
     assert losses(tmp_path / "run") == losses(world.run)
 
 
 def test_sigterm_behind_the_last_step_of_a_stage_is_not_lost(world, tmp_path, monkeypatch):
     """While the last step is validated nobody asks any more; the next stage must not begin."""
     quiet = {"train__n_verbose_samples": 0}
-    setting, checkpoints = (
+    session, checkpoints = (
         world.changed(tmp_path / "run", **quiet),
         warm_run(world, tmp_path / "run"),
     )
@@ -325,11 +325,11 @@ def test_sigterm_behind_the_last_step_of_a_stage_is_not_lost(world, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(stage_loop, "validate", be_stopped)
         with pytest.raises(Preempted, match="the joint stage is over and saved"):
-            train_lens(setting)
+            train_lens(session)
     assert all_steps(checkpoints)[-1] == LAST_STEP
     assert not (tmp_path / "run" / "control").exists()
     monkeypatch.setattr(stage_loop, "validate", lambda *_: Validation({}, ""))
-    train_lens(setting)
+    train_lens(session)
     assert losses(tmp_path / "run" / "control") == losses(world.run / "control")
 
 

@@ -43,13 +43,13 @@ def streamed(world, tmp_path, **changes):
         "run_dir": str(tmp_path / "run"),
         "dump.cache_dir": str(tmp_path / "no_cache"),
     } | changes
-    return dataclasses.replace(world.setting, config=with_changes(world.setting.config, changes))
+    return dataclasses.replace(world.session, config=with_changes(world.session.config, changes))
 
 
 def test_rows_are_those_of_the_dump(world, tmp_path):
-    setting = streamed(world, tmp_path)
-    stream, validation = open_caches(setting)
-    dumped = open_caches(world.setting)
+    session = streamed(world, tmp_path)
+    stream, validation = open_caches(session)
+    dumped = open_caches(world.session)
     assert (len(stream), len(validation)) == tuple(map(len, dumped))
     order = np.random.default_rng(0).permutation(len(stream))
     ours, theirs = stream.rows(order), dumped[0].rows(order)
@@ -67,26 +67,26 @@ def test_rows_are_those_of_the_dump(world, tmp_path):
 
 @pytest.mark.parametrize("rows_per_document", [1, 2])
 def test_a_batch_captures_what_the_dump_wrote(world, tmp_path, rows_per_document):
-    setting = streamed(world, tmp_path)
-    stream, _ = open_stream(setting.config, setting.model, setting.spec, setting.mesh)
-    cache, _ = open_caches(world.setting)
+    session = streamed(world, tmp_path)
+    stream, _ = open_stream(session.config, session.model, session.spec, session.mesh)
+    cache, _ = open_caches(world.session)
     indices = np.arange(16)
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     put = lambda source: make_batch(
         source.rows(indices), first, 16, rows_per_document=rows_per_document
     )
-    original = jax.device_put(setting.model.params, jax.devices()[0])
-    found = jax.jit(lambda batch: with_activations(batch, original, setting.spec))(put(stream))
+    original = jax.device_put(session.model.params, jax.devices()[0])
+    found = jax.jit(lambda batch: with_activations(batch, original, session.spec))(put(stream))
     expected = put(cache)
     np.testing.assert_allclose(found.activation_BD, expected.activation_BD, rtol=1e-5, atol=1e-6)
-    assert with_activations(expected, original, setting.spec) is expected
+    assert with_activations(expected, original, session.spec) is expected
     assert jnp.array_equal(found.tokens_GS, expected.tokens_GS)
 
 
 def test_losses_are_those_of_the_cached_run(world, tmp_path):
     """Both stages; and a run that lost its last steps goes on the same way."""
-    setting = streamed(world, tmp_path)
-    run = train_lens(setting)
+    session = streamed(world, tmp_path)
+    run = train_lens(session)
     found, expected = losses(run), losses(world.run)
     assert [entry[:2] for entry in found] == [entry[:2] for entry in expected]
     # The dump keeps fp32, and Adam enlarges what rounding leaves.
@@ -98,10 +98,10 @@ def test_losses_are_those_of_the_cached_run(world, tmp_path):
     for step in all_steps(run / "checkpoints"):
         if step > WARM_STEPS:
             shutil.rmtree(run / "checkpoints" / str(step))
-    train_lens(setting)
+    train_lens(session)
     assert losses(run) == found
 
 
 def test_a_wrong_source_is_named(world):
     with pytest.raises(ConfigError, match="data.source must be one of cache, stream, not 'disk'"):
-        with_changes(world.setting.config, {"data.source": "disk"})
+        with_changes(world.session.config, {"data.source": "disk"})

@@ -19,7 +19,7 @@ from conlens_jax.evaluation.studies.interventions import intervene
 from conlens_jax.evaluation.studies.text_changes import DROPPED, Lexicon
 from conlens_jax.evaluation.suite import Evaluated, Suite
 from conlens_jax.measurement.programs import Effect
-from conlens_jax.measurement.runner import Explained, reference_of
+from conlens_jax.measurement.runner import Explained, activation_statistics
 
 N_ROWS, TEXT_LEN, VOCABULARY = 24, 6, 40
 RNG = np.random.default_rng(0)
@@ -92,7 +92,7 @@ def suite(texts):
         np.arange(N_ROWS, dtype=np.int64) // 2,
     )
     warm = WarmConfig(before=TEXT_LEN, after=0)
-    reference = reference_of(activations)
+    reference = activation_statistics(activations)
     return Suite.make(BagOfWords(), rows, reference, warm, frozenset(), n_resamples=50, seed=0)
 
 

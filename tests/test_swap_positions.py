@@ -26,8 +26,8 @@ from conlens_jax.lens.spec import LensSpec
 from conlens_jax.models.families import FAMILIES
 from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.transformer import (
+    add_position_embeddings,
     embed_tokens,
-    enter,
     positions_of,
     run_layers,
     unembed,
@@ -81,7 +81,7 @@ def replaced(params, tokens, mask, indices, vector, layer, config):
     Where ``layer`` is an array, one compiled function serves all layers.
     """
     rows, captured = jnp.arange(len(tokens)), None
-    x = enter(params, embed_tokens(params, tokens, config), positions_of(mask))
+    x = add_position_embeddings(params, embed_tokens(params, tokens, config), positions_of(mask))
     for number in range(config.n_layers):
         block = slice_layers(params["layers"], number, number + 1)
         x, _ = run_layers(block, x, positions_of(mask), config=config)

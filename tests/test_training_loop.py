@@ -51,9 +51,9 @@ from conlens_jax.training.loop import train_lens
 from conlens_jax.training.run import TrainingStopped
 from conlens_jax.training.run_folder import load_lens
 from conlens_jax.training.session import (
-    Setting,
+    Session,
     open_caches,
-    open_setting,
+    open_session,
     training_reference,
 )
 from conlens_jax.training.validation import Validation, validate
@@ -78,7 +78,7 @@ def unwatched(monkeypatch):
     monkeypatch.setattr(stage_loop, "validate", lambda run, trainable, frozen: score)
 
 
-def plain(world, run_dir: Path, **changes) -> Setting:
+def plain(world, run_dir: Path, **changes) -> Session:
     """The world's training in another folder, without control and samples."""
     quiet = {"control__enabled": False, "train__n_verbose_samples": 0}
     return world.changed(run_dir, **{**quiet, **changes})
@@ -86,13 +86,13 @@ def plain(world, run_dir: Path, **changes) -> Setting:
 
 def lens_template(world):
     """(trainable, frozen) of the world's lens before any training."""
-    train, _ = open_caches(world.setting)
+    train, _ = open_caches(world.session)
     reference = training_reference(train)
-    setting = world.setting
+    session = world.session
     trainable, frozen = init_lens(
-        setting.model.params, setting.spec, reference.mean_D, reference.scale
+        session.model.params, session.spec, reference.mean_D, reference.scale
     )
-    return loop.placed(trainable, setting), frozen
+    return loop.placed(trainable, session), frozen
 
 
 def saved(world, run: Path, step: int):
@@ -124,7 +124,7 @@ def test_smoke_training_leaves_a_whole_run(world):
 def test_warm_start_learns(world):
     records = [r for r in read_metrics(world.run / "metrics.jsonl") if r["stage"] == "warm"]
     # The write loss moves less in so few steps than it differs between rows.
-    values = [record["read_error"] for record in records if "read_error" in record]
+    values = [record["encoder_error"] for record in records if "encoder_error" in record]
     assert np.mean(values[-4:]) < 0.8 * np.mean(values[:4])
 
 
@@ -189,7 +189,7 @@ def test_console_shows_parts_samples_and_tokens(world):
 
 
 def test_original_model_stays_as_it_was(world):
-    assert_same_arrays(world.setting.model.params, load_model(world.setting.model.folder).params)
+    assert_same_arrays(world.session.model.params, load_model(world.session.model.folder).params)
     _, frozen = lens_template(world)
     warm, joint = saved(world, world.run, WARM_STEPS), saved(world, world.run, LAST_STEP)
     kernels = [tree["decoder"]["base"]["embedding"] for tree in (frozen_base(frozen), warm, joint)]
@@ -203,24 +203,24 @@ def frozen_base(frozen):
 
 def test_control_begins_where_the_warm_start_ended(world):
     """Its first loss is that of the warm checkpoint on the joint stage's first batch."""
-    setting = world.setting
-    train, _ = open_caches(setting)
+    session = world.session
+    train, _ = open_caches(session)
     stage = loop.Stage(
-        "control", CONTROL_STEPS, 16, setting.config.control.optimizer, first_step=WARM_STEPS
+        "control", CONTROL_STEPS, 16, session.config.control.optimizer, first_step=WARM_STEPS
     )
-    run = loop.Run(setting, world.run, train, None, None, None, None)
+    run = loop.Run(session, world.run, train, None, None, None, None)
     groups_nk = read_groups(train, stage.rows_per_document)
     batch = stage_loop.StageLoop(run, stage, None, None, None, groups_nk, 0.0)._read(0)
-    compute = jax.jit(lambda *args: warm_loss(*args, objective=setting.objective)[0])
+    compute = jax.jit(lambda *args: warm_loss(*args, objective=session.objective)[0])
     _, frozen = lens_template(world)
     expected = float(compute(saved(world, world.run, WARM_STEPS), frozen, batch))
     assert losses(world.run / "control")[0][2] == pytest.approx(expected, rel=1e-5)
 
 
 def test_control_without_steps_is_paid_by_the_joint_stage(world):
-    setting = world.changed(world.run, control__steps=0)
-    run = loop.Run(setting, world.run, None, None, None, None, None)
-    config = setting.config
+    session = world.changed(world.run, control__steps=0)
+    run = loop.Run(session, world.run, None, None, None, None, None)
+    config = session.config
     warm = loop.Stage("warm", WARM_STEPS, 16, config.warm.optimizer)
     joint = loop.Stage("joint", JOINT_STEPS, 16, config.joint.optimizer, first_step=WARM_STEPS)
     warm_seconds, joint_seconds = (
@@ -235,12 +235,12 @@ def test_control_without_steps_is_paid_by_the_joint_stage(world):
 def test_sharded_weights_give_the_same_losses(world, tmp_path, unwatched):
     mesh = {"mesh.data": 4, "mesh.fsdp": 2, "joint.steps": 0, "control.enabled": False}
     config = with_changes(world.config, {**mesh, "run_dir": str(tmp_path / "run")})
-    setting = open_setting(config, quiet_console()[0])
-    run = train_lens(setting)
+    session = open_session(config, quiet_console()[0])
+    run = train_lens(session)
     for (*here, loss), (*there, expected) in zip(losses(run), losses(world.run), strict=False):
         assert here == there and loss == pytest.approx(expected, rel=1e-3)
     assert len(losses(run)) == WARM_STEPS
-    template = loop.placed(lens_template(world)[0], setting)
+    template = loop.placed(lens_template(world)[0], session)
     restored = load_lens(run, template)["decoder"]["base"]["embedding"]
     assert restored.addressable_shards[0].data.shape == (320, 8)
 
@@ -249,9 +249,9 @@ def test_a_lens_that_does_not_see_its_activation_is_called_so(world):
     """A decoder whose slot is always the same writes texts that fit any row."""
     trainable, frozen = lens_template(world)
     trainable = load_lens(world.run, trainable)
-    setting = world.setting
-    (train, validation), reference = setting.caches, setting.reference
-    run = loop.Run(setting, world.run, train, validation, reference, setting.measurer(), None)
+    session = world.session
+    (train, validation), reference = session.caches, session.reference
+    run = loop.Run(session, world.run, train, validation, reference, session.measurer(), None)
     projection = jax.tree.map(np.zeros_like, trainable["decoder"]["projection"])
     blind = {**trainable, "decoder": {**trainable["decoder"], "projection": projection}}
     assert "does not depend on the activation" in validate(run, blind, frozen).warning
@@ -281,15 +281,15 @@ def test_newest_best_warm_and_final_checkpoints_stay(world, tmp_path, monkeypatc
         stage_loop, "validate", lambda *_: Validation({"kl_at_sampled": next(scores)}, "")
     )
     every = {"train__validate_every": 2, "checkpoint__every": 2}
-    setting = plain(world, tmp_path / "run", checkpoint__keep_latest=1, **every)
-    folder = train_lens(setting) / "checkpoints"
+    session = plain(world, tmp_path / "run", checkpoint__keep_latest=1, **every)
+    folder = train_lens(session) / "checkpoints"
     assert all_steps(folder) == [WARM_STEPS, WARM_STEPS + 2, LAST_STEP]
     assert {path.name for path in folder.iterdir()} == {"12", "14", "18"}
     assert read_metadata(folder, WARM_STEPS)["stage"] == "warm"
     metadata = read_metadata(folder, LAST_STEP)
     assert metadata["stage"] == "joint" and metadata["step"] == LAST_STEP
-    assert metadata["weights_hash"] == world.setting.model.weights_hash
-    assert metadata["config"] == to_json_dict(setting.config)
+    assert metadata["weights_hash"] == world.session.model.weights_hash
+    assert metadata["config"] == to_json_dict(session.config)
     # Nothing that watches a run may change it.
     assert losses(tmp_path / "run") == losses(world.run)
 
@@ -338,11 +338,11 @@ for name, value in json.loads(sys.argv[2]).items():
 from conlens_jax.config import from_config_dict
 from conlens_jax.training import loop, stage_loop
 from conlens_jax.tracking.console import Console
-from conlens_jax.training.session import open_setting
+from conlens_jax.training.session import open_session
 from conlens_jax.training.validation import Validation, validate
 stage_loop.validate = lambda *_: Validation({"kl_at_sampled": 1.0}, "")
 config = from_config_dict(json.loads(Path(sys.argv[1]).read_text()))
-loop.train_lens(open_setting(config, Console()))
+loop.train_lens(open_session(config, Console()))
 """
 
 
@@ -374,9 +374,9 @@ def half_written(folder: Path) -> list[Path]:
 def test_killed_run_gives_the_same_losses_to_the_last_bit(world, tmp_path, unwatched):
     """SIGKILL at a random step of the run, during a save."""
     run, log = tmp_path / "run", tmp_path / "log.txt"
-    setting = plain(world, run, checkpoint__every=1)
+    session = plain(world, run, checkpoint__every=1)
     config_file = tmp_path / "config.json"
-    config_file.write_text(json.dumps(to_json_dict(setting.config)))
+    config_file.write_text(json.dumps(to_json_dict(session.config)))
     checkpoints = run / "checkpoints"
     step = random.Random(time.time_ns()).randint(3, LAST_STEP - 2)
 
@@ -396,7 +396,7 @@ def test_killed_run_gives_the_same_losses_to_the_last_bit(world, tmp_path, unwat
     assert half_written(checkpoints)
     assert step - 1 <= all_steps(checkpoints)[-1] < LAST_STEP
 
-    train_lens(setting)
+    train_lens(session)
     assert losses(run) == losses(world.run)
     assert not half_written(checkpoints)
     assert_same_arrays(saved(world, run, LAST_STEP), saved(world, world.run, LAST_STEP))
@@ -415,9 +415,9 @@ def test_killed_run_gives_the_same_losses_to_the_last_bit(world, tmp_path, unwat
 )
 def test_resume_with_another_config_names_the_fields(world, tmp_path, changes):
     run = world.copy_run(tmp_path / "run")
-    setting = world.changed(run, **{k.replace(".", "__"): v for k, v in changes.items()})
+    session = world.changed(run, **{k.replace(".", "__"): v for k, v in changes.items()})
     with pytest.raises(ConfigError) as caught:
-        train_lens(setting)
+        train_lens(session)
     assert len(caught.value.problems) == len(changes)
     for name, value in changes.items():
         assert any(
@@ -451,8 +451,8 @@ def poison(monkeypatch, is_bad) -> None:
 def test_steps_that_are_not_finite_are_skipped_and_counted(world, tmp_path, unwatched, monkeypatch):
     poison(monkeypatch, lambda step: step in (4, 5, 6))
     console, stream = quiet_console()
-    setting = plain(world, tmp_path / "run", joint__steps=0, checkpoint__keep_latest=30)
-    run = train_lens(dataclasses.replace(setting, console=console))
+    session = plain(world, tmp_path / "run", joint__steps=0, checkpoint__keep_latest=30)
+    run = train_lens(dataclasses.replace(session, console=console))
     records = {r["step"]: r for r in read_metrics(run / "metrics.jsonl") if "loss" in r}
     assert [step for step, record in records.items() if record["loss"] is None] == [4, 5, 6]
     assert [records[step]["bad_steps_in_a_row"] for step in range(3, 8)] == [0, 1, 2, 3, 0]
@@ -465,11 +465,11 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(world, tmp_path, unwa
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run(world, tmp_path, unwatched, monkeypatch):
-    setting = plain(world, tmp_path / "run", joint__steps=0, warm__optimizer__max_bad_steps=3)
+    session = plain(world, tmp_path / "run", joint__steps=0, warm__optimizer__max_bad_steps=3)
     with monkeypatch.context() as patch:
         poison(patch, lambda step: step == 2 or step >= 5)
         with pytest.raises(TrainingStopped) as caught:
-            train_lens(setting)
+            train_lens(session)
     last_good = tmp_path / "run" / "checkpoints" / "6"
     assert str(last_good) in str(caught.value) and "max_bad_steps=3" in str(caught.value)
     assert [step for _, step, _ in losses(tmp_path / "run")] == list(range(1, 7))
@@ -477,7 +477,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(world, tmp_path, unwatched, mo
     for leaf in jax.tree.leaves(saved(world, tmp_path / "run", 6)):
         assert np.isfinite(leaf).all()
     # What the message promises: the run goes on from there.
-    train_lens(setting)
+    train_lens(session)
     after = [loss for _, step, loss in losses(tmp_path / "run") if step > 6]
     assert len(after) == WARM_STEPS - 6 and None not in after
 
@@ -510,9 +510,9 @@ def test_cache_of_another_layer_is_refused(world, tmp_path):
 
 
 def test_missing_cache_names_the_command(world, tmp_path):
-    setting = plain(world, tmp_path / "run", dump__cache_dir=str(tmp_path / "nowhere"))
+    session = plain(world, tmp_path / "run", dump__cache_dir=str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match="dump.cache_dir.*python -m conlens_jax.dump"):
-        train_lens(setting)
+        train_lens(session)
 
 
 def test_truncated_shard_is_refused(world, tmp_path):
@@ -577,13 +577,13 @@ def buried(monkeypatch):
 def test_full_disk_names_the_last_good_checkpoint(
     world, tmp_path, unwatched, monkeypatch, at_step, last_good
 ):
-    setting = plain(world, tmp_path / "run", joint__steps=0)
+    session = plain(world, tmp_path / "run", joint__steps=0)
     with full_disk(at_step, monkeypatch), pytest.raises(TrainingStopped) as caught:
-        train_lens(setting)
+        train_lens(session)
     folder = tmp_path / "run" / "checkpoints"
     assert f"the last good checkpoint is {folder / str(last_good)}." in str(caught.value)
     assert "File too large" in str(caught.value)
-    train_lens(setting)  # room again
+    train_lens(session)  # room again
     assert losses(tmp_path / "run") == losses(world.run)[:WARM_STEPS]
 
 
@@ -615,8 +615,8 @@ def test_init_from_takes_the_lens_of_another_run(world, tmp_path, monkeypatch, i
 
 def test_joint_stage_can_begin_at_another_run(world, tmp_path, unwatched):
     start = world.run / "checkpoints" / str(WARM_STEPS)
-    setting = plain(world, tmp_path / "run", warm__steps=0, train__init_from=str(start))
-    run = train_lens(setting)
+    session = plain(world, tmp_path / "run", warm__steps=0, train__init_from=str(start))
+    run = train_lens(session)
     assert [stage for stage, _, _ in losses(run)] == ["joint"] * JOINT_STEPS
     records = [r for r in read_metrics(run / "metrics.jsonl") if "loss" in r]
     assert abs(records[0]["lm"]) < 1e-5  # L_LM's reference is the decoder that it began with
@@ -626,11 +626,11 @@ def test_joint_stage_can_begin_at_another_run(world, tmp_path, unwatched):
 def test_init_from_that_does_not_fit(world, tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         train_lens(plain(world, tmp_path / "a", train__init_from=str(tmp_path)))
-    setting = plain(
+    session = plain(
         world, tmp_path / "b", train__init_from=str(world.run), lens__encoder_prompt="the <text>"
     )
     with pytest.raises(CheckpointError, match=r"encoder\.soft_prompt has shape \(1, 16\)"):
-        train_lens(setting)
+        train_lens(session)
 
 
 @pytest.mark.parametrize(
@@ -671,10 +671,10 @@ def test_init_from_that_does_not_fit(world, tmp_path):
     ids=["both frozen", "head and encoder", "adapters"],
 )
 def test_only_the_chosen_parts_train(world, tmp_path, unwatched, changes, trained):
-    setting = plain(world, tmp_path / "run", joint__steps=1, checkpoint__every=1, **changes)
-    run = train_lens(setting)
-    reference = training_reference(open_caches(setting)[0])
-    start, frozen = init_lens(setting.model.params, setting.spec, reference.mean_D, reference.scale)
+    session = plain(world, tmp_path / "run", joint__steps=1, checkpoint__every=1, **changes)
+    run = train_lens(session)
+    reference = training_reference(open_caches(session)[0])
+    start, frozen = init_lens(session.model.params, session.spec, reference.mean_D, reference.scale)
     assert {side: set(parts) for side, parts in start.items()} == trained
     before = start
     for step in all_steps(run / "checkpoints"):
@@ -684,7 +684,7 @@ def test_only_the_chosen_parts_train(world, tmp_path, unwatched, changes, traine
                 assert has_changed(before[side][part], after[side][part]), (step, side, part)
         before = after
     assert all(math.isfinite(loss) for _, _, loss in losses(run))
-    assert_same_arrays(setting.model.params, frozen["original"])
+    assert_same_arrays(session.model.params, frozen["original"])
 
 
 def has_changed(before, after) -> bool:

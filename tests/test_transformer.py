@@ -18,8 +18,8 @@ from tiny_models import random_params, random_tokens, tiny_config
 from conlens_jax.models.cache import empty_cache
 from conlens_jax.models.layer_kinds import NO_POSITION
 from conlens_jax.models.transformer import (
+    add_position_embeddings,
     embed_tokens,
-    enter,
     forward,
     run_layers,
     unembed,
@@ -38,7 +38,7 @@ LLAMA3 = {
 @functools.partial(jax.jit, static_argnames="config")
 def step_of(params, tokens_BS, positions_BS, cache, slot, *, config):
     """Logits of new tokens and the cache with them."""
-    x_BSD = enter(params, embed_tokens(params, tokens_BS, config), positions_BS)
+    x_BSD = add_position_embeddings(params, embed_tokens(params, tokens_BS, config), positions_BS)
     x_BSD, cache = run_layers(
         params["layers"], x_BSD, positions_BS, config=config, cache=cache, slot=slot
     )

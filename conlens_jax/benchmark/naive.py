@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from conlens_jax.lens.batch import Batch
-from conlens_jax.lens.decoder import head_of, prompt_embeddings, slot_patches
+from conlens_jax.lens.decoder import decoder_head, prompt_embeddings, slot_patches
 from conlens_jax.lens.encoder import encode_embeddings
 from conlens_jax.lens.losses import entropy, kl_divergence, reconstruction_error
 from conlens_jax.lens.objective import TERMS, Objective, reference_text, warm_loss
@@ -22,8 +22,8 @@ from conlens_jax.lens.spec import Decoder, LensSpec, decoder_of, encoder_of
 from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import (
+    add_position_embeddings,
     all_positions,
-    enter,
     forward,
     positions_of,
     run_layers,
@@ -49,12 +49,12 @@ def write_text(
         positions_Bs = all_positions(*x_BsD.shape[:2])
         state, _ = run_layers(
             decoder.base["layers"],
-            enter(decoder.base, x_BsD, positions_Bs),
+            add_position_embeddings(decoder.base, x_BsD, positions_Bs),
             positions_Bs,
             config=spec.model,
             patches=patches,
         )
-        logits_BV = head_of(decoder, spec).logits(state[:, -1])
+        logits_BV = decoder_head(decoder, spec).logits(state[:, -1])
         noisy_BV = logits_BV + noise_BTV[:, step]
         hard = jax.nn.one_hot(jnp.argmax(noisy_BV, axis=-1), noisy_BV.shape[-1])
         soft = jax.nn.softmax(noisy_BV / tau)

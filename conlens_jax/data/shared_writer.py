@@ -12,7 +12,7 @@ from typing import Any
 from conlens_jax.data.cache_metadata import CacheMetadata, cache_is_complete
 from conlens_jax.data.cache_writer import CacheWriter
 from conlens_jax.data.rows import Rows
-from conlens_jax.parallel.processes import check_same, told_by_first
+from conlens_jax.parallel.processes import broadcast_from_first, check_same
 
 
 class SharedWriter:
@@ -33,7 +33,7 @@ class SharedWriter:
         check_same("model, corpus or setting of the dump", metadata.to_json().encode())
         self.folder = folder
         self._writer: CacheWriter | None = None
-        begun = told_by_first(lambda: self._begin(metadata, rows_per_shard))
+        begun = broadcast_from_first(lambda: self._begin(metadata, rows_per_shard))
         self.complete = begun is None
         self.rows_before, self.cursor = begun or (0, None)
         self.rows_appended = self.rows_before
@@ -57,4 +57,4 @@ class SharedWriter:
             assert self._writer is not None
             self._writer.finish()
 
-        told_by_first(finish)
+        broadcast_from_first(finish)

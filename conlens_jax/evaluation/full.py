@@ -24,7 +24,7 @@ from conlens_jax.measurement.bootstrap import Interval
 from conlens_jax.measurement.runner import Measurer
 from conlens_jax.models.param_table import Params
 from conlens_jax.training.auditor import train_auditor
-from conlens_jax.training.session import Setting, training_rows
+from conlens_jax.training.session import Session, training_rows
 
 _TRAIN_ROWS = 8_192
 """Rows that linear maps are fitted on."""
@@ -55,14 +55,14 @@ class Studies:
 
     @staticmethod
     def make(
-        setting: Setting, suite: Suite, untrained: Params, frozen: Params, run_folder: Path
+        session: Session, suite: Suite, untrained: Params, frozen: Params, run_folder: Path
     ) -> Studies:
         """Trains the audit encoder where the suite asks for one that is not there.
 
         Raises:
           ConfigError: interventions on a corpus whose content is not known.
         """
-        config, tokenizer = setting.config, setting.model.tokenizer
+        config, tokenizer = session.config, session.model.tokenizer
         generator = GENERATORS.get(config.corpus.kind)
         if generator is not None and not token_variables(generator.variables, tokenizer):
             generator = None  # of another model's vocabulary, no word is one of its tokens
@@ -74,13 +74,13 @@ class Studies:
                     f"{config.corpus.kind!r}; use suite='full'"
                 ]
             )
-        train = training_rows(setting.caches[0], _TRAIN_ROWS)
+        train = training_rows(session.caches[0], _TRAIN_ROWS)
         facts, readable, is_full = None, None, config.evaluate.suite == "full"
         if generator is not None:
             facts_of = lambda rows: KnownFacts.of(rows, tokenizer, generator, config.corpus.seed)
             facts = facts_of(suite.rows)
             if is_full:
-                layers = _other_layers(setting, frozen["original"], train, suite.rows)
+                layers = _other_layers(session, frozen["original"], train, suite.rows)
                 readable = Readable.of(train, facts_of(train), suite.rows, facts, layers)
         return Studies(
             config=config.evaluate,
@@ -91,7 +91,7 @@ class Studies:
             facts=facts,
             readable=readable,
             lexicon=Lexicon.of(tokenizer, {} if generator is None else generator.synonyms),
-            auditor=train_auditor(setting, run_folder) if is_full else None,
+            auditor=train_auditor(session, run_folder) if is_full else None,
         )
 
     @property
@@ -158,15 +158,15 @@ class Studies:
 
 
 def _other_layers(
-    setting: Setting, original: Params, train: Rows, rows: Rows
+    session: Session, original: Params, train: Rows, rows: Rows
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """M's activations of the training rows and of the rows behind its first and its last block,
     but for the lens's own layer."""
     found = {}
-    for layer in {0, setting.spec.model.n_layers - 1} - {setting.spec.layer}:
-        spec = dataclasses.replace(setting.spec, layer=layer)
-        batch_size = setting.config.evaluate.batch_size
-        measurer = Measurer(spec, setting.mesh, horizon=1, batch_size=batch_size, seed=0)
+    for layer in {0, session.spec.model.n_layers - 1} - {session.spec.layer}:
+        spec = dataclasses.replace(session.spec, layer=layer)
+        batch_size = session.config.evaluate.batch_size
+        measurer = Measurer(spec, session.mesh, horizon=1, batch_size=batch_size, seed=0)
         found[layer] = tuple(
             measurer.with_activations(original, part).activations_ND for part in (train, rows)
         )

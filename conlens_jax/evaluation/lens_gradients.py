@@ -33,7 +33,7 @@ from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.mesh import batch_sharding
 from conlens_jax.training.run import placed
 from conlens_jax.training.run_folder import load_lens
-from conlens_jax.training.session import Setting
+from conlens_jax.training.session import Session
 from conlens_jax.training.state import ESTIMATING, SAMPLING
 
 # Name, estimator, tau.
@@ -238,32 +238,32 @@ def measure_lens(
     }
 
 
-def open_problem(setting: Setting, checkpoint: str | Path, n_rows: int) -> Problem:
+def open_problem(session: Session, checkpoint: str | Path, n_rows: int) -> Problem:
     """The lens of a run, and ``n_rows`` of the validation rows of its cache.
 
     Raises:
       ValueError: no such checkpoint, or a lens whose decoder gets no gradient through its text.
     """
-    config = setting.config
-    (train, validation), reference = setting.caches, setting.reference
+    config = session.config
+    (train, validation), reference = session.caches, session.reference
     template, frozen = init_lens(
-        setting.model.params, setting.spec, reference.mean_D, reference.scale
+        session.model.params, session.spec, reference.mean_D, reference.scale
     )
     if not template["decoder"]:
         raise ConfigError([f"--checkpoint={checkpoint}: no part of its decoder is trained"])
     steps = config.joint.steps
     steps_per_epoch = len(train) / config.joint.batch_size
-    schedules = setting.objective.schedules(stage_steps=steps, steps_per_epoch=steps_per_epoch)
+    schedules = session.objective.schedules(stage_steps=steps, steps_per_epoch=steps_per_epoch)
     weights = schedules(jnp.int32(steps)).weights
     if not (weights["mse"] or weights["kl"]):
         raise ConfigError([f"--checkpoint={checkpoint}: both loss.mse and loss.kl end at 0"])
     # Rows of one document are neighbours; spread over the split they are of different ones.
     rows = validation.rows(np.linspace(0, len(validation) - 1, n_rows).astype(np.int64))
     return Problem(
-        trainable=load_lens(checkpoint, placed(template, setting)),
+        trainable=load_lens(checkpoint, placed(template, session)),
         frozen=frozen,
-        batch=make_batch(rows, batch_sharding(setting.mesh), n_rows),
-        objective=setting.objective,
+        batch=make_batch(rows, batch_sharding(session.mesh), n_rows),
+        objective=session.objective,
         weights=weights,
     )
 

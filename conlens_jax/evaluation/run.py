@@ -23,12 +23,12 @@ from conlens_jax.lens.spec import init_lens
 from conlens_jax.measurement.bootstrap import Interval
 from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.preemption import leave_together
-from conlens_jax.parallel.processes import told_by_first
+from conlens_jax.parallel.processes import broadcast_from_first
 from conlens_jax.tracking.records import read_metrics
 from conlens_jax.training.checkpoint import all_steps, read_metadata
 from conlens_jax.training.run import placed
 from conlens_jax.training.run_folder import BASELINE, CONTROL, checkpoint_of, load_lens
-from conlens_jax.training.session import Setting
+from conlens_jax.training.session import Session
 
 _STATISTICS = {
     "lm_loss": "{:.3f} nats a token",
@@ -61,7 +61,7 @@ class _Results:
     studies: Studies | None
 
 
-def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
+def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
     """Measures a checkpoint beside the warm start and the control of its run, where they exist.
 
     Several processes measure together; the first one writes.
@@ -78,29 +78,29 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
     Raises:
       ValueError: no checkpoint there, or one of another model or lens.
     """
-    config, console = setting.config, setting.console
+    config, console = session.config, session.console
     lenses, run_folder = _find_lenses(checkpoint)
     main = lenses[-1] if lenses[-1].key != CONTROL else lenses[-2]
     metadata = read_metadata(main.folder, main.step)
-    found, wanted = setting.model.weights_hash, metadata["weights_hash"]
+    found, wanted = session.model.weights_hash, metadata["weights_hash"]
     if found != wanted:
         raise ConfigError(
             [
                 f"model.path: the checkpoint {main.folder / str(main.step)} was trained on "
                 f"{metadata['model_id']}, whose weights ({wanted[:12]}) are not those of "
-                f"{setting.model.model_id} ({found[:12]} in {setting.model.folder})"
+                f"{session.model.model_id} ({found[:12]} in {session.model.folder})"
             ]
         )
-    (_, validation), reference = setting.caches, setting.reference
+    (_, validation), reference = session.caches, session.reference
     count = min(config.evaluate.rows or len(validation), len(validation))
-    tokenizer = setting.model.tokenizer
+    tokenizer = session.model.tokenizer
     template, frozen = init_lens(
-        setting.model.params, setting.spec, reference.mean_D, reference.scale
+        session.model.params, session.spec, reference.mean_D, reference.scale
     )
-    template = placed(template, setting)
+    template = placed(template, session)
     baseline = _load_baseline(run_folder, template)
     suite = Suite.make(
-        setting.measurer(lambda: leave_together("the same command evaluates again")),
+        session.measurer(lambda: leave_together("the same command evaluates again")),
         validation.rows(np.arange(count)),
         reference,
         config.warm,
@@ -111,7 +111,7 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
     )
     studies = None
     if config.evaluate.suite != "basic":
-        studies = Studies.make(setting, suite, template, frozen, run_folder)
+        studies = Studies.make(session, suite, template, frozen, run_folder)
     systems, heat_maps = [], []
     for lens in lenses:
         trainable = load_lens(lens.folder, template, lens.step)
@@ -125,31 +125,31 @@ def evaluate_run(setting: Setting, checkpoint: str | Path) -> Path:
         systems.append(System(lens.key, NAMES.get(lens.key, lens.key), evaluated))
         headline = {name: evaluated.metrics[name].value for name in HEADLINE}
         console.line("evaluate", lens=lens.key, step=lens.step, **headline)
-    _print_table(setting, systems)
+    _print_table(session, systems)
     results = _Results(main, suite, systems, heat_maps, baseline is not None, studies)
-    return Path(told_by_first(lambda: str(_write(setting, run_folder, results))))
+    return Path(broadcast_from_first(lambda: str(_write(session, run_folder, results))))
 
 
-def _write(setting: Setting, run_folder: Path, results: _Results) -> Path:
+def _write(session: Session, run_folder: Path, results: _Results) -> Path:
     """Writes ``metrics.json``, ``metrics.csv`` and ``report.html``; returns the report's path."""
-    config, suite, main = setting.config, results.suite, results.main.key
+    config, suite, main = session.config, results.suite, results.main.key
     measured = {system.key: system.evaluated for system in results.systems}
     differences = _differences(suite, measured, main)
-    statistics = _model_statistics(setting.model.folder)
+    statistics = _model_statistics(session.model.folder)
     metrics_of = {key: evaluated.metrics for key, evaluated in measured.items()}
     flat = flatten(metrics_of, main, differences, statistics)
     write_metrics(run_folder, flat, statistics, results.main.step)
     reference = suite.reference
     documents = len(np.unique(suite.rows.documents_N))
     facts = {
-        "model": setting.model.model_id,
-        "layer": setting.spec.layer,
+        "model": session.model.model_id,
+        "layer": session.spec.layer,
         "rows": f"{len(suite.rows)} rows of {documents} held-out documents",
-        "T": f"{setting.spec.text_len} tokens",
+        "T": f"{session.spec.text_len} tokens",
         "R": f"{reference.resultant:.3f}, on {reference.n_rows} training rows",
         "checkpoint": f"step {results.main.step}",
         **{name: _STATISTICS[name].format(value) for name, value in statistics.items()},
-        "weights": setting.model.weights_hash[:12],
+        "weights": session.model.weights_hash[:12],
     }
     data = PageData(
         systems=results.systems,
@@ -164,14 +164,14 @@ def _write(setting: Setting, run_folder: Path, results: _Results) -> Path:
         partner_N=suite.partner_N,
         config=to_json_dict(config),
         n_examples=config.evaluate.n_examples,
-        notes=_notes(setting, measured, results.has_baseline),
+        notes=_notes(session, measured, results.has_baseline),
         heat_maps=results.heat_maps,
         variables=() if results.studies is None else results.studies.variables,
         ranked=results.studies is not None,
     )
-    page = build_report(data, setting.model.tokenizer)
+    page = build_report(data, session.model.tokenizer)
     report = write_report(page, run_folder / "report.html")
-    track_evaluation(config, run_folder, setting.console)
+    track_evaluation(config, run_folder, session.console)
     return report
 
 
@@ -224,20 +224,20 @@ def _records(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
     return {name: read_metrics(file) for name, file in files.items() if file.exists()}
 
 
-def _notes(setting: Setting, measured: dict[str, Evaluated], has_baseline: bool) -> list[str]:
-    warm = setting.config.warm
+def _notes(session: Session, measured: dict[str, Evaluated], has_baseline: bool) -> list[str]:
+    warm = session.config.warm
     notes = [
         f"Supervised windows hold the {warm.before} source tokens up to P and the {warm.after} "
         "that truly follow. So the explanations of a warm start are what was just said and what "
         "comes next, learnt from the source text; statements in them are taught, not discovered."
     ]
     reader = (
-        f"an encoder trained on nothing else ({setting.config.baseline.steps} steps)"
+        f"an encoder trained on nothing else ({session.config.baseline.steps} steps)"
         if has_baseline
         else "the lens's own encoder, which has not learnt to"
     )
     notes.append(
-        f"last_tokens_…: the true last {setting.spec.text_len} source tokens are read by {reader}. "
+        f"last_tokens_…: the true last {session.spec.text_len} source tokens are read by {reader}. "
         "It says what repeating the recent context would be worth."
     )
     if CONTROL in measured:
@@ -246,7 +246,7 @@ def _notes(setting: Setting, measured: dict[str, Evaluated], has_baseline: bool)
             "stage's compute on the warm start's own objective. What the joint stage gains over "
             "the warm start is a claim only where it is ahead of this control."
         )
-    evaluate = setting.config.evaluate
+    evaluate = session.config.evaluate
     if evaluate.suite == "full":
         notes.append(
             f"The audit encoder started from M and read true windows alone for "
@@ -257,7 +257,7 @@ def _notes(setting: Setting, measured: dict[str, Evaluated], has_baseline: bool)
             "Best of K keeps the text whose reconstruction is nearest to the activation. It needs "
             "the activation, so it says what sampling could give, not what one text gives."
         )
-    if "generator_entropy" in _model_statistics(setting.model.folder):
+    if "generator_entropy" in _model_statistics(session.model.folder):
         notes.append(
             "generator_entropy is what the corpus's generator itself spends on its choices, nats a "
             "token; lm_loss is the embedded model's loss on the same held-out documents."
@@ -265,7 +265,7 @@ def _notes(setting: Setting, measured: dict[str, Evaluated], has_baseline: bool)
     return notes
 
 
-def _print_table(setting: Setting, systems: list[System]) -> None:
+def _print_table(session: Session, systems: list[System]) -> None:
     names = (*HEADLINE, "null_shuffle_fve_nrm", "null_shuffle_kl_frac_mean", "top1_agree")
     names += ("attribute_stated", "null_shuffle_attribute_stated", "nll_text", "nll_window")
     names += ("frozen_fve_nrm", "gap_frozen", "gap_frozen_window", "recall", "precision")
@@ -275,4 +275,4 @@ def _print_table(setting: Setting, systems: list[System]) -> None:
         if all(values):
             rows.append([name, *(f"{v.value:.3f} [{v.lo:.3f}, {v.hi:.3f}]" for v in values)])
     header = ["metric", *(system.name for system in systems)]
-    setting.console.table("held-out documents, 95 % intervals", header, rows)
+    session.console.table("held-out documents, 95 % intervals", header, rows)

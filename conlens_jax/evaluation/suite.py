@@ -34,7 +34,13 @@ from conlens_jax.measurement.bootstrap import (
     Statistic,
     percentile_interval,
 )
-from conlens_jax.measurement.runner import Effect, Explained, Measurer, Reference, other_rows
+from conlens_jax.measurement.runner import (
+    ActivationStatistics,
+    Explained,
+    Measurer,
+    SwapEffect,
+    other_rows,
+)
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.tokenizer import Tokenizer
 
@@ -54,7 +60,7 @@ class Evaluated:
     """
 
     explained: Explained
-    effects: dict[str, Effect]
+    effects: dict[str, SwapEffect]
     per_row: PerRow
     metrics: dict[str, Interval]
 
@@ -65,7 +71,7 @@ class Suite:
 
     measurer: Measurer
     rows: Rows
-    reference: Reference
+    reference: ActivationStatistics
     bootstrap: DocumentBootstrap
     partner_N: np.ndarray
     warm: WarmConfig
@@ -76,7 +82,7 @@ class Suite:
     def make(
         measurer: Measurer,
         rows: Rows,
-        reference: Reference,
+        reference: ActivationStatistics,
         warm: WarmConfig,
         attribute_ids: frozenset[int],
         *,
@@ -157,7 +163,7 @@ class Suite:
         return self.rows.tokens_NS[np.arange(len(self.rows))[:, None], np.maximum(offsets, 0)]
 
     def quantities(
-        self, candidates: Mapping[str, np.ndarray], effects: Mapping[str, Effect]
+        self, candidates: Mapping[str, np.ndarray], effects: Mapping[str, SwapEffect]
     ) -> PerRow:
         """What the statistics of each candidate are means of, one number a row."""
         actual, clean = self.rows.activations_ND, effects["clean"]
@@ -175,7 +181,7 @@ class Suite:
             )
         return per_row
 
-    def _text_rows(self, explained: Explained, clean: Effect, original: Params) -> PerRow:
+    def _text_rows(self, explained: Explained, clean: SwapEffect, original: Params) -> PerRow:
         about_to_use = clean.top_tokens[:, 0]
         is_attribute = np.isin(about_to_use, sorted(self.attribute_ids))
         states = lambda texts: np.any(texts == about_to_use[:, None], axis=1) & is_attribute

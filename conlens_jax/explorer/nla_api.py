@@ -79,19 +79,19 @@ class TextRequest(BaseModel):
     enable_thinking: bool | None = None
 
 
-class Writing(BaseModel):
+class SamplingOptions(BaseModel):
     temperature: float = Field(0.7, ge=0, le=5)
     max_new_tokens: int = Field(200, gt=0, le=4096)
     stream: bool = False
 
 
-class ExplainRequest(TextRequest, Writing):
+class ExplainRequest(TextRequest, SamplingOptions):
     # Strict: a boolean mask would be read as positions 0 and 1. Empty: as if it were not there.
     positions: list[StrictInt] | None = Field(None, max_length=MAX_POSITIONS)
     reverse: bool = True
 
 
-class DescribeRequest(Writing):
+class DescribeRequest(SamplingOptions):
     activations: list[list[float]] = Field(min_length=1, max_length=MAX_ACTIVATIONS)
 
 
@@ -145,7 +145,7 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
             raise ValueError(f"the text has {len(tokens)} tokens; at most {max_tokens} are read")
         return tokens
 
-    def decoding_of(request: Writing) -> dict[str, Any]:
+    def decoding_of(request: SamplingOptions) -> dict[str, Any]:
         if request.max_new_tokens < lens.spec.text_len:
             raise ValueError(
                 f"max_new_tokens={request.max_new_tokens}: this lens writes {lens.spec.text_len}"

@@ -19,7 +19,7 @@ from conlens_jax.models.arguments import finite_array
 from conlens_jax.models.generate import bucket
 from conlens_jax.models.written import Written
 
-Place = tuple[Any, int]
+TextPosition = tuple[Any, int]
 """A text and an index into its tokens."""
 
 
@@ -65,7 +65,7 @@ class Steered:
     after: str
 
 
-def compare(lens: LensReader, a: Place | Vector, b: Place | Vector) -> Comparison:
+def compare(lens: LensReader, a: TextPosition | Vector, b: TextPosition | Vector) -> Comparison:
     """See :meth:`~conlens_jax.inspection.lens.Lens.compare`."""
     mean_D = np.asarray(lens.frozen["statistics"]["mean"])
     a_D, b_D = _vector_of(lens, a, "a"), _vector_of(lens, b, "b")
@@ -80,7 +80,7 @@ def compare(lens: LensReader, a: Place | Vector, b: Place | Vector) -> Compariso
     )
 
 
-def _vector_of(lens: LensReader, value: Place | Vector, name: str) -> Vector:
+def _vector_of(lens: LensReader, value: TextPosition | Vector, name: str) -> Vector:
     if not isinstance(value, tuple):
         vector, width = finite_array(value, name), lens.spec.model.d_model
         if vector.shape != (width,):

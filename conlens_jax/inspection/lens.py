@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from conlens_jax.files.paths import local_path
 from conlens_jax.inspection import changes, loading
 from conlens_jax.inspection import folder as saved
-from conlens_jax.inspection.changes import Place
+from conlens_jax.inspection.changes import TextPosition
 from conlens_jax.inspection.reader import LensReader, Vector
 from conlens_jax.inspection.texts import Explanation
 from conlens_jax.models.written import Written
@@ -60,7 +60,7 @@ class Lens(LensReader):
             **{field.name: getattr(parts, field.name) for field in dataclasses.fields(parts)}
         )
 
-    def compare(self, a: Place | Vector, b: Place | Vector) -> changes.Comparison:
+    def compare(self, a: TextPosition | Vector, b: TextPosition | Vector) -> changes.Comparison:
         """Explains the difference of two activations.
 
         The decoder has learnt to read activations, not differences. So it reads both of them, and

@@ -18,7 +18,7 @@ from conlens_jax.lens import decoder as writing
 from conlens_jax.lens.encoder import encode_tokens
 from conlens_jax.lens.gumbel import Noise, drawn_noise
 from conlens_jax.lens.losses import direction_error, kl_divergence
-from conlens_jax.lens.original import Reading, context_at, read_through, swapped_logits
+from conlens_jax.lens.original import ContextStates, context_at, read_through, swapped_logits
 from conlens_jax.lens.spec import LensSpec, decoder_of, encoder_of
 from conlens_jax.models.param_table import Params
 
@@ -27,7 +27,7 @@ TOP = 5
 _PURPOSE = 4  # of the noise, apart from training's and the evaluation's
 
 
-class Effect(NamedTuple):
+class SwapPrediction(NamedTuple):
     """What M predicts behind the position of each row, without and with a vector swapped in.
 
     Attributes:
@@ -83,13 +83,13 @@ def _noise(sampling: Sampling | None, spec: LensSpec) -> Noise | None:
 def _explain(
     trainable: Params,
     frozen: Params,
-    reading: Reading,
+    reading: ContextStates,
     documents_B: Int[Array, "B"],
     indices_B: Int[Array, "B"],
     sampling: Sampling | None,
     *,
     spec: LensSpec,
-) -> tuple[Int[Array, "B T"], Effect]:
+) -> tuple[Int[Array, "B T"], SwapPrediction]:
     """A text for each row, and the effect of what the encoder makes of it. No sampling: greedy."""
     activation_BD = reading.residual_GSD[documents_B, indices_B].astype(jnp.float32)
     text_BT = _write(trainable, frozen, activation_BD, sampling, spec=spec)
@@ -99,18 +99,18 @@ def _explain(
 
 def _swap(
     frozen: Params,
-    reading: Reading,
+    reading: ContextStates,
     documents_B: Int[Array, "B"],
     indices_B: Int[Array, "B"],
     vector_BD: Float[Array, "B D"],
     *,
     spec: LensSpec,
-) -> Effect:
+) -> SwapPrediction:
     original = frozen["original"]
     context = context_at(original, reading, documents_B, indices_B, horizon=1, spec=spec)
     swapped_BhV = swapped_logits(original, context, vector_BD, spec=spec)
     activation_BD = context.residual_BhD[:, 0].astype(jnp.float32)
-    return Effect(
+    return SwapPrediction(
         cos=1 - direction_error(vector_BD, activation_BD) / 2,
         kl=kl_divergence(context.logits_BhV, swapped_BhV)[:, 0],
         before=_most_probable(context.logits_BhV[:, 0]),

@@ -16,7 +16,7 @@ from conlens_jax.config.seeds import checked_seed
 from conlens_jax.inspection import batching
 from conlens_jax.inspection.explanations import Explanations
 from conlens_jax.inspection.parts import LensParts
-from conlens_jax.inspection.programs import Effect, Programs, Sampling, sampling_of
+from conlens_jax.inspection.programs import Programs, Sampling, SwapPrediction, sampling_of
 from conlens_jax.inspection.readings import ExplainedToken, Prediction, Reading
 from conlens_jax.inspection.texts import (
     Explanation,
@@ -315,7 +315,7 @@ class LensReader(LensParts):
         (group,) = batching.groups_of(documents, [[index]], 1)
         return self._read(group.tokens_GS, group.mask_GS), index
 
-    def _reading(self, text: str, effect: Effect, row: int) -> Reading:
+    def _reading(self, text: str, effect: SwapPrediction, row: int) -> Reading:
         cos, kl = float(effect.cos[row]), float(effect.kl[row])
         return Reading.of(text, cos, kl, self._predictions(effect.after, row))
 

@@ -21,15 +21,15 @@ from conlens_jax.models.cache import KVCache, with_room
 from conlens_jax.models.transformer import (
     Head,
     Patches,
+    add_position_embeddings,
     all_positions,
     embed_tokens,
-    enter,
     run_layers,
 )
 from conlens_jax.parallel.constrain import constrain
 
 
-def head_of(decoder: Decoder, spec: LensSpec) -> Head:
+def decoder_head(decoder: Decoder, spec: LensSpec) -> Head:
     """The base's norm, and the head that this decoder has."""
     return transformer.head_of(decoder.base, spec.model, decoder.head_DV)
 
@@ -61,7 +61,7 @@ def slot_patches(
     return Patches(patch_NBD, jnp.int32(len(spec.decoder_left)))
 
 
-class Writing(NamedTuple):
+class DecodingState(NamedTuple):
     """A text on its way: its newest token, and what the decoder keeps of all before."""
 
     token_B: Int[Array, "B"]
@@ -97,30 +97,30 @@ def first_token(
     noise: Noise | None,
     *,
     spec: LensSpec,
-) -> Writing:
+) -> DecodingState:
     """Reads the prompt with the activation in it and writes token 0, with room for T of them."""
     prompt_BpD = prompt_embeddings(decoder, activation_BD, spec)
     positions_Bp = all_positions(*prompt_BpD.shape[:2])
     x_BpD, cache = run_layers(
         decoder.base["layers"],
-        enter(decoder.base, prompt_BpD, positions_Bp),
+        add_position_embeddings(decoder.base, prompt_BpD, positions_Bp),
         positions_Bp,
         config=spec.model,
         keep_cache=True,
         patches=slot_patches(decoder, activation_BD, spec),
     )
     token_B = _choose(decoder, x_BpD[:, -1], jnp.int32(0), noise, spec)
-    return Writing(token_B, with_room(cache, spec.text_len - 1))
+    return DecodingState(token_B, with_room(cache, spec.text_len - 1))
 
 
 def next_token(
     decoder: Decoder,
-    writing: Writing,
+    writing: DecodingState,
     step: Int[Array, ""],
     noise: Noise | None,
     *,
     spec: LensSpec,
-) -> Writing:
+) -> DecodingState:
     """Writes token ``step``, 1 to T − 1, behind the ones before it."""
     prompt_len = len(spec.decoder_left) + 1 + len(spec.decoder_right)
     slot = prompt_len + step - 1
@@ -128,17 +128,17 @@ def next_token(
     embedding_B1D = embed_tokens(decoder.base, writing.token_B, spec.model)[:, None]
     x_B1D, cache = run_layers(
         decoder.base["layers"],
-        enter(decoder.base, embedding_B1D, position_B1),
+        add_position_embeddings(decoder.base, embedding_B1D, position_B1),
         position_B1,
         config=spec.model,
         cache=writing.cache,
         slot=slot,
     )
-    return Writing(_choose(decoder, x_B1D[:, 0], step, noise, spec), cache)
+    return DecodingState(_choose(decoder, x_B1D[:, 0], step, noise, spec), cache)
 
 
 def _choose(decoder, x_BD, step, noise: Noise | None, spec: LensSpec) -> Int[Array, "B"]:
-    head = head_of(decoder, spec)
+    head = decoder_head(decoder, spec)
     logits_BV = head.logits(x_BD)
     if noise is not None:
         logits_BV += noise.at(step).values(head.vocab_size)[:, 0]
@@ -159,7 +159,7 @@ def forced_states(
     positions = all_positions(*x.shape[:2])
     x, _ = run_layers(
         decoder.base["layers"],
-        enter(decoder.base, x, positions),
+        add_position_embeddings(decoder.base, x, positions),
         positions,
         config=spec.model,
         patches=slot_patches(decoder, activation_BD, spec),
@@ -188,4 +188,4 @@ def teacher_forced_logits(
 ) -> Float[Array, "B T V"]:
     """Logits of :func:`teacher_forced_states`."""
     states = teacher_forced_states(decoder, activation_BD, tokens_BT, spec=spec)
-    return head_of(decoder, spec).logits(states)
+    return decoder_head(decoder, spec).logits(states)

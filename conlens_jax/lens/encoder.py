@@ -7,9 +7,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from conlens_jax.lens.spec import Encoder, LensSpec, around, denormalise, normalise, project
 from conlens_jax.models.transformer import (
+    add_position_embeddings,
     all_positions,
     embed_tokens,
-    enter,
     positions_of,
     run_layers,
 )
@@ -73,7 +73,7 @@ def _states(
     else:
         sides = ((0, 0), (len(spec.encoder_left), len(spec.encoder_right)))
         positions = positions_of(jnp.pad(mask_BT, sides, constant_values=True))
-    x = enter(encoder.base, x, positions)
+    x = add_position_embeddings(encoder.base, x, positions)
     x, _ = run_layers(encoder.base["layers"], x, positions, config=spec.model)
     return x
 

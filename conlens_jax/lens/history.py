@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from conlens_jax.config.estimator import parse_estimator
 from conlens_jax.lens.decoder import (
-    head_of,
+    decoder_head,
     prompt_embeddings,
     slot_patches,
     teacher_forced_states,
@@ -27,14 +27,14 @@ from conlens_jax.lens.estimators import logits_cotangent
 from conlens_jax.lens.gumbel import Noise, as_noise
 from conlens_jax.lens.spec import Decoder, LensSpec
 from conlens_jax.lens.vocabulary import chunks_of, sampled_embeddings
-from conlens_jax.models.backward import TokenPullBack, keep_layers, pull_back_layers
+from conlens_jax.models.backward import TokenPullBack, forward_with_residuals, layers_vjp
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.quantized import matmul, take_rows_bar, zeros_bar
 from conlens_jax.models.transformer import (
     Patches,
+    add_position_embeddings,
     all_positions,
     embed_tokens,
-    enter,
     scale_embeddings,
 )
 
@@ -81,8 +81,10 @@ def _forward(decoder, activation_BD, tokens_BT, noise, tau, keys_BT, spec):
     history_BtD = embed_tokens(decoder.base, tokens_BT[:, :-1], spec.model)
     x = jnp.concatenate([prompt_BpD, history_BtD.astype(prompt_BpD.dtype)], axis=1)
     positions = all_positions(*x.shape[:2])
-    x = enter(decoder.base, x, positions)
-    x, kept = keep_layers(decoder.base["layers"], x, positions, config=spec.model, patches=patches)
+    x = add_position_embeddings(decoder.base, x, positions)
+    x, kept = forward_with_residuals(
+        decoder.base["layers"], x, positions, config=spec.model, patches=patches
+    )
     state_BTD = x[:, prompt_BpD.shape[1] - 1 :]
     inputs = (decoder, activation_BD, tokens_BT, noise, tau, keys_BT)
     return state_BTD, (inputs, kept, state_BTD)
@@ -95,7 +97,7 @@ def _backward(spec, residuals, wanted_BTD):
     length = kept.inputs_BSD.shape[2]
     prompt_len = length - (spec.text_len - 1)
     positions_BS = all_positions(len(tokens_BT), length)
-    estimator, head = parse_estimator(spec.lens.estimator), head_of(decoder, spec)
+    estimator, head = parse_estimator(spec.lens.estimator), decoder_head(decoder, spec)
 
     def pull_tokens(history_bar: Array):
         """Cotangents of (head, states) through the tokens that were sampled from them."""
@@ -113,9 +115,7 @@ def _backward(spec, residuals, wanted_BTD):
         """Cotangents of layers, input embeddings and patches."""
         patch_at = None if decoder.input_patches is None else jnp.int32(len(spec.decoder_left))
         out_bar = jnp.pad(total_BTD, ((0, 0), (prompt_len - 1, 0), (0, 0)))
-        return pull_back_layers(
-            layers, kept, out_bar, positions_BS, config=spec.model, patch_at=patch_at
-        )
+        return layers_vjp(layers, kept, out_bar, positions_BS, config=spec.model, patch_at=patch_at)
 
     sweeps = history_sweeps(spec.lens.history_gradient, spec.text_len)
     total_BTD = wanted_BTD
@@ -154,7 +154,7 @@ def _visit_tokens(residuals, wanted_BTD: Array, positions_BS: Array, spec: LensS
     """Exact cotangents [B, T−1, D] of the embeddings of all tokens but the last."""
     inputs, kept, state_BTD = residuals
     decoder, _, tokens_BT, noise, tau, keys_BT = inputs
-    head, table_VD = head_of(decoder, spec), decoder.base["embedding"]
+    head, table_VD = decoder_head(decoder, spec), decoder.base["embedding"]
     first = positions_BS.shape[1] - (spec.text_len - 1)
     go_back = TokenPullBack(decoder.base["layers"], kept, positions_BS, first, spec.model)
     estimator = parse_estimator(spec.lens.estimator)

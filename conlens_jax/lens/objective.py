@@ -27,7 +27,7 @@ from conlens_jax.config.estimator import (
 )
 from conlens_jax.lens import original as original_model
 from conlens_jax.lens.batch import Batch
-from conlens_jax.lens.decoder import generate, head_of, teacher_forced_states
+from conlens_jax.lens.decoder import decoder_head, generate, teacher_forced_states
 from conlens_jax.lens.encoder import encode_embeddings, encode_prefixes
 from conlens_jax.lens.estimators import token_keys
 from conlens_jax.lens.gumbel import Noise, as_noise
@@ -37,7 +37,7 @@ from conlens_jax.lens.original import Context
 from conlens_jax.lens.policy import policy_loss
 from conlens_jax.lens.schedules import make_schedule
 from conlens_jax.lens.spec import Decoder, Encoder, LensSpec, decoder_of, encoder_of
-from conlens_jax.lens.vocabulary import Reference, sampled_embeddings, text_terms
+from conlens_jax.lens.vocabulary import ReferenceLogits, sampled_embeddings, text_terms
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import embed_tokens, scale_embeddings
 
@@ -61,7 +61,7 @@ class Prepared(NamedTuple):
     text_BT: Int[Array, "B T"]
     noise: Noise
     context: Context | None
-    reference: Reference | None
+    reference: ReferenceLogits | None
     keys_BT: Key[Array, "B T"] | None
 
 
@@ -137,13 +137,13 @@ def warm_loss(
         with jax.named_scope("read"):
             window_BTD = embed_tokens(encoder.base, window_BT, spec.model)
             _, error_B = read_text(encoder, window_BTD, batch.activation_BD, objective)
-        parts["read_error"] = jnp.mean(error_B)
+        parts["encoder_error"] = jnp.mean(error_B)
     if trainable["decoder"]:
         decoder = decoder_of(trainable, frozen)
         with jax.named_scope("write"):
             states = teacher_forced_states(decoder, batch.activation_BD, window_BT, spec=spec)
-            terms = text_terms(head_of(decoder, spec), states, window_BT)
-        parts["write_loss"] = jnp.mean(terms["nll"])
+            terms = text_terms(decoder_head(decoder, spec), states, window_BT)
+        parts["decoder_nll"] = jnp.mean(terms["nll"])
     return sum(parts.values(), jnp.float32(0)), parts
 
 
@@ -191,13 +191,13 @@ def prepare(
 
 def reference_text(
     frozen: Params, activation_BD: Array, text_BT: Int[Array, "B T"], objective: Objective
-) -> Reference:
+) -> ReferenceLogits:
     """The next-token predictions that L_LM compares D's with; see ``loss.lm_reference``."""
     spec, original = objective.spec, frozen["original"]
     if objective.loss.lm_reference == "warm":
         warm: Decoder = decoder_of({"decoder": frozen["warm_decoder"]}, frozen)
         states = teacher_forced_states(warm, activation_BD, text_BT, spec=spec)
-        return Reference(head_of(warm, spec), states)
+        return ReferenceLogits(decoder_head(warm, spec), states)
     start = () if spec.bos is None else (spec.bos,)
     if objective.loss.lm_reference == "prompt":
         start = spec.decoder_left + spec.decoder_right or start
@@ -234,7 +234,7 @@ def joint_loss(
 
     state_BTD, text_BTD = write_text(decoder, encoder, activation_BD, prepared, tau, objective)
     with jax.named_scope("text_terms"):
-        head = head_of(decoder, spec)
+        head = decoder_head(decoder, spec)
         of_text = text_terms(head, state_BTD, prepared.text_BT, prepared.reference)
     with jax.named_scope("encode"):
         reconstruction_BD, error_B = read_text(encoder, text_BTD, activation_BD, objective)
@@ -289,7 +289,7 @@ def write_text(
         state_BTD = text_states(decoder, activation_BD, text_BT, noise, tau, spec, keys_BT)
     with jax.named_scope("sampled_tokens"):
         rows_BTD = sampled_embeddings(
-            head_of(decoder, spec),
+            decoder_head(decoder, spec),
             state_BTD,
             noise,
             text_BT,

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from conlens_jax.lens.spec import LensSpec
-from conlens_jax.lens.vocabulary import Reference
+from conlens_jax.lens.vocabulary import ReferenceLogits
 from conlens_jax.models.cache import KVCache
 from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import (
+    add_position_embeddings,
     all_positions,
     embed_tokens,
-    enter,
     head_of,
     positions_of,
     run_layers,
@@ -45,7 +45,7 @@ class Context(NamedTuple):
     cache: KVCache | None
 
 
-class Reading(NamedTuple):
+class ContextStates(NamedTuple):
     """One pass of M over G contexts: what every position in them has a swap need.
 
     Attributes:
@@ -71,7 +71,9 @@ def capture(
     """The residual stream at the output of block L, all positions; stops there."""
     layers = slice_layers(original["layers"], 0, spec.layer + 1)
     positions_BS = positions_of(mask_BS)
-    x_BSD = enter(original, embed_tokens(original, tokens_BS, spec.model), positions_BS)
+    x_BSD = add_position_embeddings(
+        original, embed_tokens(original, tokens_BS, spec.model), positions_BS
+    )
     x_BSD, _ = run_layers(layers, x_BSD, positions_BS, config=spec.model)
     return x_BSD
 
@@ -108,18 +110,18 @@ def read_through(
     mask_GS: Bool[Array, "G S"],
     *,
     spec: LensSpec,
-) -> Reading:
+) -> ContextStates:
     """M over whole contexts, for as many :func:`context_at` as are wanted."""
     positions_GS = positions_of(mask_GS)
     lower_GSD = capture(original, tokens_GS, mask_GS, spec=spec)
     upper = slice_layers(original["layers"], spec.layer + 1, spec.model.n_layers)
     x_GSD, cache = run_layers(upper, lower_GSD, positions_GS, config=spec.model, keep_cache=True)
-    return Reading(lower_GSD, x_GSD, positions_GS, cache)
+    return ContextStates(lower_GSD, x_GSD, positions_GS, cache)
 
 
 def context_at(
     original: Params,
-    reading: Reading,
+    reading: ContextStates,
     documents_B: Int[Array, "B"],
     indices_B: Int[Array, "B"],
     *,
@@ -193,7 +195,7 @@ def swapped_logits(
 
 def text_alone(
     original: Params, text_BT: Int[Array, "B T"], start: tuple[int, ...], spec: LensSpec
-) -> Reference:
+) -> ReferenceLogits:
     """M's predictions of each token of a text that stands behind the tokens ``start``.
 
     Without a start there is nothing to predict the first token from; its logits are uniform.
@@ -201,7 +203,7 @@ def text_alone(
     prefix = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (text_BT.shape[0], len(start)))
     tokens = jnp.concatenate([prefix, text_BT[:, :-1]], axis=1)
     positions = all_positions(*tokens.shape)
-    x = enter(original, embed_tokens(original, tokens, spec.model), positions)
+    x = add_position_embeddings(original, embed_tokens(original, tokens, spec.model), positions)
     x, _ = run_layers(original["layers"], x, positions, config=spec.model)
     state_BTD = x[:, len(start) - 1 :] if start else jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
-    return Reference(head_of(original, spec.model), state_BTD)
+    return ReferenceLogits(head_of(original, spec.model), state_BTD)

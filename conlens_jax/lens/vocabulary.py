@@ -88,7 +88,7 @@ def sampled_embeddings(
     return in_chunks(embed, arrays, chunks_of(*tokens_BT.shape, head.vocab_size))
 
 
-class Reference(NamedTuple):
+class ReferenceLogits(NamedTuple):
     """Logits to compare with, as states and a head. A state of zeros has uniform logits."""
 
     head: Head
@@ -102,7 +102,7 @@ def text_terms(
     head: Head,
     state_BTD: Float[Array, "B T D"],
     tokens_BT: Int[Array, "B T"],
-    reference: Reference | None = None,
+    reference: ReferenceLogits | None = None,
 ) -> dict[str, Float[Array, "B T"]]:
     """``entropy`` of the logits, ``nll`` of the tokens and, with a reference, ``lm``, the KL from
     it; of every token, in nats. What is not used costs nothing under ``jit``."""

@@ -33,7 +33,7 @@ SAMPLING = 2  # purpose of the evaluation noise, apart from that of training
 TOP = 5
 
 
-class Effect(NamedTuple):
+class SwapEffect(NamedTuple):
     """What M predicts at P with a vector swapped in, one entry a row.
 
     Attributes:
@@ -91,7 +91,7 @@ def text_nll(original: Params, text_BT: jax.Array, *, spec: LensSpec):
 
 def context_of_batch(
     original: Params, batch: Batch, *, spec: LensSpec, horizon: int
-) -> tuple[Context, jax.Array, Effect]:
+) -> tuple[Context, jax.Array, SwapEffect]:
     """The context of a batch, the true next tokens, and M's predictions without a swap."""
     context = read_context(
         original, batch.tokens_GS, batch.mask_GS, batch.positions_B, horizon=horizon, spec=spec
@@ -108,7 +108,7 @@ def effect_of_swap(
     vector_BD: jax.Array,
     *,
     spec: LensSpec,
-) -> Effect:
+) -> SwapEffect:
     logits_BhV = swapped_logits(original, context, vector_BD, spec=spec)
     return _describe(context, next_token_B, logits_BhV)
 
@@ -133,7 +133,7 @@ def unembedded(
     state_BD: jax.Array,
     *,
     spec: LensSpec,
-) -> tuple[Effect, jax.Array]:
+) -> tuple[SwapEffect, jax.Array]:
     state_B1D = state_BD[:, None].astype(original["embedding"].dtype)
     logits_B1V = unembed(original, state_B1D, config=spec.model)
     words_BT = jax.lax.top_k(logits_B1V[:, 0], spec.text_len)[1]
@@ -147,10 +147,10 @@ def states_at(original: Params, batch: Batch, *, layer: int, spec: LensSpec) -> 
     return states_BSD[jnp.arange(len(states_BSD)), batch.positions_B].astype(jnp.float32)
 
 
-def _describe(context: Context, next_token_B: jax.Array, logits_BhV: jax.Array) -> Effect:
+def _describe(context: Context, next_token_B: jax.Array, logits_BhV: jax.Array) -> SwapEffect:
     kl_Bh = kl_divergence(context.logits_BhV[:, : logits_BhV.shape[1]], logits_BhV)
     top_probabilities, top_tokens = jax.lax.top_k(jax.nn.softmax(logits_BhV[:, 0]), TOP)
-    return Effect(
+    return SwapEffect(
         kl_at=kl_Bh[:, 0],
         kl_cont=jnp.mean(kl_Bh, axis=1),
         ce=cross_entropy(logits_BhV[:, 0], next_token_B),

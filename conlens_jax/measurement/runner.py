@@ -23,7 +23,7 @@ from conlens_jax.lens.batch import Batch, filled
 from conlens_jax.lens.spec import LensSpec
 from conlens_jax.measurement import metrics
 from conlens_jax.measurement import programs as pure
-from conlens_jax.measurement.programs import Effect
+from conlens_jax.measurement.programs import SwapEffect
 from conlens_jax.models.generate import generate as continue_text
 from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.mesh import batch_sharding
@@ -149,10 +149,10 @@ class Measurer:
 
     def effects(
         self, original: Params, rows: Rows, candidates: Mapping[str, np.ndarray]
-    ) -> dict[str, Effect]:
+    ) -> dict[str, SwapEffect]:
         """The effect of each candidate [N, D], and of no swap under the name ``clean``."""
 
-        def run(batch: Batch, start: int) -> dict[str, Effect]:
+        def run(batch: Batch, start: int) -> dict[str, SwapEffect]:
             context, next_token_B, clean = self._context(original, batch)
             effects = {"clean": clean}
             for name, vectors_ND in candidates.items():
@@ -170,11 +170,11 @@ class Measurer:
 
     def unembedded(
         self, original: Params, rows: Rows, states_ND: np.ndarray
-    ) -> tuple[Effect, np.ndarray]:
+    ) -> tuple[SwapEffect, np.ndarray]:
         """What M's own head reads from given states [N, D], beside M's prediction at P (the
         horizon ends there); and its T likeliest tokens [N, T], most likely first."""
 
-        def run(batch: Batch, start: int) -> tuple[Effect, jax.Array]:
+        def run(batch: Batch, start: int) -> tuple[SwapEffect, jax.Array]:
             context, next_token_B, _ = self._context(original, batch)
             state_BD = self._piece(np.asarray(states_ND, np.float32), start)
             return self._unembedded(original, context, next_token_B, state_BD)
@@ -240,7 +240,7 @@ def other_rows(documents_N: np.ndarray) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reference:
+class ActivationStatistics:
     """Statistics of the training activations that the metrics refer to.
 
     Attributes:
@@ -260,14 +260,14 @@ class Reference:
         return {**dataclasses.asdict(self), "mean_D": self.mean_D.tolist()}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Reference:
+    def from_json(cls, values: Mapping[str, Any]) -> ActivationStatistics:
         return cls(**{**values, "mean_D": np.asarray(values["mean_D"], np.float32)})
 
 
-def reference_of(activations_ND: np.ndarray) -> Reference:
+def activation_statistics(activations_ND: np.ndarray) -> ActivationStatistics:
     wide = activations_ND.astype(np.float64)
     mean_D = wide.mean(axis=0)
-    return Reference(
+    return ActivationStatistics(
         mean_D=mean_D.astype(np.float32),
         scale=float(np.sqrt(np.mean(np.square(wide - mean_D)))),
         resultant=metrics.resultant_length(wide),

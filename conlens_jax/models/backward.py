@@ -1,7 +1,7 @@
 """The backward pass through a stack of layers by hand: all tokens at once, or one by one.
 
-:func:`keep_layers` is the forward pass that keeps, of each layer, its input and the results of
-its matrix products. From these :func:`pull_back_layers` makes the usual gradients. And
+:func:`forward_with_residuals` is the forward pass that keeps, of each layer, its input and the
+results of its matrix products. From these :func:`layers_vjp` makes the usual gradients. And
 :class:`TokenPullBack` goes back token by token, from the last to the first, as decoding went
 forward: where the cotangent of a token's output depends on the gradient at the tokens behind it
 (a sampled text is such a case), this is the exact gradient for the price of one backward pass.
@@ -27,12 +27,12 @@ from conlens_jax.models.attention import (
 )
 from conlens_jax.models.block import (
     Block,
-    Kept,
+    Residuals,
     attention_inputs,
     layer_output,
     score_form,
 )
-from conlens_jax.models.layer_kinds import Layers, params_of, surroundings_of
+from conlens_jax.models.layer_kinds import Layers, mask_and_rope_of, params_of
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.products import Products
 from conlens_jax.models.quantized import split_frozen, zeros_bar
@@ -40,14 +40,14 @@ from conlens_jax.models.transformer import Patches, scan_layers
 from conlens_jax.models.transformer_config import TransformerConfig
 
 
-def keep_layers(
+def forward_with_residuals(
     layers: Layers,
     x_BSD: Float[Array, "B S D"],
     positions_BS: Int[Array, "B S"],
     *,
     config: TransformerConfig,
     patches: Patches | None = None,
-) -> tuple[Float[Array, "B S D"], Kept]:
+) -> tuple[Float[Array, "B S D"], Residuals]:
     """:func:`~conlens_jax.models.transformer.run_layers`, and what the backward pass needs.
 
     With ``config.remat="full"`` the products are made again there instead of being kept.
@@ -56,9 +56,9 @@ def keep_layers(
     return x_BSD, kept._replace(products={}) if config.remat == "full" else kept
 
 
-def pull_back_layers(
+def layers_vjp(
     layers: Layers,
-    kept: Kept,
+    kept: Residuals,
     out_bar_BSD: Float[Array, "B S D"],
     positions_BS: Int[Array, "B S"],
     *,
@@ -66,7 +66,7 @@ def pull_back_layers(
     patch_at: Int[Array, ""] | None = None,
 ) -> tuple[Params, Float[Array, "B S D"], Float[Array, "n B D"] | None]:
     """Cotangents of the parameters, of the input and (with ``patch_at``) of the patches."""
-    surroundings, place_N = surroundings_of(layers, positions_BS, None, config)
+    mask_and_rope, place_N = mask_and_rope_of(layers, positions_BS, None, config)
 
     def back(x_bar_BSD: Array, layer):
         weights, kept, place = layer
@@ -74,7 +74,7 @@ def pull_back_layers(
         trained, frozen = split_frozen(weights)
 
         def run(trained, x_BSD):
-            inputs = (x_BSD, None, None, kept.products, place, surroundings, None)
+            inputs = (x_BSD, None, None, kept.products, place, mask_and_rope, None)
             return Block(config).apply({"params": {**trained, **frozen}}, *inputs)[0]
 
         _, pull = jax.vjp(run, trained, kept.inputs_BSD)
@@ -120,24 +120,24 @@ class TokenPullBack:
     """Vector-Jacobian products of the last t tokens of a pass, from the last to the first.
 
     Args:
-      kept: of the whole pass (:func:`keep_layers`).
+      kept: of the whole pass (:func:`forward_with_residuals`).
       first: index of the first of the t tokens.
     """
 
     def __init__(
         self,
         layers: Layers,
-        kept: Kept,
+        kept: Residuals,
         positions_BS: Int[Array, "B S"],
         first: int,
         config: TransformerConfig,
     ):
         self.layers, self.config, self.first = params_of(layers), config, first
         self.keys, self.values = kept.keys, kept.values
-        self.surroundings, self.place_N = surroundings_of(layers, positions_BS, None, config)
+        self.mask_and_rope, self.place_N = mask_and_rope_of(layers, positions_BS, None, config)
         tail = lambda array: array[:, :, first:]
         self.inputs, self.products = tail(kept.inputs_BSD), jax.tree.map(tail, kept.products)
-        text = self.surroundings.at_queries(first, positions_BS.shape[1] - first)
+        text = self.mask_and_rope.at_queries(first, positions_BS.shape[1] - first)
 
         def read(layer) -> Read:
             weights, x_BtD, products, keys, place = layer
@@ -168,11 +168,11 @@ class TokenPullBack:
         """
         at = self.first + token
         pick = lambda array, axis, index=token: jax.lax.dynamic_slice_in_dim(array, index, 1, axis)
-        config, surroundings = self.config, self.surroundings.at_queries(at, 1)
+        config, mask_and_rope = self.config, self.mask_and_rope.at_queries(at, 1)
 
         def back(out_bar_B1D: Array, layer):
             weights, x_B1D, products, own_read, keys, values, read, later, place = layer
-            here, form = surroundings.of(place), score_form(place, weights, config)
+            here, form = mask_and_rope.of(place), score_form(place, weights, config)
             attended = heads_last(mix_values(own_read.weights, values))
             finish = lambda x, attended: layer_output(
                 x, attended, Products(weights, products), config

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from conlens_jax.models import flash, rope
 from conlens_jax.models.attention import ScoreForm, attend, heads_first, key_heads_first
-from conlens_jax.models.layer_kinds import Place
+from conlens_jax.models.layer_kinds import LayerIndex
 from conlens_jax.models.mlp import mix_experts, mlp
 from conlens_jax.models.norms import apply_norm
 from conlens_jax.models.param_table import Params
@@ -17,7 +17,7 @@ from conlens_jax.models.products import Products
 from conlens_jax.models.transformer_config import TransformerConfig
 
 
-class Kept(NamedTuple):
+class Residuals(NamedTuple):
     """What a layer made on its way from input to output; stacked over n layers, ``n`` in front.
 
     Attributes:
@@ -39,9 +39,9 @@ class Block(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x_BSD, past, patch_BD, known, place: Place, surroundings, patch_at):
-        """Returns the output, and what the layer made on its way (:class:`Kept`)."""
-        config, here = self.config, surroundings.of(place)
+    def __call__(self, x_BSD, past, patch_BD, known, place: LayerIndex, mask_and_rope, patch_at):
+        """Returns the output, and what the layer made on its way (:class:`Residuals`)."""
+        config, here = self.config, mask_and_rope.of(place)
         weights = dict(self.variables["params"])
         if patch_BD is not None:
             x_BSD = x_BSD.at[:, patch_at].add(patch_BD.astype(x_BSD.dtype))
@@ -53,10 +53,10 @@ class Block(nn.Module):
         else:
             attended = attend(query, (key, value), here.mask, form, past, here.past_mask)
         out_BSD = layer_output(x_BSD, attended, products, config)
-        return out_BSD, Kept(x_BSD, products.made, key, value)
+        return out_BSD, Residuals(x_BSD, products.made, key, value)
 
 
-def score_form(place: Place, weights: Params, config: TransformerConfig) -> ScoreForm:
+def score_form(place: LayerIndex, weights: Params, config: TransformerConfig) -> ScoreForm:
     scale = config.attention_scales[0] if place.scale is None else place.scale
     sinks_H = weights["sinks"] if config.attention_sinks else None
     return ScoreForm(scale, config.attention_soft_cap, sinks_H)

@@ -18,8 +18,8 @@ from conlens_jax.models.layer_kinds import NO_POSITION
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.sampling import choose_token
 from conlens_jax.models.transformer import (
+    add_position_embeddings,
     embed_tokens,
-    enter,
     head_of,
     positions_of,
     run_layers,
@@ -65,7 +65,7 @@ def generate(
     batch, length = tokens_BS.shape
     head, layers = head_of(params, config), params["layers"]
     positions_BS = positions_of(mask_BS)
-    x_BSD = enter(params, embed_tokens(params, tokens_BS, config), positions_BS)
+    x_BSD = add_position_embeddings(params, embed_tokens(params, tokens_BS, config), positions_BS)
     x_BSD, cache = run_layers(layers, x_BSD, positions_BS, config=config, keep_cache=True)
     cache = with_room(cache, slots)
     n_valid_B = jnp.sum(mask_BS, axis=1, dtype=jnp.int32)
@@ -91,7 +91,9 @@ def generate(
         positions_B1 = (n_valid_B + step - 1)[:, None]
         x_B1D, cache = run_layers(
             layers,
-            enter(params, embed_tokens(params, token_B[:, None], config), positions_B1),
+            add_position_embeddings(
+                params, embed_tokens(params, token_B[:, None], config), positions_B1
+            ),
             positions_B1,
             config=config,
             cache=cache,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Place = int | str
+HookPoint = int | str
 """A 0-based block (its output), or a name: see :func:`boundaries`."""
 
 _KNOWN = (
@@ -26,7 +26,7 @@ def is_place(value: object) -> bool:
     return isinstance(value, int | str | np.integer)
 
 
-def boundaries(places: Sequence[Place], n_layers: int, model: str) -> tuple[int, ...]:
+def boundaries(places: Sequence[HookPoint], n_layers: int, model: str) -> tuple[int, ...]:
     """The boundary of each place.
 
     Args:
@@ -52,7 +52,7 @@ def boundaries(places: Sequence[Place], n_layers: int, model: str) -> tuple[int,
     return tuple(found)
 
 
-def _boundary(place: Place, n_layers: int) -> int | None:
+def _boundary(place: HookPoint, n_layers: int) -> int | None:
     if isinstance(place, str):
         matches = [re.fullmatch(pattern, place) for pattern in _KNOWN]
         number = next((int(match[1]) for match in matches if match), None)

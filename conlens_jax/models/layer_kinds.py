@@ -56,7 +56,7 @@ def layer_count(layers: Layers) -> int:
     return jax.tree.leaves(layers)[0].shape[0]
 
 
-class Surroundings(NamedTuple):
+class MaskAndRope(NamedTuple):
     """What queries at some positions need, for each kind of layer in a stack.
 
     Attributes:
@@ -69,18 +69,18 @@ class Surroundings(NamedTuple):
     mask: Bool[Array, "kinds B S S"]
     past_mask: Bool[Array, "kinds B S C"] | None
 
-    def of(self, place: Place) -> Surroundings:
+    def of(self, place: LayerIndex) -> MaskAndRope:
         """Those of one layer's kind, without the first dimension."""
         kind = 0 if place.kind is None else place.kind
         return jax.tree.map(lambda array: array[kind], self)
 
-    def at_queries(self, start: Int[Array, ""] | int, count: int) -> Surroundings:
+    def at_queries(self, start: Int[Array, ""] | int, count: int) -> MaskAndRope:
         """Those of ``count`` queries from the index ``start`` on."""
         pick = lambda array: jax.lax.dynamic_slice_in_dim(array, start, count, axis=2)
         return jax.tree.map(pick, self)
 
 
-class Place(NamedTuple):
+class LayerIndex(NamedTuple):
     """A layer's place among the layers of a stack; stacked over n layers, ``n`` in front.
 
     Attributes:
@@ -92,27 +92,27 @@ class Place(NamedTuple):
     scale: Float[Array, "*n"] | None
 
 
-def surroundings_of(
+def mask_and_rope_of(
     layers: Layers,
     positions_BS: Int[Array, "B S"],
     past_positions_BC: Int[Array, "B C"] | None,
     config: TransformerConfig,
-) -> tuple[Surroundings, Place]:
+) -> tuple[MaskAndRope, LayerIndex]:
     """What a stack of layers needs for new tokens at these positions, and each layer's place."""
     here = slice(first_of(layers), first_of(layers) + layer_count(layers))
     kinds, scales = config.layer_kinds[here], config.attention_scales[here]
     distinct = list(dict.fromkeys(kinds))
-    each = [_surroundings(kind, positions_BS, past_positions_BC, config) for kind in distinct]
-    place = Place(
+    each = [_mask_and_rope(kind, positions_BS, past_positions_BC, config) for kind in distinct]
+    place = LayerIndex(
         kind=None if len(distinct) == 1 else jnp.asarray([distinct.index(kind) for kind in kinds]),
         scale=jnp.asarray(scales, jnp.float32) if config.scale_by_depth else None,
     )
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *each), place
 
 
-def _surroundings(
+def _mask_and_rope(
     kind: LayerKind, positions_BS: Array, past_positions_BC: Array | None, config: TransformerConfig
-) -> Surroundings:
+) -> MaskAndRope:
     mask_BSS = seen_keys(positions_BS, positions_BS, kind.window)
     past_mask_BSC = None
     if past_positions_BC is not None:
@@ -121,7 +121,7 @@ def _surroundings(
         past_BC = jnp.where(past_positions_BC < start_B1, past_positions_BC, NO_POSITION)
         past_mask_BSC = seen_keys(positions_BS, past_BC, kind.window)
         past_mask_BSC &= (past_BC != NO_POSITION)[:, None]
-    return Surroundings(_rotation(kind, positions_BS, config), mask_BSS, past_mask_BSC)
+    return MaskAndRope(_rotation(kind, positions_BS, config), mask_BSS, past_mask_BSC)
 
 
 def seen_keys(

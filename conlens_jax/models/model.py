@@ -24,14 +24,14 @@ from conlens_jax.files.paths import local_path
 from conlens_jax.models import generate as generation
 from conlens_jax.models import hf_io
 from conlens_jax.models.arguments import finite_array, row_positions
-from conlens_jax.models.hooks import Place, boundaries, is_place
+from conlens_jax.models.hooks import HookPoint, boundaries, is_place
 from conlens_jax.models.hub import commit_of
 from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.tokenizer import Tokenizer
 from conlens_jax.models.transformer import (
+    add_position_embeddings,
     embed_tokens,
-    enter,
     forward,
     positions_of,
     run_layers,
@@ -78,7 +78,7 @@ class LanguageModel:
     def capture(
         self,
         tokens: Int[Array, "B S"],
-        layers: Place | Sequence[Place],
+        layers: HookPoint | Sequence[HookPoint],
         positions: int | Sequence[int] | Int[Array, "B"] | Bool[Array, "B S"] | None = None,
         mask: Bool[Array, "B S"] | None = None,
     ) -> Float[Array, "B D"] | Float[Array, "B n D"]:
@@ -115,7 +115,7 @@ class LanguageModel:
     def swap(
         self,
         tokens: Int[Array, "B S"],
-        layer: Place,
+        layer: HookPoint,
         positions: int | Sequence[int] | Int[Array, "B"],
         activations: Float[Array, "B D"],
         mask: Bool[Array, "B S"] | None = None,
@@ -315,7 +315,7 @@ def _logits(params, tokens, mask, *, config):
 def _capture(params, tokens, mask, *, at, config):
     """Boundaries ``at``, [B, n, S, D]."""
     positions = positions_of(mask)
-    x_BSD = enter(params, embed_tokens(params, tokens, config), positions)
+    x_BSD = add_position_embeddings(params, embed_tokens(params, tokens, config), positions)
     captured, start = {}, 0
     for stop in sorted(set(at)):
         piece = slice_layers(params["layers"], start, stop)
@@ -327,7 +327,7 @@ def _capture(params, tokens, mask, *, at, config):
 @functools.partial(jax.jit, static_argnames=("at", "config"))
 def _swap(params, tokens, mask, positions, activations, *, at, config):
     token_positions = positions_of(mask)
-    x_BSD = enter(params, embed_tokens(params, tokens, config), token_positions)
+    x_BSD = add_position_embeddings(params, embed_tokens(params, tokens, config), token_positions)
     lower = slice_layers(params["layers"], 0, at)
     upper = slice_layers(params["layers"], at, config.n_layers)
     x_BSD, _ = run_layers(lower, x_BSD, token_positions, config=config)

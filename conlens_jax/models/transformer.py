@@ -4,11 +4,11 @@ Everything here is a pure function of its arguments. Which key a query may see f
 positions alone: the key's position must not be behind the query's (nor too far before it, where
 the layer has a window), and unused slots carry :data:`NO_POSITION`.
 
-There are three ways to say what goes in. :func:`embed_tokens` gives a token's embedding, scaled
-where the model scales it; this is what Hugging Face calls ``inputs_embeds``, and a vector that
-stands in for a token is of this kind. :func:`enter` makes of embeddings the residual stream at the
-input of the first layer: it adds the vectors of learned positions. :func:`run_layers` takes the
-residual stream at the input of whatever layers it is given.
+There are three kinds of input. :func:`embed_tokens` gives a token's embedding, scaled where the
+model scales it; Hugging Face calls this ``inputs_embeds``, and a vector that takes the place of a
+token is of this kind. :func:`add_position_embeddings` turns embeddings into the residual stream at
+the input of the first layer: it adds learned position embeddings, where the model has them.
+:func:`run_layers` takes the residual stream at the input of whatever layers it is given.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from conlens_jax.models.block import Block, Kept
+from conlens_jax.models.block import Block, Residuals
 from conlens_jax.models.cache import KVCache, append
 from conlens_jax.models.layer_kinds import (
     NO_POSITION,
     Layers,
     layer_count,
+    mask_and_rope_of,
     params_of,
-    surroundings_of,
 )
 from conlens_jax.models.norms import apply_norm
 from conlens_jax.models.param_table import Params
@@ -96,12 +96,12 @@ def scan_layers(
     config: TransformerConfig,
     cache: KVCache | None = None,
     patches: Patches | None = None,
-) -> tuple[Float[Array, "B S D"], Kept]:
+) -> tuple[Float[Array, "B S D"], Residuals]:
     n_layers = layer_count(layers)
     past = None if cache is None else (cache.keys, cache.values)
     past_positions_BC = None if cache is None else cache.positions_BC
     patch_NBD, patch_at = (None, None) if patches is None else patches
-    surroundings, place_N = surroundings_of(layers, positions_BS, past_positions_BC, config)
+    mask_and_rope, place_N = mask_and_rope_of(layers, positions_BS, past_positions_BC, config)
     block = Block
     if config.remat in REMAT_POLICIES:
         block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[config.remat])
@@ -114,7 +114,7 @@ def scan_layers(
         unroll=config.unroll or n_layers,
     )(config)
     variables = {"params": params_of(layers)}
-    return scanned.apply(variables, x_BSD, past, patch_NBD, None, place_N, surroundings, patch_at)
+    return scanned.apply(variables, x_BSD, past, patch_NBD, None, place_N, mask_and_rope, patch_at)
 
 
 def positions_of(mask_BS: Bool[Array, "B S"]) -> Int[Array, "B S"]:
@@ -140,7 +140,7 @@ def scale_embeddings(rows: Float[Array, "*B D"], config: TransformerConfig) -> F
     return rows * jnp.asarray(config.embedding_scale, rows.dtype)
 
 
-def enter(
+def add_position_embeddings(
     params: Params, embeddings_BSD: Float[Array, "B S D"], positions_BS: Int[Array, "B S"]
 ) -> Float[Array, "B S D"]:
     """The residual stream at the input of the first layer: embeddings, and the vectors of their
@@ -209,6 +209,6 @@ def forward(
         positions_BS = all_positions(*tokens_BS.shape)
     else:
         positions_BS = positions_of(mask_BS)
-    x_BSD = enter(params, embed_tokens(params, tokens_BS, config), positions_BS)
+    x_BSD = add_position_embeddings(params, embed_tokens(params, tokens_BS, config), positions_BS)
     x_BSD, _ = run_layers(params["layers"], x_BSD, positions_BS, config=config)
     return unembed(params, x_BSD, config=config)

@@ -53,8 +53,8 @@ from conlens_jax.models.generate import bucket
 from conlens_jax.models.model import LanguageModel, load_model
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import (
+    add_position_embeddings,
     embed_tokens,
-    enter,
     output_head,
     positions_of,
     run_layers,
@@ -245,7 +245,9 @@ class NlaPair:
     def _reconstruct(self):
         def run(params: Params, head_DD: Array, tokens_BS: Array, mask_BS: Array) -> Array:
             config, positions_BS = self.ar_config, positions_of(mask_BS)
-            x_BSD = enter(params, embed_tokens(params, tokens_BS, config), positions_BS)
+            x_BSD = add_position_embeddings(
+                params, embed_tokens(params, tokens_BS, config), positions_BS
+            )
             x_BSD, _ = run_layers(params["layers"], x_BSD, positions_BS, config=config)
             return (x_BSD[:, -1] @ head_DD).astype(jnp.float32)
 

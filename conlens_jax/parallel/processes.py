@@ -61,7 +61,7 @@ def start_processes(config: DistributedConfig) -> None:
         ) from error
     # Connections are made at the first meeting, and on a CPU within 30 seconds: not where one
     # process may keep the others waiting.
-    meet("start")
+    barrier("start")
 
 
 def is_first() -> bool:
@@ -69,7 +69,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def meet(name: str) -> None:
+def barrier(name: str) -> None:
     """Returns when every process has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
@@ -79,10 +79,10 @@ def meet(name: str) -> None:
 def first_before_others(name: str) -> Iterator[None]:
     """The first process goes through the block, then all others: what it wrote is there."""
     if not is_first():
-        meet(name)
+        barrier(name)
     yield
     if is_first():
-        meet(name)
+        barrier(name)
 
 
 def gathered(value: Json) -> list[Json]:
@@ -123,7 +123,7 @@ def together(work: Callable[[], Result]) -> Result:
     return result
 
 
-def told_by_first(work: Callable[[], Json]) -> Json:
+def broadcast_from_first(work: Callable[[], Json]) -> Json:
     """What ``work`` gives in the first process, the only one to do it, in every process; its
     errors are those of :func:`together`."""
     return gathered(together(lambda: work() if is_first() else None))[0]

@@ -18,13 +18,13 @@ from conlens_jax.tracking.wandb_run import WandbRun
 from conlens_jax.training.loop import run_stage
 from conlens_jax.training.run import Run, placed
 from conlens_jax.training.run_folder import AUDIT
-from conlens_jax.training.session import Setting, training_rows
+from conlens_jax.training.session import Session, training_rows
 from conlens_jax.training.state import Stage
 
 Where = TypeVar("Where", Rows, Places)
 
 
-def train_auditor(setting: Setting, run_folder: Path) -> Params:
+def train_auditor(session: Session, run_folder: Path) -> Params:
     """Trains an encoder on true windows of the corpus, or takes up the one that lies in
     ``<run>/audit`` already.
 
@@ -36,22 +36,22 @@ def train_auditor(setting: Setting, run_folder: Path) -> Params:
     Returns:
       ``{"encoder": …}``, to stand in the place of a lens's own.
     """
-    config = setting.config
+    config = session.config
     steps, seed = config.evaluate.audit_steps, config.evaluate.audit_seed
-    text_len = setting.spec.text_len
+    text_len = session.spec.text_len
     # Prefixes cannot be read in one pass where the encoder's prompt goes on behind the text.
-    share = 0.0 if setting.spec.encoder_right else 1 - 1 / text_len
-    loss = dataclasses.replace(setting.objective.loss, prefix_share=share)
+    share = 0.0 if session.spec.encoder_right else 1 - 1 / text_len
+    loss = dataclasses.replace(session.objective.loss, prefix_share=share)
     alone = dataclasses.replace(
-        setting,
+        session,
         config=dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed)),
-        objective=dataclasses.replace(setting.objective, loss=loss),
+        objective=dataclasses.replace(session.objective, loss=loss),
     )
-    reference, (train, validation) = setting.reference, setting.caches
+    reference, (train, validation) = session.reference, session.caches
     trainable, frozen = init_lens(
-        setting.model.params, setting.spec, reference.mean_D, reference.scale, seed=seed
+        session.model.params, session.spec, reference.mean_D, reference.scale, seed=seed
     )
-    encoder = placed({"decoder": {}, "encoder": trainable["encoder"]}, setting)
+    encoder = placed({"decoder": {}, "encoder": trainable["encoder"]}, session)
     shift = config.evaluate.audit_shift
     if shift:
         if isinstance(train, TokenStream):
@@ -60,7 +60,7 @@ def train_auditor(setting: Setting, run_folder: Path) -> Params:
         train = ShiftedWindows(train, config.warm, shift, seed)
     folder = run_folder / AUDIT / f"seed{seed}-steps{steps}-shift{shift}"
     tracker = WandbRun(config.wandb, folder, {}, enabled=False)
-    run = Run(alone, folder, train, validation, reference, setting.measurer(), tracker)
+    run = Run(alone, folder, train, validation, reference, session.measurer(), tracker)
     stage = Stage("audit", steps, config.warm.batch_size, config.warm.optimizer)
     folder.mkdir(parents=True, exist_ok=True)
     return {"encoder": run_stage(run, stage, encoder, frozen)["encoder"]}

@@ -29,7 +29,7 @@ from conlens_jax.training.checkpoint import (
 from conlens_jax.training.places import places_of
 from conlens_jax.training.run import Run, placed, placed_frozen
 from conlens_jax.training.run_folder import BASELINE, CONTROL, claim_folder, load_lens
-from conlens_jax.training.session import Setting
+from conlens_jax.training.session import Session
 from conlens_jax.training.stage_log import StageLog
 from conlens_jax.training.stage_loop import StageLoop
 from conlens_jax.training.state import (
@@ -42,7 +42,7 @@ from conlens_jax.training.state import (
 )
 
 
-def train_lens(setting: Setting) -> Path:
+def train_lens(session: Session) -> Path:
     """Trains a lens as the config says: warm start, joint stage, control and baseline.
 
     Returns:
@@ -52,30 +52,30 @@ def train_lens(setting: Setting) -> Path:
       ValueError: caches or an existing run that do not fit the config.
       TrainingStopped: too many steps in a row were not finite.
     """
-    config, console = setting.config, setting.console
+    config, console = session.config, session.console
     folder = local_path(config.run_dir)
     with first_before_others("run folder"):
-        metadata = claim_folder(folder, config, write=is_first(), model=setting.model)
-    (train, validation), reference = setting.caches, setting.reference
+        metadata = claim_folder(folder, config, write=is_first(), model=session.model)
+    (train, validation), reference = session.caches, session.reference
     tracker = WandbRun(
         config.wandb, folder, to_json_dict(config), enabled=is_first(), console=console
     )
-    places = places_of(config, setting.model, folder)
-    run = Run(setting, folder, train, validation, reference, setting.measurer(), tracker, places)
+    places = places_of(config, session.model, folder)
+    run = Run(session, folder, train, validation, reference, session.measurer(), tracker, places)
     trainable, frozen = init_lens(
-        setting.model.params,
-        setting.spec,
+        session.model.params,
+        session.spec,
         reference.mean_D,
         reference.scale,
         seed=config.train.seed,
     )
-    trainable, frozen = placed(trainable, setting), placed_frozen(frozen, setting)
+    trainable, frozen = placed(trainable, session), placed_frozen(frozen, session)
     # The baseline starts from the same encoder; without one, nothing keeps the arrays alive.
     initial_encoder = trainable["encoder"] if config.baseline.steps else {}
     # A run that goes on behind its warm start needs nothing of where it began.
     if config.train.init_from and not (metadata and config.warm.steps):
         trainable = load_lens(config.train.init_from, trainable)
-    console.table("lens", *parameter_table(trainable, frozen, setting.spec))
+    console.table("lens", *parameter_table(trainable, frozen, session.spec))
     warm, joint = stages_of(config)
     try:
         trainable = run_stage(run, warm, trainable, frozen)
@@ -95,16 +95,16 @@ def train_lens(setting: Setting) -> Path:
 
 def _train_baseline(run: Run, encoder: Params, frozen: Params) -> None:
     """Trains an encoder of its own on the true last T source tokens."""
-    config, setting = run.config, run.setting
+    config, session = run.config, run.session
     window = dataclasses.replace(config.warm, before=config.lens.text_len, after=0)
-    objective = dataclasses.replace(setting.objective, warm=window)
+    objective = dataclasses.replace(session.objective, warm=window)
     stage = Stage(
         BASELINE, config.baseline.steps, config.baseline.batch_size, config.baseline.optimizer
     )
     alone = dataclasses.replace(
         run,
         folder=run.folder / BASELINE,
-        setting=dataclasses.replace(setting, objective=objective),
+        session=dataclasses.replace(session, objective=objective),
     )
     run_stage(alone, stage, {"decoder": {}, "encoder": encoder}, frozen)
 
@@ -121,7 +121,7 @@ def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Para
     n_rows = groups_nk.size
     steps_per_epoch(n_rows, stage.batch_size)  # raises where there is not one batch
     optimizer = stage_optimizer(stage, trainable, n_rows)
-    state = placed(init_state(jax.tree.map(jnp.copy, trainable), optimizer), run.setting)
+    state = placed(init_state(jax.tree.map(jnp.copy, trainable), optimizer), run.session)
     console.table(f"{stage.name}: stored on each device", *stored_table(state, frozen))
     last_step = stage.first_step + stage.steps
     with Checkpoints(
@@ -133,12 +133,12 @@ def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Para
     ) as checkpoints:
         state, seconds = _resume(run, stage, checkpoints, state)
         if int(state.step) == stage.steps:
-            return placed(state.params, run.setting)
+            return placed(state.params, run.session)
         log = StageLog(run.folder, stage.name, run.tracker, enabled=is_first())
         log.truncate_after(stage.first_step + int(state.step))
         step = make_step(
             stage,
-            run.setting.objective,
+            run.session.objective,
             optimizer,
             seed=config.train.seed,
             n_rows=n_rows,
@@ -148,7 +148,7 @@ def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Para
         state = loop.run(step, state)
         loop.wait_for_checkpoints()
     console.line(stage.name, finished=last_step, train_seconds=loop.seconds)
-    return placed(state.params, run.setting)
+    return placed(state.params, run.session)
 
 
 def _resume(

@@ -14,7 +14,7 @@ from conlens_jax.config import EMBEDDED_MODEL, ConfigError, CorpusConfig, Experi
 from conlens_jax.corpora.corpus import SPLITS
 from conlens_jax.corpora.opening import open_corpus
 from conlens_jax.files.paths import local_path, write_problems
-from conlens_jax.parallel.processes import told_by_first
+from conlens_jax.parallel.processes import broadcast_from_first
 from conlens_jax.tracking.console import Console
 from conlens_jax.training.checkpoint import all_steps
 from conlens_jax.training.places import metadata_of_run, recorded_model, with_cache_found
@@ -48,7 +48,7 @@ def check_files(
         found = [p for config in several for p in _problems(config, dumps, trains, evaluates)]
         return list(dict.fromkeys(found))
 
-    problems = told_by_first(look)
+    problems = broadcast_from_first(look)
     if problems:
         raise ConfigError(problems)
 

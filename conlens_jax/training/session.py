@@ -20,13 +20,13 @@ from conlens_jax.embedded.language_model import ensure_language_model
 from conlens_jax.files.paths import checkpoint_path_problem, local_path
 from conlens_jax.lens.objective import Objective
 from conlens_jax.lens.spec import LensSpec, make_spec
-from conlens_jax.measurement.runner import Measurer, Reference, reference_of
+from conlens_jax.measurement.runner import ActivationStatistics, Measurer, activation_statistics
 from conlens_jax.models.model import LanguageModel, load_model
 from conlens_jax.models.sharding import loading_report
 from conlens_jax.models.transformer_config import TransformerConfig
 from conlens_jax.parallel.host import use_compilation_cache
 from conlens_jax.parallel.mesh import check_batch, make_mesh
-from conlens_jax.parallel.processes import first_before_others, together, told_by_first
+from conlens_jax.parallel.processes import broadcast_from_first, first_before_others, together
 from conlens_jax.tracking.console import Console
 from conlens_jax.training.places import (
     asks_for_same_model,
@@ -40,7 +40,7 @@ _REFERENCE_ROWS = 16_384
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class Session:
     """The frozen side of a run.
 
     Attributes:
@@ -65,7 +65,7 @@ class Setting:
         return open_caches(self)
 
     @functools.cached_property
-    def reference(self) -> Reference:
+    def reference(self) -> ActivationStatistics:
         """:func:`training_reference`, once."""
         return training_reference(self.caches[0])
 
@@ -82,9 +82,9 @@ class Setting:
         )
 
 
-def open_setting(
+def open_session(
     config: ExperimentConfig, console: Console, run: str | Path | None = None
-) -> Setting:
+) -> Session:
     """Makes the mesh and loads the model, training the embedded one if that is asked for.
 
     Args:
@@ -142,7 +142,7 @@ def open_setting(
         vocabulary=model.config.vocab_size,
         devices=mesh.size,
     )
-    return Setting(config, console, mesh, model, spec, Objective(config.loss, config.warm, spec))
+    return Session(config, console, mesh, model, spec, Objective(config.loss, config.warm, spec))
 
 
 def _run_dir_problem(config: ExperimentConfig) -> str | None:
@@ -177,7 +177,7 @@ def check_context(config: ExperimentConfig, model: TransformerConfig, name: str)
         )
 
 
-def open_caches(setting: Setting) -> tuple[RowSource, RowSource]:
+def open_caches(session: Session) -> tuple[RowSource, RowSource]:
     """The training and validation rows, checked against the model.
 
     Several processes share the reading: each verifies some of the shards, the first looks at the
@@ -186,39 +186,39 @@ def open_caches(setting: Setting) -> tuple[RowSource, RowSource]:
     Raises:
       ValueError: not there, damaged, or made with another model, layer or tokenizer.
     """
-    if setting.config.data.source == "stream":
+    if session.config.data.source == "stream":
         train, validation = open_stream(
-            setting.config, setting.model, setting.spec, setting.mesh, setting.console
+            session.config, session.model, session.spec, session.mesh, session.console
         )
-        _check_rows(setting.config, train)
-        setting.console.line("stream", rows=len(train), validation_rows=len(validation))
+        _check_rows(session.config, train)
+        session.console.line("stream", rows=len(train), validation_rows=len(validation))
         return train, validation
-    root = local_path(setting.config.dump.cache_dir)
+    root = local_path(session.config.dump.cache_dir)
     caches = []
     for split in ("train", "validation"):
-        cache = together(lambda folder=root / split: _open_split(setting, folder))
+        cache = together(lambda folder=root / split: _open_split(session, folder))
         cache.check(
-            model_id=setting.model.model_id,
-            weights_hash=setting.model.weights_hash,
-            tokenizer_hash=setting.model.tokenizer.fingerprint,
-            layer=setting.config.model.layer,
-            d_model=setting.model.config.d_model,
+            model_id=session.model.model_id,
+            weights_hash=session.model.weights_hash,
+            tokenizer_hash=session.model.tokenizer.fingerprint,
+            layer=session.config.model.layer,
+            d_model=session.model.config.d_model,
         )
         caches.append(cache)
-    _check_rows(setting.config, caches[0])
+    _check_rows(session.config, caches[0])
     return caches[0], caches[1]
 
 
-def _open_split(setting: Setting, folder: Path) -> ActivationCache | LegacyCache:
+def _open_split(session: Session, folder: Path) -> ActivationCache | LegacyCache:
     if not folder.exists():
         raise ConfigError([missing_cache(folder)])
     share = (jax.process_index(), jax.process_count())
-    return open_cache(folder, pad_id=setting.model.tokenizer.pad_id, share=share)
+    return open_cache(folder, pad_id=session.model.tokenizer.pad_id, share=share)
 
 
 def _check_rows(config: ExperimentConfig, cache: RowSource) -> None:
     """Raises ConfigError where windows that training reads do not lie inside every context."""
-    problems = told_by_first(lambda: list(_row_problems(config, cache)))
+    problems = broadcast_from_first(lambda: list(_row_problems(config, cache)))
     if problems:
         raise ConfigError(problems)
 
@@ -242,13 +242,13 @@ def _row_problems(config: ExperimentConfig, cache: RowSource) -> Iterator[str]:
         )
 
 
-def training_reference(cache: RowSource) -> Reference:
+def training_reference(cache: RowSource) -> ActivationStatistics:
     """Mean, scale and R of (up to 16,384 of) the training activations. Of several processes the
     first one reads them; a stream's are captured by all."""
-    of_rows = lambda: reference_of(training_rows(cache, _REFERENCE_ROWS).activations_ND)
+    of_rows = lambda: activation_statistics(training_rows(cache, _REFERENCE_ROWS).activations_ND)
     if isinstance(cache, TokenStream):
         return of_rows()
-    return Reference.from_json(told_by_first(lambda: of_rows().to_json()))
+    return ActivationStatistics.from_json(broadcast_from_first(lambda: of_rows().to_json()))
 
 
 def training_rows(cache: RowSource, most: int) -> Rows:

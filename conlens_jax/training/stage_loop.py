@@ -45,13 +45,13 @@ class StageLoop:
         self.run_, self.stage, self.checkpoints, self.log = run, stage, checkpoints, log
         self.frozen, self.groups_nk, self.seconds = frozen, groups_nk, seconds
         self.config, self.console = run.config, run.console
-        self.sharding = batch_sharding(run.setting.mesh)
+        self.sharding = batch_sharding(run.session.mesh)
         self._clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
 
     def run(self, step, state: TrainState) -> TrainState:
         stage, done = self.stage, int(state.step)
         started = time.time()
-        with jax.set_mesh(self.run_.setting.mesh):
+        with jax.set_mesh(self.run_.session.mesh):
             step = step.lower(state, self.frozen, self._read(done)).compile()
         batches = prefetch(self._read, range(done, stage.steps))
         profile = StepProfile(self.config.profile, self.run_.folder / "profile", stage, step)
@@ -148,9 +148,9 @@ class StageLoop:
             "step": step,
             "stage": self.stage.name,
             "train_seconds": self.seconds,
-            "model_id": self.run_.setting.model.model_id,
-            "weights_hash": self.run_.setting.model.weights_hash,
-            "layer": self.run_.setting.spec.layer,
+            "model_id": self.run_.session.model.model_id,
+            "weights_hash": self.run_.session.model.weights_hash,
+            "layer": self.run_.session.spec.layer,
             "statistics": {
                 "mean": self.run_.reference.mean_D.tolist(),
                 "scale": self.run_.reference.scale,
@@ -204,5 +204,15 @@ class StageLoop:
 
 def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
     """The few numbers that belong on a line."""
-    names = ("loss", "read_error", "write_loss", "mse", "kl", "lm", "text", "entropy", "grad_norm")
+    names = (
+        "loss",
+        "encoder_error",
+        "decoder_nll",
+        "mse",
+        "kl",
+        "lm",
+        "text",
+        "entropy",
+        "grad_norm",
+    )
     return {name: metrics[name] for name in names if name in metrics}

@@ -10,7 +10,7 @@ import numpy as np
 
 from conlens_jax.data.rows import Rows
 from conlens_jax.measurement import metrics
-from conlens_jax.measurement.runner import Effect, other_rows
+from conlens_jax.measurement.runner import SwapEffect, other_rows
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.tokenizer import Tokenizer
 from conlens_jax.models.written import written_texts
@@ -84,7 +84,7 @@ def validate(run: Run, trainable: Params, frozen: Params) -> Validation:
     own, shuffled = distributions["cos_sampled"], distributions["cos_shuffle"]
     resultant, config = run.reference.resultant, run.config
     warning = collapse_warning(own, shuffled, rows.documents_N, resultant, config)
-    shares = token_shares(texts, run.setting.model.tokenizer)
+    shares = token_shares(texts, run.session.model.tokenizer)
     return Validation(scores, shares, distributions, warning)
 
 
@@ -129,7 +129,7 @@ def verbose_samples(run: Run, trainable: Params, frozen: Params, count: int) -> 
     """Greedy explanations of ``count`` held-out rows, spread over the validation split."""
     spread = np.linspace(0, len(run.validation) - 1, count).astype(np.int64)
     rows = run.validation.rows(spread)
-    tokenizer = run.setting.model.tokenizer
+    tokenizer = run.session.model.tokenizer
     explained = run.measurer.explain(trainable, frozen, rows)
     vectors = explained.reconstructions["greedy"]
     effects = run.measurer.effects(frozen["original"], rows, {"greedy": vectors})
@@ -164,7 +164,7 @@ def context_of(
     )
 
 
-def _listed(effect: Effect, index: int, tokenizer: Tokenizer) -> str:
+def _listed(effect: SwapEffect, index: int, tokenizer: Tokenizer) -> str:
     return "  ".join(
         f"{tokenizer.token(token)} {probability:.2f}"
         for token, probability in zip(

@@ -250,7 +250,7 @@ def _truth_sentence(metrics: Mapping[str, Interval]) -> str:
 def _curves(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[CurveChart]:
     charts = (
         ("Loss", "nats and squared error", ("loss",)),
-        ("Terms of the loss", "unweighted", ("read_error", "write_loss", "mse", "kl", "lm")),
+        ("Terms of the loss", "unweighted", ("encoder_error", "decoder_nll", "mse", "kl", "lm")),
         (
             "Validation: KL removed",
             "kl_frac_mean",

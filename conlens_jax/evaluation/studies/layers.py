@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from conlens_jax.data.rows import Rows
 from conlens_jax.evaluation.studies.slices import OUTLIER
 from conlens_jax.lens.spec import LensSpec
-from conlens_jax.measurement.runner import Measurer, reference_of
+from conlens_jax.measurement.runner import Measurer, activation_statistics
 from conlens_jax.models.param_table import Params
 
 LOW_VARIANCE = 0.1
@@ -55,7 +55,7 @@ def layer_statistics(
         here = dataclasses.replace(spec, layer=layer)
         measurer = Measurer(here, mesh, horizon=1, batch_size=batch_size, seed=0)
         activations_ND = measurer.with_activations(original, rows).activations_ND
-        reference = reference_of(activations_ND)
+        reference = activation_statistics(activations_ND)
         swaps = {
             "mean": np.broadcast_to(reference.mean_D, activations_ND.shape),
             "zero": np.zeros_like(activations_ND),
