@@ -30,7 +30,7 @@ from conlens_jax.evaluation.lens_gradients import (
     draw_blocks,
 )
 from conlens_jax.evaluation.lens_gradients import quality as lens_quality
-from conlens_jax.lens.decoder import forced_states, generate, head_of
+from conlens_jax.lens.decoder import decoder_head, forced_states, generate
 from conlens_jax.lens.estimators import condition_on_token, conditional_gumbel, token_keys
 from conlens_jax.lens.gumbel import straight_through_embed
 from conlens_jax.lens.objective import TERMS, Objective
@@ -231,7 +231,7 @@ def test_history_gradient_is_that_of_writing_token_by_token(kind):
         history = jnp.zeros((len(noise), spec.text_len - 1, spec.model.d_model))
         for t in range(spec.text_len):
             states = forced_states(decoder, batch.activation_BD, history, spec=spec)
-            logits = head_of(decoder, spec).logits(states)
+            logits = decoder_head(decoder, spec).logits(states)
             if t < spec.text_len - 1:
                 embedded = straight_through_embed(
                     logits[:, t],

@@ -20,7 +20,7 @@ from conlens_jax.config import (
     from_config_dict,
     to_config_dict,
 )
-from conlens_jax.lens.decoder import generate, head_of
+from conlens_jax.lens.decoder import decoder_head, generate
 from conlens_jax.lens.encoder import encode_tokens
 from conlens_jax.lens.history import text_states
 from conlens_jax.lens.spec import decoder_of, encoder_of
@@ -263,7 +263,7 @@ def reading(trainable, frozen, activation_BD, noise_BTV, *, spec):
         state_BTD = text_states(
             decoder, activation_BD, tokens_BT, noise_BTV, jnp.float32(1.0), spec
         )
-        log_p = jax.nn.log_softmax(head_of(decoder, spec).logits(state_BTD))
+        log_p = jax.nn.log_softmax(decoder_head(decoder, spec).logits(state_BTD))
         read_BD = encode_tokens(encoder_of(trainable, frozen, spec), tokens_BT, spec=spec)
         return jnp.mean(jnp.square(log_p)) + jnp.mean(jnp.square(read_BD))
 

@@ -12,11 +12,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from conlens_jax.evaluation.report import svg
 from conlens_jax.evaluation.report.heat_map import STEPS, HeatMap, HeatToken, render_heat_map
 from conlens_jax.evaluation.report.markup import escape, format_interval, format_number, show_token
 from conlens_jax.evaluation.report.report_data import Example, MetricGroup, MetricRow, Report
 from conlens_jax.evaluation.report.svg import CurveChart, HistogramChart, Series
-from conlens_jax.evaluation.report.writing import render_report, svg, write_report
+from conlens_jax.evaluation.report.writing import render_report, write_report
 from conlens_jax.measurement.bootstrap import Interval
 from conlens_jax.models.written import Written
 

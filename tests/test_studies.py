@@ -18,7 +18,7 @@ from conlens_jax.evaluation.studies.audit import audit_lens
 from conlens_jax.evaluation.studies.interventions import intervene
 from conlens_jax.evaluation.studies.text_changes import DROPPED, Lexicon
 from conlens_jax.evaluation.suite import Evaluated, Suite
-from conlens_jax.measurement.programs import Effect
+from conlens_jax.measurement.programs import SwapEffect
 from conlens_jax.measurement.runner import Explained, activation_statistics
 
 N_ROWS, TEXT_LEN, VOCABULARY = 24, 6, 40
@@ -69,7 +69,7 @@ class BagOfWords:
 
 def effect(kl_N):
     top = np.zeros((N_ROWS, 5), int)
-    return Effect(kl_N, kl_N, kl_N, top, top / 5)
+    return SwapEffect(kl_N, kl_N, kl_N, top, top / 5)
 
 
 @pytest.fixture(scope="module")
