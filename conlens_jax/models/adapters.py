@@ -1,7 +1,7 @@
 """Low-rank adapters of the layers' matrices (LoRA, Hu et al. 2021, arXiv:2106.09685).
 
 A matrix W of a layer is used as W + s·A·B with A [inputs, r], B [r, outputs], r small and
-s = alpha / r. The sum is never formed: :class:`~conlens_jax.models.transformer.Block` adds
+s = alpha / r. The sum is never formed: :func:`~conlens_jax.models.block.run_block` adds
 s·(x·A)·B to x·W wherever it finds ``query_lora_in`` (A) and ``query_lora_out`` (s·B) beside
 ``query``. So W can stay an array that others share.
 """
@@ -52,7 +52,7 @@ def init_adapters(
 
 
 def with_adapters(layers: Params, adapters: Params, scale: Float[Array, ""]) -> Params:
-    """The layers' own arrays with the adapters beside them, as ``Block`` looks for them."""
+    """The layers' own arrays and the adapters, under the names that the block looks up."""
     beside = {}
     for target, adapter in adapters.items():
         out = adapter["out"]
