@@ -19,7 +19,7 @@ from conlens_jax.models.param_table import (
 )
 from conlens_jax.models.quantized import Int8Matrix
 from conlens_jax.models.transformer_config import TransformerConfig, array_dtype
-from conlens_jax.parallel.mesh import AXIS_OF_DIM, BATCH_AXES, param_spec
+from conlens_jax.parallel.mesh import AXES_OF_DIM, BATCH_AXES, param_spec
 
 
 def param_shardings(table: list[ParamRow], config: TransformerConfig, mesh: Mesh) -> Params:
@@ -32,7 +32,7 @@ def param_shardings(table: list[ParamRow], config: TransformerConfig, mesh: Mesh
     problems = list(_idle_axes(table, mesh))
     for row in table:
         for dim, size in zip(row.dims, row.shape(config), strict=True):
-            axis = AXIS_OF_DIM.get(dim)
+            axis = AXES_OF_DIM.get(dim)
             if axis and size % mesh.shape[axis]:
                 problems.append(
                     f"mesh.{axis}={mesh.shape[axis]} does not divide dimension {dim}={size} of "
@@ -45,10 +45,10 @@ def param_shardings(table: list[ParamRow], config: TransformerConfig, mesh: Mesh
 
 def _idle_axes(table: list[ParamRow], mesh: Mesh) -> Iterator[str]:
     """Axes that would only copy the same work; the batch is split over ``data`` and ``fsdp``."""
-    used = {AXIS_OF_DIM.get(dim) for row in table for dim in row.dims}
+    used = {AXES_OF_DIM.get(dim) for row in table for dim in row.dims}
     for axis in mesh.axis_names:
         if mesh.shape[axis] > 1 and axis not in used and axis not in BATCH_AXES:
-            dims = ", ".join(dim for dim, of in AXIS_OF_DIM.items() if of == axis)
+            dims = ", ".join(dim for dim, of in AXES_OF_DIM.items() if of == axis)
             yield (
                 f"mesh.{axis}={mesh.shape[axis]} splits nothing: no parameter of this model has "
                 f"one of the dimensions {dims}; set mesh.{axis}=1"
@@ -93,7 +93,7 @@ def loading_report(config: TransformerConfig, mesh: Mesh) -> tuple[list[str], li
     for row in table:
         stored = "int8" if row.is_int8(config) else config.dtype
         shape = " × ".join(f"{dim}={n}" for dim, n in zip(row.dims, row.shape(config), strict=True))
-        axes = {AXIS_OF_DIM[dim] for dim in row.dims if dim in AXIS_OF_DIM}
+        axes = {AXES_OF_DIM[dim] for dim in row.dims if dim in AXES_OF_DIM}
         split = ", ".join(axis for axis in mesh.axis_names if axis in axes and mesh.shape[axis] > 1)
         rows.append([".".join(row.path), shape, stored, split, f"{per_device[row.path]:,}"])
     rows.append(["total", "", "", "", f"{sum(per_device.values()):,}"])

@@ -1,7 +1,7 @@
 """The device mesh: axes ``data``, ``fsdp`` and ``tensor``, always present.
 
-One table says which mesh axis a dimension letter of a parameter is split over. ``data`` and
-``fsdp`` together split the batch.
+One table, :data:`AXES_OF_DIM`, maps the letter of a dimension to the mesh axes that split it, for
+parameters (:func:`param_spec`) and for activations (:func:`activation_axes`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ MESH_PRESETS = {
     "multislice": MeshConfig(data=2, fsdp=4),
 }
 """What each ``mesh.preset`` is on one device or on eight; ``multislice`` grows with the devices."""
-AXIS_OF_DIM = {"D": "fsdp", "V": "tensor", "H": "tensor", "K": "tensor", "F": "tensor"}
+Axes = str | tuple[str, ...]
+AXES_OF_DIM: dict[str, Axes] = {
+    "B": BATCH_AXES,
+    "D": "fsdp",
+    "V": "tensor",
+    "H": "tensor",
+    "K": "tensor",
+    "F": "tensor",
+}
+"""The mesh axes of each dimension that is split; the other dimensions are whole on every device."""
 _PLANNED_SLICES, _PLANNED_SLICE = 2, 8
 
 
@@ -139,8 +148,39 @@ def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
 
 
 def param_spec(dims: str) -> P:
-    """The partition of a parameter from its dimension letters."""
-    return P(*(AXIS_OF_DIM.get(dim) for dim in dims))
+    """The partition of a parameter from its dimension letters.
+
+    Raises:
+      ValueError: two dimensions on one mesh axis.
+    """
+    return P(*_without_collision(dims, [AXES_OF_DIM.get(dim) for dim in dims]))
+
+
+def activation_axes(dims: str) -> list[Axes | None]:
+    """The mesh axes of an activation's dimensions, by their letters.
+
+    The batch is over ``data`` and ``fsdp``, so any other dimension that a parameter has over these
+    (its width) is whole in an activation.
+
+    Raises:
+      ValueError: two dimensions on one mesh axis.
+    """
+    axes = [AXES_OF_DIM.get(dim) for dim in dims]
+    axes = [None if of in BATCH_AXES else of for of in axes]
+    return _without_collision(dims, axes)
+
+
+def _without_collision(dims: str, axes_of_dim: list[Axes | None]) -> list[Axes | None]:
+    first: dict[str, str] = {}
+    for dim, axes in zip(dims, axes_of_dim, strict=True):
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            if axis in first:
+                raise ValueError(
+                    f"colliding axes: dimensions {first[axis]} and {dim} of [{', '.join(dims)}] "
+                    f"are both split over mesh axis {axis!r}"
+                )
+            first[axis] = dim
+    return axes_of_dim
 
 
 def shardings_like(tree, model_shardings: PyTree, mesh: Mesh):
