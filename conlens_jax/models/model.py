@@ -31,6 +31,7 @@ from conlens_jax.models.param_table import Params
 from conlens_jax.models.tokenizer import Tokenizer
 from conlens_jax.models.transformer import (
     add_position_embeddings,
+    capture,
     embed_tokens,
     forward,
     positions_of,
@@ -106,7 +107,8 @@ class LanguageModel:
         at = boundaries(wanted, self.config.n_layers, self.model_id)
         real = mask  # of the caller: inside a jit, arrays of JAX have no values
         tokens, mask = _inputs(tokens, mask, self.config)
-        captured = _capture(self.params, tokens, mask, at=at, config=self.config)
+        outputs_of = tuple(boundary - 1 for boundary in at)
+        captured = _capture(self.params, tokens, mask, config=self.config, layer=outputs_of)
         if positions is not None:
             rows = jnp.arange(tokens.shape[0])
             captured = captured[rows, :, row_positions(positions, _real(real, tokens.shape))]
@@ -311,17 +313,7 @@ def _logits(params, tokens, mask, *, config):
     return forward(params, tokens, config=config, mask_BS=mask)
 
 
-@functools.partial(jax.jit, static_argnames=("at", "config"))
-def _capture(params, tokens, mask, *, at, config):
-    """Boundaries ``at``, [B, n, S, D]."""
-    positions = positions_of(mask)
-    x_BSD = add_position_embeddings(params, embed_tokens(params, tokens, config), positions)
-    captured, start = {}, 0
-    for stop in sorted(set(at)):
-        piece = slice_layers(params["layers"], start, stop)
-        x_BSD, _ = run_layers(piece, x_BSD, positions, config=config)
-        captured[stop], start = x_BSD, stop
-    return jnp.stack([captured[boundary] for boundary in at], axis=1)
+_capture = jax.jit(capture, static_argnames=("config", "layer"))
 
 
 @functools.partial(jax.jit, static_argnames=("at", "config"))

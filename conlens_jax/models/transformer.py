@@ -15,7 +15,7 @@ input of the first layer: it adds learned position embeddings, if the model has 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.struct
@@ -31,6 +31,7 @@ from conlens_jax.models.layer_kinds import (
     layer_count,
     mask_and_rope_of,
     params_of,
+    slice_layers,
     span_of,
 )
 from conlens_jax.models.norms import apply_norm
@@ -221,3 +222,26 @@ def forward(
     x_BSD = add_position_embeddings(params, embed_tokens(params, tokens_BS, config), positions_BS)
     x_BSD, _ = run_layers(params["layers"], x_BSD, positions_BS, config=config)
     return unembed(params, x_BSD, config=config)
+
+
+def capture(
+    params: Params,
+    tokens_BS: Int[Array, "B S"],
+    mask_BS: Bool[Array, "B S"],
+    *,
+    config: TransformerConfig,
+    layer: int | Sequence[int],
+) -> Float[Array, "B S D"] | Float[Array, "B n S D"]:
+    """The residual stream at the output of block ``layer`` (−1: at the input of block 0), at every
+    position; of several layers, [B, n, S, D]. No block after the last of them is run."""
+    wanted = (layer,) if isinstance(layer, int) else layer
+    positions_BS = positions_of(mask_BS)
+    x_BSD = add_position_embeddings(params, embed_tokens(params, tokens_BS, config), positions_BS)
+    captured, start = {}, 0
+    for last in sorted(set(wanted)):
+        layers = slice_layers(params["layers"], start, last + 1)
+        x_BSD, _ = run_layers(layers, x_BSD, positions_BS, config=config)
+        captured[last], start = x_BSD, last + 1
+    if isinstance(layer, int):
+        return captured[layer]
+    return jnp.stack([captured[last] for last in wanted], axis=1)
