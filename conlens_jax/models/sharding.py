@@ -1,4 +1,4 @@
-"""How a model's parameters lie on a mesh, from the dimension letters of its table."""
+"""How a model's parameters are sharded over a mesh, by the dimension letters of its table."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def param_shardings(table: list[ParamRow], config: TransformerConfig, mesh: Mesh
 
     Raises:
       ConfigError: a dimension that its mesh axis does not divide, or an axis that splits nothing;
-        all of them listed.
+        all are listed.
     """
     problems = list(_idle_axes(table, mesh))
     for row in table:
@@ -44,7 +44,7 @@ def param_shardings(table: list[ParamRow], config: TransformerConfig, mesh: Mesh
 
 
 def _idle_axes(table: list[ParamRow], mesh: Mesh) -> Iterator[str]:
-    """Axes that would only copy the same work; the batch is split over ``data`` and ``fsdp``."""
+    """Axes that split no parameter; ``data`` and ``fsdp`` split the batch in any case."""
     used = {AXES_OF_DIM.get(dim) for row in table for dim in row.dims}
     for axis in mesh.axis_names:
         if mesh.shape[axis] > 1 and axis not in used and axis not in BATCH_AXES:
@@ -56,7 +56,7 @@ def _idle_axes(table: list[ParamRow], mesh: Mesh) -> Iterator[str]:
 
 
 def _sharding(row: ParamRow, config: TransformerConfig, mesh: Mesh) -> NamedSharding | Int8Matrix:
-    """An int8 matrix's scale is split like the matrix where it has its dimensions."""
+    """An int8 matrix's scale is split like the matrix in the dimensions that it has."""
     whole = NamedSharding(mesh, param_spec(row.dims))
     if not row.is_int8(config):
         return whole
@@ -66,7 +66,7 @@ def _sharding(row: ParamRow, config: TransformerConfig, mesh: Mesh) -> NamedShar
 def bytes_per_device(
     table: list[ParamRow], config: TransformerConfig, mesh: Mesh
 ) -> dict[tuple[str, ...], int]:
-    """What each parameter takes on every device, by its path; known before anything is loaded."""
+    """Bytes per device of each parameter, by its path; known before anything is loaded."""
     shapes = abstract_params(table, config)
     shardings = param_shardings(table, config, mesh)
 
@@ -86,7 +86,7 @@ def bytes_per_device(
 
 
 def loading_report(config: TransformerConfig, mesh: Mesh) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: what a model's parameters are, how they are split, and their bytes."""
+    """Header and rows of a table: a model's parameters, their split, and their bytes per device."""
     table = family_of(config).param_table(config)
     per_device = bytes_per_device(table, config, mesh)
     rows = []

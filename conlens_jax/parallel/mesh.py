@@ -42,8 +42,8 @@ _PLANNED_SLICES, _PLANNED_SLICE = 2, 8
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] = ()) -> Mesh:
-    """A mesh over all devices of the run (``preset="single"``: over the first), or over those
-    that are given.
+    """A mesh over all devices of the run (``preset="single"``: over the first), or over the
+    given ones.
 
     Raises:
       ConfigError: the axes do not multiply to the number of devices.
@@ -63,20 +63,20 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] = 
 
 
 def slice_count(devices: Sequence[jax.Device]) -> int:
-    """Groups of devices with a fast network inside: slices where devices tell theirs, else
+    """Groups of devices with a fast network inside: the slices that devices report, else
     processes."""
     return len(_slice_indices(devices)) or len({device.process_index for device in devices})
 
 
 def _slice_indices(devices: Sequence[jax.Device]) -> set[int]:
-    """The slices of a TPU run of several; empty elsewhere."""
+    """The slices of a TPU run on several slices; empty otherwise."""
     indices = {getattr(device, "slice_index", None) for device in devices} - {None}
     return indices if len(indices) > 1 else set()
 
 
 def planned_mesh(config: MeshConfig) -> tuple[MeshConfig, int]:
-    """The mesh for a plan, and its number of devices, which need not be there: ``mesh.data=0``
-    counts as 1, and slices are 2 of 8 devices unless ``mesh.slices`` says otherwise."""
+    """The mesh for a plan, and its number of devices, which need not exist: ``mesh.data=0`` counts
+    as 1, and there are 2 slices of 8 devices unless ``mesh.slices`` is set."""
     if config.preset == "multislice":
         slices = config.slices or _PLANNED_SLICES
         return dataclasses.replace(config, slices=slices), slices * _PLANNED_SLICE
@@ -85,7 +85,7 @@ def planned_mesh(config: MeshConfig) -> tuple[MeshConfig, int]:
 
 
 def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
-    """The mesh of a run on so many devices, without them: for shapes and bytes.
+    """The mesh of a run without its devices: for shapes and bytes.
 
     Raises:
       ConfigError: the axes do not multiply to the number of devices.
@@ -139,7 +139,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
-    """Raises ConfigError where a batch does not divide over the mesh."""
+    """Raises ConfigError if a batch does not divide over the mesh."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % parts:
         raise ConfigError(
@@ -184,8 +184,8 @@ def _without_collision(dims: str, axes_of_dim: list[Axes | None]) -> list[Axes |
 
 
 def shardings_like(tree, model_shardings: PyTree, mesh: Mesh):
-    """Shardings for a tree that holds parameters by the names of the model's (clones of it,
-    and their optimizer moments): those are split like the model's, everything else is replicated.
+    """Shardings for a tree that contains parameters under the model's names (clones of it, and
+    their optimizer moments): these are split like the model's, everything else is replicated.
     """
     by_path = {
         tuple(key.key for key in path): sharding
