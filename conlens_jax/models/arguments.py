@@ -136,4 +136,4 @@ def finite_array(
         rows = np.flatnonzero(bad.reshape(len(array), -1).any(axis=1))[:10]
         at = lambda row: "" if positions_B is None else f" (position {positions_B[row]})"
         where = " in row " + ", ".join(f"{row}{at(row)}" for row in rows)
-    raise ValueError(f"{name} holds NaN or infinity{where}; every number must be finite")
+    raise ValueError(f"{name} contains NaN or infinity{where}; every number must be finite")

@@ -125,13 +125,13 @@ class HFConfigReader:
                 self.problems.append(f"{key}={value!r} is not known")
         if self.problems:
             raise ValueError(
-                f"config.json of the model ({self.name}) holds what this port cannot honour:\n"
+                f"config.json of the model ({self.name}) has unsupported keys or values:\n"
                 + "\n".join(f"  - {problem}" for problem in self.problems)
             )
 
 
 def parse_token_ids(value: Any, key: str) -> tuple[int, ...]:
-    """The ids of a value that is one, a list of them or null, each once and in their order.
+    """The ids of a value that is one id, a list of them or null, without duplicates, in order.
 
     Raises:
       ValueError: anything else.

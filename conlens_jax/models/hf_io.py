@@ -39,10 +39,10 @@ _FINGERPRINT_BYTES = 4096
 def read_config(folder: Path) -> TransformerConfig:
     """The shape of the model in a folder, by all of its files: config.json (see
     :func:`read_config_file`), the tokens that end a text in generation_config.json, and whether the
-    weights hold a head of their own.
+    weights contain a separate head.
 
     Raises:
-      ValueError: no supported model, or files that cannot be read.
+      ValueError: not a supported model, or files that cannot be read.
     """
     config = read_config_file(folder / "config.json")
     return with_stored_head(_with_generation_ends(config, folder / GENERATION_FILE), folder)
@@ -66,8 +66,8 @@ def read_config_file(file: Path) -> TransformerConfig:
 
 
 def _with_generation_ends(config: TransformerConfig, file: Path) -> TransformerConfig:
-    """All that end a text: the tokens of config.json and those of generation_config.json; none
-    where the latter has an empty list."""
+    """The config with all tokens that end a text: those of config.json and of
+    generation_config.json; none if the latter has an empty list."""
     if not file.exists():
         return config
     stated = read_json(file).get("eos_token_id")
@@ -96,7 +96,7 @@ def load_params(
     Every tensor is checked by name, shape and the size of its file before the first is read.
 
     Args:
-      config: of :func:`read_config`, which finds out whether the files have a head of their own.
+      config: of :func:`read_config`, which checks whether the files contain a separate head.
       head: False leaves out what comes after the layers (final norm and output head), whether
         or not the folder has it.
       progress: show a progress bar; None shows it if stderr is a terminal.
@@ -190,7 +190,7 @@ def _check_tensors(
         if name not in expected and name not in tied_copy | not_wanted
     ]
     problems += [
-        f"misshaped: {name} is {tensors[name].shape}, config.json says {shape}"
+        f"misshaped: {name} is {tensors[name].shape}, by config.json {shape}"
         for name, shape in expected.items()
         if name in tensors and tensors[name].shape != shape
     ]

@@ -44,7 +44,7 @@ def boundaries(places: Sequence[HookPoint], n_layers: int, model: str) -> tuple[
     if layers:
         raise ValueError(
             f"layer {', '.join(layers)} is out of range: {model} has layers 0 to {n_layers - 1} "
-            "(model.layer). Known places are a layer's number (its output), "
+            "(model.layer). Known hook points are a layer's number (its output), "
             "'blocks.<layer>.hook_resid_post' (the same), 'blocks.<layer>.hook_resid_pre' and "
             f"'hidden_states[<0 to {n_layers - 1}>]' (transformers' last one is after the final "
             "norm and is not the residual stream)"

@@ -60,7 +60,7 @@ def resolve_folder(path: str, revision: str = "") -> Path:
                 f"download it beforehand with `hf download {path}` ({reason})"
             )
         raise ValueError(
-            f"model.path={path!r} is not a folder, and the hub did not give it{at}: {reason}"
+            f"model.path={path!r} is not a folder, and could not be downloaded{at}: {reason}"
         ) from error
 
 

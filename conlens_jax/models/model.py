@@ -178,7 +178,7 @@ class LanguageModel:
         if longest + max_new_tokens > self.config.max_positions:
             raise ValueError(
                 f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are more than "
-                f"the {self.config.max_positions} positions that {self.model_id} was made for"
+                f"the {self.config.max_positions} positions of {self.model_id}"
             )
         if stop is None:
             stop = self.config.eos_token_ids
@@ -206,7 +206,7 @@ class LanguageModel:
         if not _is_text(prompt):
             return _inputs(prompt, mask, self.config)
         if mask is not None:
-            raise ValueError("mask goes with token ids; texts are padded by themselves")
+            raise ValueError("mask is for token ids only; texts get their own")
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         rows = [np.asarray(self.tokenizer.encode(text, add_bos), np.int32) for text in texts]
         tokens = np.full((len(rows), max(map(len, rows))), self.tokenizer.pad_id, np.int32)

@@ -13,8 +13,8 @@ Why not a library. qwix (0.1.8) has all of this and more: int4, nf4 and fp8, blo
 QLoRA, and interception of a Linen module's products; AQT adds quantised training. Measured:
 ``qwix.einsum`` of an array and a ``QArray`` in a scan over 8 layers under ``jax.grad`` saves the
 floats of every layer: 1.26 times the fp32 weights in temporary memory, against 0.26 here (mostly
-the one layer that is running). And a matrix here must be sliced by layer and sharded by its dimension
-letters, be table and head at once, and take part in a hand-written backward pass
+the one layer that is running). And a matrix here must be sliced by layer and sharded by its
+dimension letters, be table and head at once, and take part in a hand-written backward pass
 (:mod:`conlens_jax.models.products`). With a dependency this file would not be shorter.
 """
 

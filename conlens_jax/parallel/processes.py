@@ -56,7 +56,7 @@ def start_processes(config: DistributedConfig) -> None:
             )
     except (ValueError, RuntimeError) as error:
         raise ProcessError(
-            f"distributed.coordinator={config.coordinator!r}: the processes did not meet: {error}"
+            f"distributed.coordinator={config.coordinator!r}: processes did not connect: {error}"
         ) from error
     # Connections are made at the first barrier, and on a CPU within 30 seconds: so the first one
     # must not be where a process may keep the others waiting.
@@ -118,7 +118,7 @@ def together(work: Callable[[], Result]) -> Result:
         raise failure
     for number, message in enumerate(failures):
         if message is not None:
-            raise ProcessError(f"process {number} could not go on: {message}")
+            raise ProcessError(f"process {number} failed: {message}")
     return result
 
 
