@@ -350,7 +350,7 @@ def test_every_file_is_checked_before_the_first_is_read(folder, monkeypatch):
     last = max(folder.glob("model-*.safetensors"))
     last.write_bytes(last.read_bytes()[:-1])
     monkeypatch.setattr(TensorFiles, "array", lambda *_: pytest.fail("a tensor was read"))
-    with pytest.raises(ValueError, match=rf"{last.name} is damaged or cut short.*there are"):
+    with pytest.raises(ValueError, match=rf"{last.name} is damaged or cut short.*the file has"):
         load(folder)
 
 

@@ -36,7 +36,7 @@ def index_array(values: Any, name: str) -> np.ndarray:
         is_whole = is_whole and not any(isinstance(entry, bool | np.bool_) for entry in values)
     if not is_whole:
         raise ValueError(
-            f"{name} must be whole numbers (or a boolean mask, one entry a token), "
+            f"{name} must be whole numbers (or a boolean mask, one entry per token), "
             f"not {values!r:.80}"
         )
     return array
@@ -84,7 +84,7 @@ def _marked(marks: np.ndarray, mask_BS: np.ndarray) -> np.ndarray:
     if marks.shape not in (mask_BS.shape, mask_BS.shape[1:]):
         raise ValueError(
             f"positions is a boolean mask of shape {marks.shape}; it must be {mask_BS.shape}, one "
-            "entry a token"
+            "entry per token"
         )
     marks_BS = np.broadcast_to(marks, mask_BS.shape)
     problems = [

@@ -24,7 +24,7 @@ from conlens_jax.files.paths import local_path
 from conlens_jax.models import generate as generation
 from conlens_jax.models import hf_io
 from conlens_jax.models.arguments import finite_array, row_positions
-from conlens_jax.models.hooks import HookPoint, boundaries, is_place
+from conlens_jax.models.hooks import HookPoint, boundaries, is_hook_point
 from conlens_jax.models.hub import commit_of
 from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
@@ -103,7 +103,7 @@ class LanguageModel:
         Raises:
           ValueError: an unknown hook point, or a position out of range or on padding.
         """
-        wanted = (layers,) if is_place(layers) else tuple(layers)
+        wanted = (layers,) if is_hook_point(layers) else tuple(layers)
         at = boundaries(wanted, self.config.n_layers, self.model_id)
         real = mask  # the caller's, as NumPy: inside a jit, JAX arrays have no values
         tokens, mask = _inputs(tokens, mask, self.config)
@@ -112,7 +112,7 @@ class LanguageModel:
         if positions is not None:
             rows = jnp.arange(tokens.shape[0])
             captured = captured[rows, :, row_positions(positions, _real(real, tokens.shape))]
-        return captured[:, 0] if is_place(layers) else captured
+        return captured[:, 0] if is_hook_point(layers) else captured
 
     def swap(
         self,
