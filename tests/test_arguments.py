@@ -198,7 +198,7 @@ def test_one_position_is_not_several(lens):
 def test_nan_and_infinity_are_refused(lens, tokens, bad):
     vector = np.ones(WIDTH)
     vector[3] = bad
-    one = r"holds NaN or infinity \(1 of 32 numbers\)"
+    one = r"contains NaN or infinity \(1 of 32 numbers\)"
     for name, call in (
         ("replacement", lambda: lens.swap(TEXT, 3, vector)),
         ("activations", lambda: lens.decode(vector)),
@@ -212,10 +212,10 @@ def test_nan_and_infinity_are_refused(lens, tokens, bad):
     with np.errstate(over="ignore"):
         rows[1] = vector
     with pytest.raises(
-        ValueError, match=r"activations holds NaN or infinity in row 1 \(position 5"
+        ValueError, match=r"activations contains NaN or infinity in row 1 \(position 5"
     ):
         lens.model.swap(tokens, LAYER, [1, 5, 9], rows)
-    with pytest.raises(ValueError, match="activations holds NaN or infinity in row 1;"):
+    with pytest.raises(ValueError, match="activations contains NaN or infinity in row 1;"):
         lens.decode(rows)
 
 

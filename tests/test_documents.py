@@ -294,7 +294,8 @@ def check_served(call: tuple) -> None:
 def check_model_example(names: dict) -> None:
     """What the comments of the models' README say of shapes."""
     np.testing.assert_array_equal(names["last"], names["same"])
-    width, vocabulary = names["model"].config.d_model, names["model"].config.vocab_size
+    config = names["model"].config
+    width, vocabulary = config.d_model, config.vocab_size
     length = len(names["tokens"][0])
     assert names["last"].shape == (1, width)
     assert names["every"].shape == (1, 3, length, width)
@@ -302,6 +303,7 @@ def check_model_example(names: dict) -> None:
         names["every"][:, 1, -1], names["model"].capture(names["tokens"], 0, -1)
     )
     assert names["logits"].shape == (1, length, vocabulary)
+    assert names["outputs"].shape == (config.n_layers, 1, length, width)
     assert names["ids"].shape == (2, 8) and names["drawn"].shape == (1, 8)
 
 

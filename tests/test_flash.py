@@ -91,7 +91,7 @@ def test_falling_back_is_said_once(inputs, caplog):
     tokens, mask = inputs
     config = config_of("gemma2", attention="cudnn")
     params = random_params(config)
-    flash._say_once.cache_clear()
+    flash._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         logits = [
             jax.jit(functools.partial(forward, config=c, mask_BS=mask))(params, tokens)

@@ -209,7 +209,7 @@ def test_settings_out_of_range(model, settings, message):
 
 
 def test_a_mask_goes_with_token_ids(model):
-    with pytest.raises(ValueError, match="mask goes with token ids"):
+    with pytest.raises(ValueError, match="mask is for token ids only"):
         model.generate("word7", 2, mask=np.ones((1, 2), bool))
 
 

@@ -291,7 +291,7 @@ def test_missing_extra_and_misshaped_tensors_in_one_message(folder):
     assert "missing: model.norm.weight (32,)" in message
     assert "missing: model.layers.1.mlp.down_proj.bias (32,)" in message
     assert "unexpected: model.layers.0.self_attn.q_norm.weight (8,)" in message
-    assert "model.layers.0.mlp.up_proj.weight is (32, 40), config.json says (40, 32)" in message
+    assert "model.layers.0.mlp.up_proj.weight is (32, 40), by config.json (40, 32)" in message
     assert message.count("\n") == 4
 
 
@@ -350,7 +350,7 @@ def test_every_file_is_checked_before_the_first_is_read(folder, monkeypatch):
     last = max(folder.glob("model-*.safetensors"))
     last.write_bytes(last.read_bytes()[:-1])
     monkeypatch.setattr(TensorFiles, "array", lambda *_: pytest.fail("a tensor was read"))
-    with pytest.raises(ValueError, match=rf"{last.name} is damaged or cut short.*there are"):
+    with pytest.raises(ValueError, match=rf"{last.name} is damaged or cut short.*the file has"):
         load(folder)
 
 

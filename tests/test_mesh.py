@@ -16,9 +16,11 @@ from conlens_jax.parallel.constrain import constrain
 from conlens_jax.parallel.mesh import (
     AXES,
     abstract_mesh,
+    activation_axes,
     batch_sharding,
     check_batch,
     make_mesh,
+    param_spec,
     planned_mesh,
     replicated,
     shardings_like,
@@ -123,7 +125,18 @@ def test_an_axis_that_splits_nothing():
     assert param_shardings(norms, config, make_mesh(MeshConfig(fsdp=2)))
 
 
-def test_activations_lie_by_the_names_of_their_dimensions():
+def test_two_dimensions_on_one_mesh_axis():
+    with pytest.raises(ValueError, match=r"dimensions H and F of \[N, H, F\] .* axis 'tensor'"):
+        param_spec("NHF")
+    with pytest.raises(ValueError, match=r"dimensions B and D of \[B, D\] .* axis 'fsdp'"):
+        param_spec("BD")
+    with pytest.raises(ValueError, match=r"dimensions K and V of \[B, K, V\] .* axis 'tensor'"):
+        constrain(np.zeros((2, 2, 2)), "BKV")
+
+
+def test_activations_are_sharded_by_the_letters_of_their_dimensions():
+    assert activation_axes("BSD") == [("data", "fsdp"), None, None]
+    assert activation_axes("DD") == [None, None]
     mesh = make_mesh(SHARDED)
     x = np.arange(4 * 3 * 6, dtype=np.float32).reshape(4, 3, 6)
     assert constrain(x, "BSV") is x

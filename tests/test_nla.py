@@ -172,7 +172,7 @@ def test_positions_asked_for_twice_and_activations_that_are_none(lens, pair):
         pair.explain(lens.model, TEXT, [3.0])
     vectors = np.ones((2, WIDTH), np.float32)
     vectors[1, 4] = np.nan
-    with pytest.raises(ValueError, match="activations holds NaN or infinity in row 1"):
+    with pytest.raises(ValueError, match="activations contains NaN or infinity in row 1"):
         pair.verbalise(vectors)
     with pytest.raises(ValueError, match=r"activations must be \[N, 32\], not \(32,\)"):
         pair.verbalise(vectors[0])

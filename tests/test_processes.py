@@ -99,7 +99,7 @@ def test_settings_of_processes():
 
 
 def test_processes_that_find_no_cluster():
-    with pytest.raises(ProcessError, match="distributed.coordinator='auto': .* did not meet"):
+    with pytest.raises(ProcessError, match="distributed.coordinator='auto': .* did not connect"):
         start_processes(DistributedConfig("auto"))
     start_processes(DistributedConfig())  # alone: nothing to do
 
@@ -153,7 +153,7 @@ def test_what_fails_in_one_process_fails_in_all(monkeypatch):
     monkeypatch.setattr(processes, "gathered", others)
     with pytest.raises(OSError, match="disk full"):
         processes.together(fail)
-    with pytest.raises(ProcessError, match="process 1 could not go on: no such corpus"):
+    with pytest.raises(ProcessError, match="process 1 failed: no such corpus"):
         processes.together(lambda: 1)
     sums = np.array([1, 1, 2], np.uint32)
     monkeypatch.setattr(processes.multihost_utils, "process_allgather", lambda _: sums)

@@ -269,7 +269,7 @@ def test_the_fingerprint_is_of_all_tokens(tmp_path):
         ("tokenizer_config", {"added_tokens_decoder": {"x": START}}, "added_tokens_decoder must"),
         ("tokenizer_config", {"added_tokens_decoder": ["<s>"]}, "added_tokens_decoder must"),
         ("added_tokens", {"<s>": "one"}, r"added_tokens\.json must map"),
-        ("special_tokens_map", ["<s>"], r"special_tokens_map\.json must hold a JSON object"),
+        ("special_tokens_map", ["<s>"], r"special_tokens_map\.json must contain a JSON object"),
     ],
 )
 def test_files_that_are_wrong(file, values, message, tmp_path):

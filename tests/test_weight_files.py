@@ -62,7 +62,7 @@ def test_the_index_decides_between_two_copies(sharded, caplog):
     sharded.copy_embedding(1.0)
     found = load(sharded.write())
     jax.tree.map(np.testing.assert_array_equal, found, sharded.expected)
-    assert f"several files hold {EMBEDDING}" in caplog.text
+    assert f"several files contain {EMBEDDING}" in caplog.text
     before = weights_fingerprint(sharded.folder)
     sharded.index[EMBEDDING] = sharded.other
     other = load(sharded.write())
@@ -115,7 +115,7 @@ def test_an_index_that_is_none(sharded, content):
     sharded.write()
     sharded.write_index(content)
     with pytest.raises(
-        ValueError, match=r"index\.json (must hold a JSON object|has no weight_map)"
+        ValueError, match=r"index\.json (must contain a JSON object|has no weight_map)"
     ):
         load(sharded.folder)
 
@@ -131,7 +131,7 @@ def test_a_shard_that_is_cut_short(sharded):
     file = sharded.write() / SECOND
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(
-        ValueError, match=rf"{SECOND} is damaged or cut short: .* speaks of .*bytes"
+        ValueError, match=rf"{SECOND} is damaged or cut short: .* describes .*bytes"
     ):
         load(sharded.folder)
 

@@ -27,7 +27,7 @@ from conlens_jax.lens.estimators import logits_cotangent
 from conlens_jax.lens.gumbel import Noise, as_noise
 from conlens_jax.lens.spec import Decoder, LensSpec
 from conlens_jax.lens.vocabulary import chunks_of, sampled_embeddings
-from conlens_jax.models.backward import TokenPullBack, forward_with_residuals, layers_vjp
+from conlens_jax.models.backward import TokenVjp, forward_with_residuals, layers_vjp
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.quantized import matmul, take_rows_bar, zeros_bar
 from conlens_jax.models.transformer import (
@@ -156,7 +156,7 @@ def _visit_tokens(residuals, wanted_BTD: Array, positions_BS: Array, spec: LensS
     decoder, _, tokens_BT, noise, tau, keys_BT = inputs
     head, table_VD = decoder_head(decoder, spec), decoder.base["embedding"]
     first = positions_BS.shape[1] - (spec.text_len - 1)
-    go_back = TokenPullBack(decoder.base["layers"], kept, positions_BS, first, spec.model)
+    go_back = TokenVjp(decoder.base["layers"], kept, positions_BS, first, spec.model)
     estimator = parse_estimator(spec.lens.estimator)
     at = lambda array, index: jax.lax.dynamic_slice_in_dim(array, index, 1, axis=1)
     # A product of B rows is far from the rate of one of B T rows: made together where there is

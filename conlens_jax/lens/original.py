@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from conlens_jax.lens.spec import LensSpec
 from conlens_jax.lens.vocabulary import ReferenceLogits
+from conlens_jax.models import transformer
 from conlens_jax.models.cache import KVCache
 from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
@@ -69,13 +70,7 @@ def capture(
     spec: LensSpec,
 ) -> Float[Array, "B S D"]:
     """The residual stream at the output of block L, all positions; stops there."""
-    layers = slice_layers(original["layers"], 0, spec.layer + 1)
-    positions_BS = positions_of(mask_BS)
-    x_BSD = add_position_embeddings(
-        original, embed_tokens(original, tokens_BS, spec.model), positions_BS
-    )
-    x_BSD, _ = run_layers(layers, x_BSD, positions_BS, config=spec.model)
-    return x_BSD
+    return transformer.capture(original, tokens_BS, mask_BS, config=spec.model, layer=spec.layer)
 
 
 def documents_of(rows_B: Array, documents_G: Array) -> Int[Array, "B"]:

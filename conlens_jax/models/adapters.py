@@ -1,9 +1,9 @@
 """Low-rank adapters of the layers' matrices (LoRA, Hu et al. 2021, arXiv:2106.09685).
 
 A matrix W of a layer is used as W + s·A·B with A [inputs, r], B [r, outputs], r small and
-s = alpha / r. The sum is never formed: :class:`~conlens_jax.models.transformer.Block` adds
-s·(x·A)·B to x·W wherever it finds ``query_lora_in`` (A) and ``query_lora_out`` (s·B) beside
-``query``. So W can stay an array that others share.
+s = alpha / r. The sum is never formed: :func:`~conlens_jax.models.block.run_block` adds
+s·(x·A)·B to x·W if the layer's weights contain ``query_lora_in`` (A) and ``query_lora_out`` (s·B)
+besides ``query``. So W can be shared with other models.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ LORA_IN, LORA_OUT = "_lora_in", "_lora_out"
 def init_adapters(
     config: TransformerConfig, n_layers: int, targets: Sequence[str], rank: int, key: jax.Array
 ) -> Params:
-    """Adapters that change nothing yet: A normal, B zero.
+    """Adapters that do not change the layers yet: A normal, B zero.
 
-    A's deviation is 1/√inputs, so that x·A is as large as x whatever the width.
+    A's standard deviation is 1/√inputs, so that x·A is as large as x for any width.
 
     Args:
-      n_layers: how many layers have adapters, the first ones of the model.
+      n_layers: the number of layers with adapters, the first ones of the model.
       targets: names of layer matrices, such as ``query``.
 
     Returns:
-      ``{target: {"in": [N, *inputs, r], "out": [N, r, *outputs]}}``, in ``config.dtype``; with the
-      experts behind N where the matrix has them.
+      ``{target: {"in": [N, *inputs, r], "out": [N, r, *outputs]}}``, in ``config.dtype``; with
+      the experts after N if the matrix has them.
     """
     rows = {row.path[-1]: row for row in family_of(config).param_table(config) if row.stacked}
     dtype, sizes = array_dtype(config), config.dim_sizes
@@ -52,14 +52,14 @@ def init_adapters(
 
 
 def with_adapters(layers: Params, adapters: Params, scale: Float[Array, ""]) -> Params:
-    """The layers' own arrays with the adapters beside them, as ``Block`` looks for them."""
-    beside = {}
+    """The layers' own arrays and the adapters, under the names that the block looks up."""
+    added = {}
     for target, adapter in adapters.items():
         out = adapter["out"]
-        beside[target + LORA_IN] = adapter["in"]
-        # s·B is as small as B; scaling W's output instead would cost an activation's worth.
-        beside[target + LORA_OUT] = (out.astype(jnp.float32) * scale).astype(out.dtype)
-    return {**layers, **beside}
+        added[target + LORA_IN] = adapter["in"]
+        # s·B is small; scaling x·A·B instead would take memory for a whole activation.
+        added[target + LORA_OUT] = (out.astype(jnp.float32) * scale).astype(out.dtype)
+    return {**layers, **added}
 
 
 def low_rank(equation: str, x: Array, lora_in: Array, lora_out: Array) -> Array:

@@ -1,9 +1,9 @@
-"""Tokens named by the files beside ``tokenizer.json``, added as transformers adds them.
+"""Tokens named by the files next to ``tokenizer.json``, added as transformers adds them.
 
 ``transformers`` 5 reads ``tokenizer_config.json``. Where that has an ``added_tokens_decoder`` it
 reads nothing else; an older folder's ``special_tokens_map.json`` (whose names win) and
-``added_tokens.json`` count where it has none. What ``tokenizer.json`` does not hold yet is
-added behind its vocabulary: the listed tokens in the order of their ids, then the named special
+``added_tokens.json`` count where it has none. What ``tokenizer.json`` does not contain is
+added after its vocabulary: the listed tokens in the order of their ids, then the named special
 tokens, then the others.
 """
 
@@ -24,7 +24,7 @@ _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 _OTHERS = ("extra_special_tokens", "additional_special_tokens")
 
 Files = Mapping[str, Mapping[str, Any]]
-"""The JSON objects beside ``tokenizer.json``, by file name."""
+"""The JSON objects in the files next to ``tokenizer.json``, by file name."""
 
 
 def named_tokens(files: Files) -> dict[str, str]:
@@ -37,10 +37,10 @@ def add_tokens(tokenizer: tokenizers.Tokenizer, files: Files) -> list[list[Any]]
     """Adds to ``tokenizer`` what the files name and it does not have.
 
     Returns:
-      ``[id, content, flags]`` of each token that is new or is now found in a text in another way.
+      ``[id, content, flags]`` of each token that is new or now matches differently in a text.
 
     Raises:
-      ValueError: a file that does not hold what its name says.
+      ValueError: a file with other content than its name promises.
     """
     settings, before = _settings(files), tokenizer.get_added_tokens_decoder()
     named = _named(settings)
@@ -133,7 +133,7 @@ def _content(token: str | Mapping[str, Any]) -> str:
 
 
 def _added(token: str | Mapping[str, Any], special: bool | None = None) -> AddedToken:
-    """A token as the ``tokenizers`` library takes it; ``special`` wins over what it says."""
+    """A token as the ``tokenizers`` library takes it; ``special`` overrides its own flag."""
     if isinstance(token, str):
         return AddedToken(token, special=bool(special))
     flags = {flag: bool(token[flag]) for flag in _FLAGS if flag in token}

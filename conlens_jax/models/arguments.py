@@ -1,4 +1,4 @@
-"""What a caller may give as positions and as vectors: checked, and made into NumPy arrays."""
+"""Positions and vectors from a caller, checked and converted to NumPy arrays."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 
 def index_array(values: Any, name: str) -> np.ndarray:
-    """Whole numbers, or a boolean mask, from anything that holds them in an order.
+    """Whole numbers, or a boolean mask, from any ordered collection of them.
 
     Args:
       name: what the caller's argument is called.
@@ -36,23 +36,23 @@ def index_array(values: Any, name: str) -> np.ndarray:
         is_whole = is_whole and not any(isinstance(entry, bool | np.bool_) for entry in values)
     if not is_whole:
         raise ValueError(
-            f"{name} must be whole numbers (or a boolean mask, one entry a token), "
+            f"{name} must be whole numbers (or a boolean mask, one entry per token), "
             f"not {values!r:.80}"
         )
     return array
 
 
 def row_positions(positions: Any, mask_BS: Bool[np.ndarray, "B S"]) -> Int[np.ndarray, "B"]:
-    """The place of one token a row.
+    """The index of one token per row.
 
     Args:
-      positions: an index for all rows, or one for each: from the start of the row, padding
-        included, or where negative from its last real token, padding left out. Or a boolean mask
-        [S] or [B, S] that marks one token a row.
+      positions: one index for all rows, or one per row: counted from the start of the row with
+        padding, or if negative from its last real token without padding. Or a boolean mask [S] or
+        [B, S] that marks one token per row.
       mask_BS: False on padding.
 
     Raises:
-      ValueError: out of range, on padding, or something else; every such row is named.
+      ValueError: out of range, on padding, or of another type; every such row is named.
     """
     batch, length = mask_BS.shape
     values = index_array(positions, "positions")
@@ -84,7 +84,7 @@ def _marked(marks: np.ndarray, mask_BS: np.ndarray) -> np.ndarray:
     if marks.shape not in (mask_BS.shape, mask_BS.shape[1:]):
         raise ValueError(
             f"positions is a boolean mask of shape {marks.shape}; it must be {mask_BS.shape}, one "
-            "entry a token"
+            "entry per token"
         )
     marks_BS = np.broadcast_to(marks, mask_BS.shape)
     problems = [
@@ -114,11 +114,11 @@ def finite_array(
 
     Args:
       name: what the caller's argument is called.
-      positions_B: where in the sequence the vector of each row goes, for the message.
+      positions_B: the index in the sequence of each row's vector, for the message.
 
     Raises:
-      ValueError: no numbers, or NaN or infinity among them (also what is infinite as float32);
-        the rows are named.
+      ValueError: not numbers, or NaN or infinity among them (infinite as float32 too); the rows
+        are named.
     """
     try:
         with np.errstate(over="ignore"):
@@ -136,4 +136,4 @@ def finite_array(
         rows = np.flatnonzero(bad.reshape(len(array), -1).any(axis=1))[:10]
         at = lambda row: "" if positions_B is None else f" (position {positions_B[row]})"
         where = " in row " + ", ".join(f"{row}{at(row)}" for row in rows)
-    raise ValueError(f"{name} holds NaN or infinity{where}; every number must be finite")
+    raise ValueError(f"{name} contains NaN or infinity{where}; every number must be finite")

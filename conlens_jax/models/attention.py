@@ -2,7 +2,7 @@
 
 Heads come first (queries [B, K, G, S, X], G query heads for each of K key heads; keys and values
 [B, K, C, X], in the cache too): then every matrix product is over contiguous memory. On a CPU that
-is 1.3 to 2.6 times as fast, and a token that is decoded does not turn the whole cache around.
+is 1.3 to 2.6 times as fast, and decoding a token does not transpose the whole cache.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def heads_last(x_BKGSX: Float[Array, "B K G S X"]) -> Float[Array, "B S H X"]:
 
 
 class ScoreForm(NamedTuple):
-    """How a layer goes from ⟨q, k⟩ to weights.
+    """How a layer turns ⟨q, k⟩ into attention weights.
 
     Attributes:
       scale: factor of ⟨q, k⟩.
-      soft_cap: c in c·tanh(s / c), or 0 for s as it is (Gemma 2, arXiv:2408.00118).
-      sinks_H: a logit a head that takes its share of the softmax and brings no value, or None
+      soft_cap: c in c·tanh(s / c), or 0 for none (Gemma 2, arXiv:2408.00118).
+      sinks_H: one logit per head that takes part in the softmax and has no value, or None
         (Xiao et al. 2023, arXiv:2309.17453; learned as in gpt-oss).
     """
 
@@ -63,7 +63,7 @@ def attention_weights(
     weights = jax.nn.softmax(scores, axis=-1)
     if form.sinks_H is None:
         return weights
-    # Σ e^s / (Σ e^s + e^sink): what the keys get of a softmax that the sink is part of.
+    # Σ e^s / (Σ e^s + e^sink): the keys' share of a softmax that includes the sink.
     total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
     sinks = form.sinks_H.astype(jnp.float32).reshape(*scores.shape[1:3], 1, 1)
     return weights * jax.nn.sigmoid(total - sinks)
@@ -78,7 +78,7 @@ def capped(scores: Float[Array, "*B C"], form: ScoreForm) -> Float[Array, "*B C"
 def scores_cotangent(
     weights: Float[Array, "*B C"], weights_bar: Float[Array, "*B C"], slope: Array | None
 ) -> Float[Array, "*B C"]:
-    """Back from weights to scores: w ⊙ (w̄ − ⟨w, w̄⟩), with or without sinks.
+    """The scores' cotangent from the weights': w ⊙ (w̄ − ⟨w, w̄⟩), with or without sinks.
 
     Args:
       slope: derivative of the soft cap at the scores (:func:`cap_slope`).
@@ -111,7 +111,7 @@ def attend(
 ) -> Float[Array, "B S H X"]:
     """Attention of new tokens to themselves and to cached ones.
 
-    The cache is read where it is: joining it with the new keys would copy it for every token.
+    The cache is not concatenated with the new keys: that would copy it for every token.
     """
     key, value = new
     scores, mask = attention_scores(query, key, form), mask_BSS

@@ -1,10 +1,10 @@
 """The backward pass through a stack of layers by hand: all tokens at once, or one by one.
 
-:func:`forward_with_residuals` is the forward pass that keeps, of each layer, its input and the
-results of its matrix products. From these :func:`layers_vjp` makes the usual gradients. And
-:class:`TokenPullBack` goes back token by token, from the last to the first, as decoding went
-forward: where the cotangent of a token's output depends on the gradient at the tokens behind it
-(a sampled text is such a case), this is the exact gradient for the price of one backward pass.
+:func:`forward_with_residuals` is the forward pass that also returns each layer's input and the
+results of its matrix products. From these :func:`layers_vjp` computes the usual gradients, and
+:class:`TokenVjp` goes back token by token, from the last to the first, the reverse of decoding:
+where the cotangent of a token's output depends on the gradient at later tokens (a sampled text is
+such a case), this is the exact gradient at the cost of one backward pass.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from conlens_jax.models.attention import (
     scores_cotangent,
 )
 from conlens_jax.models.block import (
-    Block,
     Residuals,
     attention_inputs,
     layer_output,
+    run_block,
     score_form,
 )
-from conlens_jax.models.layer_kinds import Layers, mask_and_rope_of, params_of
+from conlens_jax.models.layer_kinds import Layers, mask_and_rope_of, params_of, span_of
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.products import Products
 from conlens_jax.models.quantized import split_frozen, zeros_bar
@@ -48,17 +48,16 @@ def forward_with_residuals(
     config: TransformerConfig,
     patches: Patches | None = None,
 ) -> tuple[Float[Array, "B S D"], Residuals]:
-    """:func:`~conlens_jax.models.transformer.run_layers`, and what the backward pass needs.
-
-    With ``config.remat="full"`` the products are made again there instead of being kept.
+    """:func:`~conlens_jax.models.transformer.run_layers` that also returns the residuals for the
+    backward pass. With ``config.remat="full"`` the products are recomputed there.
     """
-    x_BSD, kept = scan_layers(layers, x_BSD, positions_BS, config, None, patches)
-    return x_BSD, kept._replace(products={}) if config.remat == "full" else kept
+    x_BSD, residuals = scan_layers(layers, x_BSD, positions_BS, config, None, patches)
+    return x_BSD, residuals._replace(products={}) if config.remat == "full" else residuals
 
 
 def layers_vjp(
     layers: Layers,
-    kept: Residuals,
+    residuals: Residuals,
     out_bar_BSD: Float[Array, "B S D"],
     positions_BS: Int[Array, "B S"],
     *,
@@ -66,38 +65,38 @@ def layers_vjp(
     patch_at: Int[Array, ""] | None = None,
 ) -> tuple[Params, Float[Array, "B S D"], Float[Array, "n B D"] | None]:
     """Cotangents of the parameters, of the input and (with ``patch_at``) of the patches."""
-    mask_and_rope, place_N = mask_and_rope_of(layers, positions_BS, None, config)
+    mask_and_rope, index_N = mask_and_rope_of(span_of(layers), positions_BS, None, config)
 
     def back(x_bar_BSD: Array, layer):
-        weights, kept, place = layer
-
+        weights, residuals, index = layer
         trained, frozen = split_frozen(weights)
 
         def run(trained, x_BSD):
-            inputs = (x_BSD, None, None, kept.products, place, mask_and_rope, None)
-            return Block(config).apply({"params": {**trained, **frozen}}, *inputs)[0]
+            weights = {**trained, **frozen}
+            inputs = (x_BSD, None, None, residuals.products, index, mask_and_rope, None)
+            return run_block(weights, *inputs, config=config)[0]
 
-        _, pull = jax.vjp(run, trained, kept.inputs_BSD)
+        _, pull = jax.vjp(run, trained, residuals.inputs_BSD)
         weights_bar, x_bar_BSD = pull(x_bar_BSD)
-        # The patch was added to the input, which is what was kept.
+        # ``inputs_BSD`` is the input with the patch added, so the patch has its cotangent.
         patch_bar_BD = None if patch_at is None else x_bar_BSD[:, patch_at]
         return x_bar_BSD, (weights_bar, patch_bar_BD)
 
-    stack = (params_of(layers), kept, place_N)
+    stack = (params_of(layers), residuals, index_N)
     x_bar_BSD, (layers_bar, patches_bar) = jax.lax.scan(
-        back, out_bar_BSD, stack, reverse=True, unroll=config.unroll or len(kept.keys)
+        back, out_bar_BSD, stack, reverse=True, unroll=config.unroll or len(residuals.keys)
     )
     _, frozen = split_frozen(params_of(layers))
     return {**layers_bar, **zeros_bar(frozen)}, x_bar_BSD, patches_bar
 
 
 class Later(NamedTuple):
-    """What the tokens behind the present one want of its keys and values, for n layers; rows of t
-    queries, zero where they have not been visited yet.
+    """Cotangents of the later tokens' attention, for n layers: of each of t queries, zero for
+    those not visited yet.
 
     Attributes:
       scores_bar: the cotangent of scale · ⟨q, k⟩, times the scale.
-      mixed_bar: the cotangent of what attention gave.
+      mixed_bar: the cotangent of attention's output.
     """
 
     scores_bar: Float[Array, "n B K G t C"]
@@ -105,7 +104,7 @@ class Later(NamedTuple):
 
 
 class Read(NamedTuple):
-    """How t tokens read the keys: known for all of them before the first is visited.
+    """Attention of t tokens, computed for all of them before the first is visited.
 
     Attributes:
       slope: derivative of the scores' soft cap; None without one.
@@ -116,42 +115,45 @@ class Read(NamedTuple):
     slope: Float[Array, "*n B K G t C"] | None
 
 
-class TokenPullBack:
+class TokenVjp:
     """Vector-Jacobian products of the last t tokens of a pass, from the last to the first.
 
     Args:
-      kept: of the whole pass (:func:`forward_with_residuals`).
+      residuals: of the whole pass (:func:`forward_with_residuals`).
       first: index of the first of the t tokens.
     """
 
     def __init__(
         self,
         layers: Layers,
-        kept: Residuals,
+        residuals: Residuals,
         positions_BS: Int[Array, "B S"],
         first: int,
         config: TransformerConfig,
     ):
         self.layers, self.config, self.first = params_of(layers), config, first
-        self.keys, self.values = kept.keys, kept.values
-        self.mask_and_rope, self.place_N = mask_and_rope_of(layers, positions_BS, None, config)
+        self.keys, self.values = residuals.keys, residuals.values
+        self.mask_and_rope, self.index_N = mask_and_rope_of(
+            span_of(layers), positions_BS, None, config
+        )
         tail = lambda array: array[:, :, first:]
-        self.inputs, self.products = tail(kept.inputs_BSD), jax.tree.map(tail, kept.products)
+        self.inputs = tail(residuals.inputs_BSD)
+        self.products = jax.tree.map(tail, residuals.products)
         text = self.mask_and_rope.at_queries(first, positions_BS.shape[1] - first)
 
         def read(layer) -> Read:
-            weights, x_BtD, products, keys, place = layer
-            here, form = text.of(place), score_form(place, weights, config)
+            weights, x_BtD, products, keys, index = layer
+            here, form = text.of(index), score_form(index, weights, config)
             made = attention_inputs(x_BtD, Products(weights, products), here.rotation, config)
             scores = attention_scores(made[0], keys, form)
             mix = attention_weights(scores, here.mask, form)
             return Read(made[0], mix, cap_slope(scores, form))
 
-        stack = (self.layers, self.inputs, self.products, self.keys, self.place_N)
+        stack = (self.layers, self.inputs, self.products, self.keys, self.index_N)
         self.read = jax.lax.map(read, stack)
 
     def start(self) -> Later:
-        """Nothing is wanted yet."""
+        """No token has been visited: all zeros."""
         return Later(
             jnp.zeros_like(self.read.weights),
             jnp.zeros(self.read.queries.shape, self.values.dtype),
@@ -160,19 +162,19 @@ class TokenPullBack:
     def __call__(
         self, token: Int[Array, ""], out_bar_BD: Float[Array, "B D"], later: Later
     ) -> tuple[Float[Array, "B D"], Later]:
-        """The cotangent of the token's input, once all tokens behind it have been visited.
+        """The cotangent of the token's input, after all later tokens have been visited.
 
         Args:
           token: 0 … t − 1; each once, from the last to the first.
           out_bar_BD: the complete cotangent of its output.
         """
         at = self.first + token
-        pick = lambda array, axis, index=token: jax.lax.dynamic_slice_in_dim(array, index, 1, axis)
+        pick = lambda array, axis, start=token: jax.lax.dynamic_slice_in_dim(array, start, 1, axis)
         config, mask_and_rope = self.config, self.mask_and_rope.at_queries(at, 1)
 
         def back(out_bar_B1D: Array, layer):
-            weights, x_B1D, products, own_read, keys, values, read, later, place = layer
-            here, form = mask_and_rope.of(place), score_form(place, weights, config)
+            weights, x_B1D, products, own_read, keys, values, read, later, index = layer
+            here, form = mask_and_rope.of(index), score_form(index, weights, config)
             attended = heads_last(mix_values(own_read.weights, values))
             finish = lambda x, attended: layer_output(
                 x, attended, Products(weights, products), config
@@ -185,7 +187,7 @@ class TokenPullBack:
             )
             scores_bar = scores_cotangent(own_read.weights, mix_bar, own_read.slope) * form.scale
             query_bar = mix_values(scores_bar, keys)
-            # This token's key and value, as the tokens behind it and it itself have used them.
+            # This token's key and value, as later tokens and the token itself have used them.
             own = lambda array: pick(array, 4, at)[..., 0].astype(keys.dtype)
             collect = functools.partial(jnp.einsum, "bkgt,bkgtx->bkx")
             key_bar = collect(own(later.scores_bar), read.queries)
@@ -208,7 +210,7 @@ class TokenPullBack:
             self.values,
             self.read,
             later,
-            self.place_N,
+            self.index_N,
         )
         x_bar, rows = jax.lax.scan(
             back,

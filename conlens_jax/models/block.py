@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import flax.linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from conlens_jax.models import flash, rope
 from conlens_jax.models.attention import ScoreForm, attend, heads_first, key_heads_first
-from conlens_jax.models.layer_kinds import LayerIndex
+from conlens_jax.models.layer_kinds import LayerIndex, MaskAndRope
 from conlens_jax.models.mlp import mix_experts, mlp
 from conlens_jax.models.norms import apply_norm
 from conlens_jax.models.param_table import Params
@@ -18,10 +17,11 @@ from conlens_jax.models.transformer_config import TransformerConfig
 
 
 class Residuals(NamedTuple):
-    """What a layer made on its way from input to output; stacked over n layers, ``n`` in front.
+    """Intermediate results of a layer, for its backward pass and the cache; stacked over n layers,
+    ``n`` is the first dimension.
 
     Attributes:
-      inputs_BSD: the residual stream at its input (with its patch).
+      inputs_BSD: the residual stream at its input, patch included.
       products: the result of every matrix product, by the matrix's name.
       keys: rotated.
     """
@@ -32,32 +32,44 @@ class Residuals(NamedTuple):
     values: Float[Array, "*n B K S X"]
 
 
-class Block(nn.Module):
-    """A layer. Its parameters are whatever it is given: the ``layers`` rows of the family's table,
-    and the adapters of these where there are any."""
+def run_block(
+    weights: Params,
+    x_BSD: Float[Array, "B S D"],
+    past: tuple[Float[Array, "B K C X"], Float[Array, "B K C X"]] | None,
+    patch_BD: Float[Array, "B D"] | None,
+    known: dict[str, Array] | None,
+    index: LayerIndex,
+    mask_and_rope: MaskAndRope,
+    patch_at: Int[Array, ""] | None,
+    *,
+    config: TransformerConfig,
+) -> tuple[Float[Array, "B S D"], Residuals]:
+    """One layer: its output, and its intermediate results.
 
-    config: TransformerConfig
+    Args:
+      weights: the layer's parameters, by the last key of their row in the family's table, and
+        the adapters of these if there are any.
+      past: cached keys and values.
+      patch_BD: added to the residual stream at ``patch_at``, at the input.
+      known: results of matrix products by name, from a pass with the same input.
+      index: which of the kinds in ``mask_and_rope`` the layer is.
+    """
+    here = mask_and_rope.of(index)
+    if patch_BD is not None:
+        x_BSD = x_BSD.at[:, patch_at].add(patch_BD.astype(x_BSD.dtype))
+    products = Products(weights, known)
+    query, key, value = attention_inputs(x_BSD, products, here.rotation, config)
+    form = score_form(index, weights, config)
+    if past is None and flash.is_usable(config):
+        attended = flash.attend(query, key, value, here.mask, form.scale)
+    else:
+        attended = attend(query, (key, value), here.mask, form, past, here.past_mask)
+    out_BSD = layer_output(x_BSD, attended, products, config)
+    return out_BSD, Residuals(x_BSD, products.made, key, value)
 
-    @nn.compact
-    def __call__(self, x_BSD, past, patch_BD, known, place: LayerIndex, mask_and_rope, patch_at):
-        """Returns the output, and what the layer made on its way (:class:`Residuals`)."""
-        config, here = self.config, mask_and_rope.of(place)
-        weights = dict(self.variables["params"])
-        if patch_BD is not None:
-            x_BSD = x_BSD.at[:, patch_at].add(patch_BD.astype(x_BSD.dtype))
-        products = Products(weights, known)
-        query, key, value = attention_inputs(x_BSD, products, here.rotation, config)
-        form = score_form(place, weights, config)
-        if past is None and flash.is_usable(config):
-            attended = flash.attend(query, key, value, here.mask, form.scale)
-        else:
-            attended = attend(query, (key, value), here.mask, form, past, here.past_mask)
-        out_BSD = layer_output(x_BSD, attended, products, config)
-        return out_BSD, Residuals(x_BSD, products.made, key, value)
 
-
-def score_form(place: LayerIndex, weights: Params, config: TransformerConfig) -> ScoreForm:
-    scale = config.attention_scales[0] if place.scale is None else place.scale
+def score_form(index: LayerIndex, weights: Params, config: TransformerConfig) -> ScoreForm:
+    scale = config.attention_scales[0] if index.scale is None else index.scale
     sinks_H = weights["sinks"] if config.attention_sinks else None
     return ScoreForm(scale, config.attention_soft_cap, sinks_H)
 
@@ -68,7 +80,7 @@ def attention_inputs(
     rotation: tuple[Array, Array] | None,
     config: TransformerConfig,
 ) -> tuple[Float[Array, "B K G S X"], Float[Array, "B K S X"], Float[Array, "B K S X"]]:
-    """Rotated queries and keys, and values, heads first; each token's from that token alone."""
+    """Rotated queries and keys, and values, heads first; no token sees another here."""
     weights = products.weights
     if config.pre_norms:
         x_BSD = apply_norm(x_BSD, weights, "attention_norm", config)
@@ -90,7 +102,7 @@ def layer_output(
     products: Products,
     config: TransformerConfig,
 ) -> Float[Array, "B S D"]:
-    """What follows attention; each token's from that token alone."""
+    """The layer after attention; no token sees another here."""
     weights = products.weights
     written_BSD = products("bshx,hxd->bsd", attended_BSHX, "attention_out")
     if config.post_norms:

@@ -1,4 +1,4 @@
-"""The key-value cache: an argument and a return value, never hidden state."""
+"""The key-value cache: an argument and a result, never hidden state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def empty_cache(config: TransformerConfig, n_layers: int, batch: int, slots: int
 
 
 def with_room(cache: KVCache, slots: int) -> KVCache:
-    """The cache with so many empty slots behind what it holds."""
+    """The cache with ``slots`` empty slots appended."""
     room = lambda array: jnp.pad(array, ((0, 0), (0, 0), (0, 0), (0, slots), (0, 0)))
     positions_BC = jnp.pad(cache.positions_BC, ((0, 0), (0, slots)), constant_values=NO_POSITION)
     return KVCache(room(cache.keys), room(cache.values), positions_BC)
@@ -37,8 +37,8 @@ def with_room(cache: KVCache, slots: int) -> KVCache:
 def write_slots(
     past: Array, new: Array, slot: Int[Array, ""] | Int[Array, " B"], axis: int
 ) -> Float[Array, "B ..."]:
-    """Writes ``new`` into ``past`` from ``slot`` of ``axis`` on (one for all rows, or one a row).
-    A start too close to the end is moved back, as in ``dynamic_update_slice``."""
+    """Writes ``new`` into ``past`` from ``slot`` of ``axis`` on (one for all rows, or one per row).
+    A start too close to the end is clamped, as in ``dynamic_update_slice``."""
     update = jax.lax.dynamic_update_slice_in_dim
     if slot.ndim == 0:
         return update(past, new.astype(past.dtype), slot, axis)
@@ -47,8 +47,8 @@ def write_slots(
 
 
 def append(cache: KVCache, keys: Array, values: Array, positions_BS: Array, slot: Array) -> KVCache:
-    """The cache with new tokens of all layers from ``slot`` on."""
-    # All layers at once, behind the scan: so the cache is changed in place, not copied a layer.
+    """The cache with the new tokens' keys and values of all layers from ``slot`` on."""
+    # All layers at once, after the scan: so the cache is updated in place, not copied per layer.
     write = jax.vmap(functools.partial(write_slots, axis=2), in_axes=(0, 0, None))
     return KVCache(
         write(cache.keys, keys, slot),

@@ -1,8 +1,8 @@
 """Attention without its scores in memory: cuDNN's flash kernel, through JAX's own entry point.
 
-``model.attention="cudnn"`` uses it for whole passes on a GPU. The mask goes in as the kernel's bias
-[B, 1, S, S], so padding on either side and windows are what they are elsewhere. What the kernel
-cannot do falls back to the plain path, which one line in the log then says.
+``model.attention="cudnn"`` uses it for whole passes on a GPU. The mask is the kernel's bias
+[B, 1, S, S], so padding on either side and windows work as elsewhere. A model that the kernel does
+not support falls back to the plain path, with one line in the log.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _MAX_HEAD_DIM = 256
 
 
 def is_usable(config: TransformerConfig) -> bool:
-    """Whether the kernel is asked for and can do what the model needs."""
+    """Whether the kernel is configured and supports the model."""
     if config.attention != "cudnn":
         return False
     reasons = obstacles(config, _platform())
     if reasons:
-        _say_once("; ".join(reasons))
+        _warn_once("; ".join(reasons))
     return not reasons
 
 
 def _platform() -> str:
-    """Of the devices that the program is for; this process may not have them."""
+    """The platform that the program is compiled for; this process may have another."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 
@@ -53,7 +53,7 @@ def obstacles(config: TransformerConfig, backend: str) -> list[str]:
 
 
 @functools.cache
-def _say_once(reasons: str) -> None:
+def _warn_once(reasons: str) -> None:
     _LOG.warning('model.attention="cudnn" falls back to "xla": %s', reasons)
 
 
@@ -66,8 +66,8 @@ def attend(
 ) -> Float[Array, "B S H X"]:
     """:func:`conlens_jax.models.attention.attend` of tokens to themselves.
 
-    The kernel's gradient wants an even length: an odd one gets a token at the end, which sees and
-    is seen by itself alone.
+    The kernel's gradient needs an even length: an odd one gets a token at the end that sees only
+    itself and that no other token sees.
     """
     length = mask_BSS.shape[-1]
     if length % 2:
@@ -80,7 +80,7 @@ def attend(
         value_BKSX.swapaxes(1, 2),
         mask=mask_BSS[:, None],
         scale=scale,
-        # Already in the mask; said again so that the kernel skips what lies ahead.
+        # Already in the mask; set here too so that the kernel skips the later keys.
         is_causal=True,
         implementation="cudnn",
     )

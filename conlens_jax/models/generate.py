@@ -1,8 +1,8 @@
-"""Text after a prompt: one pass over the prompt, then one token at a time with a key-value cache.
+"""Generation: one pass over the prompt, then one token at a time with a key-value cache.
 
-The program is compiled for a bucket of prompt lengths and of numbers of new tokens (powers of
-two), and is used again for every call that falls into it; temperature and nucleus are arguments of
-it. Which keys a token sees follows from positions alone, so a prompt may be padded on either side.
+The program is compiled for a bucket of prompt lengths and of numbers of new tokens (powers of two),
+and reused for every call in that bucket; temperature and nucleus are arguments. Which keys a token
+sees follows from positions alone, so a prompt may be padded on either side.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SMALLEST_BUCKET = 16
 
 
 def bucket(length: int) -> int:
-    """The smallest power of two that holds ``length`` (at least 16)."""
+    """The smallest power of two that is at least ``length`` (and at least 16)."""
     return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
@@ -48,19 +48,18 @@ def generate(
     slots: int,
     config: TransformerConfig,
 ) -> Int[Array, "B slots"]:
-    """Writes up to ``n_new`` tokens behind each row, and ends early where all rows have ended.
+    """Generates up to ``n_new`` tokens after each row; stops early when all rows have ended.
 
     Args:
-      tokens_BS, mask_BS: prompts; the mask is False on padding, and True at least once a row.
+      tokens_BS, mask_BS: prompts; the mask is False on padding, and True at least once per row.
       n_new: at most ``slots``.
-      key: of the draws, one for each row and token; None takes the most probable token.
+      key: for sampling; None takes the most probable tokens.
       temperature, top_p: see :func:`~conlens_jax.models.sampling.choose_token`.
-      stop_e: tokens that end a row; there may be none.
+      stop_e: tokens that end a row; may be empty.
       slots: room for new tokens.
 
     Returns:
-      The new tokens. Behind a stop token, a row repeats it; behind ``n_new`` there is nothing
-      meant.
+      The new tokens. After a stop token a row repeats it; tokens after ``n_new`` are undefined.
     """
     batch, length = tokens_BS.shape
     head, layers = head_of(params, config), params["layers"]
@@ -82,7 +81,7 @@ def generate(
     def is_stop(token_B: Array) -> Bool[Array, "B"]:
         return jnp.any(token_B[:, None] == stop_e, axis=1)
 
-    def goes_on(carry) -> Bool[Array, ""]:
+    def continues(carry) -> Bool[Array, ""]:
         step, _, _, ended_B, _ = carry
         return (step < n_new) & ~jnp.all(ended_B)
 
@@ -107,4 +106,4 @@ def generate(
     first_B = choose(x_BSD[rows_B, last_B], jnp.int32(0))
     written_BT = jnp.broadcast_to(first_B[:, None], (batch, slots))
     start = (jnp.int32(1), written_BT, first_B, is_stop(first_B), cache)
-    return jax.lax.while_loop(goes_on, write_next, start)[1]
+    return jax.lax.while_loop(continues, write_next, start)[1]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 # Keys that do not change what the network computes: bookkeeping, training-time and generation
-# settings that transformers writes beside the architecture.
+# settings that transformers writes next to the architecture.
 _BOOKKEEPING = frozenset(
     "_name_or_path _commit_hash _attn_implementation_autoset architectures model_type "
     "transformers_version dtype torch_dtype use_cache pad_token_id bos_token_id eos_token_id "
@@ -20,7 +20,7 @@ _BOOKKEEPING = frozenset(
     # Of files that a model's own code came with; transformers knows these models itself.
     "auto_map".split()
 )
-# Keys of transformers v4 with the only value that we can stand for.
+# Keys of transformers v4 with the only value that is supported.
 _NEUTRAL = {
     "is_encoder_decoder": False,
     "is_decoder": (False, True),
@@ -48,7 +48,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 class HFConfigReader:
-    """Hands out values of a config.json and remembers which were asked for.
+    """Returns values of a config.json and records which were read.
 
     Args:
       values: the parsed file.
@@ -76,7 +76,7 @@ class HFConfigReader:
         return next(iter(self.token_ids(key, default)), None)
 
     def token_ids(self, key: str, default: int | None = None) -> tuple[int, ...]:
-        """The ids of a key that holds one, a list of them or null."""
+        """The ids of a key whose value is one id, a list of them or null."""
         try:
             return parse_token_ids(self(key, default), key)
         except ValueError as error:
@@ -105,10 +105,10 @@ class HFConfigReader:
         return windows if any(windows) else ()
 
     def finish(self, ignored: set[str], neutral: Mapping[str, Any] | None = None) -> None:
-        """Raises ValueError with all problems: values not understood, and keys nobody read.
+        """Raises ValueError with all problems: unsupported values, and keys that were not read.
 
         Args:
-          ignored: keys that change nothing of what the family computes.
+          ignored: keys that do not change what the family computes.
           neutral: keys with the only value, or a tuple of the values, that is supported.
         """
         known, neutral_of = self.read_keys | _BOOKKEEPING | ignored, _NEUTRAL | dict(neutral or {})
@@ -125,13 +125,13 @@ class HFConfigReader:
                 self.problems.append(f"{key}={value!r} is not known")
         if self.problems:
             raise ValueError(
-                f"config.json of the model ({self.name}) holds what this port cannot honour:\n"
+                f"config.json of the model ({self.name}) has unsupported keys or values:\n"
                 + "\n".join(f"  - {problem}" for problem in self.problems)
             )
 
 
 def parse_token_ids(value: Any, key: str) -> tuple[int, ...]:
-    """The ids of a value that is one, a list of them or null, each once and in their order.
+    """The ids of a value that is one id, a list of them or null, without duplicates, in order.
 
     Raises:
       ValueError: anything else.
@@ -147,7 +147,7 @@ def token_ids_to_hf(ids: tuple[int, ...]) -> int | list[int] | None:
 
 
 def layer_types_to_hf(windows: tuple[int, ...], n_layers: int) -> dict[str, Any]:
-    """The keys that say which layers have a window."""
+    """The keys that set which layers have a window."""
     types = [SLIDING if window else FULL for window in windows or (0,) * n_layers]
     return {"layer_types": types, "sliding_window": max(windows, default=0) or None}
 

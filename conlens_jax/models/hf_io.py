@@ -31,7 +31,7 @@ from conlens_jax.parallel.mesh import single_device_mesh
 __all__ = ["load_params", "read_config", "resolve_folder", "save_model", "weights_fingerprint"]
 
 BELOW_THE_LAYERS = ("embedding", "position_embedding")
-"""Rows of a model's table that the input of the first layer is made of."""
+"""Rows of a model's table that make the input of the first layer."""
 GENERATION_FILE = "generation_config.json"
 _FINGERPRINT_BYTES = 4096
 
@@ -39,10 +39,10 @@ _FINGERPRINT_BYTES = 4096
 def read_config(folder: Path) -> TransformerConfig:
     """The shape of the model in a folder, by all of its files: config.json (see
     :func:`read_config_file`), the tokens that end a text in generation_config.json, and whether the
-    weights hold a head of their own.
+    weights contain a separate head.
 
     Raises:
-      ValueError: no supported model, or files that cannot be read.
+      ValueError: not a supported model, or files that cannot be read.
     """
     config = read_config_file(folder / "config.json")
     return with_stored_head(_with_generation_ends(config, folder / GENERATION_FILE), folder)
@@ -52,7 +52,7 @@ def read_config_file(file: Path) -> TransformerConfig:
     """The shape of the model that a config.json describes.
 
     Raises:
-      ValueError: no supported model, or one that cannot be read as it is stored.
+      ValueError: not a supported model, or stored in an unsupported format.
     """
     values = dict(read_json(file))
     quantisation = values.pop("quantization_config", None)
@@ -66,8 +66,8 @@ def read_config_file(file: Path) -> TransformerConfig:
 
 
 def _with_generation_ends(config: TransformerConfig, file: Path) -> TransformerConfig:
-    """All that end a text: the tokens of config.json and those of generation_config.json; none
-    where the latter has an empty list."""
+    """The config with all tokens that end a text: those of config.json and of
+    generation_config.json; none if the latter has an empty list."""
     if not file.exists():
         return config
     stated = read_json(file).get("eos_token_id")
@@ -90,17 +90,17 @@ def load_params(
     progress: bool | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Params:
-    """Reads the weights onto a mesh, in ``config.dtype`` or as ``config.quantise`` says; each
-    device gets its slices alone.
+    """Reads the weights onto a mesh, in ``config.dtype`` or as int8 with ``config.quantise``;
+    each device gets only its slices.
 
     Every tensor is checked by name, shape and the size of its file before the first is read.
 
     Args:
-      config: of :func:`read_config`, which knows whether the files hold a head of their own.
-      head: False leaves out what stands behind the layers (final norm and output head), whether
+      config: of :func:`read_config`, which checks whether the files contain a separate head.
+      head: False leaves out what comes after the layers (final norm and output head), whether
         or not the folder has it.
-      progress: show a bar; None shows it where the standard error stream is a terminal.
-      chunk_bytes: how much of a parameter the host holds beside what its devices own.
+      progress: show a progress bar; None shows it if stderr is a terminal.
+      chunk_bytes: how much of a parameter is in host memory at once.
 
     Raises:
       ValueError: missing, unexpected or misshaped tensors, all listed; damaged files.
@@ -148,10 +148,10 @@ def _load(
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """A hash that tells models apart and is cheap for any size: sha256 over each file's header, its
+    """A hash that identifies a model and is cheap at any size: sha256 over each file's header, its
     size, and the first and last 4 KiB of every tensor. Training changes all of a tensor; a change
-    in the middle of a large one alone would go unseen. Where several files hold a tensor, the one
-    that the index names is part of it."""
+    only in the middle of a large one would go unnoticed. If several files contain a tensor, the
+    hash includes which one the index names."""
     digest, seen, twice = hashlib.sha256(), set(), set()
     for file in weight_files(folder):
         with open(file, "rb") as stream:
@@ -190,7 +190,7 @@ def _check_tensors(
         if name not in expected and name not in tied_copy | not_wanted
     ]
     problems += [
-        f"misshaped: {name} is {tensors[name].shape}, config.json says {shape}"
+        f"misshaped: {name} is {tensors[name].shape}, by config.json {shape}"
         for name, shape in expected.items()
         if name in tensors and tensors[name].shape != shape
     ]

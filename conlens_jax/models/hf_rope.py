@@ -51,9 +51,10 @@ def read_rope(
     """The rotation of all layers.
 
     Args:
-      theta, fraction, scaling: what holds where the file does not say; ``fraction`` is None where
-        the family rotates whole heads only.
-      original_max_positions: of a family that has it beside ``rope_parameters``; it wins.
+      theta, fraction, scaling: defaults of keys that the file lacks; ``fraction`` is None if the
+        family rotates whole heads only.
+      original_max_positions: of a family with this key outside ``rope_parameters``, where it
+        overrides the one inside.
       synonyms: the family's own names of kinds.
     """
     given = read("rope_scaling", None) or read("rope_parameters", None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conlens_jax.files.paths import local_path
 
-# Weights, shapes and tokenizers; nothing that would have to be run or unpickled.
+# Weights, shapes and tokenizers; nothing that has to be run or unpickled.
 _FETCHED = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -21,7 +21,7 @@ _FETCHED = (
     "vocab*",
     "merges.txt",
 )
-# Repositories keep the same weights again, in other layouts, in these.
+# Repositories keep copies of the weights in other layouts here.
 _LEFT_OUT = ("original/*", "onnx/*", "consolidated*", "*/*", "tokenizer*.py")
 
 
@@ -33,7 +33,7 @@ def resolve_folder(path: str, revision: str = "") -> Path:
         weights for good.
 
     Raises:
-      ValueError: neither a folder nor a hub id that can be had.
+      ValueError: neither a folder nor a hub id that can be downloaded.
     """
     folder = local_path(path)
     if folder.is_dir():
@@ -60,7 +60,7 @@ def resolve_folder(path: str, revision: str = "") -> Path:
                 f"download it beforehand with `hf download {path}` ({reason})"
             )
         raise ValueError(
-            f"model.path={path!r} is not a folder, and the hub did not give it{at}: {reason}"
+            f"model.path={path!r} is not a folder, and could not be downloaded{at}: {reason}"
         ) from error
 
 

@@ -1,11 +1,11 @@
-"""What a layer needs besides its weights, made once for each kind of layer in a stack.
+"""Masks and rotations of the layers, computed once for each kind of layer in a stack.
 
 A model has one kind of layers, or two that alternate (with a window and without, each with its
-rotation). A scan over layers carries the number of each layer's kind, and the layer picks the
-masks and angles that were made for it. Where all layers of a stack are alike nothing is carried.
+rotation). A scan over layers also scans over the number of each layer's kind, and the layer
+picks the masks and angles of that kind. Where all layers of a stack are alike there is no number.
 
-Which kind a layer is follows from its place in the model, so a part of a stack must know where it
-begins: :func:`slice_layers` is the one way to take a part, and what it gives back knows.
+The kind of a layer follows from its index in the model, so a part of a stack must know the index
+of its first layer: take parts with :func:`slice_layers` only, whose result does.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Layers = Params | LayerSlice
 
 def slice_layers(layers: Layers, start: int, stop: int) -> Layers:
     """Layers ``start`` to ``stop`` − 1 of a stack. From the model's first layer on they are a plain
-    dict (the tree of a clone that ends early), and a :class:`LayerSlice` otherwise."""
+    dict (the parameters of a clone that ends early), otherwise a :class:`LayerSlice`."""
     first = first_of(layers) + start
     params = jax.tree.map(lambda leaf: leaf[start:stop], params_of(layers))
     return LayerSlice(params, first) if first else params
@@ -57,7 +57,7 @@ def layer_count(layers: Layers) -> int:
 
 
 class MaskAndRope(NamedTuple):
-    """What queries at some positions need, for each kind of layer in a stack.
+    """Masks and rotations of queries at some positions, for each kind of layer in a stack.
 
     Attributes:
       rotation: cos and sin of the queries' angles; None where nothing is rotated.
@@ -69,9 +69,9 @@ class MaskAndRope(NamedTuple):
     mask: Bool[Array, "kinds B S S"]
     past_mask: Bool[Array, "kinds B S C"] | None
 
-    def of(self, place: LayerIndex) -> MaskAndRope:
+    def of(self, index: LayerIndex) -> MaskAndRope:
         """Those of one layer's kind, without the first dimension."""
-        kind = 0 if place.kind is None else place.kind
+        kind = 0 if index.kind is None else index.kind
         return jax.tree.map(lambda array: array[kind], self)
 
     def at_queries(self, start: Int[Array, ""] | int, count: int) -> MaskAndRope:
@@ -81,33 +81,42 @@ class MaskAndRope(NamedTuple):
 
 
 class LayerIndex(NamedTuple):
-    """A layer's place among the layers of a stack; stacked over n layers, ``n`` in front.
+    """How a layer differs from the others of its stack; stacked over n layers, ``n`` is the first
+    dimension.
 
     Attributes:
-      kind: number of its kind; None where there is one kind only.
-      scale: its factor of ⟨q, k⟩; None where it is the same for all layers.
+      kind: index of its kind; None if there is one kind only.
+      scale: its factor of ⟨q, k⟩; None if all layers have the same.
     """
 
     kind: Int[Array, "*n"] | None
     scale: Float[Array, "*n"] | None
 
 
+def span_of(layers: Layers) -> slice:
+    """Which of the model's layers these are."""
+    return slice(first_of(layers), first_of(layers) + layer_count(layers))
+
+
 def mask_and_rope_of(
-    layers: Layers,
+    span: slice,
     positions_BS: Int[Array, "B S"],
     past_positions_BC: Int[Array, "B C"] | None,
     config: TransformerConfig,
 ) -> tuple[MaskAndRope, LayerIndex]:
-    """What a stack of layers needs for new tokens at these positions, and each layer's place."""
-    here = slice(first_of(layers), first_of(layers) + layer_count(layers))
-    kinds, scales = config.layer_kinds[here], config.attention_scales[here]
+    """Masks and rotations of new tokens at these positions, and the index of each layer.
+
+    Args:
+      span: which of the model's layers (:func:`span_of`).
+    """
+    kinds, scales = config.layer_kinds[span], config.attention_scales[span]
     distinct = list(dict.fromkeys(kinds))
     each = [_mask_and_rope(kind, positions_BS, past_positions_BC, config) for kind in distinct]
-    place = LayerIndex(
+    index_N = LayerIndex(
         kind=None if len(distinct) == 1 else jnp.asarray([distinct.index(kind) for kind in kinds]),
         scale=jnp.asarray(scales, jnp.float32) if config.scale_by_depth else None,
     )
-    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *each), place
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *each), index_N
 
 
 def _mask_and_rope(
@@ -116,7 +125,7 @@ def _mask_and_rope(
     mask_BSS = seen_keys(positions_BS, positions_BS, kind.window)
     past_mask_BSC = None
     if past_positions_BC is not None:
-        # A cache may hold more than what comes before the new tokens: that is hidden from them.
+        # A cache may contain later tokens than the new ones: these are masked.
         start_B1 = jnp.min(positions_BS, axis=1, keepdims=True)
         past_BC = jnp.where(past_positions_BC < start_B1, past_positions_BC, NO_POSITION)
         past_mask_BSC = seen_keys(positions_BS, past_BC, kind.window)
@@ -127,7 +136,7 @@ def _mask_and_rope(
 def seen_keys(
     query_positions_BS: Int[Array, "B S"], key_positions_BC: Int[Array, "B C"], window: int
 ) -> Bool[Array, "B S C"]:
-    """Which keys each query sees: those not behind it and (with a window) close enough."""
+    """Which keys each query sees: those not after it and (with a window) close enough."""
     query_BS1, key_B1C = query_positions_BS[:, :, None], key_positions_BC[:, None]
     seen_BSC = key_B1C <= query_BS1
     return seen_BSC & (query_BS1 - key_B1C < window) if window else seen_BSC

@@ -1,10 +1,10 @@
-"""The MLP of a layer, and the mixture of experts that stands in its place.
+"""The MLP of a layer, and the mixture of experts that replaces it.
 
 Every expert is computed for every token and weighted afterwards, most of them with zero: plain
-products, so that recall in the backward pass, adapters and int8 hold for experts as for any matrix.
-``jax.lax.ragged_dot`` over tokens sorted by expert would compute the chosen ones alone, but away
-from TPUs XLA turns it into the product of every row with every expert under a mask, and the rows
-are k times as many (16 experts, k = 2, on a CPU: 2.6 times as slow as what is done here).
+products, so that known products in the backward pass, adapters and int8 work for experts as for any
+matrix. ``jax.lax.ragged_dot`` over tokens sorted by expert would compute only the chosen ones, but
+except on TPUs XLA turns it into the product of every row with every expert under a mask, and there
+are k times as many rows (16 experts, k = 2, on a CPU: 2.6 times as slow as the code here).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A loaded language model with the calls of everyday work: logits, capture, swap, generate.
+"""A loaded language model with the everyday calls: logits, capture, swap, generate.
 
-Capture and swap are the plain, full forward passes; ``conlens_jax.lens.original`` has the cheap
-forms that training uses, and its tests hold them against these.
+Capture and swap (activation patching) are plain, full forward passes; ``conlens_jax.lens.original``
+has the cheap forms that training uses, whose tests compare them with these.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from conlens_jax.files.paths import local_path
 from conlens_jax.models import generate as generation
 from conlens_jax.models import hf_io
 from conlens_jax.models.arguments import finite_array, row_positions
-from conlens_jax.models.hooks import HookPoint, boundaries, is_place
+from conlens_jax.models.hooks import HookPoint, boundaries, is_hook_point
 from conlens_jax.models.hub import commit_of
 from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.tokenizer import Tokenizer
 from conlens_jax.models.transformer import (
     add_position_embeddings,
+    capture,
     embed_tokens,
     forward,
     positions_of,
@@ -42,16 +43,16 @@ from conlens_jax.models.transformer_config import TransformerConfig
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """Weights and shape of a model, and who it is.
+    """Weights, shape and identity of a model.
 
     Attributes:
-      config: shape, and how to run it.
+      config: the shape, and how to run it.
       params: parameters, stacked over layers, on the mesh.
       folder: the Hugging Face folder it came from.
-      model_id: the name it was asked for by.
+      model_id: the folder or hub id that was passed to :func:`load_model`.
       weights_hash: see :func:`conlens_jax.models.hf_io.weights_fingerprint`.
-      revision: of a hub id the commit that was loaded, or what was asked for where the folder does
-        not tell the commit; empty for a folder.
+      revision: the commit of a hub id that was loaded, or the requested revision if the commit
+        is unknown; empty for a folder.
     """
 
     config: TransformerConfig
@@ -82,17 +83,17 @@ class LanguageModel:
         positions: int | Sequence[int] | Int[Array, "B"] | Bool[Array, "B S"] | None = None,
         mask: Bool[Array, "B S"] | None = None,
     ) -> Float[Array, "B D"] | Float[Array, "B n D"]:
-        """The residual stream at the output of blocks; stops at the last one asked for.
+        """The residual stream at the output of blocks; no block after the last of them is run.
 
         Args:
           tokens: token ids.
           layers: 0-based block, or several of them (``hidden_states[layer + 1]`` in Hugging Face
-            terms; the last block's output before the final norm); or names of places such as
+            terms; the last block's output before the final norm); or names of hook points such as
             ``"blocks.5.hook_resid_post"``, see :func:`conlens_jax.models.hooks.boundaries`.
-          positions: index into the sequence, one for all rows or one a row; where negative it
+          positions: index into the sequence, one for all rows or one per row; a negative one
             counts from a row's last real token, so that padding is never captured. Or a boolean
-            mask [S] or [B, S] with one token of each row. None gives every place, padding too,
-            as a last-but-one dimension S.
+            mask [S] or [B, S] with one token of each row. None captures every position,
+            padding too, as a last-but-one dimension S.
           mask: False on padding.
 
         Returns:
@@ -100,17 +101,18 @@ class LanguageModel:
           and [B, n, S, D].
 
         Raises:
-          ValueError: a place or position that there is not, or one on padding.
+          ValueError: an unknown hook point, or a position out of range or on padding.
         """
-        wanted = (layers,) if is_place(layers) else tuple(layers)
+        wanted = (layers,) if is_hook_point(layers) else tuple(layers)
         at = boundaries(wanted, self.config.n_layers, self.model_id)
-        real = mask  # of the caller: inside a jit, arrays of JAX have no values
+        real = mask  # the caller's, as NumPy: inside a jit, JAX arrays have no values
         tokens, mask = _inputs(tokens, mask, self.config)
-        captured = _capture(self.params, tokens, mask, at=at, config=self.config)
+        outputs_of = tuple(boundary - 1 for boundary in at)
+        captured = _capture(self.params, tokens, mask, config=self.config, layer=outputs_of)
         if positions is not None:
             rows = jnp.arange(tokens.shape[0])
             captured = captured[rows, :, row_positions(positions, _real(real, tokens.shape))]
-        return captured[:, 0] if is_place(layers) else captured
+        return captured[:, 0] if is_hook_point(layers) else captured
 
     def swap(
         self,
@@ -122,7 +124,7 @@ class LanguageModel:
     ) -> Float[Array, "B S V"]:
         """Logits where the output of block ``layer`` at ``positions`` is ``activations``.
 
-        ``layer`` and ``positions`` are what :meth:`capture` takes, one place for all rows.
+        ``layer`` and ``positions`` are as for :meth:`capture`, with one hook point for all rows.
 
         Raises:
           ValueError: as :meth:`capture`, or activations with NaN or infinity.
@@ -152,17 +154,17 @@ class LanguageModel:
 
         Args:
           prompt: token ids, padded on either side; or one text or several.
-          max_new_tokens: T, how many to write.
-          temperature: 0 takes the most probable token, anything above draws from the softmax of
+          max_new_tokens: T, how many to generate.
+          temperature: 0 takes the most probable token, above 0 samples from the softmax of
             logits / temperature.
-          top_p: draws come from the most probable tokens that together have this probability.
-          seed: of the draws, any whole number. Each row draws its own; the same call gives the
+          top_p: samples come from the most probable tokens that together have this probability.
+          seed: of the samples, any whole number. Rows are independent; the same call returns the
             same tokens.
           mask: False on padding; only for token ids.
-          stop: tokens that end a row, which then repeats its last one. None: the model's own ends
-            of text (``config.eos_token_ids``); ``()``: no row ends early.
-          add_bos: whether texts begin with the bos token. ``"auto"``: where the tokenizer's own
-            template puts one, as transformers does. It is never put in front twice.
+          stop: tokens that end a row, which then repeats its last one. None: the model's own
+            (``config.eos_token_ids``); ``()``: no row ends early.
+          add_bos: whether texts begin with the bos token. ``"auto"``: if the tokenizer's own
+            template adds one, as in transformers. It is never added twice.
 
         Raises:
           ValueError: a setting out of range, a prompt without a token, or more tokens than the
@@ -176,7 +178,7 @@ class LanguageModel:
         if longest + max_new_tokens > self.config.max_positions:
             raise ValueError(
                 f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} are more than "
-                f"the {self.config.max_positions} positions that {self.model_id} was made for"
+                f"the {self.config.max_positions} positions of {self.model_id}"
             )
         if stop is None:
             stop = self.config.eos_token_ids
@@ -204,7 +206,7 @@ class LanguageModel:
         if not _is_text(prompt):
             return _inputs(prompt, mask, self.config)
         if mask is not None:
-            raise ValueError("mask goes with token ids; texts are padded by themselves")
+            raise ValueError("mask is for token ids only; texts get their own")
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         rows = [np.asarray(self.tokenizer.encode(text, add_bos), np.int32) for text in texts]
         tokens = np.full((len(rows), max(map(len, rows))), self.tokenizer.pad_id, np.int32)
@@ -230,15 +232,15 @@ def load_model(
     """Loads a Hugging Face model folder or hub id onto a mesh (default: the first device).
 
     Args:
-      dtype: what it is computed in, whatever its files hold: float32 or bfloat16, by name or as a
-        dtype.
-      unroll, remat, attention: how it is run; see :class:`conlens_jax.config.ModelConfig`.
+      dtype: of parameters and computation, independent of the files: float32 or bfloat16, by
+        name or as a dtype.
+      unroll, remat, attention: how to run it; see :class:`conlens_jax.config.ModelConfig`.
       quantise: ``"int8"`` for frozen int8 matrices (:mod:`conlens_jax.models.quantized`).
-      before_loading: called when the shape is known and no weight has been read.
+      before_loading: called with the shape before any weight is read.
 
     Raises:
-      ValueError: not a supported model, or its files do not fit its config.json; every problem
-        is listed. A dtype that no model is run in, float16 among them.
+      ValueError: not a supported model, or files that do not match its config.json, with every
+        problem listed; an unsupported dtype, such as float16.
     """
     dtype = run_dtype(dtype)
     folder = hf_io.resolve_folder(str(folder_or_id), revision)
@@ -263,7 +265,7 @@ def load_model(
 
 def _inputs(tokens, mask, config: TransformerConfig) -> tuple[Array, Array]:
     """Checks and converts. Raises ValueError for a wrong shape or a token outside the vocabulary,
-    which the embedding would turn into NaN without a word."""
+    which the embedding would silently turn into NaN."""
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
         raise ValueError(f"tokens must be whole numbers [B, S], not {tokens.dtype} {tokens.shape}")
@@ -294,12 +296,12 @@ def _check_generation(max_new_tokens: int, temperature: float, top_p: float) -> 
 
 
 def _real(mask, shape: tuple[int, ...]) -> np.ndarray:
-    """Which tokens are no padding."""
+    """Which tokens are not padding."""
     return np.ones(shape, bool) if mask is None else np.asarray(mask, bool)
 
 
 def _row_vectors(activations, batch: int, width: int) -> Float[Array, "B D"]:
-    """[B, D], or [B, 1, D] as ``capture`` gives it for a list of one layer."""
+    """[B, D], or [B, 1, D] as ``capture`` returns it for a list of one layer."""
     activations = jnp.asarray(activations)
     if activations.shape not in ((batch, width), (batch, 1, width)):
         raise ValueError(f"activations have shape {activations.shape}, not {(batch, width)}")
@@ -311,17 +313,7 @@ def _logits(params, tokens, mask, *, config):
     return forward(params, tokens, config=config, mask_BS=mask)
 
 
-@functools.partial(jax.jit, static_argnames=("at", "config"))
-def _capture(params, tokens, mask, *, at, config):
-    """Boundaries ``at``, [B, n, S, D]."""
-    positions = positions_of(mask)
-    x_BSD = add_position_embeddings(params, embed_tokens(params, tokens, config), positions)
-    captured, start = {}, 0
-    for stop in sorted(set(at)):
-        piece = slice_layers(params["layers"], start, stop)
-        x_BSD, _ = run_layers(piece, x_BSD, positions, config=config)
-        captured[stop], start = x_BSD, stop
-    return jnp.stack([captured[boundary] for boundary in at], axis=1)
+_capture = jax.jit(capture, static_argnames=("config", "layer"))
 
 
 @functools.partial(jax.jit, static_argnames=("at", "config"))

@@ -29,8 +29,8 @@ def save_model(
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Writes config.json and model.safetensors, or several files with an index where one would be
-    larger than ``max_file_bytes``. What was there before is replaced when all of it is written.
+    """Writes config.json and model.safetensors, or several files with an index if one would be
+    larger than ``max_file_bytes``. Earlier files are replaced after all new ones are written.
 
     Raises:
       ValueError: the parameters are not the plain arrays of the family's table (int8).
@@ -71,8 +71,8 @@ def _check_plain(config: TransformerConfig, params: Params) -> None:
 
 
 def _tensors(config: TransformerConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of the files. The rows that are pieces of one tensor are joined again, and only
-    one tensor at a time is on the host."""
+    """The tensors of the files. Rows that are pieces of one tensor are joined, and only one
+    tensor at a time is on the host."""
     table = family_of(config).param_table(config)
     by_name = lambda row: row.hf_name
     for _, group in itertools.groupby(sorted(table, key=by_name), by_name):
@@ -93,7 +93,7 @@ def _at(array: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
 def _parts(
     tensors: Iterable[tuple[str, np.ndarray]], most_bytes: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Consecutive tensors of at most so many bytes together, at least one."""
+    """Groups of consecutive tensors, each of at most ``most_bytes`` or a single tensor."""
     part: dict[str, np.ndarray] = {}
     room = most_bytes
     for name, tensor in tensors:

@@ -22,7 +22,7 @@ _PAIRS = np.stack([np.tile(_NUMBERS, 16), np.repeat(_NUMBERS, 16)], axis=-1)
 def dequantise_mxfp4(
     blocks: UInt8[np.ndarray, "E outputs blocks 16"], scales: UInt8[np.ndarray, "E outputs blocks"]
 ) -> Float[np.ndarray, "E inputs outputs"]:
-    """bfloat16, which holds every such number exactly. Experts keep their order, and a matrix is
+    """bfloat16, which represents every such number exactly. Experts keep their order; a matrix is
     [inputs, outputs] as in an unquantised file."""
     experts, outputs, n_blocks, n_bytes = blocks.shape
     dense = np.empty((experts, outputs, 2 * n_blocks * n_bytes), ml_dtypes.bfloat16)

@@ -1,8 +1,8 @@
 """From the tensors of a folder to arrays on a mesh, each device reading its slices.
 
-A parameter's layers lie in many tensors of the file. They are read into the stacked array itself,
-for large ones a chunk of layers (or experts) at a time, so that the host never holds more than a
-chunk beside what its devices own.
+A parameter's layers are in many tensors of the file. They are read straight into the stacked array,
+for large ones a chunk of layers (or experts) at a time, so that host memory contains at most one
+chunk besides what is on the devices.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ class ParamReader:
     """Reads parameters, or slices of them, from the files of a model.
 
     Args:
-      on_bytes: called with the number of bytes of the model that have been read.
-      chunk_bytes: how much of a stacked parameter is on its way to the devices at once; a single
-        layer (or expert) always is.
+      on_bytes: called with the number of bytes just read.
+      chunk_bytes: how much of a stacked parameter is read at once; at least one layer (or expert).
     """
 
     def __init__(
@@ -58,11 +57,11 @@ class ParamReader:
         sharding: NamedSharding,
         finish: Callable[[jax.Array], object] = lambda part: part,
     ) -> object:
-        """The whole parameter on its devices.
+        """The parameter on its devices.
 
         Args:
-          finish: turns what was read into what is kept (an array, or a tree of arrays whose first
-            dimensions are the parameter's), part by part.
+          finish: converts each part that was read (to an array, or a tree of arrays whose first
+            dimensions are the parameter's).
         """
         shape = row.shape(self.config)
         chunks = list(_chunks(row, shape, self.chunk_bytes // self._itemsize))
@@ -87,7 +86,7 @@ class ParamReader:
         read: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
         def read_once(index: Index) -> np.ndarray:
-            """A slice of the chunk; replicas share it."""
+            """A slice of the chunk, shared by replicas."""
             index = _absolute(index, (*leading, *shape[len(leading) :]))
             key = tuple((of_dim.start, of_dim.stop) for of_dim in index)
             if key not in read:
@@ -99,7 +98,7 @@ class ParamReader:
             return read[key]
 
         part = jax.make_array_from_callback((*leading, *shape[len(leading) :]), sharding, read_once)
-        # Else reading runs ahead of the devices, and the host holds many parts.
+        # Otherwise reading runs ahead of the devices, and many parts are in host memory.
         jax.block_until_ready(part)
         self.tensors.release()
         self.on_bytes(part.nbytes)
@@ -155,7 +154,7 @@ def _chunks(row: ParamRow, shape: tuple[int, ...], most: int) -> Iterator[Index]
     if math.prod(shape) <= most or leading == 0 or leading == len(shape):
         yield ()
         return
-    # Cut the last of the leading dimensions of which one index alone is not too much.
+    # Cut the first of the leading dimensions of which one index alone is at most ``most``.
     cut = next((n for n in range(leading) if math.prod(shape[n + 1 :]) <= most), leading - 1)
     step = max(1, most // math.prod(shape[cut + 1 :]))
     for outer in np.ndindex(*shape[:cut]):
@@ -171,7 +170,7 @@ def _absolute(index: Index, shape: tuple[int, ...]) -> Index:
 
 
 def _room(part: object, *, n_leading: int, shape: tuple[int, ...]) -> object:
-    """Zeros for all chunks, laid out like the one given."""
+    """Zeros for all chunks, sharded like the given one."""
 
     def zeros(leaf: jax.Array) -> jax.Array:
         full = (*shape[:n_leading], *leaf.shape[n_leading:])

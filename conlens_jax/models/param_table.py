@@ -1,7 +1,7 @@
-"""One row a parameter: where it is in our tree and in Hugging Face's files, and what it looks like.
+"""One row per parameter: its path in our tree, its name in Hugging Face's files, and its shape.
 
-Loading, saving, initialisation, sharding and counting all read these rows, so they cannot
-disagree. Parameters of the layers are stacked: their first dimension is N, the layer.
+Loading, saving, initialisation, sharding and counting all read these rows, so they agree.
+Parameters of the layers are stacked: their first dimension is N, the layer.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Piece:
     Attributes:
       index: which of the parts.
       of: dimension letters of all parts, in their order: ``("HX", "KX", "KX")``.
-      by: how the parts are joined. ``""``: one behind the other. A letter that every part begins
-        with: each head, say, holds its share of every part (``"H"``: the order is [H, part, X]).
+      by: how the parts are joined. ``""``: one after the other. A letter that every part begins
+        with: for example, each head contains its share of every part (``"H"``: [H, part, X]).
         ``"last"``: the parts alternate column by column.
     """
 
@@ -43,7 +43,7 @@ class Piece:
             raise ValueError(f"Piece.by={self.by!r}: each of {self.of} must begin with it")
 
     def place(self, sizes: Mapping[str, int]) -> tuple[int, int, slice]:
-        """The joined dimension as [groups, width], and where in each group this part is."""
+        """The joined dimension as [groups, width], and this part's slice of each group."""
         parts = [math.prod(sizes[dim] for dim in dims) for dims in self.of]
         groups = {"": 1, "last": parts[self.index]}.get(self.by) or sizes[self.by]
         widths = [part // groups for part in parts]
@@ -57,15 +57,15 @@ class ParamRow:
 
     Attributes:
       path: keys in our tree, for example ``("layers", "query")``.
-      dims: dimension letters of our array, for example ``"NDHX"``. Experts (E) come right behind
+      dims: dimension letters of our array, for example ``"NDHX"``. Experts (E) come right after
         the layer.
-      hf_name: tensor name in the file; ``{layer}`` stands for the layer and ``{expert}`` for the
-        expert. Without ``{expert}`` the file's tensor holds all experts, E in front.
-      layout: ``"linear"`` if the file holds torch's [out, in], ``"conv1d"`` if it holds [in, out],
-        ``"same"`` if it holds our order. Dimensions on one side of a matrix are one in the file,
-        and so are the dimensions of a bias.
+      hf_name: tensor name in the file; ``{layer}`` is the layer's index and ``{expert}`` the
+        expert's. Without ``{expert}`` the file's tensor contains all experts, E first.
+      layout: ``"linear"`` if the file has torch's [out, in], ``"conv1d"`` if [in, out], ``"same"``
+        if our order. The dimensions on one side of a matrix are one dimension in the file, and so
+        are those of a bias.
       init: ``"normal"``, ``"residual"`` (normal, smaller with depth), ``"zeros"`` or ``"ones"``.
-      piece: set where the file's tensor joins several parameters.
+      piece: set if the file's tensor joins several parameters.
     """
 
     path: tuple[str, ...]
@@ -92,13 +92,13 @@ class ParamRow:
 
     @property
     def tensor_dims(self) -> str:
-        """The letters of our array that one tensor of the file holds."""
+        """The letters of our array that one tensor of the file contains."""
         dims = self.layer_dims
         return dims.removeprefix("E") if "{expert}" in self.hf_name else dims
 
     @property
     def index_dims(self) -> str:
-        """The letters in front of these: the file has a tensor for each index."""
+        """The letters before these: the file has a tensor for each index."""
         return self.dims.removesuffix(self.tensor_dims)
 
     def tensor_names(self, config: TransformerConfig) -> Iterator[tuple[tuple[int, ...], str]]:
@@ -123,7 +123,7 @@ class ParamRow:
 
     @property
     def experts_in_tensor(self) -> bool:
-        """Whether one tensor of the file holds all experts, in front."""
+        """Whether one tensor of the file contains all experts, as its first dimension."""
         return self.has_experts and "{expert}" not in self.hf_name
 
     @property
@@ -164,8 +164,8 @@ class ParamRow:
     def view(self, tensor: np.ndarray, config: TransformerConfig) -> np.ndarray:
         """This parameter within a tensor of the file, in our order of dimensions.
 
-        Nothing is copied: reading from the view loads the parameter, writing to it saves it. A
-        tensor with some of the experts gives these.
+        A view, not a copy: reading it loads the parameter, writing to it saves it. A tensor with
+        some of the experts gives a view of these.
         """
         sizes = config.dim_sizes
         if self.experts_in_tensor:
@@ -181,8 +181,8 @@ class ParamRow:
 
     @property
     def scale_dims(self) -> str:
-        """The letters of the int8 scale, 1 where a dimension shares one; empty for a parameter
-        that stays as it is (norms, biases, routers, positions)."""
+        """The letters of the int8 scale, "1" for a dimension that shares one; empty for a parameter
+        that is not quantised (norms, biases, routers, positions)."""
         if self.dims == "VD":
             return "V1"
         inputs, outputs = self.matrix_dims
@@ -247,11 +247,6 @@ def _abstract(row: ParamRow, config: TransformerConfig) -> jax.ShapeDtypeStruct 
     )
     values = jax.ShapeDtypeStruct(shape, jnp.int8)
     return Int8Matrix(values, jax.ShapeDtypeStruct(scale, jnp.float32), dtype)
-
-
-def dims_tree(table: list[ParamRow]) -> Params:
-    """The dimension letters of each parameter, for the partition table."""
-    return build_tree((row.path, row.dims) for row in table)
 
 
 def count_params(table: list[ParamRow], config: TransformerConfig) -> int:

@@ -1,8 +1,8 @@
-"""The matrix products of a layer: made once, and known again in the backward pass.
+"""The matrix products of a layer: computed once, and reused in the backward pass.
 
-A backward pass that is written by hand (:mod:`conlens_jax.models.backward`) needs a layer's
-derivative at one token, or at all of them, more than once. Only matrix products are dear, and a
-product is linear: with its result known, the derivative needs its matrix and nothing else.
+The hand-written backward pass (:mod:`conlens_jax.models.backward`) needs a layer's derivative at
+one token, or at all of them, more than once. Only matrix products are expensive, and a product is
+linear: if its result is known, the derivative needs only its matrix.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from conlens_jax.models.param_table import Params
 
 class Products:
     """``products(equation, x, name)`` is x times the layer's matrix ``name``, with its low-rank
-    adapter and its bias where it has them.
+    adapter and its bias if it has them.
 
     Args:
       weights: parameters of one layer.
-      known: results by name, from a pass with the same inputs; what is not there is computed.
+      known: results by name, from a pass with the same inputs; the others are computed.
 
     Attributes:
       made: the results so far, by name.
@@ -54,10 +54,10 @@ def _product(equation: str, name: str, x: Array, weights: Params) -> Array:
 
 
 def _as_matrices(equation: str, x: Array, weight: quantized.Matrix) -> Array:
-    """``einsum(equation, x, weight)``, the weight as one matrix [inputs, outputs] where it is one.
+    """``einsum(equation, x, weight)``, the weight as one matrix [inputs, outputs] if it is one.
 
-    Its transpose, in the backward pass, is then a matrix product too. Of a weight [D, H, X] XLA
-    would make a turned copy instead, for every token that is visited.
+    Its transpose, in the backward pass, is then a matrix product too. XLA would instead copy a
+    weight [D, H, X] transposed, for every token that is visited.
     """
     operands, out_dims = equation.split("->")
     x_dims, weight_dims = operands.split(",")
@@ -75,7 +75,7 @@ def _as_matrices(equation: str, x: Array, weight: quantized.Matrix) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _recalled(equation, name, x, weights, known):
-    """``known``, with the derivative of the product that it is the result of."""
+    """``known``, with the derivative of the product whose result it is."""
     del equation, name, x, weights
     return known
 
@@ -84,5 +84,5 @@ def _recalled(equation, name, x, weights, known):
 def _recalled_jvp(equation, name, primals, tangents):
     x, weights, known = primals
     product = functools.partial(_product, equation, name)
-    # The product itself, computed beside its derivative, is not used: XLA drops it.
+    # The value that jvp computes besides the derivative is not used: XLA drops it.
     return known, jax.jvp(product, (x, weights), tangents[:2])[1]

@@ -1,21 +1,21 @@
-"""Weight-only int8 for frozen matrices: whole numbers, and one fp32 scale an output channel.
+"""Weight-only int8 for frozen matrices, with one fp32 scale per output channel.
 
 A matrix W [inputs, outputs] is kept as q, its nearest int8 in units of s = max|W| / 127 of each
-output, and used as (x @ q)·s, so that the scale costs one product an output instead of one a
-weight (LLM.int8's vector-wise scheme without activations' side, Dettmers et al. 2022,
-arXiv:2208.07339). The embedding has a scale a row, its outputs being the looked-up rows where it
-is a table and the logits where it is the tied head.
+output, and used as (x @ q)·s, so that the scale costs one multiplication per output instead of
+one per weight (LLM.int8's vector-wise scheme, weights only, Dettmers et al. 2022,
+arXiv:2208.07339). The embedding has one scale per row: a row is an output of the table that is
+looked up and of the tied head.
 
-No gradient reaches an int8 matrix. Backward, x gets (x̄·s) @ qᵀ, made from q and s again: plain
-autodiff would keep the matrix as floats, of every layer, until then.
+An int8 matrix has no gradient. The backward pass computes x̄ = (ȳ·s) @ qᵀ from q and s: plain
+autodiff would save every layer's matrix as floats until then.
 
-Why not a library. qwix (0.1.8) has all of this and more: int4, nf4 and fp8, scales a block, QLoRA,
-and a whole Linen module rewritten by intercepting its products; AQT adds quantised training. Tried:
-``qwix.einsum`` of an array and a ``QArray`` in a scan over 8 layers under ``jax.grad`` keeps the
-floats of every layer, 1.26 times the fp32 weights in temporary memory against 0.26 here (of which
-most is one layer at work). And a matrix here must be cut into layers and split over a mesh by its
-dimension letters, be table and head at once, and take part in a backward pass that is written by
-hand (:mod:`conlens_jax.models.products`). With a dependency this file would not be shorter.
+Why not a library. qwix (0.1.8) has all of this and more: int4, nf4 and fp8, block-wise scales,
+QLoRA, and interception of a Linen module's products; AQT adds quantised training. Measured:
+``qwix.einsum`` of an array and a ``QArray`` in a scan over 8 layers under ``jax.grad`` saves the
+floats of every layer: 1.26 times the fp32 weights in temporary memory, against 0.26 here (mostly
+the one layer that is running). And a matrix here must be sliced by layer and sharded by its
+dimension letters, be table and head at once, and take part in a hand-written backward pass
+(:mod:`conlens_jax.models.products`). With a dependency this file would not be shorter.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _MOST = 127
 
 @flax.struct.dataclass
 class Int8Matrix:
-    """A frozen matrix that stands for ``values * scale``; looks like an array from outside.
+    """A frozen matrix equal to ``values * scale``, with the interface of an array.
 
     Attributes:
       values: int8.
-      scale: fp32, as many dimensions, of size 1 where all share one scale.
-      dtype: of the matrix that it stands for.
+      scale: fp32, with the same number of dimensions; size 1 where all share one scale.
+      dtype: of the matrix that it represents.
     """
 
     values: Int[Array, "..."]
@@ -88,11 +88,11 @@ def quantise(matrix: Float[Array, "..."], inputs: tuple[int, ...]) -> Int8Matrix
 def einsum(equation: str, x: Float[Array, "..."], matrix: Matrix) -> Float[Array, "..."]:
     """``jnp.einsum`` of x and a matrix that may be int8.
 
-    Differentiable in x, and in the matrix where it is an array.
+    Differentiable in x, and in the matrix if it is an array.
     """
     if not isinstance(matrix, Int8Matrix):
         return jnp.einsum(equation, x, matrix)
-    # Autodiff keeps what goes into the product, q and s, and not what is made on the way.
+    # Autodiff saves the inputs of the product, q and s, not the matrix as floats.
     product = jax.checkpoint(functools.partial(_int8_einsum, equation))
     return product(x, matrix.values, jax.lax.stop_gradient(matrix.scale))
 
@@ -102,7 +102,7 @@ def _int8_einsum(equation: str, x: Array, values: Array, scale: Array) -> Array:
     inputs, letters = operands.split(",")
     scaled = {dim for dim, size in zip(letters, scale.shape, strict=True) if size > 1}
     if not scaled <= set(output):
-        # The scale belongs to what is summed over: a table's rows, weighted.
+        # The scale is on a dimension that is summed over: a weighted sum of a table's rows.
         x = _times(x, _aligned(scale, letters, inputs))
         return jnp.einsum(equation, x, values.astype(x.dtype))
     out = jnp.einsum(equation, x, values.astype(x.dtype))
@@ -114,7 +114,7 @@ def _times(x: Array, scale: Array) -> Array:
 
 
 def _aligned(scale: Array, letters: str, target: str) -> Array:
-    """``scale`` with the dimensions of ``target``; 1 where it has none of them."""
+    """``scale`` with the dimensions of ``target``, size 1 for those it does not have."""
     size = dict(zip(letters, scale.shape, strict=True))
     order = sorted(letters, key=lambda dim: target.find(dim))
     scale = scale.transpose([letters.index(dim) for dim in order])
@@ -149,7 +149,7 @@ def take_rows_bar(
 
 
 def zeros_bar(tree: Any) -> Any:
-    """A cotangent of zeros for a tree of weights; whole numbers have JAX's empty cotangent."""
+    """Zero cotangents for a tree of weights; of integers, JAX's ``float0``."""
 
     def of_leaf(leaf: Array) -> Any:
         if jnp.issubdtype(leaf.dtype, jnp.inexact):

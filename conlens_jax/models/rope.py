@@ -1,9 +1,9 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) with its scaling kinds.
 
 The frequencies follow transformers' ``modeling_rope_utils.py``; parity is tested against it. Two
-kinds look at the longest position of the pass (``dynamic`` and ``longrope``, whose frequencies are
-others beyond the pretrained length); there, a pass with a cache rotates new keys as the whole pass
-would only while it stays on one side of that length, in transformers as here.
+kinds depend on the longest position of the pass (``dynamic`` and ``longrope``, whose frequencies
+change beyond the pretrained length): with these, a pass with a cache equals the whole pass only
+while it stays on one side of that length, in transformers as here.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def rotations(
 def rotate(
     x_BSHX: Float[Array, "B S H X"], rotation: tuple[Array, Array]
 ) -> Float[Array, "B S H X"]:
-    """Rotates the pairs (x_i, x_{i + R/2}) of the first R entries of a head, Hugging Face's order;
-    computed in fp32."""
+    """Rotates the pairs (x_i, x_{i + R/2}) of the first R entries of a head, Hugging Face's
+    order, in fp32."""
     cos, sin = rotation
     width = 2 * cos.shape[-1]
     first, second = jnp.split(x_BSHX[..., :width].astype(jnp.float32), 2, axis=-1)
@@ -100,8 +100,8 @@ def _dynamic_frequencies(positions_BS: Array, config: RopeConfig, width: int) ->
 
 
 def _longrope_frequencies(positions_BS: Array, config: RopeConfig, width: int) -> jax.Array:
-    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): one divisor a frequency, from one list within
-    the pretrained length and from another beyond it."""
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): one divisor per frequency, from one list
+    within the pretrained length and from another beyond it."""
     base = 1.0 / (config.theta ** _exponents(width))
     short, long = (
         jnp.asarray(base / np.asarray(factors, np.float32), jnp.float32)

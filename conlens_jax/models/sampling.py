@@ -1,4 +1,4 @@
-"""The next token from logits: the most probable one, or a draw at a temperature from a nucleus."""
+"""The next token from logits: the most probable, or a sample at a temperature from a nucleus."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def nucleus(logits: Float[Array, "*B V"], top_p: Float[Array, ""]) -> Float[Arra
     """The logits with −∞ outside the smallest set of most probable tokens whose probabilities
     reach ``top_p`` (Holtzman et al. 2020, arXiv:1904.09751).
 
-    Tokens as probable as the least probable member are members too.
+    Tokens as probable as the least probable one in the set are in it too.
     """
     ordered = -jnp.sort(-logits, axis=-1)
     probability = jax.nn.softmax(ordered, axis=-1)
@@ -27,12 +27,12 @@ def choose_token(
     temperature: Float[Array, ""],
     top_p: Float[Array, ""] | None,
 ) -> Int[Array, "B"]:
-    """The most probable tokens where there are no keys, else a draw for each row from its own.
+    """The most probable tokens if ``keys_B`` is None, else a sample per row with its own key.
 
     Args:
       logits_BV: fp32.
-      temperature: logits are divided by it; above 0, not looked at without keys.
-      top_p: of :func:`nucleus`, after the temperature; None leaves all tokens in.
+      temperature: logits are divided by it; above 0, unused without keys.
+      top_p: of :func:`nucleus`, after the temperature; None keeps all tokens.
     """
     if keys_B is None:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

@@ -1,7 +1,7 @@
-"""Whether a model's output head is its embedding: the files decide, and not config.json alone.
+"""Whether a model's output head is its embedding: decided by the files, not config.json alone.
 
-transformers ties the two where ``tie_word_embeddings`` says so and the files do not hold a head
-with other values; this follows it.
+As in transformers, the two are tied if ``tie_word_embeddings`` is true and the files do not contain
+a head with other values.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _LOG = logging.getLogger(__name__)
 
 
 def named_tensors(folder: Path, config: TransformerConfig) -> TensorFiles:
-    """The tensors of a folder by the names of the family's table, a head among them even where it
-    is tied. Where a tied model's files hold the head alone, it stands for the embedding."""
+    """The tensors of a folder by the names of the family's table, including a head even if it is
+    tied. If a tied model's files contain only the head, it is used as the embedding."""
     embedding, head = end_names(config)
-    # The head is known to an untied model's table only.
+    # Only an untied model's table has a row for the head.
     table = family_of(config).param_table(dataclasses.replace(config, tied_embeddings=False))
     expected = [name for row in table for _, name in row.tensor_names(config)]
     tensors = TensorFiles(folder)
@@ -32,15 +32,15 @@ def named_tensors(folder: Path, config: TransformerConfig) -> TensorFiles:
 
 
 def end_names(config: TransformerConfig) -> tuple[str, str]:
-    """What the embedding and the output head are called in the files."""
+    """The names of the embedding and the output head in the files."""
     table = family_of(config).param_table(dataclasses.replace(config, tied_embeddings=False))
     by_path = {row.path: row.hf_name for row in table}
     return by_path["embedding",], by_path["output_head",]
 
 
 def with_stored_head(config: TransformerConfig, folder: Path) -> TransformerConfig:
-    """The config, untied where the folder's files hold a head that differs from the embedding;
-    one line in the log then says so. Both are read for that, a part at a time.
+    """The config, untied (and a warning logged) if the folder's files contain a head that differs
+    from the embedding. Both are read for that, a part at a time.
 
     Raises:
       ValueError: files that cannot be read.
@@ -52,8 +52,8 @@ def with_stored_head(config: TransformerConfig, folder: Path) -> TransformerConf
     if head not in tensors or tensors.same_values(embedding, head):
         return config
     _LOG.warning(
-        "%s: tie_word_embeddings is true, but the files hold %s and it differs from %s; it is the "
-        "model's head, as in transformers",
+        "%s: tie_word_embeddings is true, but the files contain %s and it differs from %s; it is "
+        "used as the model's head, as in transformers",
         folder,
         head,
         embedding,

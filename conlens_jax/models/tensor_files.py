@@ -1,7 +1,7 @@
-"""The safetensors files of a model folder, seen as one mapping from names to arrays.
+"""The safetensors files of a model folder as one mapping from names to arrays.
 
-Files are mapped into memory, so that a reader of a slice reads that slice alone, whatever the
-order of dimensions: an array here is a view of the file.
+Files are memory-mapped and an array is a view of the file, so that only the slice that is used is
+read, in any order of dimensions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from conlens_jax.models.weight_files import (
 FLOATS = ("F64", "F32", "F16", "BF16", MXFP4)
 # How much of two tensors is compared at once.
 _COMPARED_BYTES = 1 << 26
-# Buffers that old files of many families carry.
+# Buffers in old files of many families.
 _IGNORED = (
     r"(.*\.)?rotary_emb\.inv_freq",
     r"(.*\.)?attn\.(masked_)?bias",
@@ -42,8 +42,8 @@ class TensorFiles(Mapping[str, StoredTensor]):
     """The tensors of a folder by name; every file's header and size is checked at once.
 
     Raises:
-      ValueError: no safetensors, an incomplete index, damaged or truncated files, a tensor that
-        several files hold with different values and no index that decides.
+      ValueError: no safetensors, an incomplete index, damaged or truncated files, or a
+        tensor that several files contain with different values and without an index.
     """
 
     def __init__(self, folder: Path):
@@ -60,8 +60,8 @@ class TensorFiles(Mapping[str, StoredTensor]):
         ]
         if differing:
             raise ValueError(
-                f"model.path={folder}: several files hold a tensor with different values, and no "
-                f"index says which of them counts: {some_of(differing)}"
+                f"model.path={folder}: several files contain a tensor with different values, and "
+                f"no index decides which is read: {some_of(differing)}"
             )
 
     def __getitem__(self, name: str) -> StoredTensor:
@@ -74,8 +74,8 @@ class TensorFiles(Mapping[str, StoredTensor]):
         return len(self._tensors) - len(self._parts)
 
     def array(self, name: str, part: slice = slice(None)) -> np.ndarray:
-        """A tensor, or a part of its first dimension, as a view of its file: what is not looked
-        at is not read. 4-bit tensors are made into floats."""
+        """A tensor, or a part of its first dimension, as a view of its file: what is not used is
+        not read. 4-bit tensors are converted to floats."""
         tensor = self._tensors[name]
         if tensor.dtype == MXFP4:
             return dequantise_mxfp4(
@@ -84,8 +84,8 @@ class TensorFiles(Mapping[str, StoredTensor]):
         return self._view(tensor, part)
 
     def same_values(self, name: str, other: str) -> bool:
-        """Whether two tensors of plain numbers are equal, whatever dtypes they are stored in.
-        Both are read, a part at a time, to the first difference."""
+        """Whether two tensors of plain numbers are equal, independent of their stored dtypes.
+        Both are read, a part at a time, up to the first difference."""
         return self._is_same(self._tensors[name], self._tensors[other])
 
     def _is_same(self, one: StoredTensor, other: StoredTensor) -> bool:
@@ -121,7 +121,7 @@ class TensorFiles(Mapping[str, StoredTensor]):
             return self._mapped[file]
 
     def release(self) -> None:
-        """Gives back the memory of what has been read; reading it again is possible."""
+        """Frees the memory of what has been read; it can be read again."""
         for mapped in self._mapped.values():
             if hasattr(mapped, "madvise"):
                 mapped.madvise(mmap.MADV_DONTNEED)
@@ -129,8 +129,8 @@ class TensorFiles(Mapping[str, StoredTensor]):
     def take_names_of(
         self, family: ModuleType | None, expected: Iterable[str], prefix: str = ""
     ) -> None:
-        """Gives the tensors the names of a family's table, and forgets what no model needs: what
-        the family ignores, and tensors without a number.
+        """Renames the tensors to the names of a family's table, and drops what no model needs: what
+        the family ignores, and empty tensors.
 
         A family module may have:
           ``IGNORED``: regular expressions for whole names of tensors that no model needs.
@@ -138,11 +138,11 @@ class TensorFiles(Mapping[str, StoredTensor]):
 
         Args:
           expected: the names of the table.
-          prefix: of the model without its head. As in transformers, a file may leave it out in
-            front of a name, or have it once too often.
+          prefix: of the names of the model without its head. As in transformers, a name in a
+            file may lack it, or have an extra one.
 
         Raises:
-          ValueError: tensors that get the same name and differ.
+          ValueError: tensors with the same new name and different values.
         """
         ignored = re.compile("|".join((*_IGNORED, *getattr(family, "IGNORED", ()))))
         expected = set(expected)
@@ -165,7 +165,7 @@ class TensorFiles(Mapping[str, StoredTensor]):
         ]
         if differing:
             raise ValueError(
-                f"model.path={self.folder}: tensors that mean the same have different values: "
+                f"model.path={self.folder}: copies of a tensor have different values: "
                 + some_of(differing)
             )
         self._tensors = {name: self._tensors[of[0]] for name, of in sources.items()}
@@ -176,7 +176,7 @@ class TensorFiles(Mapping[str, StoredTensor]):
         self._tensors[new_name] = self._tensors.pop(name)
 
     def _join_mxfp4(self, name: str) -> None:
-        """Makes the two tensors of a 4-bit matrix known by its own name."""
+        """Adds the two tensors of a 4-bit matrix under the matrix's name."""
         blocks = self._tensors[name + BLOCKS]
         experts, outputs, n_blocks, n_bytes = blocks.shape
         if name + SCALES not in self or self[name + SCALES].shape != blocks.shape[:-1]:
@@ -187,7 +187,7 @@ class TensorFiles(Mapping[str, StoredTensor]):
 
 
 def _equal(one: np.ndarray, other: np.ndarray) -> bool:
-    """By value, with 0 equal to -0; the same bits are equal without a look at the numbers."""
+    """By value, with 0 equal to -0; the same bits are equal without a conversion."""
     as_bytes = lambda array: array.reshape(-1).view(np.uint8)
     if one.dtype == other.dtype and np.array_equal(as_bytes(one), as_bytes(other)):
         return True

@@ -1,8 +1,8 @@
 """Text to token ids and back, over the ``tokenizers`` library.
 
-The ids are those that ``transformers`` gives: ``tokenizer.json`` decides, with the tokens that the
-files beside it add (:mod:`conlens_jax.models.added_tokens`). The classes of ``transformers`` are
-avoided on purpose: importing them costs seconds, and some of them rebuild the tokenizer.
+The ids are those of ``transformers``: from ``tokenizer.json``, with the tokens that the files next
+to it add (:mod:`conlens_jax.models.added_tokens`). The classes of ``transformers``
+are not used: importing them takes seconds, and some of them rebuild the tokenizer.
 """
 
 from __future__ import annotations
@@ -40,21 +40,20 @@ class Tokenizer:
 
     Attributes:
       bos_prefix: ids that the tokenizer's own template (the post-processor of ``tokenizer.json``)
-        puts before a text; empty for most tokenizers of the GPT-2 kind. ``add_bos_token`` in
-        ``tokenizer_config.json`` is not asked, as in transformers. Tokenizers trained here put
+        adds before a text; empty for most tokenizers like GPT-2's. ``add_bos_token`` in
+        ``tokenizer_config.json`` is ignored, as in transformers. Tokenizers trained here add
         their ``<bos>``.
-      bos_id: id of the bos token; the eos token where there is none of its own; None where there
-        is neither.
+      bos_id: id of the bos token, or else of the eos token; None if there is neither.
       eos_id: id of the token after a text, or None.
       unk_id: id of words outside the vocabulary, or None.
-      pad_id: id that fills rows up: pad, or else eos, or else bos, or else 0.
+      pad_id: id of padding: pad, or else eos, or else bos, or else 0.
       vocab_size: the highest id + 1, added tokens included.
-      rows: rows of the model's embedding, where they are known; see :meth:`limit_to`.
+      rows: number of rows of the model's embedding if known; see :meth:`limit_to`.
       fingerprint: sha256 of ``tokenizer.json`` (and of the tokens that other files add), in hex.
     """
 
     def __init__(self, tokenizer_json: bytes, side_files: Mapping[str, bytes]):
-        """Takes the content of ``tokenizer.json`` and of the files beside it, by file name."""
+        """Takes the content of ``tokenizer.json`` and of the files next to it, by file name."""
         self._json = tokenizer_json
         self._side_files = dict(side_files)
         self._tokenizer = read_tokenizer(tokenizer_json)
@@ -87,7 +86,7 @@ class Tokenizer:
         ``config.json`` where present.
 
         Raises:
-          ValueError: no ``tokenizer.json``, or a file that is not what its name says.
+          ValueError: no ``tokenizer.json``, or a file with unexpected content.
         """
         folder = local_path(folder)
         path = folder / _TOKENIZER_FILE
@@ -107,7 +106,7 @@ class Tokenizer:
             except ValueError as error:
                 raise ValueError(f"{folder / name} is not valid JSON: {error}") from error
             if not isinstance(values, dict):
-                raise ValueError(f"{folder / name} must hold a JSON object")
+                raise ValueError(f"{folder / name} must contain a JSON object")
         try:
             return cls(path.read_bytes(), side_files)
         except Exception as error:  # the tokenizers library raises bare Exceptions
@@ -123,8 +122,8 @@ class Tokenizer:
                 (folder / name).write_bytes(self._side_files[name])
 
     def limit_to(self, rows: int) -> None:
-        """Tells the tokenizer how many rows the model's embedding has: from now on a text with an
-        id beyond them is refused, and no such id fills a row up.
+        """Sets how many rows the model's embedding has: from then on a text with an id beyond them
+        is an error, and no such id is used as padding.
 
         More rows than ids are fine: many models pad their embedding.
         """
@@ -141,8 +140,8 @@ class Tokenizer:
             )
 
     def adds_bos(self, setting: bool | str) -> bool:
-        """Whether texts begin with a bos token: a setting ``"auto"``, ``"true"`` or ``"false"``
-        (or a plain bool) as yes or no. Where there is no bos token either means the same."""
+        """Whether texts begin with a bos token, from a setting ``"auto"``, ``"true"``, ``"false"``
+        or a bool. Without a bos token the setting has no effect."""
         if setting in ("auto", "true", "false", True, False):
             own = bool(self.bos_prefix) or self.bos_id is None
             return own if setting == "auto" else setting in (True, "true")
@@ -152,12 +151,12 @@ class Tokenizer:
         """Ids of the text, special tokens that it spells out among them.
 
         Args:
-          add_bos: what is put in front, unless the text already begins with it. True: what the
-            tokenizer's own template puts there (:attr:`bos_prefix`), or else ``bos_id`` where
-            there is one. ``"auto"``: only what the template puts. False: nothing.
+          add_bos: what is prepended, unless the text already begins with it. True: what the
+            tokenizer's own template adds (:attr:`bos_prefix`), or else ``bos_id`` if there is
+            one. ``"auto"``: only what the template adds. False: nothing.
 
         Raises:
-          ValueError: the text uses a token for which the embedding has no row.
+          ValueError: the text uses a token without a row in the embedding.
         """
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return self._finished(encoding.ids, self._beginning(add_bos))
@@ -174,7 +173,7 @@ class Tokenizer:
         return list(self.bos_prefix) or ([] if self.bos_id is None else [self.bos_id])
 
     def _finished(self, ids: list[int], beginning: list[int]) -> list[int]:
-        """With the beginning, once; and with a row in the embedding for each id."""
+        """Prepends the beginning unless it is there, and checks the ids against the embedding."""
         if ids[: len(beginning)] != beginning:
             ids = beginning + ids
         if (
@@ -191,8 +190,8 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Readable text without special tokens. Ids that the tokenizer does not know (an embedding
-        often has rows to spare) are left out."""
+        """Readable text without special tokens. Ids unknown to the tokenizer (an embedding often
+        has more rows) are left out."""
         known = [int(i) for i in ids if 0 <= int(i) < self.vocab_size]
         return self._cleans_up(self._tokenizer.decode(known, skip_special_tokens=True))
 
@@ -220,7 +219,7 @@ class Tokenizer:
         config. One beyond the vocabulary, or the embedding, is none."""
         end = self.vocab_size if self.rows is None else min(self.rows, self.vocab_size)
         names = [self._named.get(f"{kind}_token")]
-        # Where transformers does not read this file, a name that only it has is better than none.
+        # Some folders have a name only in this file, even where transformers does not read it.
         names.append(
             named_tokens({SPECIAL_FILE: self._side_file(SPECIAL_FILE)}).get(f"{kind}_token")
         )
@@ -238,7 +237,7 @@ class Tokenizer:
 
 
 def train_word_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """One token a word or run of punctuation, in lower case; decoding joins them by spaces.
+    """One token per word or run of punctuation, in lower case; decoding joins them by spaces.
 
     The ``vocab_size`` most frequent words (special tokens included) get an id, all others are
     ``<unk>``.
@@ -255,7 +254,7 @@ def train_word_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level byte-pair encoding (as GPT-2): every text comes back exactly."""
+    """Byte-level byte-pair encoding (as GPT-2): decoding restores every text exactly."""
     _check_size(vocab_size, len(SPECIAL_TOKENS) + 256, "bytes")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -278,13 +277,13 @@ def _check_size(vocab_size: int, smallest: int, units: str) -> None:
         )
 
 
-# It also marks a tokenizer as one of ours, which puts <bos> before a text though its tokenizer.json
-# has no template. A template would change the fingerprint that caches carry.
+# It also marks a tokenizer as one of ours, which adds <bos> before a text though its tokenizer.json
+# has no template. A template would change the fingerprint in caches.
 _OWN_CONFIG = json.dumps(
     {
         **{f"{token[1:-1]}_token": token for token in SPECIAL_TOKENS},
         "clean_up_tokenization_spaces": False,
-        # Any more special class rebuilds the tokenizer from parts, with other ids.
+        # A more specific class would rebuild the tokenizer from parts, with other ids.
         "tokenizer_class": "PreTrainedTokenizerFast",
     },
     indent=2,

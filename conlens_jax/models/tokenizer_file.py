@@ -1,4 +1,4 @@
-"""``tokenizer.json``: reading it, what its template puts before a text, what decoding tidies."""
+"""``tokenizer.json``: reading it, the prefix of its template, and clean-up after decoding."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def read_tokenizer(content: bytes) -> tokenizers.Tokenizer:
     """The tokenizer of a ``tokenizer.json``.
 
     Raises:
-      ValueError: no JSON, no tokenizer, or one of a kind that the installed ``tokenizers`` does
-        not know: which.
+      ValueError: not JSON, not a tokenizer, or a kind that the installed ``tokenizers`` does not
+        know; the message names it.
     """
     try:
         values = json.loads(content)
@@ -68,7 +68,7 @@ def _unknown_kinds(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def template_prefix(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
-    """The ids that the post-processor puts before a text."""
+    """The ids that the post-processor adds before a text."""
     for text in ("a", "0", "the", "."):
         bare = tokenizer.encode(text, add_special_tokens=False).ids
         whole = tokenizer.encode(text, add_special_tokens=True).ids
@@ -79,8 +79,8 @@ def template_prefix(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
 
 
 def clean_up(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> Callable[[str], str]:
-    """What ``clean_up_tokenization_spaces`` asks for after decoding: as in transformers, never
-    with byte-pair encoding, whose spaces are the text's own."""
+    """The clean-up after decoding that ``clean_up_tokenization_spaces`` configures; as in
+    transformers, never with byte-pair encoding, whose spaces are part of the text."""
     forced = config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
     is_bpe = isinstance(tokenizer.model, models.BPE)
     if not config.get("clean_up_tokenization_spaces") or (is_bpe and not forced):

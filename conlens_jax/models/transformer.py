@@ -1,27 +1,29 @@
 """The transformer: tokens to a residual stream, blocks scanned over stacked parameters, logits.
 
-Everything here is a pure function of its arguments. Which key a query may see follows from
-positions alone: the key's position must not be behind the query's (nor too far before it, where
-the layer has a window), and unused slots carry :data:`NO_POSITION`.
+Everything here is a pure function; :mod:`conlens_jax.models.flax_module` is the same transformer
+as a Flax module. Which keys a query sees follows from positions alone: the key's position must not
+be after the query's (nor too far before it, if the layer has a window), and unused slots have
+:data:`NO_POSITION`.
 
-There are three kinds of input. :func:`embed_tokens` gives a token's embedding, scaled where the
-model scales it; Hugging Face calls this ``inputs_embeds``, and a vector that takes the place of a
-token is of this kind. :func:`add_position_embeddings` turns embeddings into the residual stream at
-the input of the first layer: it adds learned position embeddings, where the model has them.
-:func:`run_layers` takes the residual stream at the input of whatever layers it is given.
+There are three kinds of input. :func:`embed_tokens` returns a token's embedding, scaled if the
+model scales it; Hugging Face calls this ``inputs_embeds``, and a vector that replaces a token is
+of this kind. :func:`add_position_embeddings` turns embeddings into the residual stream at the
+input of the first layer: it adds learned position embeddings, if the model has them.
+:func:`run_layers` takes the residual stream at the input of the layers that it runs.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from conlens_jax.models.block import Block, Residuals
+from conlens_jax.models.block import Residuals, run_block
 from conlens_jax.models.cache import KVCache, append
 from conlens_jax.models.layer_kinds import (
     NO_POSITION,
@@ -29,6 +31,8 @@ from conlens_jax.models.layer_kinds import (
     layer_count,
     mask_and_rope_of,
     params_of,
+    slice_layers,
+    span_of,
 )
 from conlens_jax.models.norms import apply_norm
 from conlens_jax.models.param_table import Params
@@ -38,13 +42,14 @@ from conlens_jax.parallel.constrain import constrain
 
 
 class Patches(NamedTuple):
-    """Vectors to add to the residual stream at the input of each of n layers, at one place."""
+    """Vectors added to the residual stream at the input of each of n layers, at index ``at`` of the
+    sequence."""
 
     vectors: Float[Array, "n B D"]
     at: Int[Array, ""]
 
 
-# What ``model.remat`` keeps of a layer for its backward pass; "none" keeps everything.
+# What ``model.remat`` saves of a layer for the backward pass; "none" saves everything.
 REMAT_POLICIES = {
     "full": None,
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -69,24 +74,35 @@ def run_layers(
         :func:`slice_layers`.
       x_BSD: residual stream at the input of the first of them.
       positions_BS: position of each token; :data:`NO_POSITION` for padding.
-      cache: keys and values of tokens already seen. The new tokens see those at positions before
-        the first of their own; what the cache holds from there on is hidden from them.
+      cache: keys and values of earlier tokens. The new tokens see those at positions before
+        their own first; later ones in the cache are masked.
       slot: where in the cache the new tokens' keys and values are written.
-      keep_cache: return the new keys and values where no cache was given.
-      patches: what is added to the residual stream at the input of each layer.
+      keep_cache: return the new keys and values if no cache is given.
+      patches: added to the residual stream at the input of each layer.
 
     Returns:
-      The residual stream at the output of the last layer, and the cache (None if not kept; as it
-      was, if no slot was given).
+      The residual stream at the output of the last layer, and the cache (None if there is none;
+      unchanged if no slot is given).
     """
     if layer_count(layers) == 0:
         return x_BSD, cache
     x_BSD = constrain(x_BSD, "BSD")
-    x_BSD, kept = scan_layers(layers, x_BSD, positions_BS, config, cache, patches)
+    x_BSD, made = scan_layers(layers, x_BSD, positions_BS, config, cache, patches)
     x_BSD = constrain(x_BSD, "BSD")
     if cache is not None and slot is not None:
-        return x_BSD, append(cache, kept.keys, kept.values, positions_BS, slot)
-    return x_BSD, KVCache(kept.keys, kept.values, positions_BS) if keep_cache else cache
+        return x_BSD, append(cache, made.keys, made.values, positions_BS, slot)
+    return x_BSD, KVCache(made.keys, made.values, positions_BS) if keep_cache else cache
+
+
+def checkpointed(block: Callable, config: TransformerConfig, transform=jax.checkpoint) -> Callable:
+    """A block that recomputes in the backward pass what ``config.remat`` says.
+
+    Args:
+      transform: ``jax.checkpoint``, or its form for Flax modules.
+    """
+    if config.remat not in REMAT_POLICIES:
+        return block
+    return transform(block, prevent_cse=False, policy=REMAT_POLICIES[config.remat])
 
 
 def scan_layers(
@@ -101,20 +117,17 @@ def scan_layers(
     past = None if cache is None else (cache.keys, cache.values)
     past_positions_BC = None if cache is None else cache.positions_BC
     patch_NBD, patch_at = (None, None) if patches is None else patches
-    mask_and_rope, place_N = mask_and_rope_of(layers, positions_BS, past_positions_BC, config)
-    block = Block
-    if config.remat in REMAT_POLICIES:
-        block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[config.remat])
-    scanned = nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={},
-        in_axes=(0, 0, 0, 0, nn.broadcast, nn.broadcast),
-        length=n_layers,
-        unroll=config.unroll or n_layers,
-    )(config)
-    variables = {"params": params_of(layers)}
-    return scanned.apply(variables, x_BSD, past, patch_NBD, None, place_N, mask_and_rope, patch_at)
+    mask_and_rope, index_N = mask_and_rope_of(
+        span_of(layers), positions_BS, past_positions_BC, config
+    )
+    block = checkpointed(functools.partial(run_block, config=config), config)
+
+    def body(x_BSD: Array, layer):
+        weights, past, patch_BD, index = layer
+        return block(weights, x_BSD, past, patch_BD, None, index, mask_and_rope, patch_at)
+
+    stack = (params_of(layers), past, patch_NBD, index_N)
+    return jax.lax.scan(body, x_BSD, stack, unroll=config.unroll or n_layers)
 
 
 def positions_of(mask_BS: Bool[Array, "B S"]) -> Int[Array, "B S"]:
@@ -144,7 +157,7 @@ def add_position_embeddings(
     params: Params, embeddings_BSD: Float[Array, "B S D"], positions_BS: Int[Array, "B S"]
 ) -> Float[Array, "B S D"]:
     """The residual stream at the input of the first layer: embeddings, and the vectors of their
-    positions where the model has learned such. Positions beyond its table give NaN."""
+    positions if the model has learned ones. Positions beyond its table give NaN."""
     if "position_embedding" not in params:
         return embeddings_BSD
     rows_BS = jnp.where(positions_BS == NO_POSITION, 0, positions_BS)
@@ -153,14 +166,14 @@ def add_position_embeddings(
 
 
 def output_head(params: Params) -> Matrix:
-    """The matrix from the normed residual stream to logits; the embedding's where tied."""
+    """The matrix from the normed residual stream to logits; the transposed embedding if tied."""
     head = params.get("output_head")
     return params["embedding"].T if head is None else head
 
 
 @flax.struct.dataclass
 class Head:
-    """From the state behind the last layer to logits.
+    """From the state after the last layer to logits.
 
     Attributes:
       norm: the rows ``final_norm`` and (of a layer norm) ``final_norm_bias`` of the table.
@@ -185,7 +198,7 @@ class Head:
 
 
 def head_of(params: Params, config: TransformerConfig, matrix_DV: Matrix | None = None) -> Head:
-    """The model's head; with another matrix, where one is given."""
+    """The model's head, or its norm with another matrix."""
     norm = {name: params[name] for name in ("final_norm", "final_norm_bias") if name in params}
     return Head(norm, output_head(params) if matrix_DV is None else matrix_DV, config)
 
@@ -205,10 +218,30 @@ def forward(
     mask_BS: Bool[Array, "B S"] | None = None,
 ) -> Float[Array, "B S V"]:
     """Logits of whole sequences: the plain path that everything faster is tested against."""
-    if mask_BS is None:
-        positions_BS = all_positions(*tokens_BS.shape)
-    else:
-        positions_BS = positions_of(mask_BS)
+    positions_BS = all_positions(*tokens_BS.shape) if mask_BS is None else positions_of(mask_BS)
     x_BSD = add_position_embeddings(params, embed_tokens(params, tokens_BS, config), positions_BS)
     x_BSD, _ = run_layers(params["layers"], x_BSD, positions_BS, config=config)
     return unembed(params, x_BSD, config=config)
+
+
+def capture(
+    params: Params,
+    tokens_BS: Int[Array, "B S"],
+    mask_BS: Bool[Array, "B S"],
+    *,
+    config: TransformerConfig,
+    layer: int | Sequence[int],
+) -> Float[Array, "B S D"] | Float[Array, "B n S D"]:
+    """The residual stream at the output of block ``layer`` (−1: at the input of block 0), at every
+    position; of several layers, [B, n, S, D]. No block after the last of them is run."""
+    wanted = (layer,) if isinstance(layer, int) else layer
+    positions_BS = positions_of(mask_BS)
+    x_BSD = add_position_embeddings(params, embed_tokens(params, tokens_BS, config), positions_BS)
+    captured, start = {}, 0
+    for last in sorted(set(wanted)):
+        layers = slice_layers(params["layers"], start, last + 1)
+        x_BSD, _ = run_layers(layers, x_BSD, positions_BS, config=config)
+        captured[last], start = x_BSD, last + 1
+    if isinstance(layer, int):
+        return captured[layer]
+    return jnp.stack([captured[last] for last in wanted], axis=1)

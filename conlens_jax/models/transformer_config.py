@@ -18,14 +18,14 @@ class RopeConfig:
     Attributes:
       kind: ``"default"``, ``"linear"``, ``"dynamic"``, ``"llama3"``, ``"yarn"`` or ``"longrope"``.
       theta: base of the frequencies.
-      factor: how much longer the context is meant to be than in pretraining.
+      factor: how much longer the context is than in pretraining.
       original_max_positions: context length of pretraining.
       low_freq_factor, high_freq_factor: of ``llama3``.
       beta_fast, beta_slow, truncate: of ``yarn``.
       attention_factor: of ``yarn`` and ``longrope``; scales cos and sin, and 0 means Hugging
         Face's default for the factor.
-      short_factors, long_factors: of ``longrope``, one a frequency.
-      fraction: how much of a head is rotated, from its first entry on.
+      short_factors, long_factors: of ``longrope``, one per frequency.
+      fraction: the share of a head that is rotated, its first entries.
     """
 
     kind: str = "default"
@@ -44,11 +44,11 @@ class RopeConfig:
 
 
 class LayerKind(NamedTuple):
-    """What layers may differ in besides their weights.
+    """How layers may differ besides their weights.
 
     Attributes:
-      window: a query sees the keys less than this many positions behind it; 0: all of them.
-      rope: None where nothing is rotated.
+      window: a query sees the keys less than this many positions before it; 0: all of them.
+      rope: None for no rotation.
     """
 
     window: int
@@ -58,33 +58,33 @@ class LayerKind(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """Sizes and switches; the defaults of the switches are Llama's. ``dtype``, ``unroll``,
-    ``remat``, ``attention`` and ``quantise`` say how the network is run.
+    ``remat``, ``attention`` and ``quantise`` set how the network is run.
 
     Attributes:
-      norm: ``"rms"``, or ``"layer"`` (which also takes the mean away and may have a bias).
-      norm_offset: what is added to the weight of a norm (Gemma's weights are around 0).
+      norm: ``"rms"``, or ``"layer"`` (which also subtracts the mean and may have a bias).
+      norm_offset: added to the weight of a norm (Gemma's weights are around 0).
       norm_in_fp32: whether a norm's weight is multiplied before its result is rounded to ``dtype``.
       pre_norms, post_norms: norms at the inputs, and at the outputs, of attention and MLP.
       qk_norm: norm of queries and keys: ``""`` none, ``"head"`` each head by itself, ``"width"``
         all heads together.
-      parallel_residual: the MLP reads what attention reads, not what attention wrote.
-      gated_mlp: act(gate) · up, or act(up) alone.
+      parallel_residual: the MLP's input is attention's input, without attention's output.
+      gated_mlp: act(gate) · up, otherwise act(up).
       swiglu_limit: 0, or gpt-oss's gate: both halves clamped at this, and (up + 1) in place of up.
       swiglu_alpha: inner factor of that gate's sigmoid.
-      n_experts, experts_per_token: of a mixture; 0: one MLP.
+      n_experts, experts_per_token: of a mixture of experts; 0: one MLP.
       router_normalized: the chosen experts' weights sum to 1.
-      embedding_scale: what token embeddings are multiplied by, rounded to ``dtype``.
+      embedding_scale: factor of token embeddings, rounded to ``dtype``.
       learned_positions: a table of position vectors is added to the embeddings.
       rope: of all layers, or (with ``local_rope``) of those without a window.
-      windows: of each layer (see :class:`LayerKind`), or empty where no layer has one.
+      windows: of each layer (see :class:`LayerKind`), or empty if no layer has one.
       attention_scale: factor of ⟨q, k⟩; 0: 1/√head_dim.
       scale_by_depth: layer i divides that by i + 1.
       attention_soft_cap, final_soft_cap: c in c·tanh(x / c), of scores and logits; 0: none.
-      attention_sinks: a logit a head that takes part in the softmax and brings no value.
+      attention_sinks: one logit per head that takes part in the softmax and has no value.
       eos_token_ids: each of them ends a text.
-      dtype: ``"float32"`` or ``"bfloat16"``; other spellings are brought to these.
+      dtype: ``"float32"`` or ``"bfloat16"``; other spellings are converted to these.
       attention: ``"xla"`` or ``"cudnn"`` (:mod:`conlens_jax.models.flash`).
-      quantise: ``"int8"`` where the matrices are loaded as such
+      quantise: ``"int8"`` to load the matrices as int8
         (:mod:`conlens_jax.models.quantized`).
     """
 

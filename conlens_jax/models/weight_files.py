@@ -23,7 +23,7 @@ DTYPES = {
 }
 WHOLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
-# The longest header that the format's own reader takes.
+# The longest header that the format's own reader accepts.
 _MAX_HEADER_BYTES = 100_000_000
 _LFS_POINTER = b"version https://git-lfs"
 _NAMES_SHOWN = 10
@@ -41,9 +41,9 @@ class StoredTensor:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """As transformers chooses them: one whole file, or else what the index names. Adapters and
-    other layouts often lie beside them. A folder with neither, which transformers refuses, is read
-    for all of its safetensors files."""
+    """The files that transformers reads: one whole file, or else those that the index names. There
+    are often adapters and other layouts next to them. In a folder with neither, which is an error
+    in transformers, all safetensors files are read."""
     whole = folder / WHOLE_FILE
     if whole.exists():
         return [whole]
@@ -65,10 +65,10 @@ def weight_files(folder: Path) -> list[Path]:
 def stored_tensors(
     folder: Path, files: list[Path]
 ) -> tuple[dict[str, StoredTensor], dict[str, list[StoredTensor]]]:
-    """The tensors of the files by name. Where several files hold one, the index decides.
+    """The tensors of the files by name. If several files contain one, the index decides.
 
     Returns:
-      The tensors, and for each name that several files hold and no index decides, all of them.
+      The tensors, and all copies of those that several files contain and no index decides.
 
     Raises:
       ValueError: damaged files; an index with a tensor that its file lacks.
@@ -86,14 +86,14 @@ def stored_tensors(
     several = {name: copies for name, copies in everywhere.items() if len(copies) > 1}
     if ruled := [name for name in several if name in decided]:
         _LOG.warning(
-            "%s: several files hold %s; the index says which is read", folder, some_of(ruled)
+            "%s: several files contain %s; the index decides which is read", folder, some_of(ruled)
         )
     undecided = {name: copies for name, copies in several.items() if name not in decided}
     return {name: copies[0] for name, copies in everywhere.items()} | decided, undecided
 
 
 def read_json(file: Path) -> Mapping[str, Any]:
-    """Raises ValueError for a file that is not there, or that holds no JSON object."""
+    """Raises ValueError for a missing file, or one that is not a JSON object."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -101,7 +101,7 @@ def read_json(file: Path) -> Mapping[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{file} must hold a JSON object, not {type(found).__name__}")
+        raise ValueError(f"{file} must contain a JSON object, not {type(found).__name__}")
     return found
 
 
@@ -158,7 +158,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
                 raise ValueError(
                     f"{file} is a Git LFS pointer, not the weights: run git lfs pull in its folder"
                 )
-            raise ValueError(f"{damaged}: {size:,} bytes hold no whole header")
+            raise ValueError(f"{damaged}: {size:,} bytes contain no whole header")
         try:
             header = json.loads(stream.read(length))
         except (ValueError, RecursionError) as error:
@@ -180,5 +180,5 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         tensors[name] = tensor
     end = max((tensor.stop for tensor in tensors.values()), default=8 + length)
     if end > size:
-        raise ValueError(f"{damaged}: its header speaks of {end:,} bytes, there are {size:,}")
+        raise ValueError(f"{damaged}: its header describes {end:,} bytes, the file has {size:,}")
     return tensors

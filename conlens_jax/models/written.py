@@ -1,8 +1,8 @@
 """Texts that keep the tokens they were written with.
 
-Tokens made into a text and read again are often other tokens: half a character becomes U+FFFD,
-special tokens are left out, two tokens merge into one, a space in front gets lost. A number that
-was measured on the tokens written is then not the number of the text read again.
+Decoding tokens and encoding the text again often gives other tokens: half a character becomes
+U+FFFD, special tokens are left out, two tokens merge into one, a leading space is lost. A number
+measured on the original tokens is then not that of the re-encoded text.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from conlens_jax.models.tokenizer import Tokenizer
 class Written(str):
     """A text together with its tokens; otherwise a ``str``.
 
-    Whatever makes another text of it (``+``, ``replace``, ``strip``) gives a plain ``str``, which
-    has no tokens but those that a tokenizer reads in it.
+    String operations (``+``, ``replace``, ``strip``) return a plain ``str``, whose tokens are those
+    that a tokenizer gives.
 
     Attributes:
-      tokens: the token ids that the text stands for.
-      reads_back: whether the text alone, tokenised again, gives these tokens.
+      tokens: the token ids that the text was decoded from.
+      reads_back: whether tokenising the text gives these tokens.
     """
 
     tokens: tuple[int, ...]
@@ -48,7 +48,7 @@ def written_texts(rows: Iterable[Sequence[int]], tokenizer: Tokenizer) -> list[W
 
 
 def with_its_tokens(text: str, tokens: Sequence[int], tokenizer: Tokenizer) -> Written:
-    """A text and its tokens that were kept or sent beside each other.
+    """A text with the tokens that were stored or sent with it.
 
     Raises:
       ValueError: the tokens are those of another text or of another tokenizer.

@@ -52,13 +52,7 @@ from conlens_jax.models.arguments import finite_array
 from conlens_jax.models.generate import bucket
 from conlens_jax.models.model import LanguageModel, load_model
 from conlens_jax.models.param_table import Params
-from conlens_jax.models.transformer import (
-    add_position_embeddings,
-    embed_tokens,
-    output_head,
-    positions_of,
-    run_layers,
-)
+from conlens_jax.models.transformer import capture, embed_tokens, output_head
 from conlens_jax.models.transformer_config import TransformerConfig
 from conlens_jax.parallel.mesh import single_device_mesh
 
@@ -244,11 +238,9 @@ class NlaPair:
     @functools.cached_property
     def _reconstruct(self):
         def run(params: Params, head_DD: Array, tokens_BS: Array, mask_BS: Array) -> Array:
-            config, positions_BS = self.ar_config, positions_of(mask_BS)
-            x_BSD = add_position_embeddings(
-                params, embed_tokens(params, tokens_BS, config), positions_BS
-            )
-            x_BSD, _ = run_layers(params["layers"], x_BSD, positions_BS, config=config)
+            config = self.ar_config
+            layer = config.n_layers - 1
+            x_BSD = capture(params, tokens_BS, mask_BS, config=config, layer=layer)
             return (x_BSD[:, -1] @ head_DD).astype(jnp.float32)
 
         return jax.jit(run)

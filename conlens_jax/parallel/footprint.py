@@ -1,4 +1,4 @@
-"""How many numbers and bytes a tree of arrays is, in all and on one device.
+"""Numbers and bytes of a tree of arrays, in total and per device.
 
 Leaves are arrays or ``jax.ShapeDtypeStruct``; one without a sharding is whole on every device.
 """
@@ -14,7 +14,7 @@ PyTree = Any
 
 
 def count(tree: PyTree) -> int:
-    """Numbers that all leaves stand for; an int8 matrix counts without its scales."""
+    """Numbers in all leaves; an int8 matrix counts without its scales."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda node: hasattr(node, "shape"))
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
@@ -25,7 +25,7 @@ def total_bytes(tree: PyTree) -> int:
 
 
 def device_bytes(tree: PyTree) -> int:
-    """Bytes of one device's part of all leaves; every device's is the same size."""
+    """Bytes per device of all leaves; the same on every device."""
 
     def part(leaf: Any) -> int:
         sharding = getattr(leaf, "sharding", None)
@@ -36,7 +36,7 @@ def device_bytes(tree: PyTree) -> int:
 
 
 def in_units(n_bytes: float) -> str:
-    """Bytes as people read them, in powers of 1,024: ``1.50 GiB``."""
+    """Bytes in readable units, powers of 1,024: ``1.50 GiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if n_bytes < 1024:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.2f} {unit}"

@@ -19,15 +19,15 @@ _ZSTD = b"\x28\xb5\x2f\xfd"
 
 
 def keep_freed_memory() -> bool:
-    """Lets glibc keep freed memory instead of handing it back to the system.
+    """Lets glibc keep freed memory instead of returning it to the system.
 
-    XLA allocates the temporary buffers of a CPU program anew at every call. By default they are
+    XLA allocates the temporary buffers of a CPU program at every call. By default they are
     mapped and unmapped each time, and the page faults cost about a quarter of a training step of
     the embedded model (``scripts/benchmark_malloc.py`` measures it). Called by the entry points,
     before the first large allocation.
 
     Returns:
-      Whether the C library took the settings (False outside Linux with glibc).
+      Whether the C library accepted the settings (False except on Linux with glibc).
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -40,17 +40,17 @@ def keep_freed_memory() -> bool:
 
 
 def drop_cut_programs(folder: Path) -> list[str]:
-    """Removes programs of a compilation cache that a kill or a full disk has cut; returns their
-    names.
+    """Removes truncated programs (after a kill or a full disk) from a compilation cache; returns
+    their names.
 
-    JAX writes such a file in place and never anew: it would warn and compile at every start. Only
-    what is newer than the last look is read.
+    JAX writes such a file in place and never rewrites it: it would warn and compile at every start.
+    Only files newer than the last check are read.
     """
     looked = folder / "looked_through"
     since = looked.stat().st_mtime_ns if looked.exists() else 0
     cut = []
     for file in folder.glob("*-cache"):
-        with contextlib.suppress(OSError):  # another process looks too, or the disk is full
+        with contextlib.suppress(OSError):  # another process checks too, or the disk is full
             if file.stat().st_mtime_ns >= since and not _is_whole(file.read_bytes()):
                 file.unlink()
                 cut.append(file.name)
@@ -61,7 +61,7 @@ def drop_cut_programs(folder: Path) -> list[str]:
 
 
 def _is_whole(program: bytes) -> bool:
-    """Whether a compressed file ends where it should; True where nothing here can tell."""
+    """Whether a compressed file is complete; True if there is no library to check it."""
     if not program.startswith(_ZSTD):
         try:
             zlib.decompress(program)
@@ -82,13 +82,13 @@ def _is_whole(program: bytes) -> bool:
 def use_compilation_cache(folder: str, least_seconds: float = 1.0) -> None:
     """Keeps compiled programs in ``folder`` for later runs; an empty name changes nothing.
 
-    Programs that compile in less than ``least_seconds`` are not kept. Programs that
-    were compiled before are not in it.
+    Programs that compile in less than ``least_seconds``, and those compiled before this call, are
+    not kept.
     """
     if folder:
-        place = local_path(folder)
-        drop_cut_programs(place)
-        jax.config.update("jax_compilation_cache_dir", str(place))
+        path = local_path(folder)
+        drop_cut_programs(path)
+        jax.config.update("jax_compilation_cache_dir", str(path))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
-        # JAX settles at its first compilation whether there is a cache; let it look again.
+        # JAX decides at its first compilation whether there is a cache; make it decide again.
         compilation_cache.reset_cache()

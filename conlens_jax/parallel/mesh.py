@@ -1,7 +1,7 @@
 """The device mesh: axes ``data``, ``fsdp`` and ``tensor``, always present.
 
-One table says which mesh axis a dimension letter of a parameter is split over. ``data`` and
-``fsdp`` together split the batch.
+One table, :data:`AXES_OF_DIM`, maps the letter of a dimension to the mesh axes that split it, for
+parameters (:func:`param_spec`) and for activations (:func:`activation_axes`).
 """
 
 from __future__ import annotations
@@ -28,13 +28,22 @@ MESH_PRESETS = {
     "multislice": MeshConfig(data=2, fsdp=4),
 }
 """What each ``mesh.preset`` is on one device or on eight; ``multislice`` grows with the devices."""
-AXIS_OF_DIM = {"D": "fsdp", "V": "tensor", "H": "tensor", "K": "tensor", "F": "tensor"}
+Axes = str | tuple[str, ...]
+AXES_OF_DIM: dict[str, Axes] = {
+    "B": BATCH_AXES,
+    "D": "fsdp",
+    "V": "tensor",
+    "H": "tensor",
+    "K": "tensor",
+    "F": "tensor",
+}
+"""The mesh axes of each dimension that is split; the other dimensions are whole on every device."""
 _PLANNED_SLICES, _PLANNED_SLICE = 2, 8
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] = ()) -> Mesh:
-    """A mesh over all devices of the run (``preset="single"``: over the first), or over those
-    that are given.
+    """A mesh over all devices of the run (``preset="single"``: over the first), or over the
+    given ones.
 
     Raises:
       ConfigError: the axes do not multiply to the number of devices.
@@ -54,20 +63,20 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] = 
 
 
 def slice_count(devices: Sequence[jax.Device]) -> int:
-    """Groups of devices with a fast network inside: slices where devices tell theirs, else
+    """Groups of devices with a fast network inside: the slices that devices report, else
     processes."""
     return len(_slice_indices(devices)) or len({device.process_index for device in devices})
 
 
 def _slice_indices(devices: Sequence[jax.Device]) -> set[int]:
-    """The slices of a TPU run of several; empty elsewhere."""
+    """The slices of a TPU run on several slices; empty otherwise."""
     indices = {getattr(device, "slice_index", None) for device in devices} - {None}
     return indices if len(indices) > 1 else set()
 
 
 def planned_mesh(config: MeshConfig) -> tuple[MeshConfig, int]:
-    """The mesh for a plan, and its number of devices, which need not be there: ``mesh.data=0``
-    counts as 1, and slices are 2 of 8 devices unless ``mesh.slices`` says otherwise."""
+    """The mesh for a plan, and its number of devices, which need not exist: ``mesh.data=0`` counts
+    as 1, and there are 2 slices of 8 devices unless ``mesh.slices`` is set."""
     if config.preset == "multislice":
         slices = config.slices or _PLANNED_SLICES
         return dataclasses.replace(config, slices=slices), slices * _PLANNED_SLICE
@@ -76,7 +85,7 @@ def planned_mesh(config: MeshConfig) -> tuple[MeshConfig, int]:
 
 
 def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
-    """The mesh of a run on so many devices, without them: for shapes and bytes.
+    """The mesh of a run without its devices: for shapes and bytes.
 
     Raises:
       ConfigError: the axes do not multiply to the number of devices.
@@ -130,7 +139,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
-    """Raises ConfigError where a batch does not divide over the mesh."""
+    """Raises ConfigError if a batch does not divide over the mesh."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % parts:
         raise ConfigError(
@@ -139,13 +148,44 @@ def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
 
 
 def param_spec(dims: str) -> P:
-    """The partition of a parameter from its dimension letters."""
-    return P(*(AXIS_OF_DIM.get(dim) for dim in dims))
+    """The partition of a parameter from its dimension letters.
+
+    Raises:
+      ValueError: two dimensions on one mesh axis.
+    """
+    return P(*_without_collision(dims, [AXES_OF_DIM.get(dim) for dim in dims]))
+
+
+def activation_axes(dims: str) -> list[Axes | None]:
+    """The mesh axes of an activation's dimensions, by their letters.
+
+    The batch is over ``data`` and ``fsdp``, so any other dimension that a parameter has over these
+    (its width) is whole in an activation.
+
+    Raises:
+      ValueError: two dimensions on one mesh axis.
+    """
+    axes = [AXES_OF_DIM.get(dim) for dim in dims]
+    axes = [None if of in BATCH_AXES else of for of in axes]
+    return _without_collision(dims, axes)
+
+
+def _without_collision(dims: str, axes_of_dim: list[Axes | None]) -> list[Axes | None]:
+    first: dict[str, str] = {}
+    for dim, axes in zip(dims, axes_of_dim, strict=True):
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            if axis in first:
+                raise ValueError(
+                    f"colliding axes: dimensions {first[axis]} and {dim} of [{', '.join(dims)}] "
+                    f"are both split over mesh axis {axis!r}"
+                )
+            first[axis] = dim
+    return axes_of_dim
 
 
 def shardings_like(tree, model_shardings: PyTree, mesh: Mesh):
-    """Shardings for a tree that holds parameters by the names of the model's (clones of it,
-    and their optimizer moments): those are split like the model's, everything else is replicated.
+    """Shardings for a tree that contains parameters under the model's names (clones of it, and
+    their optimizer moments): these are split like the model's, everything else is replicated.
     """
     by_path = {
         tuple(key.key for key in path): sharding

@@ -1,9 +1,9 @@
 """SIGTERM, as Slurm and spot machines send it before they take a machine away.
 
-What is under way and can be saved asks whether to stop (:func:`watching_for_sigterm`), saves, and
-raises :class:`Preempted`. Everything else (loading, compiling, evaluating) leaves nothing behind
-that is not done again just as well: in one process it is left at once
-(:func:`leaving_on_sigterm`); several processes must agree, so they stop where they ask next.
+Work that can be saved polls whether to stop (:func:`watching_for_sigterm`), saves, and raises
+:class:`Preempted`. Other work (loading, compiling, evaluating) can simply be repeated: one process
+stops at once (:func:`leaving_on_sigterm`); several processes must agree, so they stop where they
+poll next.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ import jax
 from jax.experimental import multihost_utils
 
 PREEMPTED = os.EX_TEMPFAIL
-"""Exit code (75) of a run that saved and can go on: job scripts turn it into a requeue."""
+"""Exit code (75) of a run that saved and can be resumed: job scripts requeue it."""
 
 # The preemption service stops all processes at the first number that none of them has passed. The
-# numbers must rise over the whole process: one that is passed already is never reached again, and
-# the signal would go unnoticed.
+# numbers must increase over the whole process: one that is already passed is never reached again,
+# and the signal would go unnoticed.
 _numbers = itertools.count(1)
 
 
 class Preempted(BaseException):
-    """The run was asked to stop and has saved; the message says where it goes on. Like Ctrl-C it
-    passes those who catch every Exception."""
+    """The run received SIGTERM and has saved; the message explains how it resumes. As for Ctrl-C,
+    ``except Exception`` does not catch it."""
 
 
 def stop_together() -> bool:
-    """Whether several processes were asked to stop; False in one process, which is left at once.
+    """Whether several processes have to stop; False in one process, which stops at once.
 
-    Every process asks at the same points, in the same order. A signal to one of them stops all at
-    the same point, the one after the furthest (JAX's preemption service agrees on it, and has the
-    signal's handler where there are several processes).
+    Every process calls this at the same points, in the same order. A signal to one of them stops
+    all at the same point, the first that none has passed (JAX's preemption service, which installs
+    the signal handler if there are several processes).
     """
     if jax.process_count() == 1:
         return False
@@ -45,18 +45,18 @@ def stop_together() -> bool:
 
 
 def leave_together(what: str) -> None:
-    """Raises :class:`Preempted` where several processes were asked to stop, see
-    :func:`stop_together`; ``what`` tells what the same command does then."""
+    """Raises :class:`Preempted` if several processes have to stop (:func:`stop_together`);
+    ``what`` explains what the same command will do."""
     if stop_together():
         raise Preempted(f"SIGTERM: {what}")
 
 
 @contextlib.contextmanager
 def watching_for_sigterm(saved: str) -> Iterator[Callable[[], bool]]:
-    """Gives a function that every process calls behind every step: whether to save and stop.
+    """Yields a function that every process calls after every step: whether to save and stop.
 
-    A signal that comes behind the last of these steps is not lost: the end of the block raises
-    :class:`Preempted`, with ``saved`` as its message, where nothing else did.
+    A signal after the last of these steps is not lost: the end of the block raises
+    :class:`Preempted`, with ``saved`` as its message, if nothing else has raised.
     """
     if jax.process_count() > 1:
         yield stop_together
@@ -64,7 +64,7 @@ def watching_for_sigterm(saved: str) -> Iterator[Callable[[], bool]]:
         return
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # only the main thread is told of signals
+        yield lambda: False  # only the main thread receives signals
         return
     before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
     try:
@@ -77,11 +77,11 @@ def watching_for_sigterm(saved: str) -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def leaving_on_sigterm() -> Iterator[None]:
-    """Within the block SIGTERM raises :class:`Preempted` wherever nobody watches for it. Several
-    processes replace the handler when they meet."""
+    """Within the block SIGTERM raises :class:`Preempted`, except inside
+    :func:`watching_for_sigterm`. Several processes replace the handler when they connect."""
 
     def leave(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is leaving already
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # already stopping
         raise Preempted("SIGTERM: the same command goes on from what was saved last")
 
     if threading.current_thread() is not threading.main_thread():

@@ -1,7 +1,7 @@
-"""Several processes that run one program on one mesh: starting, meeting, and stopping together.
+"""Several processes that run one program on one mesh: start, synchronise, and stop together.
 
-Every process runs the same steps. Only the first one speaks and writes; each reads only the rows
-that its own devices compute on. One process alone is a group of one: nothing here is special to it.
+Every process runs the same steps. Only the first process logs and writes; each reads only the rows
+that its own devices compute. A single process is a group of one and needs no special case.
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ LOST_PROCESS = 1
 
 
 class ProcessError(RuntimeError):
-    """The processes of a run did not come together; the message says what was waited for, or in
-    what they differ."""
+    """The processes of a run did not connect, or differ; the message explains."""
 
 
 def start_processes(config: DistributedConfig) -> None:
-    """Joins the other processes of the run. Before the first use of JAX; once.
+    """Connects to the other processes of the run. Call it once, before the first use of JAX.
 
     Raises:
-      ProcessError: they do not meet within five minutes, or ``"auto"`` finds no cluster.
+      ProcessError: they do not connect within five minutes, or ``"auto"`` finds no cluster.
     """
     if not config.coordinator:
         return
@@ -57,27 +56,27 @@ def start_processes(config: DistributedConfig) -> None:
             )
     except (ValueError, RuntimeError) as error:
         raise ProcessError(
-            f"distributed.coordinator={config.coordinator!r}: the processes did not meet: {error}"
+            f"distributed.coordinator={config.coordinator!r}: processes did not connect: {error}"
         ) from error
-    # Connections are made at the first meeting, and on a CPU within 30 seconds: not where one
-    # process may keep the others waiting.
+    # Connections are made at the first barrier, and on a CPU within 30 seconds: so the first one
+    # must not be where a process may keep the others waiting.
     barrier("start")
 
 
 def is_first() -> bool:
-    """Whether this process speaks and writes for all."""
+    """Whether this is the process that logs and writes."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Returns when every process has come here."""
+    """Returns when every process has called it."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager
 def first_before_others(name: str) -> Iterator[None]:
-    """The first process goes through the block, then all others: what it wrote is there."""
+    """The first process runs the block before all others, which find the files it wrote."""
     if not is_first():
         barrier(name)
     yield
@@ -86,7 +85,7 @@ def first_before_others(name: str) -> Iterator[None]:
 
 
 def gathered(value: Json) -> list[Json]:
-    """Every process's value, anything JSON can hold, by process; the same list in all of them."""
+    """Every process's value (any JSON), in the order of the processes; the same list in all."""
     if jax.process_count() == 1:
         return [value]
     content = json.dumps(value).encode()
@@ -101,11 +100,11 @@ def gathered(value: Json) -> list[Json]:
 
 
 def together(work: Callable[[], Result]) -> Result:
-    """``work()``, when every process has done its own; what fails in one fails in all.
+    """``work()``, after every process has run its own; a failure in one is a failure in all.
 
     Raises:
-      ProcessError: where it failed in another process. There its own error is raised: ValueError
-        or OSError; others are not waited for.
+      ValueError, OSError: ``work`` raised it in this process. Other errors are not shared.
+      ProcessError: ``work`` failed in another process.
     """
     if jax.process_count() == 1:
         return work()
@@ -119,18 +118,18 @@ def together(work: Callable[[], Result]) -> Result:
         raise failure
     for number, message in enumerate(failures):
         if message is not None:
-            raise ProcessError(f"process {number} could not go on: {message}")
+            raise ProcessError(f"process {number} failed: {message}")
     return result
 
 
 def broadcast_from_first(work: Callable[[], Json]) -> Json:
-    """What ``work`` gives in the first process, the only one to do it, in every process; its
-    errors are those of :func:`together`."""
+    """The result of ``work()``, which only the first process runs, in every process. Raises as
+    :func:`together`."""
     return gathered(together(lambda: work() if is_first() else None))[0]
 
 
 def check_same(what: str, content: bytes) -> None:
-    """Raises ProcessError in every process where ``content`` is not the same in all."""
+    """Raises ProcessError in every process if ``content`` is not the same in all."""
     if jax.process_count() == 1:
         return
     sums = multihost_utils.process_allgather(np.uint32(zlib.crc32(content)))
@@ -143,7 +142,7 @@ def check_same(what: str, content: bytes) -> None:
 
 
 def local_rows(sharding: Sharding, n_rows: int) -> np.ndarray:
-    """Which of a global batch's rows lie on this process's devices, in rising order."""
+    """Which rows of a global batch are on this process's devices, in increasing order."""
     slices = sharding.addressable_devices_indices_map((n_rows,)).values()
     starts = {index[0].indices(n_rows)[:2] for index in slices}
     return np.concatenate([np.arange(*start_stop) for start_stop in sorted(starts)])
@@ -163,10 +162,10 @@ def to_host(tree: PyTree) -> PyTree:
 
 @contextlib.contextmanager
 def stopping_with_others() -> Iterator[None]:
-    """Ends this process where the devices' work fails because another process is gone.
+    """Exits if a computation on the devices fails because another process is gone.
 
-    Such a failure cannot be mended here, and an orderly exit would wait for the lost process. The
-    message is every process's own: the first may be the one that died.
+    This process cannot recover from that, and an orderly exit would wait for the lost process.
+    Every process prints the message: the first may be the one that died.
     """
     try:
         yield
@@ -184,8 +183,7 @@ def stopping_with_others() -> Iterator[None]:
 
 
 def leave(code: int) -> None:
-    """Exits with ``code``; where there are other processes without waiting for them, so that they
-    notice at once."""
+    """Exits with ``code``; does not wait for other processes, so that they notice at once."""
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.distributed.is_initialized():

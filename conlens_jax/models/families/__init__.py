@@ -1,8 +1,9 @@
 """The families of models, by the ``model_type`` of their config.json.
 
-A family is a short module: what its config.json means (``config_from_hf``, ``config_to_hf``) and
-what its tensors are called (``param_table``). What the network computes is in the switches of
-:class:`~conlens_jax.models.transformer_config.TransformerConfig`; no other code knows a family.
+A family is a short module: the meaning of its config.json (``config_from_hf``, ``config_to_hf``)
+and the names of its tensors (``param_table``). The switches of
+:class:`~conlens_jax.models.transformer_config.TransformerConfig` define what the network computes;
+no other code depends on a family.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _MODULES = (
     gpt_oss,
 )
 FAMILIES: dict[str, ModuleType] = {module.MODEL_TYPE: module for module in _MODULES}
-# A family may read files of several types; what it writes is of the first.
+# A family may read files of several types; it writes the first.
 _BY_MODEL_TYPE = {
     model_type: module
     for module in _MODULES
@@ -63,7 +64,7 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
     """The shape of a model from its parsed config.json.
 
     Raises:
-      ValueError: unknown ``model_type``, or keys that the family cannot honour.
+      ValueError: unknown ``model_type``, or keys that the family does not support.
     """
     model_type = values.get("model_type")
     if model_type not in _BY_MODEL_TYPE:

@@ -1,6 +1,6 @@
-"""What the families of Llama's form share: names of keys in config.json, and names of tensors.
+"""Shared by the families close to Llama: names of keys in config.json, and names of tensors.
 
-The defaults of a key are those of the family's config class in transformers, so each family gives
+The defaults of a key are those of the family's config class in transformers, so each family passes
 its own.
 """
 
@@ -33,7 +33,7 @@ def read_sizes(
     bos: int | None = None,
     eos: int | None = None,
 ) -> dict[str, Any]:
-    """The fields that Llama's keys give, by the defaults of a family."""
+    """The fields read from Llama's keys, with the defaults of a family."""
     d_model, n_heads = read("hidden_size", d_model), read("num_attention_heads", n_heads)
     return {
         "vocab_size": read("vocab_size", vocab_size),

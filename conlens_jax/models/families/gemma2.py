@@ -1,4 +1,4 @@
-"""Gemma 2: scaled embeddings, norms of weight 1 + w before and behind attention and MLP, soft caps,
+"""Gemma 2: scaled embeddings, norms of weight 1 + w before and after attention and MLP, soft caps,
 a window in every second layer.
 
 Source: transformers' ``modeling_gemma2.py`` and ``configuration_gemma2.py``; arXiv:2408.00118.
@@ -46,7 +46,7 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
         rope=read_rope(read, sizes["max_positions"]),
         windows=read.windows(sizes["n_layers"], window, lambda layer: layer % 2 == 0),
     )
-    # transformers reads hidden_activation alone; old files have another hidden_act beside it.
+    # transformers reads only hidden_activation; old files have a different hidden_act too.
     ignored = common.IGNORED_KEYS | {"hidden_act", "sliding_window_size"}
     read.finish(ignored=ignored, neutral=_NEUTRAL)
     return config

@@ -1,8 +1,8 @@
 """Gemma 3, its text part: Gemma 2 with a norm of each head's query and key in place of the soft
-caps, five layers with a window to one without, and a rotation of its own for each.
+caps, five layers with a window to one without, and a separate rotation for each kind.
 
-A multimodal folder is read for its text part: the keys of ``text_config``, and the tensors of the
-language model. What is written is a text model.
+Of a multimodal folder only the text part is read: the keys of ``text_config``, and the tensors of
+the language model. A model is saved as a text model.
 
 Source: transformers' ``modeling_gemma3.py`` and ``configuration_gemma3.py``; arXiv:2503.19786.
 """
@@ -28,7 +28,7 @@ RENAMES = (
 )
 IGNORED = (r"(model\.)?vision_tower\..*", r"(model\.)?multi_modal_projector\..*")
 _IGNORED_KEYS = common.IGNORED_KEYS | {"hidden_act", "_sliding_window_pattern"}
-# transformers has the key of a soft cap of the scores and does not use it.
+# transformers has a key for a soft cap of the scores but does not use it.
 _NEUTRAL = {"use_bidirectional_attention": (None, False), "attn_logit_softcapping": None}
 
 
@@ -67,9 +67,9 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
 
 
 def _text_part(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of ``text_config``, and those that a multimodal config.json has beside it."""
-    beside = ("bos_token_id", "eos_token_id", "tie_word_embeddings", "quantization_config")
-    found = {key: values[key] for key in beside if values.get(key) is not None}
+    """The keys of ``text_config``, and those that a multimodal config.json has outside it."""
+    outside = ("bos_token_id", "eos_token_id", "tie_word_embeddings", "quantization_config")
+    found = {key: values[key] for key in outside if values.get(key) is not None}
     text = dict(values.get("text_config") or {})
     ends = [
         token
@@ -84,7 +84,7 @@ def _ropes(read: HFConfigReader, max_positions: int) -> tuple[RopeConfig, RopeCo
     given = read("rope_parameters", None) or {}
     whole, local = dict(given.get(FULL) or {}), dict(given.get(SLIDING) or {})
     if given and not (whole or local):
-        read.problems.append(f"rope_parameters={given!r} must hold {FULL!r} and {SLIDING!r}")
+        read.problems.append(f"rope_parameters={given!r} must have {FULL!r} and {SLIDING!r}")
     whole |= read("rope_scaling", None) or {}
     whole.setdefault("rope_theta", read("rope_theta", None) or 1_000_000.0)
     local.setdefault("rope_theta", read("rope_local_base_freq", None) or 10_000.0)

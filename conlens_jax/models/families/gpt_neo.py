@@ -23,7 +23,7 @@ _IGNORED_KEYS = {
     *("attention_dropout", "embed_dropout", "resid_dropout", "classifier_dropout"),
     *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
     *("summary_first_dropout", "gradient_checkpointing"),
-    # The list that attention_types stands for; transformers makes it anew.
+    # Derived from attention_types; transformers computes it again.
     "attention_layers",
 }
 _LOCAL, _GLOBAL = "local", "global"

@@ -1,4 +1,4 @@
-"""GPT-NeoX (Pythia): attention and MLP side by side, a part of each head rotated, layer norms.
+"""GPT-NeoX (Pythia): attention and MLP in parallel, a part of each head rotated, layer norms.
 
 Source: transformers' ``modeling_gpt_neox.py`` and ``configuration_gpt_neox.py``.
 """
@@ -15,7 +15,7 @@ from conlens_jax.models.param_table import ParamRow, Piece
 from conlens_jax.models.transformer_config import TransformerConfig
 
 MODEL_TYPE = "gpt_neox"
-# The head's name in transformers v5's memory; its files have the older one.
+# The head's name in transformers v5; files have the older one.
 RENAMES = ((r"^(gpt_neox\.)?lm_head\.", "embed_out."),)
 IGNORED = (r".*\.attention\.(masked_)?bias", r".*\.attention\.rotary_emb\.inv_freq")
 _LAYER = "gpt_neox.layers.{layer}."
@@ -73,7 +73,7 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
         "hidden_act": activation_to_hf(config.activation),
         "tie_word_embeddings": config.tied_embeddings,
         "attention_bias": config.attention_bias,
-        # A whole head's 1.0 is said too: the default is a quarter.
+        # 1.0, a whole head, is written too: the default is a quarter.
         "rope_parameters": rope_to_hf(config.rope)
         | {"partial_rotary_factor": config.rope.fraction},
         "initializer_range": config.initializer_range,

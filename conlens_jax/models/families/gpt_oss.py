@@ -20,7 +20,7 @@ MODEL_TYPE = "gpt_oss"
 _MLP = LAYER + "mlp."
 _IGNORED_KEYS = common.IGNORED_KEYS | {
     *("output_router_logits", "router_aux_loss_coef", "num_local_experts"),
-    # Other spellings that the published files carry beside the ones that are read.
+    # Other spellings in the published files of keys that are read.
     *("experts_per_token", "initial_context_length"),
 }
 _YARN = {

@@ -65,7 +65,7 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
 def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
     values = common.sizes_to_hf(config, MODEL_TYPE, "Phi3ForCausalLM") | {
         "sliding_window": max(config.windows, default=None),
-        # transformers' default is a token beyond a smaller vocabulary.
+        # transformers' default id can be beyond a smaller vocabulary.
         "pad_token_id": None,
     }
     if config.rope.kind == "longrope":
