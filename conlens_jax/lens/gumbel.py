@@ -8,6 +8,7 @@ file is never a [.., V] one-hot vector but the token's row of an embedding table
 
 from __future__ import annotations
 
+import enum
 import functools
 from typing import NamedTuple
 
@@ -21,6 +22,15 @@ from conlens_jax.lens.estimators import logits_cotangent, token_keys
 from conlens_jax.models.quantized import Matrix, matmul, take_rows, take_rows_bar
 
 STRAIGHT_THROUGH = Estimator()
+
+
+class Purpose(enum.IntEnum):
+    """What random numbers of one seed are drawn for; each purpose has keys of its own."""
+
+    TRAINING_TEXT = 1
+    MEASURED_TEXT = 2
+    ESTIMATOR = 3  # noise that an estimator draws in the backward pass
+    EXPLANATION = 4
 
 
 def first_argmax(logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:
@@ -79,10 +89,10 @@ def gumbel_noise(keys_B: Key[Array, "B"], text_len: int, vocab_size: int) -> Flo
 
 
 def example_keys(
-    seed: int, step: Int[Array, ""], examples_B: Int[Array, "B"], purpose: int
+    seed: int, step: Int[Array, ""], examples_B: Int[Array, "B"], purpose: Purpose
 ) -> Key[Array, "B"]:
     """A key for each (seed, step, global example, purpose), whatever the number of devices."""
-    key = jax.random.fold_in(jax.random.fold_in(random_key(seed), purpose), step)
+    key = jax.random.fold_in(jax.random.fold_in(random_key(seed), int(purpose)), step)
     return jax.vmap(lambda example: jax.random.fold_in(key, example))(examples_B)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 
 from conlens_jax.config import ExperimentConfig, OptimizerConfig
 from conlens_jax.lens.batch import Batch, with_activations
-from conlens_jax.lens.gumbel import example_keys
+from conlens_jax.lens.gumbel import Purpose, example_keys
 from conlens_jax.lens.objective import (
     Metrics,
     Objective,
@@ -35,8 +35,6 @@ from conlens_jax.training.optimizer import (
     poison_if_not_finite,
 )
 
-# Purposes of the training noise; evaluation draws with another.
-SAMPLING, ESTIMATING = 1, 3
 Step = Callable[["TrainState", Params, Batch], tuple["TrainState", Metrics]]
 Gradients = Callable[[Params, Params, Batch, Array], tuple[Array, Metrics, Params]]
 """(trainable, frozen, batch, step) → (loss, terms, gradients of what is trainable)."""
@@ -210,10 +208,10 @@ def joint_gradients(
     batch = captured(batch, frozen, objective)
     spec, group, now = objective.spec, objective.texts_per_row, schedules(step)
     texts_B = (batch.examples_B[:, None] * group + jnp.arange(group)).reshape(-1)
-    keys_B = example_keys(seed, step, texts_B, SAMPLING)
+    keys_B = example_keys(seed, step, texts_B, Purpose.TRAINING_TEXT)
     # argmax(logits / s + g) = argmax(logits + s g): scaled noise samples at temperature s.
     noise = noise_of_texts(keys_B, spec.text_len, spec.model.vocab_size, now.sample_tau)
-    own_keys_B = example_keys(seed, step, texts_B, ESTIMATING)
+    own_keys_B = example_keys(seed, step, texts_B, Purpose.ESTIMATOR)
     prepared = prepare(trainable, frozen, batch, noise, own_keys_B, objective=objective)
     loss = functools.partial(joint_loss, objective=objective)
     (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(
