@@ -40,6 +40,7 @@ from conlens_jax.training.checkpoint_storage import (
     storage_path,
     stored_arrays,
     stored_json,
+    stored_metrics,
     stored_tree,
 )
 from conlens_jax.training.checksums import checksums
@@ -50,6 +51,7 @@ __all__ = [
     "DamagedCheckpoint",
     "all_steps",
     "any_metadata",
+    "best_step",
     "read_metadata",
     "restore_params",
     "restore_state",
@@ -104,13 +106,13 @@ class Checkpoints:
         for step in all_steps(self.folder):
             if problem := metrics_problem(self.folder / str(step)):
                 raise _damaged(self.folder / str(step), problem)
-        self._policy = _Preserve(keep_latest, keep_best, metric, frozenset(keep_steps))
+        policy = _Preserve(keep_latest, keep_best, metric, frozenset(keep_steps))
         self._manager = _Manager(
             place,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._policy,
+                preservation_policy=policy,
                 # Orbax writes and reads metrics only where this is given; the policy decides.
-                best_fn=self._policy.value,
+                best_fn=lambda metrics: _value(metrics, metric),
                 best_mode="min",
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
@@ -164,22 +166,10 @@ class Checkpoints:
             self._reads_back = False
         return saved
 
-    def latest_step(self) -> int | None:
-        """The newest complete checkpoint, None where there is none."""
-        return max(self.all_steps(), default=None)
-
     def all_steps(self) -> list[int]:
         """The complete checkpoints, in rising order."""
         self.wait()
         return all_steps(self.folder)
-
-    def best_step(self) -> int | None:
-        """The checkpoint with the lowest metric, None where none has a finite one."""
-        self.wait()
-        step = self._manager.best_step()
-        if step is None or math.isinf(self._policy.value(self._manager.metrics(step))):
-            return None
-        return step
 
     def restore(self, step: int | None, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """The state and the metadata of a step (None: the newest).
@@ -232,17 +222,23 @@ class _Preserve:
     def __init__(self, newest: int, best: int, metric: str, steps: frozenset[int]):
         self._newest, self._best, self._metric, self._steps = newest, best, metric, steps
 
-    def value(self, metrics: Mapping[str, float] | None) -> float:
-        """The metric to be small; infinite where it is absent or not finite."""
-        value = (metrics or {}).get(self._metric, math.inf)
-        return value if math.isfinite(value) else math.inf
-
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        values = {info.step: self.value(info.metrics) for info in checkpoints}
-        measured = [step for step in values if math.isfinite(values[step])]
+        values = {info.step: _value(info.metrics, self._metric) for info in checkpoints}
         keep = set(sorted(values)[-self._newest :]) | self._steps
-        keep.update(sorted(measured, key=lambda step: (values[step], -step))[: self._best])
+        keep.update(_best_first(values)[: self._best])
         return [info.step in keep for info in checkpoints]
+
+
+def _value(metrics: Mapping[str, float] | None, name: str) -> float:
+    """The metric to minimise; infinite where it is absent or not finite."""
+    value = (metrics or {}).get(name, math.inf)
+    return value if math.isfinite(value) else math.inf
+
+
+def _best_first(values: Mapping[int, float]) -> list[int]:
+    """The steps with a finite value, the lowest value first; among equals the newest."""
+    finite = [step for step in values if math.isfinite(values[step])]
+    return sorted(finite, key=lambda step: (values[step], -step))
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -258,6 +254,14 @@ def all_steps(folder: str | Path) -> list[int]:
         for child in folder.iterdir()
         if _STEP.fullmatch(child.name) and (child / STATE).is_dir()
     )
+
+
+def best_step(folder: str | Path, metric: str = CHECKPOINT_METRIC) -> int | None:
+    """The checkpoint whose recorded metric is the lowest; None where none has a finite one."""
+    folder = local_path(folder)
+    metrics = {step: stored_metrics(folder / str(step)) for step in all_steps(folder)}
+    ranked = _best_first({step: _value(found, metric) for step, found in metrics.items()})
+    return ranked[0] if ranked else None
 
 
 def read_metadata(folder: str | Path, step: int | None = None) -> dict[str, Any]:

@@ -267,6 +267,14 @@ def metrics_problem(path: Path) -> str | None:
     return None
 
 
+def stored_metrics(path: Path) -> dict[str, float]:
+    """The metrics recorded with a step; empty where there are none, or their file is damaged."""
+    file = path / METRICS / METRICS
+    if not file.is_file() or metrics_problem(path):
+        return {}
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 @contextlib.contextmanager
 def quiet_storage() -> Iterator[None]:
     """Keeps a failing read from printing pages: of the many reads that go on at once, only the

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ from conlens_jax.files.paths import PATH_FIELDS, expanded, local_path
 from conlens_jax.files.whole import write_whole
 from conlens_jax.models.model import LanguageModel
 from conlens_jax.models.param_table import Params
-from conlens_jax.tracking.records import read_metrics
-from conlens_jax.training.checkpoint import CHECKPOINT_METRIC, all_steps, restore_params, step_of
+from conlens_jax.training.checkpoint import all_steps, best_step, restore_params, step_of
 from conlens_jax.training.places import MOVABLE, metadata_of_run, resumption_problems
 
 CONTROL, BASELINE, AUDIT = "control", "baseline", "audit"
@@ -148,19 +146,10 @@ def _step_number(step: int | str) -> int:
 
 
 def _best_step(folder: Path) -> int:
-    name, log = f"validation_{CHECKPOINT_METRIC}", folder.parent / "metrics.jsonl"
-    records = read_metrics(log) if log.is_file() else []
-    kept = set(all_steps(folder))
-    # The warm start is not judged by its text: only joint checkpoints compete for the best.
-    scores = {
-        record["step"]: record[name]
-        for record in records
-        if name in record and record["step"] in kept and record["stage"] != "warm"
-    }
-    finite = {step: score for step, score in scores.items() if math.isfinite(score)}
-    if not finite:
+    step = best_step(folder)
+    if step is None:
         raise ValueError(f"step='best': no checkpoint in {folder} was validated; use step='latest'")
-    return min(finite, key=finite.get)
+    return step
 
 
 def checkpoint_of(path: str | Path) -> tuple[Path, int | None]:
