@@ -145,7 +145,7 @@ def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Para
             state_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
         )
         loop = StageLoop(run, stage, checkpoints, log, frozen, groups_nk, seconds)
-        state = loop.run(step, state)
+        state = loop.train(step, state)
         loop.wait_for_checkpoints()
     console.line(stage.name, finished=last_step, train_seconds=loop.seconds)
     return placed(state.params, run.session)

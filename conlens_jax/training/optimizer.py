@@ -16,8 +16,7 @@ import optax
 
 from conlens_jax.config import OptimizerConfig
 from conlens_jax.lens.schedules import Schedule
-
-Params = Any
+from conlens_jax.models.param_table import Params
 
 # apply_if_finite accepts a non-finite update after this many in a row. The training loop stops the
 # run long before (OptimizerConfig.max_bad_steps).

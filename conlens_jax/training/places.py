@@ -79,7 +79,7 @@ def model_place(
     Raises:
       ValueError: an embedded model is not found, and its corpus cannot be read.
     """
-    wanted = metadata["weights_hash"]
+    expected = metadata["weights_hash"]
     if folder := recorded_model(config, metadata, run):
         return str(folder), ""
     if config.model.path != EMBEDDED_MODEL:
@@ -88,11 +88,11 @@ def model_place(
     try:
         return str(ensure_language_model(config, console)), ""
     except ValueError as error:
-        looked = [*_moved_with(run, metadata, "model"), cache_root(config.embedded)]
+        tried = [*_moved_with(run, metadata, "model"), cache_root(config.embedded)]
         raise ConfigError(
             [
-                f"the embedded model of {run} (weights {wanted[:12]}) is not in "
-                f"{', '.join(map(str, dict.fromkeys(looked)))}, and cannot be trained again: "
+                f"the embedded model of {run} (weights {expected[:12]}) is not in "
+                f"{', '.join(map(str, dict.fromkeys(tried)))}, and cannot be trained again: "
                 f"{error}"
             ]
         ) from error
@@ -121,13 +121,13 @@ def _fingerprint(folder: Path) -> str:
         return ""
 
 
-def check_weights(model: LanguageModel, wanted: str, what: str) -> None:
+def check_weights(model: LanguageModel, expected: str, what: str) -> None:
     """Raises ConfigError if a model is not the one that ``what`` was trained on."""
-    if model.weights_hash != wanted:
+    if model.weights_hash != expected:
         raise ConfigError(
             [
                 f"model.path: {model.folder} has weights {model.weights_hash[:12]}, and these "
-                f"are not the weights that the lens was trained on: {what} records {wanted[:12]}"
+                f"are not the weights that the lens was trained on: {what} records {expected[:12]}"
             ]
         )
 
@@ -175,11 +175,11 @@ def resumption_problems(
     config: ExperimentConfig, metadata: Metadata, model: LanguageModel | None
 ) -> Iterator[str]:
     """Why a run cannot be resumed with the model, cache and corpus of the config."""
-    wanted = metadata.get("weights_hash")
-    if model is not None and wanted and model.weights_hash != wanted:
+    expected = metadata.get("weights_hash")
+    if model is not None and expected and model.weights_hash != expected:
         yield (
             f"model.path: {model.folder} has weights {model.weights_hash[:12]}, and the run was "
-            f"started with {wanted[:12]}; give that model, or choose another run_dir"
+            f"started with {expected[:12]}; give that model, or choose another run_dir"
         )
     places = metadata.get("places", {})
     if not places:

@@ -51,7 +51,7 @@ class StageLoop:
         groups_nk: np.ndarray,
         seconds: float,
     ):
-        self.run_, self.stage, self.checkpoints, self.log = run, stage, checkpoints, log
+        self.run, self.stage, self.checkpoints, self.log = run, stage, checkpoints, log
         self.frozen, self.groups_nk, self.seconds = frozen, groups_nk, seconds
         self.config, self.console = run.config, run.console
         self.sharding = batch_sharding(run.session.mesh)
@@ -67,13 +67,13 @@ class StageLoop:
             hooks.append(Hook(train.sample_every, self._log_samples))
         return [*hooks, Hook(self.config.checkpoint.every, self._save)]
 
-    def run(self, step: Step, state: TrainState) -> TrainState:
+    def train(self, step: Step, state: TrainState) -> TrainState:
         """Runs the stage's remaining steps and returns the last state."""
         stage, first = self.stage, int(state.step)
         started = time.time()
-        with jax.set_mesh(self.run_.session.mesh):
+        with jax.set_mesh(self.run.session.mesh):
             step = step.lower(state, self.frozen, self._read(first)).compile()
-        profile = StepProfile(self.config.profile, self.run_.folder / "profile", stage, step)
+        profile = StepProfile(self.config.profile, self.run.folder / "profile", stage, step)
         batches = prefetch(self._read, range(first, stage.steps))
         saved = f"the {stage.name} stage is over and saved; the same command continues after it"
         with (
@@ -106,7 +106,7 @@ class StageLoop:
     def _read(self, index: int):
         step, size = self.stage.first_step + index, self.stage.batch_size
         indices_B = grouped_batch(self.groups_nk, size, self.config.train.seed, step)
-        return read_batch(self.run_.train, indices_B, self.sharding, self.stage.rows_per_document)
+        return read_batch(self.run.train, indices_B, self.sharding, self.stage.rows_per_document)
 
     def _due_hooks(self, done: int) -> list[Hook]:
         """The hooks to run after ``done`` steps of the stage."""
@@ -134,7 +134,7 @@ class StageLoop:
         self.console.line(self.stage.name, step=step, **_shown(metrics))
 
     def _validate(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
-        validation = validate(self.run_, state.params, self.frozen)
+        validation = validate(self.run, state.params, self.frozen)
         self._scores = validation.scores
         scores = {f"validation_{name}": value for name, value in validation.scores.items()}
         self.log.numbers(step, scores)
@@ -149,7 +149,7 @@ class StageLoop:
         count = self.config.train.n_verbose_samples
         if not count:
             return
-        samples = verbose_samples(self.run_, state.params, self.frozen, count)
+        samples = verbose_samples(self.run, state.params, self.frozen, count)
         self.console.block(f"samples at step {step}", "\n\n".join(s.text() for s in samples))
         self.log.samples(step, samples)
 
@@ -158,15 +158,15 @@ class StageLoop:
             "step": step,
             "stage": self.stage.name,
             "train_seconds": self.seconds,
-            "model_id": self.run_.session.model.model_id,
-            "weights_hash": self.run_.session.model.weights_hash,
-            "layer": self.run_.session.spec.layer,
+            "model_id": self.run.session.model.model_id,
+            "weights_hash": self.run.session.model.weights_hash,
+            "layer": self.run.session.spec.layer,
             "statistics": {
-                "mean": self.run_.reference.mean_D.tolist(),
-                "scale": self.run_.reference.scale,
-                "resultant": self.run_.reference.resultant,
+                "mean": self.run.reference.mean_D.tolist(),
+                "scale": self.run.reference.scale,
+                "resultant": self.run.reference.resultant,
             },
-            "places": {**self.run_.places, "run": str(self.run_.folder)},
+            "places": {**self.run.places, "run": str(self.run.folder)},
             "config": to_json_dict(self.config),
         }
         # The warm start is not judged by its text: its checkpoints do not compete for the best.
