@@ -175,13 +175,13 @@ class StageLoop:
             self.checkpoints.save(step, state, metadata, scores)
 
     def wait_for_checkpoints(self) -> None:
-        """Returns when the last checkpoint is on disk."""
+        """Waits until the last checkpoint is on disk."""
         with self._disk_failure_stops("the last checkpoint"):
             self.checkpoints.wait()
 
     @contextlib.contextmanager
     def _disk_failure_stops(self, what: str) -> Iterator[None]:
-        # A full disk met in the background comes as a ValueError, with the next save or wait.
+        # Errors of a background save are raised by the next save or wait (a full disk: ValueError).
         try:
             yield
         except CheckpointError as error:
@@ -204,7 +204,7 @@ class StageLoop:
             )
 
     def _last_good(self) -> str:
-        with contextlib.suppress(OSError, ValueError):  # of a save that failed
+        with contextlib.suppress(OSError, ValueError):  # from a failed save
             self.checkpoints.wait()
         steps = all_steps(self.checkpoints.folder)
         if not steps:
@@ -213,7 +213,7 @@ class StageLoop:
 
 
 def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The few numbers that belong on a line."""
+    """The metrics of a console line."""
     names = (
         "loss",
         "encoder_error",
