@@ -48,5 +48,6 @@ def with_activations(batch: Batch, original: Params, spec: LensSpec) -> Batch:
 
 
 def filled(array: np.ndarray, size: int) -> np.ndarray:
+    """The array with its last row repeated, up to ``size`` rows."""
     missing = size - len(array)
     return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else array

@@ -238,20 +238,20 @@ def joint_loss(
     state_BTD, text_BTD = write_text(decoder, encoder, activation_BD, prepared, tau, objective)
     with jax.named_scope("text_terms"):
         head = decoder_head(decoder, spec)
-        of_text = text_terms(head, state_BTD, prepared.text_BT, prepared.reference)
+        token_terms = text_terms(head, state_BTD, prepared.text_BT, prepared.reference)
     with jax.named_scope("encode"):
         reconstruction_BD, error_B = read_text(encoder, text_BTD, activation_BD, objective)
 
     terms: Metrics = {"mse": jnp.mean(error_B)}
     cost_B = weights["mse"] * error_B  # of each text, for the score-function estimators
     if kind != "detached" or objective.uses("entropy"):  # else nothing needs the states
-        terms["entropy"] = jnp.mean(of_text["entropy"])
+        terms["entropy"] = jnp.mean(token_terms["entropy"])
     if prepared.context is not None:
         kl_B = swap_kl(frozen, batch, prepared.context, reconstruction_BD, activation_BD, objective)
         terms["kl"] = jnp.mean(kl_B)
         cost_B += weights["kl"] * kl_B
     if prepared.reference is not None:
-        terms["lm"] = jnp.mean(of_text["lm"])
+        terms["lm"] = jnp.mean(token_terms["lm"])
     anchor: Metrics = {}
     if objective.uses("text"):
         reads = objective.loss.text_read
@@ -263,7 +263,7 @@ def joint_loss(
     used = [name for name in TERMS if name in terms and objective.uses(name)]
     total = sum(TERMS[name] * weights[name] * terms[name] for name in used)
     if kind in SCORE_FUNCTION:
-        log_p_B = -jnp.sum(of_text["nll"], axis=-1)
+        log_p_B = -jnp.sum(token_terms["nll"], axis=-1)
         total += policy_loss(cost_B, log_p_B, objective.texts_per_row, kind)
     return jnp.asarray(total, jnp.float32), {**terms, **anchor}
 

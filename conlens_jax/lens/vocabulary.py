@@ -108,10 +108,10 @@ def text_terms(
     def terms(arrays):
         state, tokens, reference_state = arrays
         logits = head.logits(state)
-        found = {"entropy": entropy(logits), "nll": cross_entropy(logits, tokens)}
+        values = {"entropy": entropy(logits), "nll": cross_entropy(logits, tokens)}
         if reference is not None:
-            found["lm"] = kl_divergence(reference.head.logits(reference_state), logits)
-        return found
+            values["lm"] = kl_divergence(reference.head.logits(reference_state), logits)
+        return values
 
     arrays = (state_BTD, tokens_BT, None if reference is None else reference.state_BTD)
     return in_chunks(terms, arrays, chunks_of(*tokens_BT.shape, head.vocab_size))
