@@ -90,7 +90,7 @@ def claim_folder(
 
 
 def _plain(config: ExperimentConfig, dotted: str) -> Any:
-    """A field's value as JSON gives it back: a tuple is a list."""
+    """A field's value after a round trip through JSON: tuples are lists."""
     return json.loads(json.dumps(lookup(config, dotted)))
 
 
@@ -153,7 +153,7 @@ def _best_step(folder: Path) -> int:
 
 
 def checkpoint_of(path: str | Path) -> tuple[Path, int | None]:
-    """(checkpoint folder, step) of a run folder, its ``checkpoints``, or one step in there."""
+    """(checkpoint folder, step) of a run folder, its ``checkpoints``, or one step in it."""
     path = local_path(path)
     if path.name.isdigit() and (path / "state").exists():
         return path.parent, int(path.name)
