@@ -1,9 +1,10 @@
 """The gradient through the decoder's own text: token t is an input of token t + 1.
 
 The values of :func:`text_states` are those of the parallel pass over the text. Backward, each
-state's cotangent also gets the part that comes through the token sampled from that state. A token
-depends only on earlier ones, so one pass over the tokens from the last to the first is exact
-(``lens.history_gradient="exact"``). Cheaper or simpler: ``"sweeps=k"`` takes k
+state's cotangent also gets the part that comes through the token sampled from that state.
+
+Token t depends only on earlier ones, so one pass over the tokens from the last to the first
+is exact (``lens.history_gradient="exact"``). Cheaper or simpler: ``"sweeps=k"`` takes k
 vector-Jacobian products of the whole pass (T − 1 of them are exact too), ``"detached"`` none.
 """
 
@@ -40,7 +41,7 @@ from conlens_jax.models.transformer import (
 
 
 def history_sweeps(history_gradient: str, text_len: int) -> int:
-    """The number of backward sweeps for a value of ``lens.history_gradient``.
+    """How many backward sweeps a setting of ``lens.history_gradient`` asks for.
 
     The backward system is strictly triangular: T − 1 sweeps solve it exactly.
     """

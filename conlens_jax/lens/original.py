@@ -69,7 +69,7 @@ def capture(
     *,
     spec: LensSpec,
 ) -> Float[Array, "B S D"]:
-    """The residual stream at the output of block L, at all positions; later blocks are not run."""
+    """The residual stream at the output of block L, all positions; stops there."""
     layers = slice_layers(original["layers"], 0, spec.layer + 1)
     positions_BS = positions_of(mask_BS)
     x_BSD = add_position_embeddings(

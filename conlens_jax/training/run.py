@@ -20,7 +20,7 @@ from conlens_jax.training.session import Session
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot continue; the message names the last good checkpoint."""
+    """The run cannot go on; the message names the last good checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
