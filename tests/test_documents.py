@@ -157,6 +157,15 @@ def test_every_document_is_looked_at():
     assert expected | {"conlens_jax/models/README.md", "CHANGELOG.md"} <= set(NAMES)
 
 
+def test_formulas_link_to_their_functions():
+    document = ROOT / "docs" / "how_it_works.md"
+    links = re.findall(r"\[`(\w+)`\]\((.+?\.py)\)", document.read_text(encoding="utf-8"))
+    assert len(links) > 15
+    for name, file in links:
+        source = (document.parent / file).read_text(encoding="utf-8")
+        assert re.search(rf"^((def|class) {name}\b|{name} = )", source, re.MULTILINE), name
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
 def test_code_stands_in_fences(document):
     """With a language that a test here runs; formulas and listings are indented."""

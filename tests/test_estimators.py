@@ -334,7 +334,7 @@ def test_gumbel_rao_without_keys_says_so():
         jnp.float32(1.0),
         estimator=Estimator("gumbel_rao", 2),
     ).sum()
-    with pytest.raises(ValueError, match="give a key for every token"):
+    with pytest.raises(ValueError, match="pass one key per token"):
         jax.grad(embed)(logits)
 
 

@@ -16,10 +16,10 @@ from conlens_jax.data.rows import Rows
 from conlens_jax.evaluation.suite import HEADLINE, Suite
 from conlens_jax.lens.batch import Batch
 from conlens_jax.lens.decoder import generate
-from conlens_jax.lens.gumbel import example_keys, gumbel_noise
+from conlens_jax.lens.gumbel import Purpose, example_keys, gumbel_noise
 from conlens_jax.lens.spec import decoder_of
 from conlens_jax.measurement import metrics
-from conlens_jax.measurement.programs import SAMPLING, TOP
+from conlens_jax.measurement.programs import TOP
 from conlens_jax.measurement.runner import Explained, Measurer, activation_statistics, other_rows
 from conlens_jax.models.transformer import forward
 from conlens_jax.parallel.mesh import single_device_mesh
@@ -96,7 +96,9 @@ def test_texts_are_the_decoders(lens, rows, measurer):
             decoder_of(*lens), jnp.asarray(rows.activations_ND), noise, spec=SPEC
         )
     )
-    keys = example_keys(SEED, jnp.int32(0), jnp.arange(N_ROWS, dtype=jnp.int32), SAMPLING)
+    keys = example_keys(
+        SEED, jnp.int32(0), jnp.arange(N_ROWS, dtype=jnp.int32), Purpose.MEASURED_TEXT
+    )
     noise = gumbel_noise(keys, TEXT_LEN, 48)
     explained = measurer.explain(*lens, rows)
     np.testing.assert_array_equal(explained.texts["sampled"], write(noise))

@@ -36,7 +36,7 @@ from conlens_jax.config import (
     WarmConfig,
     constant,
 )
-from conlens_jax.lens.gumbel import example_keys, gumbel_noise
+from conlens_jax.lens.gumbel import Purpose, example_keys, gumbel_noise
 from conlens_jax.lens.objective import (
     TERMS,
     Objective,
@@ -445,7 +445,7 @@ def test_joint_step_on_eight_devices_takes_the_gradient_of_the_scheduled_loss():
 
 
 def drawn_noise(step, examples_B):
-    keys = example_keys(CONFIG.train.seed, step, examples_B, training_state.SAMPLING)
+    keys = example_keys(CONFIG.train.seed, step, examples_B, Purpose.TRAINING_TEXT)
     return gumbel_noise(keys, TEXT_LEN, 48)
 
 

@@ -123,7 +123,7 @@ def test_other_weights_or_another_cache_are_named(world, tmp_path):
     )
     session = open_session(config, quiet()[0])
     other = session.model.weights_hash
-    with pytest.raises(ConfigError, match=rf"holds weights {other[:12]}.*with {wanted[:12]}"):
+    with pytest.raises(ConfigError, match=rf"has weights {other[:12]}.*with {wanted[:12]}"):
         train_lens(session)
     metadata = tmp_path / "cache" / "train" / "metadata.json"
     values = json.loads(metadata.read_text())
@@ -210,7 +210,7 @@ def test_a_saved_lens_below_any_name(tmp_path, monkeypatch, name):
     content[-4] ^= 1
     changed.write_bytes(bytes(content))
     wanted = lens.model.weights_hash[:12]
-    with pytest.raises(ConfigError, match=rf"holds weights \w{{12}}, .*records {wanted}"):
+    with pytest.raises(ConfigError, match=rf"has weights \w{{12}}, .*records {wanted}"):
         conlens_jax.Lens.load(tmp_path / name / "outside")
 
 

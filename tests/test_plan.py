@@ -241,7 +241,7 @@ def test_what_does_not_fit_is_said_before(folder):
     ):
         with pytest.raises(ValueError, match=message):
             plan_of(folder, **changes)
-    with pytest.raises(ValueError, match="lora_targets has gate, which a gpt2 model has not"):
+    with pytest.raises(ValueError, match="lora_targets has gate, which a gpt2 model does not have"):
         plan_of("openai-community/gpt2", **{"lens.train_decoder": "lora"})
     narrow = dataclasses.replace(MESH, data=1, tensor=4)
     with pytest.raises(ConfigError, match="does not divide dimension K=2"):

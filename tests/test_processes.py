@@ -243,7 +243,7 @@ def test_two_processes_give_what_one_gives_are_stopped_lose_one_and_go_on_as_one
         codes = [process.wait(timeout=300) for process in running]
         assert codes == [PREEMPTED, PREEMPTED] == [75, 75], said.read_text()
         (stopped_at,) = all_steps(checkpoints)[-1:]
-        assert stopped_at < LAST_STEP and f"saved behind step {stopped_at}" in said.read_text()
+        assert stopped_at < LAST_STEP and f"saved after step {stopped_at}" in said.read_text()
         assert said.read_text().count("model      id=") == 1  # one of them speaks
         assert "resumed_after=48" in said.read_text()
 
@@ -303,7 +303,7 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(world, tmp_pat
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(stage_loop, "read_batch", read_and_be_stopped)
-    with pytest.raises(Preempted, match="saved behind step .* the same command goes on"):
+    with pytest.raises(Preempted, match="saved after step .* the same command continues"):
         train_lens(session)
     assert signal.getsignal(signal.SIGTERM) is before
     stopped_at = all_steps(checkpoints)[-1]

@@ -14,7 +14,7 @@ from tiny_models import write_tiny_folder
 from conlens_jax.config import MeshConfig
 from conlens_jax.data.device_batches import make_batch
 from conlens_jax.data.rows import Rows
-from conlens_jax.lens.gumbel import example_keys
+from conlens_jax.lens.gumbel import Purpose, example_keys
 from conlens_jax.lens.objective import prepare
 from conlens_jax.lens.sharding import lens_shardings
 from conlens_jax.lens.spec import init_lens
@@ -23,7 +23,7 @@ from conlens_jax.models.model import load_model
 from conlens_jax.parallel.mesh import batch_sharding, make_mesh
 from conlens_jax.planning.lens import make_plan
 from conlens_jax.planning.model_source import planned_model
-from conlens_jax.training.state import SAMPLING, init_state, stage_optimizer, stages_of
+from conlens_jax.training.state import init_state, stage_optimizer, stages_of
 
 STEPS, ROWS, LENGTH = 20, 16, 12
 MESHES = {
@@ -82,7 +82,9 @@ def train(folder: Path, mesh_config: MeshConfig, n_devices: int) -> tuple[np.nda
     batch = make_batch(random_rows(model.config.vocab_size), batch_sharding(mesh), ROWS)
 
     def step_and_text(state, frozen, batch):
-        keys_B = example_keys(config.train.seed, state.step, batch.examples_B, SAMPLING)
+        keys_B = example_keys(
+            config.train.seed, state.step, batch.examples_B, Purpose.TRAINING_TEXT
+        )
         spec = plan.spec
         noise = noise_of_texts(keys_B, spec.text_len, spec.model.vocab_size, jnp.float32(1))
         text_BT = prepare(state.params, frozen, batch, noise, objective=plan.objective).text_BT

@@ -110,7 +110,7 @@ def test_a_grid_holds_every_combination(tmp_path):
         ({"metric": {"name": "kl", "goal": "low"}}, "metric.name must be(.|\n)*metric.goal must"),
         ({"parameters": {}}, "parameters is empty"),
         ({"parameters": {"config.loss.k.start": {"value": 1}}}, "unknown config field 'loss.k"),
-        ({"parameters": {"loss.kl.start": {"value": 1}}}, "must begin with 'config.'"),
+        ({"parameters": {"loss.kl.start": {"value": 1}}}, "must start with 'config.'"),
         ({"parameters": {"config.loss.kl.start": {"min": 1}}}, "value, values, or min and max"),
         ({"parameters": {"config.loss.kl.start": {"min": 2, "max": 1}}}, "less than max"),
         (
@@ -125,7 +125,7 @@ def test_what_cannot_be_run_is_said(tmp_path, changes, message):
 
 
 def test_searches_that_do_not_run_here(tmp_path):
-    with pytest.raises(ConfigError, match="bayes runs in W&B alone"):
+    with pytest.raises(ConfigError, match="bayes runs only in W&B"):
         trials(read_sweep(written(tmp_path, method="bayes")), 3, 0)
     with pytest.raises(ConfigError, match="--trials of at least 1"):
         trials(read_sweep(written(tmp_path)), 0, 0)

@@ -428,7 +428,7 @@ def test_resume_with_another_config_names_the_fields(world, tmp_path, changes):
 
 def test_resume_that_is_not_wanted(world, tmp_path):
     run = world.copy_run(tmp_path / "run")
-    with pytest.raises(ConfigError, match="holds checkpoints; choose another run_dir"):
+    with pytest.raises(ConfigError, match="has checkpoints; choose another run_dir"):
         train_lens(world.changed(run, train__resume=False))
 
 

@@ -21,7 +21,7 @@ from conlens_jax.benchmark.measure import Measured, Runner
 from conlens_jax.benchmark.shapes import Workload
 from conlens_jax.lens.decoder import generate, teacher_forced_logits
 from conlens_jax.lens.encoder import encode_embeddings
-from conlens_jax.lens.gumbel import example_keys, gumbel_noise
+from conlens_jax.lens.gumbel import Purpose, example_keys, gumbel_noise
 from conlens_jax.lens.losses import entropy, kl_divergence, reconstruction_error
 from conlens_jax.lens.objective import (
     Scheduled,
@@ -35,7 +35,6 @@ from conlens_jax.lens.spec import decoder_of, encoder_of
 from conlens_jax.models.transformer import embed_tokens, scale_embeddings
 from conlens_jax.training.optimizer import apply_updates, poison_if_not_finite
 from conlens_jax.training.state import (
-    SAMPLING,
     Stage,
     TrainState,
     init_state,
@@ -59,7 +58,7 @@ def scheduled(work: Workload, step: jax.Array) -> Scheduled:
 
 
 def draw_noise(work: Workload, step: jax.Array, examples_B: jax.Array) -> jax.Array:
-    keys_B = example_keys(work.config.train.seed, step, examples_B, SAMPLING)
+    keys_B = example_keys(work.config.train.seed, step, examples_B, Purpose.TRAINING_TEXT)
     return gumbel_noise(keys_B, work.spec.text_len, work.spec.model.vocab_size)
 
 

@@ -25,7 +25,7 @@ from conlens_jax.config import ConfigError, LossConfig, constant
 from conlens_jax.data.device_batches import make_batch
 from conlens_jax.evaluation.report.report_data import HIGHER, LOWER, MetricGroup, MetricRow, Report
 from conlens_jax.lens.batch import Batch
-from conlens_jax.lens.gumbel import drawn_noise, example_keys
+from conlens_jax.lens.gumbel import Purpose, drawn_noise, example_keys
 from conlens_jax.lens.objective import Objective, joint_loss, prepare
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.measurement.bootstrap import Interval
@@ -34,7 +34,6 @@ from conlens_jax.parallel.mesh import batch_sharding
 from conlens_jax.training.run import placed
 from conlens_jax.training.run_folder import load_lens
 from conlens_jax.training.session import Session
-from conlens_jax.training.state import ESTIMATING, SAMPLING
 
 # Name, estimator, tau.
 Case = tuple[str, str, float]
@@ -148,9 +147,9 @@ def _one_draw(
     """(e, e / ‖e‖, ‖e‖²) of the draw with a number."""
     spec, group = objective.spec, objective.texts_per_row
     texts_B = (batch.examples_B[:, None] * group + jnp.arange(group)).reshape(-1)
-    keys_B = example_keys(seed, draw, texts_B, SAMPLING)
+    keys_B = example_keys(seed, draw, texts_B, Purpose.TRAINING_TEXT)
     noise = drawn_noise(keys_B, spec.text_len)
-    own_keys_B = example_keys(seed, draw, texts_B, ESTIMATING)
+    own_keys_B = example_keys(seed, draw, texts_B, Purpose.ESTIMATOR)
     prepared = prepare(trainable, frozen, batch, noise, own_keys_B, objective=objective)
 
     def cost(decoder: Params) -> Array:

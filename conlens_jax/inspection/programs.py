@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from conlens_jax.config.seeds import random_key
 from conlens_jax.lens import decoder as writing
 from conlens_jax.lens.encoder import encode_tokens
-from conlens_jax.lens.gumbel import Noise, drawn_noise
+from conlens_jax.lens.gumbel import Noise, Purpose, drawn_noise
 from conlens_jax.lens.losses import direction_error, kl_divergence
 from conlens_jax.lens.original import ContextStates, context_at, read_through, swapped_logits
 from conlens_jax.lens.spec import LensSpec, decoder_of, encoder_of
@@ -24,7 +24,6 @@ from conlens_jax.models.param_table import Params
 
 TOP = 5
 """How many of M's predictions are reported."""
-_PURPOSE = 4  # of the noise, apart from training's and the evaluation's
 
 
 class SwapPrediction(NamedTuple):
@@ -54,7 +53,7 @@ def sampling_of(
 ) -> Sampling:
     """A key a row from (seed, position, sample): the same text gets the same samples, alone or
     among others."""
-    key = jax.random.fold_in(random_key(seed), _PURPOSE)
+    key = jax.random.fold_in(random_key(seed), int(Purpose.EXPLANATION))
     fold = lambda p, s: jax.random.fold_in(jax.random.fold_in(key, p), s)
     return Sampling(jax.vmap(fold)(positions_B, samples_B), jnp.float32(temperature))
 

@@ -1,4 +1,4 @@
-"""The rows of a step, on the devices."""
+"""The rows of one step, on the devices."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from conlens_jax.models.param_table import Params
 class Batch:
     """Rows of the cache on the device.
 
-    Where rows share a document its context is there once: ``tokens_GS`` and ``lengths_G`` have a
-    row a document, and B / G rows, one behind the other, belong to each. ``examples_B`` numbers
-    the rows within the global batch.
+    The context of rows that share a document is stored once: ``tokens_GS`` and ``lengths_G`` have
+    one entry per document, and B / G consecutive rows belong to each. ``examples_B`` is the index
+    of each row in the global batch.
     """
 
     activation_BD: Float[Array, "B D"]
@@ -37,8 +37,8 @@ class Batch:
 
 
 def with_activations(batch: Batch, original: Params, spec: LensSpec) -> Batch:
-    """The batch with its activations captured from M where it came without (``data.source=stream``:
-    they have the width 0)."""
+    """The batch with its activations captured from M, if it came without them
+    (``data.source=stream``: then they have width 0)."""
     if batch.activation_BD.shape[1]:
         return batch
     states_GSD = capture(original, batch.tokens_GS, batch.mask_GS, spec=spec)
@@ -48,5 +48,6 @@ def with_activations(batch: Batch, original: Params, spec: LensSpec) -> Batch:
 
 
 def filled(array: np.ndarray, size: int) -> np.ndarray:
+    """The array with its last row repeated, up to ``size`` rows."""
     missing = size - len(array)
     return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else array

@@ -1,9 +1,10 @@
-"""D, the decoder: activation → text.
+"""The decoder: activation → text. A clone of M with the activation in its prompt.
 
-Sample first, differentiate second. :func:`generate` writes the text with a key-value cache and no
-gradient. One parallel pass over ``[prompt, activation, text]`` then gives the states that every
-token was sampled from: :func:`forced_states` with its plain gradient, the text a constant, and
-:func:`~conlens_jax.lens.history.text_states` with the gradient through the sampled text.
+Sample first, differentiate second. :func:`generate` writes the text with a key-value cache and
+without a gradient. One parallel pass over ``[prompt, activation, text]`` then recomputes the states
+that the tokens were sampled from: :func:`forced_states` with its plain gradient, where the text is
+a constant, and :func:`~conlens_jax.lens.history.text_states` with the gradient through the sampled
+text.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from conlens_jax.parallel.constrain import constrain
 
 
 def decoder_head(decoder: Decoder, spec: LensSpec) -> Head:
-    """The base's norm, and the head that this decoder has."""
+    """The final norm of the base with the decoder's output head."""
     return transformer.head_of(decoder.base, spec.model, decoder.head_DV)
 
 
 def prompt_embeddings(
     decoder: Decoder, activation_BD: Float[Array, "B D"], spec: LensSpec
 ) -> Float[Array, "B p D"]:
-    """``left <embed> right`` with the projected activation in the slot."""
+    """``left <embed> right`` with the projected activation at ``<embed>``."""
     slot_BD = project(normalise(activation_BD, decoder.statistics), decoder.projection)
     return around(decoder.prompt_pD, slot_BD[:, None], len(spec.decoder_left))
 
@@ -45,10 +46,11 @@ def prompt_embeddings(
 def slot_patches(
     decoder: Decoder, activation_BD: Float[Array, "B D"], spec: LensSpec
 ) -> Patches | None:
-    """What the activation's slot receives at the inputs of layers 1, 2, …: a projection each.
+    """What is added to the activation's slot at the inputs of layers 1, 2, …: one projection of
+    the activation per layer.
 
-    Layers without one receive zeros: a scan over all layers reads the stacked weights where they
-    are, two scans over parts of them would copy them.
+    The other layers get zeros: one scan over all layers reads the stacked weights in place, two
+    scans over parts of them would copy them.
     """
     if decoder.input_patches is None:
         return None
@@ -56,13 +58,13 @@ def slot_patches(
     kernel = constrain(kernel, "nDD")  # as in project
     normal_BD = normalise(activation_BD, decoder.statistics).astype(kernel.dtype)
     patch_nBD = jnp.einsum("bd,nde->nbe", normal_BD, kernel) + bias[:, None]
-    behind = spec.model.n_layers - 1 - len(bias)
-    patch_NBD = jnp.pad(patch_nBD, ((1, behind), (0, 0), (0, 0)))
+    unpatched = spec.model.n_layers - 1 - len(bias)
+    patch_NBD = jnp.pad(patch_nBD, ((1, unpatched), (0, 0), (0, 0)))
     return Patches(patch_NBD, jnp.int32(len(spec.decoder_left)))
 
 
 class DecodingState(NamedTuple):
-    """A text on its way: its newest token, and what the decoder keeps of all before."""
+    """The decoding state: the newest token, and the keys and values of all before it."""
 
     token_B: Int[Array, "B"]
     cache: KVCache
@@ -75,15 +77,15 @@ def generate(
     *,
     spec: LensSpec,
 ) -> Int[Array, "B T"]:
-    """Writes T tokens: argmax(logits + noise), or greedily where ``noise`` is None.
+    """Writes T tokens: argmax(logits + noise), greedy if ``noise`` is None.
 
     Not differentiable; the gradient comes from :func:`~conlens_jax.lens.history.text_states`.
     """
     noise = None if noise is None else as_noise(noise)
 
-    def write_next(writing, step):
-        writing = next_token(decoder, writing, step, noise, spec=spec)
-        return writing, writing.token_B
+    def write_next(state, step):
+        state = next_token(decoder, state, step, noise, spec=spec)
+        return state, state.token_B
 
     first = first_token(decoder, activation_BD, noise, spec=spec)
     steps = jnp.arange(1, spec.text_len, dtype=jnp.int32)
@@ -98,7 +100,7 @@ def first_token(
     *,
     spec: LensSpec,
 ) -> DecodingState:
-    """Reads the prompt with the activation in it and writes token 0, with room for T of them."""
+    """Reads the prompt with the activation and writes token 0; the cache has room for all T."""
     prompt_BpD = prompt_embeddings(decoder, activation_BD, spec)
     positions_Bp = all_positions(*prompt_BpD.shape[:2])
     x_BpD, cache = run_layers(
@@ -115,23 +117,23 @@ def first_token(
 
 def next_token(
     decoder: Decoder,
-    writing: DecodingState,
+    state: DecodingState,
     step: Int[Array, ""],
     noise: Noise | None,
     *,
     spec: LensSpec,
 ) -> DecodingState:
-    """Writes token ``step``, 1 to T − 1, behind the ones before it."""
+    """Writes token ``step``, 1 to T − 1."""
     prompt_len = len(spec.decoder_left) + 1 + len(spec.decoder_right)
     slot = prompt_len + step - 1
-    position_B1 = jnp.broadcast_to(slot, (len(writing.token_B), 1))
-    embedding_B1D = embed_tokens(decoder.base, writing.token_B, spec.model)[:, None]
+    position_B1 = jnp.broadcast_to(slot, (len(state.token_B), 1))
+    embedding_B1D = embed_tokens(decoder.base, state.token_B, spec.model)[:, None]
     x_B1D, cache = run_layers(
         decoder.base["layers"],
         add_position_embeddings(decoder.base, embedding_B1D, position_B1),
         position_B1,
         config=spec.model,
-        cache=writing.cache,
+        cache=state.cache,
         slot=slot,
     )
     return DecodingState(_choose(decoder, x_B1D[:, 0], step, noise, spec), cache)
@@ -152,7 +154,7 @@ def forced_states(
     *,
     spec: LensSpec,
 ) -> Float[Array, "B T D"]:
-    """States behind the last layer that all T tokens are sampled from, given the embeddings of
+    """The states after the last layer that the T tokens are sampled from, given the embeddings of
     the first T − 1; one parallel pass."""
     prompt_BpD = prompt_embeddings(decoder, activation_BD, spec)
     x = jnp.concatenate([prompt_BpD, history_BtD.astype(prompt_BpD.dtype)], axis=1)
@@ -174,7 +176,7 @@ def teacher_forced_states(
     *,
     spec: LensSpec,
 ) -> Float[Array, "B T D"]:
-    """States of given text, with its plain gradient (the text is a constant)."""
+    """The states of a given text, with the plain gradient: the text is a constant."""
     history_BtD = embed_tokens(decoder.base, tokens_BT[:, :-1], spec.model)
     return forced_states(decoder, activation_BD, history_BtD, spec=spec)
 

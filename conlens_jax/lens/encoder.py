@@ -1,4 +1,4 @@
-"""E, the encoder: text → activation. A clone of M, cut behind block L."""
+"""The encoder: text → activation. A clone of M, cut after block L."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def encode_embeddings(
 
     Args:
       text_BTD: embeddings of the text in the encoder's own table, as
-        :func:`~conlens_jax.models.transformer.embed_tokens` gives them (straight-through ones,
-        where gradient is to reach the decoder).
-      mask_BT: False on padding, which stands on the left of the text; None: there is none.
+        :func:`~conlens_jax.models.transformer.embed_tokens` returns them (straight-through
+        embeddings, if the gradient is to reach the decoder).
+      mask_BT: False on padding, which is on the left of the text; None: no padding.
     """
     return _reconstruct(encoder, _states(encoder, text_BTD, spec, mask_BT)[:, -1])
 
@@ -36,13 +36,14 @@ def encode_embeddings(
 def encode_prefixes(
     encoder: Encoder, text_BTD: Float[Array, "B T D"], *, spec: LensSpec
 ) -> Float[Array, "B T D"]:
-    """The reconstruction from the first 1, 2, … T tokens: E is causal, so one pass has them all.
+    """The reconstructions from the first 1, 2, … T tokens: the encoder is causal, so one pass
+    gives all of them.
 
     Entry T − 1 is that of :func:`encode_embeddings`.
 
     Raises:
-      ValueError: the encoder's prompt has a part behind the text; then E reads behind that part,
-        and a prefix is not read on its way.
+      ValueError: the encoder's prompt has a part after the text; then the reconstruction is read
+        after that part, and one pass does not give those of the prefixes.
     """
     if spec.encoder_right:
         raise ValueError("prefixes can be read only where lens.encoder_prompt ends with <text>")
@@ -52,13 +53,13 @@ def encode_prefixes(
 def encode_ragged(
     encoder: Encoder, text_BTD: Float[Array, "B T D"], lengths_B: Int[Array, "B"], *, spec: LensSpec
 ) -> Float[Array, "B D"]:
-    """The reconstruction from the first ``lengths_B`` tokens of each text, 1 to T of them; one
-    program for every length."""
+    """The reconstruction from the first ``lengths_B`` tokens of each text, 1 to T; one compiled
+    program for all lengths."""
     text_len = text_BTD.shape[1]
-    # Pushed to the right, so that what is not read becomes padding on the left.
-    places_BT = jnp.arange(text_len) - (text_len - lengths_B[:, None])
-    pushed_BTD = jnp.take_along_axis(text_BTD, jnp.maximum(places_BT, 0)[..., None], axis=1)
-    return encode_embeddings(encoder, pushed_BTD, spec=spec, mask_BT=places_BT >= 0)
+    # Aligned to the right: padding is on the left.
+    source_BT = jnp.arange(text_len) - (text_len - lengths_B[:, None])
+    aligned_BTD = jnp.take_along_axis(text_BTD, jnp.maximum(source_BT, 0)[..., None], axis=1)
+    return encode_embeddings(encoder, aligned_BTD, spec=spec, mask_BT=source_BT >= 0)
 
 
 def _states(
@@ -66,7 +67,7 @@ def _states(
     text_BTD: Array,
     spec: LensSpec,
     mask_BT: Bool[Array, "B T"] | None = None,
-) -> Float[Array, "B n D"]:
+) -> Float[Array, "B S D"]:
     x = around(encoder.prompt_pD, text_BTD, len(spec.encoder_left))
     if mask_BT is None:
         positions = all_positions(*x.shape[:2])
@@ -79,7 +80,7 @@ def _states(
 
 
 def _reconstruct(encoder: Encoder, state: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    # The state lives where activations live, so an untrained projection hands it on unchanged.
+    # States and activations share their coordinates: the untrained projection is the identity.
     state = normalise(state, encoder.statistics)
     return denormalise(project(state, encoder.projection), encoder.statistics)
 

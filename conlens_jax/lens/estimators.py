@@ -1,7 +1,7 @@
 """Backward rules for a sampled token: from the cotangent of its embedding to that of its logits.
 
-With w = E ē (what each token of the vocabulary would be worth to first order) and the softmax
-Jacobian J_p w = p ⊙ (w − ⟨p, w⟩):
+With w = W ē, W the embedding table [V, D] (w is the first-order effect of each token of the
+vocabulary on the loss), and the softmax Jacobian J_p w = p ⊙ (w − ⟨p, w⟩):
 
     straight-through   J_q w / tau,  q = softmax((θ + g) / tau)      biased, one noise draw
     Gumbel-Rao(k)      the mean of that over k draws of g given the token that was chosen
@@ -11,7 +11,7 @@ Jacobian J_p w = p ⊙ (w − ⟨p, w⟩):
                        (Liu et al. 2023, arXiv:2304.08612): second order in the step from token to
                        token; at tau = 1 unbiased for a quadratic function of one token's embedding
 
-Everything is fp32; no one-hot vector is ever made.
+Everything is fp32; no one-hot vector is materialised.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from conlens_jax.config.estimator import Estimator
 
 def logits_cotangent(
     estimator: Estimator,
-    wanted: Float[Array, "*B V"],
+    w: Float[Array, "*B V"],
     logits: Float[Array, "*B V"],
     noise: Float[Array, "*B V"],
     tokens: Int[Array, "*B"],
@@ -35,34 +35,34 @@ def logits_cotangent(
     """The estimator's cotangent of the logits.
 
     Args:
-      wanted: E ē, the cotangent of the token's embedding against every row of the table.
-      noise: Gumbel noise that chose ``tokens`` (straight-through).
-      keys: one a token, for the draws of Gumbel-Rao.
+      w: W ē, the product of the embedding table with the cotangent of the embedding.
+      noise: the Gumbel noise that ``tokens`` were sampled with (straight-through).
+      keys: one per token, for the draws of Gumbel-Rao.
 
     Raises:
       ValueError: Gumbel-Rao without keys.
     """
-    logits, wanted = logits.astype(jnp.float32), wanted.astype(jnp.float32)
+    logits, w = logits.astype(jnp.float32), w.astype(jnp.float32)
     if estimator.kind == "reinmax":
-        return _reinmax(wanted, logits, tokens, tau)
+        return _reinmax(w, logits, tokens, tau)
     if estimator.kind == "gumbel_rao":
         if keys is None:
-            raise ValueError("Gumbel-Rao draws noise of its own: give a key for every token")
-        return _gumbel_rao(estimator.samples, wanted, logits, tokens, tau, keys)
-    return softmax_jacobian(jax.nn.softmax((logits + noise) / tau, axis=-1), wanted) / tau
+            raise ValueError("Gumbel-Rao draws its own noise: pass one key per token")
+        return _gumbel_rao(estimator.samples, w, logits, tokens, tau, keys)
+    return softmax_jacobian(jax.nn.softmax((logits + noise) / tau, axis=-1), w) / tau
 
 
-def softmax_jacobian(p: Float[Array, "*B V"], wanted: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+def softmax_jacobian(p: Float[Array, "*B V"], w: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
     """J_p w = p ⊙ (w − ⟨p, w⟩)."""
-    return p * (wanted - jnp.sum(p * wanted, axis=-1, keepdims=True))
+    return p * (w - jnp.sum(p * w, axis=-1, keepdims=True))
 
 
-def _reinmax(wanted: Array, logits: Array, tokens: Array, tau: Array) -> Array:
-    chosen = jnp.take_along_axis(wanted, tokens[..., None], axis=-1)
+def _reinmax(w: Array, logits: Array, tokens: Array, tau: Array) -> Array:
+    chosen = jnp.take_along_axis(w, tokens[..., None], axis=-1)
     soft = jax.nn.softmax(logits / tau, axis=-1)
     # ⟨r, w⟩ and r ⊙ (w − ⟨r, w⟩) with r = (onehot + soft) / 2; the one-hot part is one entry.
-    mean = 0.5 * (chosen + jnp.sum(soft * wanted, axis=-1, keepdims=True))
-    first = 0.5 * soft * (wanted - mean)
+    mean = 0.5 * (chosen + jnp.sum(soft * w, axis=-1, keepdims=True))
+    first = 0.5 * soft * (w - mean)
     first = jnp.put_along_axis(
         first,
         tokens[..., None],
@@ -70,18 +70,18 @@ def _reinmax(wanted: Array, logits: Array, tokens: Array, tau: Array) -> Array:
         axis=-1,
         inplace=False,
     )
-    return 2.0 * first - 0.5 * softmax_jacobian(jax.nn.softmax(logits, axis=-1), wanted)
+    return 2.0 * first - 0.5 * softmax_jacobian(jax.nn.softmax(logits, axis=-1), w)
 
 
 def _gumbel_rao(
-    samples: int, wanted: Array, logits: Array, tokens: Array, tau: Array, keys: Array
+    samples: int, w: Array, logits: Array, tokens: Array, tau: Array, keys: Array
 ) -> Array:
     def add(total, index):
         noisy = conditional_gumbel(logits, tokens, _fold(keys, index))
-        return total + softmax_jacobian(jax.nn.softmax(noisy / tau, axis=-1), wanted) / tau, None
+        return total + softmax_jacobian(jax.nn.softmax(noisy / tau, axis=-1), w) / tau, None
 
-    # One draw at a time: memory does not grow with k.
-    total, _ = jax.lax.scan(add, jnp.zeros_like(wanted), jnp.arange(samples))
+    # One draw at a time: the memory does not grow with their number.
+    total, _ = jax.lax.scan(add, jnp.zeros_like(w), jnp.arange(samples))
     return total / samples
 
 
@@ -100,14 +100,14 @@ def conditional_gumbel(
 def condition_on_token(
     logits: Float[Array, "*B V"], tokens: Int[Array, "*B"], noise: Float[Array, "*B V"]
 ) -> Float[Array, "*B V"]:
-    """Free noise made into logits + g whose argmax is the token (Maddison et al. 2014, A*
-    sampling).
+    """Independent noise turned into logits + g whose argmax is the token (Maddison et al. 2014,
+    A* sampling).
 
-    With free noise e and Z = Σ exp(θ): the maximum is m = e_y + ln Z, whatever the token is, and
-    every other entry is θ_j + e_j brought below it, −ln(exp(−θ_j − e_j) + exp(−m)).
+    With independent noise e and Z = Σ exp(θ): the maximum is m = e_y + ln Z for any token y, and
+    every other entry is θ_j + e_j, truncated below it: −ln(exp(−θ_j − e_j) + exp(−m)).
 
     Args:
-      noise: independent Gumbel(0, 1), drawn without regard to the tokens.
+      noise: independent Gumbel(0, 1), independent of the tokens.
     """
     log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     top = jnp.take_along_axis(noise, tokens[..., None], axis=-1) + log_z
@@ -116,7 +116,7 @@ def condition_on_token(
 
 
 def token_keys(keys_B: Key[Array, "B"], text_len: int) -> Key[Array, "B T"]:
-    """A key for every token of every text."""
+    """One key per token of each text."""
     positions = jnp.arange(text_len)
     return jax.vmap(lambda key: jax.vmap(lambda t: jax.random.fold_in(key, t))(positions))(keys_B)
 

@@ -1,8 +1,9 @@
-"""The gradient through D's own text: token t is an input of token t + 1.
+"""The gradient through the decoder's own text: token t is an input of token t + 1.
 
-The values of :func:`text_states` are those of the parallel pass over the text. Backward, the
-cotangent of each state is completed by what reaches it through the token that was sampled from it.
-Token t depends on the tokens before it only, so one visit of the tokens from the last to the first
+The values of :func:`text_states` are those of the parallel pass over the text. Backward, each
+state's cotangent also gets the part that comes through the token sampled from that state.
+
+Token t depends only on earlier ones, so one pass over the tokens from the last to the first
 is exact (``lens.history_gradient="exact"``). Cheaper or simpler: ``"sweeps=k"`` takes k
 vector-Jacobian products of the whole pass (T − 1 of them are exact too), ``"detached"`` none.
 """
@@ -60,12 +61,12 @@ def text_states(
     spec: LensSpec,
     keys_BT: Key[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """States that D's own tokens were sampled from, with the gradient through the sampled history.
+    """The states that the text was sampled from, with the gradient through the sampled tokens.
 
     Args:
       tokens_BT: what :func:`~conlens_jax.lens.decoder.generate` wrote with ``noise``.
       tau: temperature of the backward pass.
-      keys_BT: for an estimator (``lens.estimator``) that draws noise of its own.
+      keys_BT: for an estimator (``lens.estimator``) that draws its own noise.
     """
     return _text_states(decoder, activation_BD, tokens_BT, as_noise(noise), tau, keys_BT, spec)
 
@@ -77,30 +78,30 @@ def _text_states(decoder, activation_BD, tokens_BT, noise, tau, keys_BT, spec):
 
 
 def _forward(decoder, activation_BD, tokens_BT, noise, tau, keys_BT, spec):
-    prompt_BpD, patches = _read_activation(decoder, activation_BD, spec)
+    prompt_BpD, patches = _decoder_inputs(decoder, activation_BD, spec)
     history_BtD = embed_tokens(decoder.base, tokens_BT[:, :-1], spec.model)
     x = jnp.concatenate([prompt_BpD, history_BtD.astype(prompt_BpD.dtype)], axis=1)
     positions = all_positions(*x.shape[:2])
     x = add_position_embeddings(decoder.base, x, positions)
-    x, kept = forward_with_residuals(
+    x, saved = forward_with_residuals(
         decoder.base["layers"], x, positions, config=spec.model, patches=patches
     )
     state_BTD = x[:, prompt_BpD.shape[1] - 1 :]
     inputs = (decoder, activation_BD, tokens_BT, noise, tau, keys_BT)
-    return state_BTD, (inputs, kept, state_BTD)
+    return state_BTD, (inputs, saved, state_BTD)
 
 
-def _backward(spec, residuals, wanted_BTD):
-    inputs, kept, state_BTD = residuals
+def _backward(spec, residuals, state_bar_BTD):
+    inputs, saved, state_BTD = residuals
     decoder, activation_BD, tokens_BT, noise, tau, keys_BT = inputs
     layers, table_VD = decoder.base["layers"], decoder.base["embedding"]
-    length = kept.inputs_BSD.shape[2]
+    length = saved.inputs_BSD.shape[2]
     prompt_len = length - (spec.text_len - 1)
     positions_BS = all_positions(len(tokens_BT), length)
     estimator, head = parse_estimator(spec.lens.estimator), decoder_head(decoder, spec)
 
-    def pull_tokens(history_bar: Array):
-        """Cotangents of (head, states) through the tokens that were sampled from them."""
+    def vjp_of_tokens(history_bar: Array):
+        """Cotangents of (head, states) through the tokens sampled from them."""
 
         def embed(head, state):
             rest = (noise, tokens_BT, table_VD, tau)
@@ -108,31 +109,33 @@ def _backward(spec, residuals, wanted_BTD):
             return scale_embeddings(rows, spec.model)
 
         _, pull = jax.vjp(embed, head, state_BTD)
-        # The last token is no input of D: nothing comes back through it.
+        # The decoder does not read the last token: its embedding has no gradient.
         return pull(jnp.pad(history_bar.astype(table_VD.dtype), ((0, 0), (0, 1), (0, 0))))
 
-    def pull_back(total_BTD: Array):
+    def vjp_of_pass(total_BTD: Array):
         """Cotangents of layers, input embeddings and patches."""
         patch_at = None if decoder.input_patches is None else jnp.int32(len(spec.decoder_left))
         out_bar = jnp.pad(total_BTD, ((0, 0), (prompt_len - 1, 0), (0, 0)))
-        return layers_vjp(layers, kept, out_bar, positions_BS, config=spec.model, patch_at=patch_at)
+        return layers_vjp(
+            layers, saved, out_bar, positions_BS, config=spec.model, patch_at=patch_at
+        )
 
     sweeps = history_sweeps(spec.lens.history_gradient, spec.text_len)
-    total_BTD = wanted_BTD
+    total_BTD = state_bar_BTD
     head_bar = zeros_bar(head)
     if spec.lens.history_gradient == "exact" and sweeps:
-        history_bar = _visit_tokens(residuals, wanted_BTD, positions_BS, spec)
-        head_bar, through = pull_tokens(history_bar)
-        total_BTD = wanted_BTD + through
+        history_bar = _history_cotangents(residuals, state_bar_BTD, positions_BS, spec)
+        head_bar, through = vjp_of_tokens(history_bar)
+        total_BTD = state_bar_BTD + through
     else:
         for _ in range(sweeps):
-            _, x_bar, _ = pull_back(total_BTD)
-            head_bar, through = pull_tokens(x_bar[:, prompt_len:])
-            total_BTD = wanted_BTD + through
-    layers_bar, x_bar, patches_bar = pull_back(total_BTD)
+            _, x_bar, _ = vjp_of_pass(total_BTD)
+            head_bar, through = vjp_of_tokens(x_bar[:, prompt_len:])
+            total_BTD = state_bar_BTD + through
+    layers_bar, x_bar, patches_bar = vjp_of_pass(total_BTD)
 
-    reading = functools.partial(_read_activation, spec=spec)
-    (prompt_BpD, patches), pull = jax.vjp(reading, decoder, activation_BD)
+    inputs_of = functools.partial(_decoder_inputs, spec=spec)
+    (prompt_BpD, patches), pull = jax.vjp(inputs_of, decoder, activation_BD)
     if patches is not None:
         patches = Patches(patches_bar, np.zeros((), jax.dtypes.float0))
     decoder_bar, activation_bar = pull((x_bar[:, :prompt_len].astype(prompt_BpD.dtype), patches))
@@ -150,49 +153,48 @@ def _backward(spec, residuals, wanted_BTD):
 _text_states.defvjp(_forward, _backward)
 
 
-def _visit_tokens(residuals, wanted_BTD: Array, positions_BS: Array, spec: LensSpec):
+def _history_cotangents(residuals, state_bar_BTD: Array, positions_BS: Array, spec: LensSpec):
     """Exact cotangents [B, T−1, D] of the embeddings of all tokens but the last."""
-    inputs, kept, state_BTD = residuals
+    inputs, saved, state_BTD = residuals
     decoder, _, tokens_BT, noise, tau, keys_BT = inputs
     head, table_VD = decoder_head(decoder, spec), decoder.base["embedding"]
     first = positions_BS.shape[1] - (spec.text_len - 1)
-    go_back = TokenVjp(decoder.base["layers"], kept, positions_BS, first, spec.model)
+    token_vjp = TokenVjp(decoder.base["layers"], saved, positions_BS, first, spec.model)
     estimator = parse_estimator(spec.lens.estimator)
     at = lambda array, index: jax.lax.dynamic_slice_in_dim(array, index, 1, axis=1)
-    # A product of B rows is far from the rate of one of B T rows: made together where there is
-    # room for it.
+    # One product with B T rows is much faster than T products with B rows: used where it fits.
     one_chunk = chunks_of(*tokens_BT.shape, head.vocab_size) == 1
     logits_BTV = head.logits(state_BTD) if one_chunk else None
 
     def visit(carry, token):
         through_B1D, later = carry
-        # The state behind this token is what the next one was sampled from.
-        out_bar_B1D = at(wanted_BTD, token + 1) + through_B1D
-        history_bar_BD, later = go_back(token, out_bar_B1D[:, 0], later)
+        # The state after this token is what the next one was sampled from.
+        out_bar_B1D = at(state_bar_BTD, token + 1) + through_B1D
+        history_bar_BD, later = token_vjp(token, out_bar_B1D[:, 0], later)
         row_bar_B1D = scale_embeddings(history_bar_BD[:, None].astype(table_VD.dtype), spec.model)
-        wanted = matmul(row_bar_B1D, table_VD.T)
+        w = matmul(row_bar_B1D, table_VD.T)
         state_B1D = at(state_BTD, token)
         logits, pull_head = jax.vjp(head.logits, state_B1D)
         logits_bar = logits_cotangent(
             estimator,
-            wanted,
+            w,
             at(logits_BTV, token) if one_chunk else logits,
             noise.at(token).values(head.vocab_size),
             at(tokens_BT, token),
             tau,
             None if keys_BT is None else at(keys_BT, token),
         )
-        # XLA would make the cotangents once more for every column of the product with the head.
+        # Without the barrier XLA recomputes the cotangents per column of the product with the head.
         logits_bar = jax.lax.optimization_barrier(logits_bar)
         return (pull_head(logits_bar)[0], later), history_bar_BD
 
-    start = jnp.zeros_like(wanted_BTD[:, :1]), go_back.start()
+    start = jnp.zeros_like(state_bar_BTD[:, :1]), token_vjp.start()
     visits = jnp.arange(spec.text_len - 1, dtype=jnp.int32)
     _, history_bar_tBD = jax.lax.scan(visit, start, visits, reverse=True)
     return history_bar_tBD.swapaxes(0, 1)
 
 
-def _read_activation(
+def _decoder_inputs(
     decoder: Decoder, activation_BD: Array, spec: LensSpec
 ) -> tuple[Array, Patches | None]:
     prompt_BpD = prompt_embeddings(decoder, activation_BD, spec)

@@ -1,4 +1,4 @@
-"""The terms of the loss, each by its definition; everything in fp32, means over the batch."""
+"""The terms of the loss, one value per row, computed in fp32."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from jaxtyping import Array, Float, Int
 def kl_divergence(
     target_logits: Float[Array, "*B V"], logits: Float[Array, "*B V"]
 ) -> Float[Array, "*B"]:
-    """KL(target ‖ other) over the full vocabulary, in nats; differentiable in both."""
+    """KL(target ‖ other) over the whole vocabulary, in nats; differentiable in both."""
     log_p = jax.nn.log_softmax(target_logits.astype(jnp.float32))
     log_q = jax.nn.log_softmax(logits.astype(jnp.float32))
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 
 def entropy(logits: Float[Array, "*B V"]) -> Float[Array, "*B"]:
-    """Entropy of the softmax of logits, in nats."""
+    """Entropy of the softmax of the logits, in nats."""
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
@@ -31,7 +31,7 @@ def cross_entropy(logits: Float[Array, "*B V"], tokens: Int[Array, "*B"]) -> Flo
 def direction_error(
     reconstruction: Float[Array, "*B D"], activation: Float[Array, "*B D"]
 ) -> Float[Array, "*B"]:
-    """‖n(â) − n(a)‖² / d with n(v) = √d · v / ‖v‖, which is 2 (1 − cos)."""
+    """‖n(â) − n(a)‖² / D with n(v) = √D v / ‖v‖, which is 2 (1 − cos)."""
     return 2.0 - 2.0 * jnp.sum(_unit(reconstruction) * _unit(activation), axis=-1)
 
 
@@ -40,8 +40,8 @@ def norm_error(
 ) -> Float[Array, "*B"]:
     """(r − 1)² with r = ‖â‖ / ‖a‖.
 
-    With it the relative squared error ‖â − a‖² / ‖a‖² = (r − 1)² + 2 r (1 − cos) falls into its
-    parts; a direction error alone leaves the norm of â, which M sees, to chance.
+    The relative squared error is ‖â − a‖² / ‖a‖² = (r − 1)² + 2 r (1 − cos): this is its first
+    part. The direction error alone does not constrain the norm of â, which M reads.
     """
     ratio_squared = jnp.sum(jnp.square(reconstruction.astype(jnp.float32)), axis=-1) / (
         jnp.sum(jnp.square(activation.astype(jnp.float32)), axis=-1) + 1e-12
@@ -54,7 +54,7 @@ def squared_error(
     activation: Float[Array, "*B D"],
     mean_square_norm: Float[Array, ""],
 ) -> Float[Array, "*B"]:
-    """‖â − a‖² / E‖a‖²; the expectation is over the training activations."""
+    """‖â − a‖² over the mean ‖a‖² of the training activations."""
     difference = reconstruction.astype(jnp.float32) - activation.astype(jnp.float32)
     return jnp.sum(jnp.square(difference), axis=-1) / mean_square_norm
 
@@ -65,7 +65,7 @@ def reconstruction_error(
     statistics: dict[str, Array],
     kind: str,
 ) -> Float[Array, "*B"]:
-    """The error of a reconstruction, by ``loss.mse_kind``."""
+    """The error of a reconstruction, of the kind ``loss.mse_kind``."""
     if kind == "direction":
         return direction_error(reconstruction, activation)
     if kind == "direction+norm":
@@ -77,5 +77,5 @@ def reconstruction_error(
 
 def _unit(vector: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     wide = vector.astype(jnp.float32)
-    # eps inside the root: the gradient at a zero vector is finite.
+    # The epsilon inside the root keeps the gradient at a zero vector finite.
     return wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + 1e-12)

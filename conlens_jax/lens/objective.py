@@ -1,10 +1,12 @@
-"""What is minimised in each stage.
+"""The loss of each stage.
 
-Warm start: E reads a real window of text around P back into a; D writes that window from a.
-Joint: total = w_lm L_LM + w_kl L_KL + w_mse L_MSE + w_text L_text − w_ent H, through D's own text.
+Warm start: the encoder reconstructs a from a real window of text around P, and the decoder writes
+that window from a.
+Joint: total = w_lm L_LM + w_kl L_KL + w_mse L_MSE + w_text L_text − w_ent H, through the decoder's
+own text.
 
-Everything that needs no gradient (the sampled text, the context of the original model, L_LM's
-reference) is made first, by :func:`prepare`, outside the differentiated function.
+What needs no gradient (the sampled text, the context of the original model, the reference of L_LM)
+is computed first, by :func:`prepare`, outside the differentiated function.
 """
 
 from __future__ import annotations
@@ -42,13 +44,13 @@ from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import embed_tokens, scale_embeddings
 
 TERMS = {"lm": 1.0, "kl": 1.0, "mse": 1.0, "entropy": -1.0, "text": 1.0}
-"""The terms of the joint loss, with their signs in it."""
+"""The terms of the joint loss and their signs."""
 Metrics = dict[str, Array]
 
 
 class Scheduled(NamedTuple):
-    """The values of the schedules at one step: each term's weight, and the temperatures of the
-    gradient and of sampling."""
+    """The values of the schedules at one step: the weight of each term, the temperature ``tau`` of
+    the gradient, and that of sampling."""
 
     weights: dict[str, Float[Array, ""]]
     tau: Float[Array, ""]
@@ -56,7 +58,7 @@ class Scheduled(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What the joint loss looks at without differentiating it."""
+    """The inputs of the joint loss that are not differentiated."""
 
     text_BT: Int[Array, "B T"]
     noise: Noise
@@ -67,21 +69,21 @@ class Prepared(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The static side of the loss: which terms there are at all, how each is computed, and the
-    schedules of their weights."""
+    """The static part of the loss: its terms, how each is computed, and the schedules of their
+    weights."""
 
     loss: LossConfig
     warm: WarmConfig
     spec: LensSpec
 
     def uses(self, term: str) -> bool:
-        """False where the weight is 0 for the whole stage: then the term is not computed."""
+        """False if the weight is 0 for the whole stage; then the term is not computed."""
         return not _always_zero(getattr(self.loss, term))
 
     def schedules(
         self, *, stage_steps: int, steps_per_epoch: float
     ) -> Callable[[Int[Array, ""]], Scheduled]:
-        """The function from the step of a stage to the weights and temperatures at that step."""
+        """The function from the step within a stage to the weights and temperatures."""
         value_of = {
             name: make_schedule(
                 getattr(self.loss, name), stage_steps=stage_steps, steps_per_epoch=steps_per_epoch
@@ -102,12 +104,12 @@ class Objective:
 
     @property
     def texts_per_row(self) -> int:
-        """G: how many texts are sampled for one activation."""
+        """k: the number of texts sampled for each activation."""
         return self.estimator.samples if self.estimator.kind in SCORE_FUNCTION else 1
 
 
 def repeat_rows(rows_B: Array, count: int) -> Array:
-    """Every row ``count`` times, one behind the other."""
+    """Each row ``count`` times in succession."""
     return rows_B if count == 1 else jnp.repeat(rows_B, count, axis=0)
 
 
@@ -118,7 +120,7 @@ def _always_zero(schedule: ScheduleConfig) -> bool:
 def source_window(
     tokens_GS: Int[Array, "G S"], positions_B: Int[Array, "B"], before: int, after: int
 ) -> Int[Array, "B T"]:
-    """The last ``before`` tokens up to and including P and the next ``after``."""
+    """The last ``before`` tokens up to and including P, and the ``after`` tokens after it."""
     offsets = jnp.arange(1 - before, after + 1, dtype=jnp.int32)
     documents_B = original_model.documents_of(positions_B, tokens_GS)
     return tokens_GS[documents_B[:, None], positions_B[:, None] + offsets]
@@ -127,8 +129,8 @@ def source_window(
 def warm_loss(
     trainable: Params, frozen: Params, batch: Batch, *, objective: Objective, reads: bool = True
 ) -> tuple[Float[Array, ""], Metrics]:
-    """E's error on real windows (if it ``reads`` them) plus, where any of D is trained, its
-    cross-entropy of writing them."""
+    """The encoder's error on real windows (if ``reads``) plus, if any part of the decoder is
+    trained, the decoder's cross-entropy on them."""
     spec, warm = objective.spec, objective.warm
     window_BT = source_window(batch.tokens_GS, batch.positions_B, warm.before, warm.after)
     parts: Metrics = {}
@@ -156,15 +158,15 @@ def prepare(
     *,
     objective: Objective,
 ) -> Prepared:
-    """Samples the text and reads the context; no gradient comes back to here.
+    """Samples the text and reads the context, without gradient.
 
-    A score-function estimator writes several texts a row: everything but the noise's own batch
-    then counts B = rows · G, the texts of one row one behind the other. ``keys_B`` are for an
-    estimator that draws noise of its own in the backward pass.
+    A score-function estimator samples k texts per row: then B = R k in everything but ``batch``,
+    with the texts of one row in succession. ``keys_B`` are for an estimator that draws its own
+    noise in the backward pass.
     """
     spec, original, noise = objective.spec, frozen["original"], as_noise(noise)
-    decoder, group = decoder_of(trainable, frozen), objective.texts_per_row
-    activation_BD = repeat_rows(batch.activation_BD, group)
+    decoder, copies = decoder_of(trainable, frozen), objective.texts_per_row
+    activation_BD = repeat_rows(batch.activation_BD, copies)
     with jax.named_scope("decode"):
         text_BT = generate(decoder, activation_BD, noise, spec=spec)
     context = None
@@ -178,7 +180,7 @@ def prepare(
                 horizon=objective.loss.kl_horizon,
                 spec=spec,
             )
-            context = original_model.repeat_context(context, group)
+            context = original_model.repeat_context(context, copies)
     reference = None
     if objective.uses("lm"):
         with jax.named_scope("reference"):
@@ -192,7 +194,7 @@ def prepare(
 def reference_text(
     frozen: Params, activation_BD: Array, text_BT: Int[Array, "B T"], objective: Objective
 ) -> ReferenceLogits:
-    """The next-token predictions that L_LM compares D's with; see ``loss.lm_reference``."""
+    """The next-token predictions that L_LM compares the decoder's with (``loss.lm_reference``)."""
     spec, original = objective.spec, frozen["original"]
     if objective.loss.lm_reference == "warm":
         warm: Decoder = decoder_of({"decoder": frozen["warm_decoder"]}, frozen)
@@ -214,11 +216,12 @@ def joint_loss(
     *,
     objective: Objective,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The loss of a batch, with its gradient to every trainable part.
+    """The loss of a batch, differentiable in every trainable part.
 
         total = w_lm L_LM + w_kl L_KL + w_mse L_MSE + w_text L_text − w_ent H  (+ policy gradient)
 
-    D writes the text again with a gradient, E reads it, and M predicts with what E made of it.
+    The decoder writes the text again with a gradient, the encoder reads it, and M predicts with the
+    reconstruction in the activation's place.
 
     Args:
       prepared: text, context and reference of this batch, from :func:`prepare`.
@@ -235,20 +238,20 @@ def joint_loss(
     state_BTD, text_BTD = write_text(decoder, encoder, activation_BD, prepared, tau, objective)
     with jax.named_scope("text_terms"):
         head = decoder_head(decoder, spec)
-        of_text = text_terms(head, state_BTD, prepared.text_BT, prepared.reference)
+        token_terms = text_terms(head, state_BTD, prepared.text_BT, prepared.reference)
     with jax.named_scope("encode"):
         reconstruction_BD, error_B = read_text(encoder, text_BTD, activation_BD, objective)
 
     terms: Metrics = {"mse": jnp.mean(error_B)}
-    cost_B = weights["mse"] * error_B  # what the score-function estimators are rewarded for
-    if kind != "detached" or objective.uses("entropy"):  # else nothing else needs the states
-        terms["entropy"] = jnp.mean(of_text["entropy"])
+    cost_B = weights["mse"] * error_B  # of each text, for the score-function estimators
+    if kind != "detached" or objective.uses("entropy"):  # else nothing needs the states
+        terms["entropy"] = jnp.mean(token_terms["entropy"])
     if prepared.context is not None:
         kl_B = swap_kl(frozen, batch, prepared.context, reconstruction_BD, activation_BD, objective)
         terms["kl"] = jnp.mean(kl_B)
         cost_B += weights["kl"] * kl_B
     if prepared.reference is not None:
-        terms["lm"] = jnp.mean(of_text["lm"])
+        terms["lm"] = jnp.mean(token_terms["lm"])
     anchor: Metrics = {}
     if objective.uses("text"):
         reads = objective.loss.text_read
@@ -260,7 +263,7 @@ def joint_loss(
     used = [name for name in TERMS if name in terms and objective.uses(name)]
     total = sum(TERMS[name] * weights[name] * terms[name] for name in used)
     if kind in SCORE_FUNCTION:
-        log_p_B = -jnp.sum(of_text["nll"], axis=-1)
+        log_p_B = -jnp.sum(token_terms["nll"], axis=-1)
         total += policy_loss(cost_B, log_p_B, objective.texts_per_row, kind)
     return jnp.asarray(total, jnp.float32), {**terms, **anchor}
 
@@ -273,12 +276,12 @@ def write_text(
     tau: Float[Array, ""],
     objective: Objective,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
-    """The sampled text once more, in one pass with a gradient.
+    """The sampled text again, in one pass with a gradient.
 
     Returns:
-      D's state before each token (of which its logits are made), and the tokens' embeddings as E
-      takes them, with the estimator's gradient back to D; without one where the estimator takes
-      the tokens as constants.
+      The decoder's state for each token (the input of its logits), and the tokens' embeddings for
+      the encoder, with the estimator's gradient to the decoder; none if the estimator takes the
+      tokens as constants.
     """
     spec, text_BT = objective.spec, prepared.text_BT
     if objective.estimator.kind in TOKENS_ARE_CONSTANT:
@@ -307,10 +310,10 @@ def read_text(
     activation_BD: Float[Array, "B D"],
     objective: Objective,
 ) -> tuple[Float[Array, "B D"], Float[Array, "B"]]:
-    """E's reconstruction from the text, and its error (L_MSE of each row).
+    """The encoder's reconstruction from the text, and its error (L_MSE of each row).
 
-    With ``loss.prefix_share`` a part of the error is the mean over all shorter prefixes of the
-    text, from the same pass.
+    ``loss.prefix_share`` is the share of the error that is the mean over all shorter prefixes of
+    the text, from the same pass.
     """
     spec, share = objective.spec, objective.loss.prefix_share
     error = functools.partial(
@@ -333,7 +336,8 @@ def swap_kl(
     activation_BD: Float[Array, "B D"],
     objective: Objective,
 ) -> Float[Array, "B"]:
-    """L_KL of each row: M predicts from P on with the activation, and with ã in its place."""
+    """L_KL of each row: between M's predictions from P on with the activation and with ã in its
+    place (a swap, or activation patching)."""
     texts_per_document = objective.texts_per_row * batch.rows_per_document
     vector_BD = swap_vector(reconstruction_BD, activation_BD, objective.spec, texts_per_document)
     with jax.named_scope("swap"):
@@ -349,10 +353,10 @@ def swap_vector(
     spec: LensSpec,
     texts_per_document: int = 1,
 ) -> Float[Array, "B D"]:
-    """ã: what is put into M. With the dual path â + Δ, Δ = a' − â' of another row.
+    """ã, the vector that is swapped in: â, or with the dual path â + Δ, Δ = a' − â' of another row.
 
-    The partner is of the document before in the batch: documents are shuffled, so it is a random
-    other activation, and its way through D and E has already been gone.
+    The other row is of the previous document in the batch: documents are shuffled, so it is a
+    random activation, and its reconstruction is already computed.
     """
     if not spec.lens.dual_path:
         return reconstruction_BD

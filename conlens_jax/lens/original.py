@@ -1,9 +1,10 @@
-"""M as the lens sees it: capture at the output of block L, and a swap that costs one decode step.
+"""M as the lens uses it: capture at the output of block L, and a swap at the cost of a decode step.
 
-Only positions ≥ P can change when position P is swapped. So one pass over the context, without
-gradient, keeps the residual stream behind block L at P..P+h−1, the true logits there, and the keys
-and values of the layers above L; a swap then runs h positions through those layers alone. It
-equals the full forward pass (``LanguageModel.swap``) to rounding.
+A swap is activation patching: another vector in the activation's place. It changes only positions
+≥ P. So one pass over the context, without gradient, saves the residual stream after block L at
+P..P+h−1, the true logits there, and the keys and values of the layers above L; a swap then runs h
+positions through those layers alone. It equals the full forward pass (``LanguageModel.swap``) up to
+rounding.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from conlens_jax.models.transformer import (
 
 
 class Context(NamedTuple):
-    """What a swap at P needs to know of the context; h is the horizon.
+    """The part of a context that a swap at P needs; h is the horizon.
 
     Attributes:
       residual_BhD: residual stream at the output of block L, indices P..P+h−1.
@@ -47,11 +48,11 @@ class Context(NamedTuple):
 
 
 class ContextStates(NamedTuple):
-    """One pass of M over G contexts: what every position in them has a swap need.
+    """One pass of M over G contexts: what swaps at any of their positions need.
 
     Attributes:
       residual_GSD: residual stream at the output of block L.
-      state_GSD: the same at the output of the last block.
+      state_GSD: residual stream at the output of the last block.
       positions_GS: rotary positions.
       cache: keys and values of the layers above L (None if L is the last).
     """
@@ -74,7 +75,7 @@ def capture(
 
 
 def documents_of(rows_B: Array, documents_G: Array) -> Int[Array, "B"]:
-    """Which of G documents each of B rows belongs to: B / G neighbours to each."""
+    """The document, of G, that each of B rows belongs to: B / G consecutive rows to each."""
     return jnp.arange(len(rows_B)) // (len(rows_B) // len(documents_G))
 
 
@@ -87,16 +88,16 @@ def read_context(
     horizon: int,
     spec: LensSpec,
 ) -> Context:
-    """One pass over each context, whichever number of positions is read from it.
+    """The contexts of B rows, from one pass over each of G sequences.
 
     Args:
-      indices_B: P as an index into the sequence, B / G neighbours for each context; P + horizon − 1
-        must lie inside it (``dump.after`` sees to that).
+      indices_B: P as an index into the sequence, for B / G consecutive rows per sequence;
+        P + horizon − 1 must be inside it (``dump.after`` ensures that).
     """
-    reading = read_through(original, tokens_GS, mask_GS, spec=spec)
+    states = read_through(original, tokens_GS, mask_GS, spec=spec)
     documents_B = documents_of(indices_B, tokens_GS)
-    cache = _repeat_cache(reading.cache, len(indices_B) // len(tokens_GS))
-    return _context(original, reading, documents_B, indices_B, cache, horizon, spec)
+    cache = _repeat_cache(states.cache, len(indices_B) // len(tokens_GS))
+    return _context(original, states, documents_B, indices_B, cache, horizon, spec)
 
 
 def read_through(
@@ -106,7 +107,7 @@ def read_through(
     *,
     spec: LensSpec,
 ) -> ContextStates:
-    """M over whole contexts, for as many :func:`context_at` as are wanted."""
+    """One pass of M over whole contexts, for any number of :func:`context_at`."""
     positions_GS = positions_of(mask_GS)
     lower_GSD = capture(original, tokens_GS, mask_GS, spec=spec)
     upper = slice_layers(original["layers"], spec.layer + 1, spec.model.n_layers)
@@ -116,41 +117,41 @@ def read_through(
 
 def context_at(
     original: Params,
-    reading: ContextStates,
+    states: ContextStates,
     documents_B: Int[Array, "B"],
     indices_B: Int[Array, "B"],
     *,
     horizon: int,
     spec: LensSpec,
 ) -> Context:
-    """The context of each row, for any rows of the contexts that were read.
+    """The context of each row, for any rows of the sequences that were read.
 
     Args:
-      documents_B: which of the G contexts a row belongs to.
+      documents_B: the sequence, of G, that each row belongs to.
       indices_B: P, as for :func:`read_context`.
     """
-    cache = reading.cache
+    cache = states.cache
     if cache is not None:
         of_rows = lambda array: array[:, documents_B]
         positions_BS = cache.positions_BC[documents_B]
         cache = KVCache(of_rows(cache.keys), of_rows(cache.values), positions_BS)
-    return _context(original, reading, documents_B, indices_B, cache, horizon, spec)
+    return _context(original, states, documents_B, indices_B, cache, horizon, spec)
 
 
-def _context(original, reading, documents_B, indices_B, cache, horizon, spec) -> Context:
+def _context(original, states, documents_B, indices_B, cache, horizon, spec) -> Context:
     window_Bh = indices_B[:, None] + jnp.arange(horizon, dtype=jnp.int32)
     documents_B1 = documents_B[:, None]
-    state_BhD = reading.state_GSD[documents_B1, window_Bh]
+    state_BhD = states.state_GSD[documents_B1, window_Bh]
     return Context(
-        residual_BhD=reading.residual_GSD[documents_B1, window_Bh],
+        residual_BhD=states.residual_GSD[documents_B1, window_Bh],
         logits_BhV=unembed(original, state_BhD, config=spec.model),
-        positions_Bh=reading.positions_GS[documents_B1, window_Bh],
+        positions_Bh=states.positions_GS[documents_B1, window_Bh],
         cache=cache,
     )
 
 
 def repeat_context(context: Context, count: int) -> Context:
-    """Every row ``count`` times, one behind the other; the pass over it was made once."""
+    """Each row ``count`` times in succession, without another pass over its context."""
     if count == 1:
         return context
     arrays = (getattr(context, name) for name in Context._fields if name != "cache")
@@ -191,9 +192,9 @@ def swapped_logits(
 def text_alone(
     original: Params, text_BT: Int[Array, "B T"], start: tuple[int, ...], spec: LensSpec
 ) -> ReferenceLogits:
-    """M's predictions of each token of a text that stands behind the tokens ``start``.
+    """M's predictions of each token of a text, given the tokens ``start`` before it.
 
-    Without a start there is nothing to predict the first token from; its logits are uniform.
+    With an empty ``start`` the first token is predicted from nothing: its logits are uniform.
     """
     prefix = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (text_BT.shape[0], len(start)))
     tokens = jnp.concatenate([prefix, text_BT[:, :-1]], axis=1)

@@ -1,4 +1,4 @@
-"""Numbers that depend on the step: learning rates, loss weights, the Gumbel temperature.
+"""Values that depend on the step: learning rates, loss weights, the Gumbel temperature.
 
 Example:
 
@@ -6,7 +6,7 @@ Example:
     schedule = make_schedule(config, stage_steps=300, steps_per_epoch=50)
     schedule(0)    # 1e-4: the first of ten warm-up steps
     schedule(9)    # 1e-3: the last one
-    schedule(300)  # 1e-4, and so for ever after
+    schedule(300)  # 1e-4, and from then on
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ Schedule = Callable[[jax.Array | int], jax.Array]
 def make_schedule(config: ScheduleConfig, *, stage_steps: int, steps_per_epoch: float) -> Schedule:
     """The function from the step of the stage (the first is 0) to the value, a scalar fp32.
 
-    With w warm-up steps and a way of n steps, at step s:
+    With w warm-up steps and then n steps from start to end, at step s:
 
-    * s < w: ``start (s + 1) / w``. It begins above 0, so that the first optimizer step is not
-      lost, and step w − 1 is the first one at ``start``.
+    * s < w: ``start (s + 1) / w``: above 0 at step 0, so that the first optimizer step is not
+      wasted, and ``start`` at step w − 1.
     * s ≥ w, with x = min((s − w) / n, 1): ``constant`` start, ``linear`` start + x (end − start),
       ``cosine`` end + (start − end) (1 + cos πx) / 2 (Loshchilov & Hutter 2017, SGDR),
       ``exponential`` start (end / start)^x. The value stays at ``end`` from x = 1 on.
 
-    The result may be called inside ``jit`` with a traced step.
+    The returned function can be called inside ``jit`` with a traced step.
 
     Args:
       config: length and warmup are in ``config.unit``, rounded to whole steps; a length of 0 is
         the rest of the stage after warm-up.
       stage_steps: optimizer steps of the stage.
-      steps_per_epoch: optimizer steps that a pass over the training rows takes; need not be whole.
+      steps_per_epoch: optimizer steps per pass over the training rows; need not be an integer.
 
     Raises:
       ValueError: an unknown kind or unit, or an exponential schedule that touches 0.
@@ -47,8 +47,8 @@ def make_schedule(config: ScheduleConfig, *, stage_steps: int, steps_per_epoch: 
     steps_per_unit = _steps_per_unit(config.unit, steps_per_epoch)
     warmup = round(config.warmup * steps_per_unit)
     length = round(config.length * steps_per_unit) if config.length else stage_steps - warmup
-    # A warm-up that fills the stage leaves no way to go; one step keeps the formulas defined.
-    after_warmup = _way(config, max(length, 1))
+    # A warm-up as long as the stage leaves no steps; one keeps the formulas defined.
+    after_warmup = _after_warmup(config, max(length, 1))
 
     def schedule(step: jax.Array | int) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)  # exact up to 2^24 steps
@@ -70,7 +70,7 @@ def _steps_per_unit(unit: str, steps_per_epoch: float) -> float:
     raise ValueError(f"a schedule's unit must be 'steps' or 'epochs', not {unit!r}")
 
 
-def _way(config: ScheduleConfig, length: int) -> Schedule:
+def _after_warmup(config: ScheduleConfig, length: int) -> Schedule:
     """From ``start`` at step 0 to ``end`` at step ``length``."""
     start, end = config.start, config.end
     match config.kind:
@@ -79,7 +79,7 @@ def _way(config: ScheduleConfig, length: int) -> Schedule:
         case "linear":
             return optax.linear_schedule(start, end, length)
         case "cosine":
-            # optax expresses the end as a fraction of the start, which cannot rise from 0.
+            # optax gives the end as a fraction of the start, so it cannot rise from 0.
             falling = optax.cosine_decay_schedule(1.0, length)
             return lambda step: end + (start - end) * falling(step)
         case "exponential":

@@ -1,8 +1,8 @@
-"""How a lens lies on a mesh: clones like the model, its own matrices in parts too.
+"""The sharding of a lens: clones like the model, the lens's own matrices over ``fsdp``.
 
-What has a width D is split along it over ``fsdp``, as the model's parameters are; an adapter's
-side that has none is split along its rank, where ``mesh.fsdp`` divides that. Prompts, biases and
-statistics are whole on every device.
+Arrays with a dimension D are split along it over ``fsdp``, as the model's parameters are; an
+adapter matrix without one is split along its rank, if ``mesh.fsdp`` divides that. Prompts, biases
+and statistics are replicated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from conlens_jax.models.sharding import param_shardings
 from conlens_jax.models.transformer_config import TransformerConfig
 from conlens_jax.parallel.mesh import param_spec, shardings_like
 
-# O is the other D of a matrix that has two: an axis splits one dimension only.
+# O is the second D of a square matrix: a mesh axis splits one dimension only.
 _OWN_PARTS = {
     "projection": {"kernel": param_spec("DO")},
     "input_patches": {"kernel": param_spec("NDO")},
@@ -30,15 +30,15 @@ _OWN_PARTS = {
 
 
 def lens_shardings(tree: Any, config: TransformerConfig, mesh: Mesh) -> Any:
-    """Shardings for a lens or its train state: parameters and their moments, known by their names.
+    """Shardings for a lens or its train state: parameters and their moments, matched by name.
 
     Args:
-      tree: of arrays, or of their shapes.
+      tree: arrays, or their shapes.
 
     Raises:
       ConfigError: the model does not fit the mesh.
     """
-    # Clones are floats, also where the model is int8.
+    # Clones are floats, even if the model is int8.
     floats = dataclasses.replace(config, quantise="")
     table = family_of(config).param_table(config)
     adapters = {row.path[-1]: _adapter(row) for row in table if row.path[-1] in LORA_TARGETS}
@@ -51,12 +51,12 @@ def lens_shardings(tree: Any, config: TransformerConfig, mesh: Mesh) -> Any:
 
 
 def _adapter(row: ParamRow) -> dict[str, P]:
-    """Of ``in`` [N, (E), *inputs, r] and ``out`` [N, (E), r, *outputs]."""
+    """Partition specs of ``in`` [N, (E), *inputs, r] and ``out`` [N, (E), r, *outputs]."""
     leading = row.dims[: 1 + row.has_experts]
     inputs, outputs = row.matrix_dims
 
-    def split(before: str, behind: str) -> P:
-        others = param_spec(before + behind)
+    def split(before: str, after: str) -> P:
+        others = param_spec(before + after)
         rank = None if "fsdp" in others else "fsdp"
         return P(*others[: len(before)], rank, *others[len(before) :])
 
@@ -64,7 +64,8 @@ def _adapter(row: ParamRow) -> dict[str, P]:
 
 
 def _where_it_divides(leaf: Any, sharding: NamedSharding) -> NamedSharding:
-    """Only a rank is of any size; what the model has was checked."""
+    """The sharding without the axes that do not divide their dimension. That can only be an
+    adapter's rank: the model's dimensions have been checked."""
     parts = [
         axis if axis is None or size % sharding.mesh.shape[axis] == 0 else None
         for axis, size in zip(sharding.spec, leaf.shape, strict=False)

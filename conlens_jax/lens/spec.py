@@ -1,9 +1,9 @@
-"""The lens as data: what it is made of, which parts are trained, and where each part lives.
+"""The lens as data: its parts, and which of them are trained.
 
-``trainable`` holds only what the optimizer changes. ``frozen`` holds the original model, the parts
-that are not trained, and the activation statistics. A part is looked up in ``trainable`` first;
-a base that is not there is the original's own arrays, so frozen weights exist once. Low-rank
-adapters (``lora``) lie beside such a base and are applied inside its layers.
+``trainable`` contains what the optimizer changes. ``frozen`` contains the original model, the parts
+that are not trained, and the activation statistics. A part is looked up in ``trainable`` first; a
+base that is in neither is the original's own arrays, so frozen weights exist once. Low-rank
+adapters (``lora``) are applied inside the layers of such a base.
 
     trainable = {"decoder": {"base" or "lora", "projection", "soft_prompt", "output_head",
                              "input_patches"},
@@ -38,15 +38,15 @@ from conlens_jax.parallel.constrain import constrain
 
 @dataclasses.dataclass(frozen=True)
 class LensSpec:
-    """Everything about a lens that is not an array; hashable, a static argument of ``jit``.
+    """Everything about a lens that is not an array; hashable, for a static argument of ``jit``.
 
     Attributes:
       model: shape of the language model.
       layer: the block whose output is read.
       lens: which parts train, text length, gradient switches.
-      decoder_left, decoder_right: prompt tokens on both sides of the activation's slot.
-      encoder_left, encoder_right: prompt tokens on both sides of the text.
-      bos: token that begins a text read alone by M, or None.
+      decoder_left, decoder_right: prompt tokens before and after the activation's slot.
+      encoder_left, encoder_right: prompt tokens before and after the text.
+      bos: first token where M reads a text alone, or None.
     """
 
     model: TransformerConfig
@@ -69,7 +69,7 @@ def make_spec(
     """Tokenises the prompts.
 
     Raises:
-      ValueError: the layer is out of range, or the tokenizer cannot write a prompt.
+      ValueError: the layer is out of range, or a prompt has unknown words.
     """
     if not 0 <= layer < model.n_layers:
         raise ValueError(
@@ -112,21 +112,21 @@ def make_spec(
 
 
 def _check_adapters(model: TransformerConfig, lens: LensConfig) -> None:
-    """Raises ValueError where adapters are asked for matrices that the model has not."""
+    """Raises ValueError if adapters are requested for matrices that the model does not have."""
     if "lora" not in (lens.train_decoder, lens.train_encoder):
         return
     table = family_of(model).param_table(model)
-    here = [name for name in LORA_TARGETS if ("layers", name) in {row.path for row in table}]
-    missing = [name for name in lens.lora_target_names if name not in here]
+    existing = [name for name in LORA_TARGETS if ("layers", name) in {row.path for row in table}]
+    missing = [name for name in lens.lora_target_names if name not in existing]
     if missing:
         raise ValueError(
-            f"lens.lora_targets has {', '.join(missing)}, which a {model.family} model has not; "
-            f"its layers have {', '.join(here)}"
+            f"lens.lora_targets has {', '.join(missing)}, which a {model.family} model does not "
+            f"have; its layers have {', '.join(existing)}"
         )
 
 
 class Decoder(NamedTuple):
-    """The decoder's weights, wherever each of them comes from."""
+    """The decoder's weights, trained and frozen ones together."""
 
     base: Params
     projection: Params
@@ -137,7 +137,7 @@ class Decoder(NamedTuple):
 
 
 class Encoder(NamedTuple):
-    """The encoder's weights; ``base`` holds what is below the layers and these up to the lens's."""
+    """The encoder's weights; ``base`` contains the embeddings and the layers up to the lens's."""
 
     base: Params
     projection: Params
@@ -161,14 +161,14 @@ def encoder_of(trainable: Params, frozen: Params, spec: LensSpec) -> Encoder:
 
 
 def _adapted(base: Params, parts: Params, frozen: Params) -> Params:
-    """The base with the part's adapters beside its layers' own arrays."""
+    """The base with the adapters in its layers, if there are any."""
     if "lora" not in parts:
         return base
     return {**base, "layers": with_adapters(base["layers"], parts["lora"], frozen["lora_scale"])}
 
 
 def _prompt(parts: Params, base: Params) -> Float[Array, "p D"]:
-    """The prompt's vectors, those left of the slot first."""
+    """The prompt's vectors, those before the slot first."""
     embedding_VD = base["embedding"]
     return parts.get("soft_prompt", jnp.zeros((0, embedding_VD.shape[1]), embedding_VD.dtype))
 
@@ -185,9 +185,9 @@ def init_lens(
     adapters and patches that change nothing yet.
 
     Args:
-      original: parameters of M; shared, never copied where a clone stays frozen.
-      mean_D, scale: of the training activations; see :func:`normalise`.
-      seed: of the adapters' random half.
+      original: parameters of M; a frozen clone shares them without a copy.
+      mean_D, scale: statistics of the training activations; see :func:`normalise`.
+      seed: for the adapters' random matrices.
 
     Returns:
       (trainable, frozen).
@@ -198,7 +198,7 @@ def init_lens(
     embedding_rms = scale_embeddings(rows_rms, spec.model)
 
     def soft_prompt(tokens: tuple[int, ...]) -> Params:
-        # Orbax cannot store an empty array: a side without a prompt has no such part.
+        # Orbax cannot store an empty array: without a prompt there is no such part.
         ids = jnp.asarray(tokens, jnp.int32)
         return {"soft_prompt": embed_tokens(original, ids, spec.model)} if tokens else {}
 
@@ -207,7 +207,7 @@ def init_lens(
         return {"kernel": identity, "bias": jnp.zeros(width, dtype)}
 
     copy = lambda tree: jax.tree.map(jnp.copy, tree)
-    # A slot of the same size as the embeddings around it is what the decoder can read at once.
+    # The decoder can read a slot of the same size as the embeddings around it from the start.
     decoder = {
         "projection": projection(embedding_rms),
         **soft_prompt(spec.decoder_left + spec.decoder_right),
@@ -239,8 +239,8 @@ def init_lens(
     if lens.train_encoder == "full":
         trainable["encoder"]["base"] = copy(_encoder_base(original, spec))
     if lens.train_output_head and not (lens.train_decoder == "full" and "output_head" in original):
-        # A trained head of its own: of a frozen decoder, or untied from a trained embedding.
-        # As floats, where the original's is int8.
+        # A separate trained head: of a frozen decoder, or untied from a trained embedding. It is
+        # in floats even if the original's is int8.
         trainable["decoder"]["output_head"] = jnp.copy(output_head(original).astype(dtype))
     if lens.input_patches:
         n = lens.input_patches
@@ -260,7 +260,7 @@ def init_lens(
 
 
 def normalise(activation: Float[Array, "*B D"], statistics: Params) -> Float[Array, "*B D"]:
-    """(a − mean) / scale, fp32: the coordinates in which the projections begin as identities."""
+    """(a − mean) / scale, fp32: in these coordinates the projections start as identities."""
     return (activation.astype(jnp.float32) - statistics["mean"]) / statistics["scale"]
 
 
@@ -270,15 +270,15 @@ def denormalise(normal: Float[Array, "*B D"], statistics: Params) -> Float[Array
 
 
 def project(x: Float[Array, "*B D"], projection: Params) -> Float[Array, "*B D"]:
-    # Split over fsdp where it is stored; as a whole here, or the compiler would turn the batch.
+    # Stored split over fsdp, gathered for the product: else the compiler would reshard the batch.
     kernel = constrain(projection["kernel"], "DD")
     return jnp.matmul(x.astype(kernel.dtype), kernel) + projection["bias"]
 
 
 def around(
     prompt_pD: Float[Array, "p D"], middle_BmD: Float[Array, "B m D"], n_left: int
-) -> Float[Array, "B n D"]:
-    """The prompt's vectors around what varies: ``n_left`` of them before it, the rest behind."""
+) -> Float[Array, "B S D"]:
+    """The prompt's vectors around those of each row: ``n_left`` before them, the rest after."""
     batch, _, width = middle_BmD.shape
     repeat = lambda part: jnp.broadcast_to(part, (batch, len(part), width)).astype(middle_BmD.dtype)
     return jnp.concatenate(

@@ -1,9 +1,9 @@
-"""Everything that has the vocabulary as a dimension: logits, losses over them, sampled tokens.
+"""Functions with the vocabulary as a dimension: logits, losses over them, sampled tokens.
 
-Logits of a batch of texts, [B, T, V] in fp32, are by far the largest array of a step. So what is
-handed around is the state behind the last layer, [B, T, D], and logits are made from it where they
-are looked at: a few tokens of each text at a time, made again in the backward pass. Where all of
-them fit into :data:`LOGITS_AT_ONCE` they are made once and kept.
+The logits of a batch of texts, [B, T, V] in fp32, are by far the largest array of a step. So
+functions take the state after the last layer, [B, T, D], and compute logits from it a few tokens of
+each text at a time, and again in the backward pass. If all of them fit into
+:data:`LOGITS_AT_ONCE`, they are computed once and kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LOGITS_AT_ONCE = 1 << 24  # 64 MiB in fp32
 
 
 def chunks_of(batch: int, text_len: int, vocab_size: int) -> int:
-    """Into how many equal parts the tokens of a text are cut."""
+    """The number of equal parts that the tokens of a text are processed in."""
     divisors = (n for n in range(1, text_len + 1) if text_len % n == 0)
     fits = (n for n in divisors if batch * (text_len // n) * vocab_size <= LOGITS_AT_ONCE)
     return next(fits, text_len)
@@ -36,8 +36,8 @@ def noise_of_texts(
     vocab_size: int,
     scale: Float[Array, ""] | float | None = None,
 ) -> Noise:
-    """:func:`~conlens_jax.lens.gumbel.drawn_noise`, drawn once where there is room for it: a step
-    looks at it four times, and drawing costs as much as a product with the head."""
+    """:func:`~conlens_jax.lens.gumbel.drawn_noise`, drawn once if it fits: a step uses it
+    four times, and drawing costs as much as a product with the head."""
     noise = drawn_noise(keys_B, text_len, scale)
     if chunks_of(len(keys_B), text_len, vocab_size) > 1:
         return noise
@@ -45,10 +45,8 @@ def noise_of_texts(
 
 
 def in_chunks(function: Callable[..., Any], arrays: Any, n_chunks: int) -> Any:
-    """``function(arrays)`` for arrays [B, T, …] and results [B, T, …], T / n tokens at a time.
-
-    With one chunk it is called as it stands. With more, what it makes on its way is not kept for
-    the backward pass.
+    """``function(arrays)`` for arrays [B, T, …] and results [B, T, …], T / n_chunks tokens at a
+    time. With more than one chunk its intermediate values are recomputed in the backward pass.
     """
     if n_chunks == 1:
         return function(arrays)
@@ -89,7 +87,7 @@ def sampled_embeddings(
 
 
 class ReferenceLogits(NamedTuple):
-    """Logits to compare with, as states and a head. A state of zeros has uniform logits."""
+    """Reference logits, as states and a head. A state of zeros has uniform logits."""
 
     head: Head
     state_BTD: Float[Array, "B T D"]
@@ -104,16 +102,16 @@ def text_terms(
     tokens_BT: Int[Array, "B T"],
     reference: ReferenceLogits | None = None,
 ) -> dict[str, Float[Array, "B T"]]:
-    """``entropy`` of the logits, ``nll`` of the tokens and, with a reference, ``lm``, the KL from
-    it; of every token, in nats. What is not used costs nothing under ``jit``."""
+    """Per token, in nats: ``entropy`` of the logits, ``nll`` of the token and, with a reference,
+    ``lm``, the KL from it. Unused terms cost nothing under ``jit``."""
 
     def terms(arrays):
         state, tokens, reference_state = arrays
         logits = head.logits(state)
-        found = {"entropy": entropy(logits), "nll": cross_entropy(logits, tokens)}
+        values = {"entropy": entropy(logits), "nll": cross_entropy(logits, tokens)}
         if reference is not None:
-            found["lm"] = kl_divergence(reference.head.logits(reference_state), logits)
-        return found
+            values["lm"] = kl_divergence(reference.head.logits(reference_state), logits)
+        return values
 
     arrays = (state_BTD, tokens_BT, None if reference is None else reference.state_BTD)
     return in_chunks(terms, arrays, chunks_of(*tokens_BT.shape, head.vocab_size))

@@ -15,7 +15,7 @@ import numpy as np
 from conlens_jax.lens.batch import Batch
 from conlens_jax.lens.decoder import generate
 from conlens_jax.lens.encoder import encode_prefixes, encode_ragged, encode_tokens
-from conlens_jax.lens.gumbel import drawn_noise, example_keys
+from conlens_jax.lens.gumbel import Purpose, drawn_noise, example_keys
 from conlens_jax.lens.losses import cross_entropy, direction_error, kl_divergence
 from conlens_jax.lens.original import (
     Context,
@@ -29,7 +29,6 @@ from conlens_jax.lens.vocabulary import text_terms
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import embed_tokens, unembed
 
-SAMPLING = 2  # purpose of the evaluation noise, apart from that of training
 TOP = 5
 
 
@@ -62,7 +61,7 @@ def explain(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Texts [B, T], reconstructions [B, D], and their cosines by prefix [B, T] (or [B, 0])."""
     decoder, encoder = decoder_of(trainable, frozen), encoder_of(trainable, frozen, spec)
-    keys_B = example_keys(seed, draw, batch.examples_B, SAMPLING)
+    keys_B = example_keys(seed, draw, batch.examples_B, Purpose.MEASURED_TEXT)
     noise = drawn_noise(keys_B, spec.text_len, noise_scale)
     text_BT = generate(decoder, batch.activation_BD, noise, spec=spec)
     if spec.encoder_right:

@@ -1,1 +1,1 @@
-"""Training: state, step, loop, optimizer, checkpoints, console and tracking."""
+"""Training: session, stages, train step, loop, optimizer, validation, checkpoints."""

@@ -1,4 +1,4 @@
-"""What is trained, what is frozen, what is shared, and how many bytes each part takes."""
+"""Tables of the parts of a lens: trained, frozen or shared, their parameters and bytes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SIDES = ("decoder", "encoder")
 def parameter_table(
     trainable: Params, frozen: Params, spec: LensSpec
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: part, how it is kept, parameters, bytes in all, bytes on each device.
+    """Header and rows: part, trained or frozen, parameters, total bytes, bytes per device.
 
-    A base that is shared is the original's own arrays: it has parameters, but takes no bytes.
-    Works on arrays and on their shapes alone.
+    A shared base is the original's own arrays: it has parameters, but takes no bytes of its own.
+    Works on arrays and on shapes.
     """
     rows = [
         [f"{side} {name}", "trained", *_size(part)]
@@ -42,7 +42,7 @@ def parameter_table(
 
 
 def stored_table(state: TrainState, frozen: Params) -> tuple[list[str], list[list[str]]]:
-    """What a stage keeps on each device from step to step, and what its gradients take besides."""
+    """Header and rows: bytes per device of a stage's state, and of the gradients during a step."""
     parts = {
         "original model": frozen["original"],
         "frozen parts of the lens": {k: v for k, v in frozen.items() if k != "original"},
@@ -63,7 +63,8 @@ def _frozen_parts(frozen: Params) -> Iterator[tuple[str, Params]]:
 
 
 def _used(original: Params, side: str, spec: LensSpec) -> str:
-    """Parameters of the original that a side uses; the encoder ends behind the lens's layer."""
+    """The number of the original's parameters that a side uses; the encoder ends at the lens's
+    layer."""
     if side == "decoder":
         return f"{count(original):,}"
     tables = sum(count(original[name]) for name in BELOW_THE_LAYERS if name in original)

@@ -1,4 +1,4 @@
-"""An encoder of its own that audits a lens: it has read true text only, never the decoder's."""
+"""A separate encoder that audits a lens: it is trained on true text only, never the decoder's."""
 
 from __future__ import annotations
 
@@ -21,25 +21,24 @@ from conlens_jax.training.run_folder import AUDIT
 from conlens_jax.training.session import Session, training_rows
 from conlens_jax.training.state import Stage
 
-Where = TypeVar("Where", Rows, Places)
+RowsOrPlaces = TypeVar("RowsOrPlaces", Rows, Places)
 
 
 def train_auditor(session: Session, run_folder: Path) -> Params:
-    """Trains an encoder on true windows of the corpus, or takes up the one that lies in
-    ``<run>/audit`` already.
+    """Trains an encoder on true windows of the corpus, or loads the one in ``<run>/audit``.
 
-    It starts where E started, as a clone of M (one that started from nothing would first have to
-    learn the language). From there its rows come in an order of their own, ``audit_seed``; the
-    windows begin up to ``audit_shift`` tokens before or behind those that the warm start teaches;
-    and every prefix of a window counts alike, so that it reads texts of 1 to T tokens.
+    It starts as the lens's encoder did, as a clone of M (from random weights it would first have to
+    learn the language). Its rows are in another order (``audit_seed``), its windows start up to
+    ``audit_shift`` tokens before or after those of the warm start, and all prefixes of a window
+    have the same weight, so that it learns to read texts of 1 to T tokens.
 
     Returns:
-      ``{"encoder": …}``, to stand in the place of a lens's own.
+      ``{"encoder": …}``, to replace a lens's own.
     """
     config = session.config
     steps, seed = config.evaluate.audit_steps, config.evaluate.audit_seed
     text_len = session.spec.text_len
-    # Prefixes cannot be read in one pass where the encoder's prompt goes on behind the text.
+    # Prefixes cannot be read in one pass if the encoder's prompt has a part after the text.
     share = 0.0 if session.spec.encoder_right else 1 - 1 / text_len
     loss = dataclasses.replace(session.objective.loss, prefix_share=share)
     alone = dataclasses.replace(
@@ -55,7 +54,7 @@ def train_auditor(session: Session, run_folder: Path) -> Params:
     shift = config.evaluate.audit_shift
     if shift:
         if isinstance(train, TokenStream):
-            # A step would capture the activation of the shifted position.
+            # The step would capture the activation at the shifted position.
             train = CapturedRows(training_rows(train, steps * config.warm.batch_size))
         train = ShiftedWindows(train, config.warm, shift, seed)
     folder = run_folder / AUDIT / f"seed{seed}-steps{steps}-shift{shift}"
@@ -67,11 +66,11 @@ def train_auditor(session: Session, run_folder: Path) -> Params:
 
 
 class ShiftedWindows:
-    """Rows whose position is moved within the document while the activation stays: the window that
-    is read there is true text somewhere around the activation's own place.
+    """Rows whose position is shifted within the document while the activation stays: the window is
+    true text near the activation's position.
 
-    The shift of a row is drawn once, uniformly among those up to ``shift`` tokens in either
-    direction that leave the whole window inside the document.
+    Each row's shift is drawn once, uniformly from those of up to ``shift`` tokens in either
+    direction that keep the whole window inside the document.
     """
 
     def __init__(self, source: RowSource, window: WarmConfig, shift: int, seed: int):
@@ -93,9 +92,9 @@ class ShiftedWindows:
             yield self._shifted(piece, self._draws_N[start:stop])
             start = stop
 
-    def _shifted(self, rows: Where, draws_N: np.ndarray) -> Where:
+    def _shifted(self, rows: RowsOrPlaces, draws_N: np.ndarray) -> RowsOrPlaces:
         window, shift, at_N = self._window, self._shift, rows.positions_N
         before_N = np.clip(at_N - (window.before - 1), 0, shift)
-        behind_N = np.clip(rows.lengths_N - 1 - window.after - at_N, 0, shift)
-        shifts_N = np.floor(draws_N * (before_N + behind_N + 1)) - before_N
+        after_N = np.clip(rows.lengths_N - 1 - window.after - at_N, 0, shift)
+        shifts_N = np.floor(draws_N * (before_N + after_N + 1)) - before_N
         return dataclasses.replace(rows, positions_N=at_N + shifts_N.astype(at_N.dtype))

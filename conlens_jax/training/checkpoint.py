@@ -1,10 +1,10 @@
-"""Checkpoints of a run: whole or absent, the newest and the best kept, restored on any mesh.
+"""Checkpoints of a run: written atomically, the newest and the best kept, restored on any mesh.
 
-A folder holds one sub-folder a step: ``<step>/state`` (arrays, Orbax), ``<step>/metadata`` and
-``<step>/checksums`` (JSON). Orbax writes under a temporary name and renames at the end, so a step's
-folder is complete as soon as it has its name. Writing goes through :class:`Checkpoints`, which one
-run owns; reading needs only the folder (:func:`restore_params`, :func:`read_metadata`,
-:func:`all_steps`) and never disturbs a run that is writing. What is read is compared with the
+A folder contains one sub-folder per step: ``<step>/state`` (arrays, Orbax), ``<step>/metadata``,
+``<step>/metrics`` and ``<step>/checksums`` (JSON). Orbax writes under a temporary name and renames
+at the end, so a folder with a step's name is complete. A run writes through :class:`Checkpoints`;
+the functions that read (:func:`restore_params`, :func:`read_metadata`, :func:`all_steps`) need only
+the folder and do not disturb a run that is writing. The values read are compared with the
 checksums.
 """
 
@@ -40,6 +40,7 @@ from conlens_jax.training.checkpoint_storage import (
     storage_path,
     stored_arrays,
     stored_json,
+    stored_metrics,
     stored_tree,
 )
 from conlens_jax.training.checksums import checksums
@@ -50,6 +51,7 @@ __all__ = [
     "DamagedCheckpoint",
     "all_steps",
     "any_metadata",
+    "best_step",
     "read_metadata",
     "restore_params",
     "restore_state",
@@ -61,28 +63,28 @@ _STEP = re.compile(r"[0-9]+")
 PyTree = Any
 
 CHECKPOINT_METRIC = "kl_at_sampled"
-"""The validation score that makes a checkpoint the best one; lower is better."""
+"""The validation score that checkpoints are ranked by; lower is better."""
 _T = TypeVar("_T")
 
 
 class Checkpoints:
-    """The checkpoints of one run, for the process (or processes) that write them.
+    """The checkpoints of one run, for the processes that write them.
 
-    Saves go on in the background while training continues; leaving the ``with`` block, or
-    :meth:`close`, waits for the last one. Kept are the newest ``keep_latest``, the ``keep_best``
-    with the lowest ``metric`` and, where they were saved, the steps of ``keep_steps``. The first
-    checkpoint of a folder is read back before training goes on, see
+    Saving continues in the background while training goes on; leaving the ``with`` block, or
+    :meth:`close`, waits for the last save. It keeps the newest ``keep_latest``, the ``keep_best``
+    with the lowest ``metric`` and, if they were saved, the steps in ``keep_steps``. The first
+    checkpoint of a folder is read back before training continues, see
     :class:`~conlens_jax.training.checkpoint_storage.ReadBack`.
 
     Args:
-      folder: made if needed. What a killed run left half-written in it is removed.
+      folder: created if needed. Incomplete checkpoints of a killed run are removed.
       keep_latest: at least 1.
-      keep_best: how many by metric; checkpoints saved without a finite one do not compete.
+      keep_best: the number kept by metric; those saved without a finite one do not count.
       metric: key of ``metrics`` in :meth:`save`; lower is better.
-      keep_steps: steps that stay for good, such as the last one of the warm start.
+      keep_steps: steps that are never deleted, such as the last one of the warm start.
 
     Raises:
-      CheckpointError: a folder whose name the storage cannot take, or a damaged checkpoint in it.
+      CheckpointError: the storage cannot use the folder's name, or a checkpoint in it is damaged.
     """
 
     def __init__(
@@ -97,20 +99,20 @@ class Checkpoints:
         if keep_latest < 1:
             raise ValueError(f"checkpoint.keep_latest must be at least 1, not {keep_latest}")
         logger = absl_logging.get_absl_logger()
-        logger.addFilter(_is_news)  # once: a filter that is there already is not added
+        logger.addFilter(_is_news)  # adding it twice has no effect
         self.folder = local_path(folder)
         place = storage_path(self.folder)
         self._reads_back = not all_steps(self.folder)
         for step in all_steps(self.folder):
             if problem := metrics_problem(self.folder / str(step)):
                 raise _damaged(self.folder / str(step), problem)
-        self._policy = _Preserve(keep_latest, keep_best, metric, frozenset(keep_steps))
+        policy = _Preserve(keep_latest, keep_best, metric, frozenset(keep_steps))
         self._manager = _Manager(
             place,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._policy,
-                # Orbax writes and reads metrics only where this is given; the policy decides.
-                best_fn=self._policy.value,
+                preservation_policy=policy,
+                # Orbax writes metrics only if this is set; the policy decides what to keep.
+                best_fn=lambda metrics: _value(metrics, metric),
                 best_mode="min",
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
@@ -126,26 +128,26 @@ class Checkpoints:
         *,
         force: bool = False,
     ) -> bool:
-        """Starts writing a checkpoint and returns whether one is written.
+        """Starts writing a checkpoint; returns whether one is written.
 
         The arrays are copied before the call returns, so the caller may donate them.
 
         Args:
           step: optimizer steps done; names the checkpoint.
           state: a pytree of arrays (no strings, no typed PRNG keys).
-          metadata: anything JSON can hold.
-          metrics: scalars; ``metric`` among them makes the checkpoint compete for the best.
-          force: write the step anew where it exists; otherwise it stays and False is returned.
+          metadata: JSON values.
+          metrics: scalars; with ``metric`` among them the checkpoint is ranked.
+          force: overwrite an existing step; otherwise it stays and False is returned.
 
         Raises:
-          CheckpointError: the first checkpoint of the folder cannot be read back as it was given.
+          CheckpointError: the first checkpoint of the folder, read back, differs from ``state``.
         """
         self._manager.wait_until_finished()
         if step in self._manager.all_steps():
             if not force:
                 return False
             self._manager.delete(step)
-        given = ReadBack(state) if self._reads_back else None
+        record = ReadBack(state) if self._reads_back else None
         saved = self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -158,28 +160,16 @@ class Checkpoints:
             metrics={name: float(value) for name, value in (metrics or {}).items()},
             force=True,
         )
-        if given is not None and saved:
+        if record is not None and saved:
             self._manager.wait_until_finished()
-            given.check(self.folder / str(step))
+            record.check(self.folder / str(step))
             self._reads_back = False
         return saved
 
-    def latest_step(self) -> int | None:
-        """The newest complete checkpoint, None where there is none."""
-        return max(self.all_steps(), default=None)
-
     def all_steps(self) -> list[int]:
-        """The complete checkpoints, in rising order."""
+        """The complete checkpoints, in increasing order."""
         self.wait()
         return all_steps(self.folder)
-
-    def best_step(self) -> int | None:
-        """The checkpoint with the lowest metric, None where none has a finite one."""
-        self.wait()
-        step = self._manager.best_step()
-        if step is None or math.isinf(self._policy.value(self._manager.metrics(step))):
-            return None
-        return step
 
     def restore(self, step: int | None, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """The state and the metadata of a step (None: the newest).
@@ -190,11 +180,11 @@ class Checkpoints:
         return restore_state(self.folder, step, template)
 
     def wait(self) -> None:
-        """Returns when everything is on disk; raises what went wrong in the background."""
+        """Waits until everything is on disk; raises the errors of the background work."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the last save and ends the background work. Without it that save is lost."""
+        """Waits for the last save and ends the background work; without it that save is lost."""
         self._manager.close()
 
     def __enter__(self) -> Checkpoints:
@@ -206,20 +196,19 @@ class Checkpoints:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # Where an error is on its way, a save that fails too has nothing to add: mostly the same
-        # full disk.
+        # While an error propagates, a failing save adds nothing: mostly it is the same full disk.
         with contextlib.suppress(*(() if error is None else (OSError, ValueError))):
             self.close()
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether to print a log record. What goes wrong in Orbax's threads it logs with a page of
-    trace for each; the next save or wait raises the same error, which is told in words."""
+    """Whether to print a log record. Orbax logs each error of its threads with a page of trace; the
+    next save or wait raises the same error."""
     return not (record.exc_info and "orbax" in record.pathname)
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, but for one question: training alone asks whether to stop, see
+    """Orbax's manager without its check for preemption: only the training loop checks, see
     :mod:`conlens_jax.parallel.preemption`."""
 
     def reached_preemption(self, step: int) -> bool:
@@ -227,29 +216,35 @@ class _Manager(ocp.CheckpointManager):
 
 
 class _Preserve:
-    """Which checkpoints stay: newest, best and named ones (an Orbax preservation policy)."""
+    """Keeps the newest, best and named checkpoints (an Orbax preservation policy)."""
 
     def __init__(self, newest: int, best: int, metric: str, steps: frozenset[int]):
         self._newest, self._best, self._metric, self._steps = newest, best, metric, steps
 
-    def value(self, metrics: Mapping[str, float] | None) -> float:
-        """The metric to be small; infinite where it is absent or not finite."""
-        value = (metrics or {}).get(self._metric, math.inf)
-        return value if math.isfinite(value) else math.inf
-
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        values = {info.step: self.value(info.metrics) for info in checkpoints}
-        measured = [step for step in values if math.isfinite(values[step])]
+        values = {info.step: _value(info.metrics, self._metric) for info in checkpoints}
         keep = set(sorted(values)[-self._newest :]) | self._steps
-        keep.update(sorted(measured, key=lambda step: (values[step], -step))[: self._best])
+        keep.update(_best_first(values)[: self._best])
         return [info.step in keep for info in checkpoints]
+
+
+def _value(metrics: Mapping[str, float] | None, name: str) -> float:
+    """The metric to minimise; infinite where it is absent or not finite."""
+    value = (metrics or {}).get(name, math.inf)
+    return value if math.isfinite(value) else math.inf
+
+
+def _best_first(values: Mapping[int, float]) -> list[int]:
+    """The steps with a finite value, the lowest value first; among equals the newest."""
+    finite = [step for step in values if math.isfinite(values[step])]
+    return sorted(finite, key=lambda step: (values[step], -step))
 
 
 # --- reading ------------------------------------------------------------------------------------
 
 
 def all_steps(folder: str | Path) -> list[int]:
-    """The complete checkpoints of a folder in rising order; empty where there is no folder."""
+    """The complete checkpoints of a folder in increasing order; empty if there is no folder."""
     folder = local_path(folder)
     if not folder.is_dir():
         return []
@@ -260,19 +255,27 @@ def all_steps(folder: str | Path) -> list[int]:
     )
 
 
+def best_step(folder: str | Path, metric: str = CHECKPOINT_METRIC) -> int | None:
+    """The checkpoint whose recorded metric is the lowest; None where none has a finite one."""
+    folder = local_path(folder)
+    metrics = {step: stored_metrics(folder / str(step)) for step in all_steps(folder)}
+    ranked = _best_first({step: _value(found, metric) for step, found in metrics.items()})
+    return ranked[0] if ranked else None
+
+
 def read_metadata(folder: str | Path, step: int | None = None) -> dict[str, Any]:
     """The metadata of a step (None: the newest).
 
     Raises:
       CheckpointError: there is no such checkpoint.
-      DamagedCheckpoint: it cannot be read; which one before it can is said.
+      DamagedCheckpoint: it cannot be read; the message names the newest one before it that can.
     """
     return _read(folder, step, _metadata)
 
 
 def any_metadata(folder: str | Path) -> dict[str, Any]:
-    """The metadata of the newest step whose metadata can be read; empty where there is none. For
-    what is the same in all of them."""
+    """The metadata of the newest step whose metadata can be read; empty if there is none. For
+    entries that are the same in all steps."""
     for step in reversed(all_steps(folder)):
         try:
             return _metadata(local_path(folder) / str(step))
@@ -289,12 +292,12 @@ def restore_state(
 
     Args:
       template: the state's structure, with arrays or ``jax.ShapeDtypeStruct`` leaves. A leaf's
-        sharding is where the restored array goes, whatever mesh it was saved from.
+        sharding is that of the restored array; the mesh it was saved from does not matter.
 
     Raises:
-      CheckpointError: there is no such checkpoint, or the template's names, shapes or dtypes
-        differ from it (all of them are listed).
-      DamagedCheckpoint: it cannot be read; which one before it can is said.
+      CheckpointError: there is no such checkpoint, or names, shapes or dtypes of the template
+        differ from it (the message lists them).
+      DamagedCheckpoint: it cannot be read; the message names the newest one before it that can.
     """
 
     def read(path: Path) -> tuple[PyTree, dict[str, Any]]:
@@ -310,11 +313,11 @@ def restore_state(
 def restore_params(folder: str | Path, step: int | None, template: PyTree) -> PyTree:
     """Only the trained parts, ``state["params"]``, of a step (None: the newest).
 
-    Reads nothing of the optimizer. A dtype other than the stored one casts.
+    The optimizer's state is not read. Arrays are cast to the template's dtypes.
 
     Args:
       template: structure of the params, as for :func:`restore_state`. Parts of the checkpoint
-        that it does not name are left out.
+        that are not in it are skipped.
 
     Raises:
       CheckpointError, DamagedCheckpoint: as for :func:`restore_state`.
@@ -331,9 +334,9 @@ def restore_params(folder: str | Path, step: int | None, template: PyTree) -> Py
 
 
 def _read(folder: str | Path, step: int | None, read: Callable[[Path], _T]) -> _T:
-    """What ``read`` gives of a step's folder; where that is damaged, what can be done about it."""
+    """The result of ``read`` on a step's folder; if that is damaged, an error with the fix."""
     path = _step_folder(folder, step)
-    storage_path(path)  # a name that Orbax would read otherwise is no damage
+    storage_path(path)  # a name that Orbax misreads is not damage
     try:
         with quiet_storage():
             return read(path)
@@ -350,8 +353,7 @@ def _damaged(path: Path, problem: str) -> DamagedCheckpoint:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether all of a checkpoint can be read. One array at a time: this is no place to run out of
-    memory."""
+    """Whether all of a checkpoint can be read; one array at a time, to save memory."""
     try:
         with quiet_storage():
             _metadata(path)
@@ -370,7 +372,7 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 def step_of(folder: str | Path, step: int | None) -> int:
-    """A step that is there (None: the newest).
+    """An existing step (None: the newest).
 
     Raises:
       CheckpointError: there is no such checkpoint.
@@ -414,13 +416,13 @@ def _check(path: Path, stored: Mapping[str, Any], template: PyTree, *, whole: bo
         f"the checkpoint {path} was saved by a run of another configuration:\n"
         + "\n".join(f"  - {problem}" for problem in shown)
         + "\nUse the config.json of that run, point train.init_from at another checkpoint, or "
-        "start afresh in another run_dir."
+        "start again in another run_dir."
     )
 
 
 def _restore(path: Path, template: PyTree, *, partial: bool) -> PyTree:
     def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-        # Without a sharding Orbax would ask for the devices of the run that saved.
+        # Without a sharding Orbax requires the devices of the run that saved.
         sharding = getattr(leaf, "sharding", None)
         sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,4 +1,4 @@
-"""How checkpoints lie on the disk, and what is said of one that is damaged."""
+"""The files of checkpoints on disk, and error messages for damaged ones."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ from conlens_jax.training.checksums import checksums
 
 STATE, METADATA, METRICS, CHECKSUMS = "state", "metadata", "metrics", "checksums"
 _CHECKED_BYTES = 256 * 2**20
-_SAID = {"NOT_FOUND": "is missing", "OUT_OF_RANGE": "is cut short", "DATA_LOSS": "is damaged"}
+_MEANING = {"NOT_FOUND": "is missing", "OUT_OF_RANGE": "is cut short", "DATA_LOSS": "is damaged"}
 
 PyTree = Any
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not there, or does not fit; the message says what to change."""
+    """A checkpoint that does not exist or does not match; the message gives the fix."""
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A checkpoint that is there and cannot be read.
+    """A checkpoint that exists and cannot be read.
 
     Attributes:
-      step: the damaged one; whole: the newest before it that can be read, None where none can.
+      step: the damaged one.
+      whole: the newest one before it that can be read, or None.
     """
 
     def __init__(self, path: Path, problem: str, whole: int | None):
@@ -58,7 +59,7 @@ class DamagedCheckpoint(CheckpointError):
 
 
 def _unused(path: Path) -> Path:
-    """Where a damaged checkpoint can go: beside the folder of the checkpoints."""
+    """An unused name for a damaged checkpoint, next to the folder of checkpoints."""
     name = path.parent.parent / f"damaged-{path.name}"
     while name.exists():
         name = name.with_name(name.name + "-again")
@@ -66,11 +67,10 @@ def _unused(path: Path) -> Path:
 
 
 class _LiteralPath(type(epath.Path("/"))):
-    """A path of the kind that Orbax uses, whose own ``*``, ``?`` and ``[`` stand for themselves.
+    """A path for Orbax in which ``*``, ``?`` and ``[`` are literal.
 
-    When it merges what several processes wrote, Orbax looks for files with a pattern below the
-    folder, and takes the folder's name for a part of the pattern: nothing is found below ``a[1]``,
-    and below ``a*`` perhaps another run's files.
+    When Orbax merges the files of several processes, it searches with a glob pattern that includes
+    the folder's name: below ``a[1]`` it finds nothing, below ``a*`` perhaps another run's files.
     """
 
     def glob(self, pattern: str) -> Iterator[_LiteralPath]:
@@ -79,10 +79,10 @@ class _LiteralPath(type(epath.Path("/"))):
 
 
 def storage_path(folder: str | Path) -> epath.Path:
-    """``folder`` as Orbax must be given it.
+    """``folder`` as a path for Orbax.
 
     Raises:
-      CheckpointError: checkpoints cannot be kept below such a name.
+      CheckpointError: Orbax cannot store checkpoints under this name.
     """
     if problem := checkpoint_path_problem(folder):
         raise CheckpointError(problem)
@@ -98,8 +98,8 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
 
 
 def stored_json(path: Path, item: str) -> dict[str, Any]:
-    """A JSON item of a checkpoint. The handler itself reads it: a Checkpointer would wait for the
-    other processes, and one of them may read alone."""
+    """A JSON item of a checkpoint. Read by the handler: a Checkpointer would wait for the other
+    processes, and here a single process may read."""
     handler = ocp.JsonCheckpointHandler()
     try:
         return handler.restore(storage_path(path) / item)
@@ -108,7 +108,7 @@ def stored_json(path: Path, item: str) -> dict[str, Any]:
 
 
 def stored_tree(path: Path) -> PyTree:
-    """What a checkpoint holds: dicts, with the metadata (shape, dtype) of an array a leaf."""
+    """The tree of a checkpoint: dicts whose leaves are the metadata (shape, dtype) of arrays."""
     handler = ocp.PyTreeCheckpointHandler()
     try:
         return handler.metadata(storage_path(path) / STATE).tree
@@ -117,7 +117,7 @@ def stored_tree(path: Path) -> PyTree:
 
 
 def stored_arrays(path: Path, tree: PyTree, names: set[str]) -> dict[str, np.ndarray]:
-    """Some arrays of a checkpoint, whole and in the memory of the host."""
+    """Some arrays of a checkpoint, unsharded, in host memory."""
 
     def item(where: Any, leaf: Any) -> Any:
         name = jax.tree_util.keystr(where, simple=True, separator=".")
@@ -138,10 +138,10 @@ def stored_arrays(path: Path, tree: PyTree, names: set[str]) -> dict[str, np.nda
 
 
 class ReadBack:
-    """What was given to be saved, to be compared with what can be read.
+    """A record of a state that is saved, to compare with the checkpoint read back.
 
-    Names, shapes and dtypes are those of all arrays. Values are kept of the smallest ones, up to
-    256 MB on this host: what hinders reading hinders it for all.
+    It has the names, shapes and dtypes of all arrays, and the values of the smallest ones, up to
+    256 MB on this host: a problem with reading affects all arrays.
     """
 
     def __init__(self, state: PyTree):
@@ -158,7 +158,7 @@ class ReadBack:
             self._values[name] = [(index, np.array(data)) for index, data in pieces]
 
     def check(self, path: Path) -> None:
-        """Raises CheckpointError where ``path`` does not hold what was given."""
+        """Raises CheckpointError if the checkpoint at ``path`` differs."""
         try:
             with quiet_storage():
                 tree = stored_tree(path)
@@ -180,7 +180,7 @@ class ReadBack:
         ]
         if problems:
             shown = ", ".join(problems[:4]) + (", …" if problems[4:] else "")
-            raise CheckpointError(_unreadable(path, f"{shown} came back otherwise"))
+            raise CheckpointError(_unreadable(path, f"{shown} came back different"))
 
 
 def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
@@ -191,24 +191,24 @@ def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
 def _unreadable(path: Path, problem: str) -> str:
     return (
         f"the checkpoint {path} was written and cannot be read back: {problem}. Choose a run_dir "
-        "on another disk or of a plainer name."
+        "on another disk or with a simpler name."
     )
 
 
 def saved_checksums(path: Path) -> dict[str, int]:
-    """What :func:`~conlens_jax.training.checksums.checksums` gave when a checkpoint was saved;
-    empty for one of an earlier version."""
+    """The :func:`~conlens_jax.training.checksums.checksums` saved with a checkpoint; empty for one
+    of an earlier version."""
     if not (path / CHECKSUMS).is_dir():
         return {}
     return stored_json(path, CHECKSUMS)
 
 
 def check_values(path: Path, tree: PyTree, restored: Mapping[str, Any]) -> None:
-    """Raises ValueError where arrays, by name, are not those that were saved. One that was cast to
-    another dtype when it was read cannot be compared.
+    """Raises ValueError if arrays, by name, are not those that were saved. Arrays that were cast
+    on reading are not compared.
 
     Args:
-      tree: what the checkpoint holds.
+      tree: of the checkpoint, from :func:`stored_tree`.
     """
     saved, kinds = saved_checksums(path), named_leaves(tree)
     alike = {name: leaf for name, leaf in restored.items() if leaf.dtype == kinds[name].dtype}
@@ -224,25 +224,25 @@ def check_values(path: Path, tree: PyTree, restored: Mapping[str, Any]) -> None:
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether an error of reading says that the files are wrong, not the request or the machine."""
+    """Whether a read error is due to the files, not the request or the machine."""
     others = (CheckpointError, MemoryError, PermissionError, jax.errors.JaxRuntimeError)
     return not isinstance(error, others)
 
 
 def reason_of(error: BaseException, path: Path) -> str:
-    """One line of what the storage says in many; files are named relative to the step's folder."""
+    """The storage's error in one line; files are relative to the step's folder."""
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
         causes.append(cause)
     for cause in reversed(causes):
         text = str(cause)
-        kind = re.match(rf"({'|'.join(_SAID)}): ", text)
+        kind = re.match(rf"({'|'.join(_MEANING)}): ", text)
         text = re.split(r" \[(?:tensorstore_spec|source locations)", text)[0]
         files = re.findall(r'local file "([^"]+)"', text)
         if kind and files and not files[-1].endswith("/"):
-            return f"{_relative(files[-1], path)} {_SAID[kind[1]]}"
+            return f"{_relative(files[-1], path)} {_MEANING[kind[1]]}"
         if kind and (array := re.search(r'"([^"]+)/\.z\w+"', text)):
-            return f"the array {array[1]} {_SAID[kind[1]]}"
+            return f"the array {array[1]} {_MEANING[kind[1]]}"
     for cause in causes:
         if isinstance(cause, json.JSONDecodeError | UnicodeDecodeError):
             return f"one of its files is not whole JSON ({cause})"
@@ -255,8 +255,8 @@ def _relative(text: str, path: Path) -> str:
 
 
 def metrics_problem(path: Path) -> str | None:
-    """What is wrong with the file of a step's metrics, which Orbax reads of all steps; None where
-    nothing is, or there is no such file."""
+    """What is wrong with the metrics file of a step, which Orbax reads for all steps; None if it is
+    valid or does not exist."""
     file = path / METRICS / METRICS
     try:
         json.loads(file.read_text(encoding="utf-8"))
@@ -267,10 +267,18 @@ def metrics_problem(path: Path) -> str | None:
     return None
 
 
+def stored_metrics(path: Path) -> dict[str, float]:
+    """The metrics recorded with a step; empty if there are none, or the file is damaged."""
+    file = path / METRICS / METRICS
+    if not file.is_file() or metrics_problem(path):
+        return {}
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 @contextlib.contextmanager
 def quiet_storage() -> Iterator[None]:
-    """Keeps a failing read from printing pages: of the many reads that go on at once, only the
-    first one's error is raised; those of the others are printed by whoever drops them."""
+    """Keeps a failing read from printing pages: of many concurrent reads only the first error is
+    raised, and the others are printed where they are dropped."""
     excepthook, unraisablehook = sys.excepthook, sys.unraisablehook
 
     def on_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -287,7 +295,7 @@ def quiet_storage() -> Iterator[None]:
     try:
         yield
     except Exception:
-        time.sleep(0.1)  # until the other reads have ended
+        time.sleep(0.1)  # for the other reads to end
         gc.collect()
         raise
     finally:

@@ -1,7 +1,7 @@
-"""A number for every array of a checkpoint, which tells whether what is read is what was saved.
+"""A checksum per array of a checkpoint: whether the values read are those saved.
 
-The storage notices files that are missing or cut short, and damage to its index; a bit that flips
-within the values goes through.
+The storage detects missing and truncated files and damage to its index, but not a flipped bit
+within the values.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 def checksums(leaves: Mapping[str, Any]) -> dict[str, int]:
-    """Name → the sum, modulo 2³², of every element's bits times an odd number of its own.
+    """Name → the sum, modulo 2³², of each element's bits times an odd weight of its position.
 
-    Whole numbers add up to the same in any order, so a mesh makes no difference. Computed where the
-    arrays lie; of several processes all have to call it.
+    Integer sums do not depend on the order, so the result is the same on any mesh. Computed on the
+    devices of the arrays; every process must call it.
     """
     sums = {name: _checksum(leaf) for name, leaf in leaves.items() if _has_bits(leaf)}
     return {name: int(value) for name, value in jax.device_get(sums).items()}
@@ -35,7 +35,7 @@ def _checksum(leaf: jax.Array) -> jax.Array:
         bits = leaf.astype(jnp.uint32)
     else:
         bits = jax.lax.bitcast_convert_type(leaf, _BITS[leaf.dtype.itemsize]).astype(jnp.uint32)
-    # By dimension, not flattened: each device sums what it has.
+    # By dimension, not flattened: each device sums its own shard.
     weights, stride = jnp.ones(leaf.shape, jnp.uint32), 2
     for axis in reversed(range(leaf.ndim)):
         step = jnp.uint32(stride % 2**32)

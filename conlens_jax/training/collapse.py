@@ -1,4 +1,4 @@
-"""Noticing that the text no longer depends on the activation, and saying what to try."""
+"""A warning if the text no longer depends on the activation, with settings to try."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ def collapse_warning(
     resultant: float,
     config: ExperimentConfig,
 ) -> str:
-    """A sentence where FVE of the sampled text lies within the interval of another row's text, or
-    below it; empty where the text says more than that.
+    """A warning if the FVE of the sampled text is within the interval of another row's text, or
+    below it; else empty.
 
     Args:
-      cos_N, shuffled_cos_N: cosine of each activation to the reconstruction from its own text, and
-        to that from another row's.
-      documents_N: document of each row, the unit of the interval.
-      resultant: R of the training rows.
+      cos_N, shuffled_cos_N: cosine of each activation with the reconstruction from its own text,
+        and with that from another row's.
+      documents_N: document of each row, the unit of resampling.
+      resultant: R of the training rows (:func:`~conlens_jax.measurement.metrics.resultant_length`).
     """
     bootstrap = DocumentBootstrap.draw(documents_N, _RESAMPLES, seed=0)
     fve_of = lambda cos: bootstrap.interval(fve_nrm_of("cos", resultant), {"cos": cos})
     own, shuffled = fve_of(cos_N).value, fve_of(shuffled_cos_N)
-    # A single document has no interval; its value is compared with the other's alone.
+    # A single document has no interval: the values themselves are compared.
     highest = shuffled.hi if np.isfinite(shuffled.hi) else shuffled.value
     if own > highest:
         return ""
@@ -42,7 +42,7 @@ def collapse_warning(
 
 
 def _remedies(config: ExperimentConfig) -> list[str]:
-    """What this run has not yet done against collapse, the guiltiest first."""
+    """Settings against collapse that this run does not use yet, the most likely cause first."""
     loss, lens = config.loss, config.lens
     remedies = []
     if loss.lm.start > 0 or loss.lm.end > 0:

@@ -1,7 +1,7 @@
-"""Training: stages one after the other, and going on after a kill.
+"""Training: the stages in order, each resumed from its last checkpoint.
 
-Steps are counted over the whole run: the warm start is steps 0 … warm.steps − 1, the joint stage
-follows. The supervised control starts where the joint stage starts, in a folder of its own.
+Steps are counted over the whole run: the warm start is steps 0 … warm.steps − 1, then the joint
+stage. The supervised control starts from the same weights as the joint stage, in its own folder.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from conlens_jax.training.state import (
 
 
 def train_lens(session: Session) -> Path:
-    """Trains a lens as the config says: warm start, joint stage, control and baseline.
+    """Trains the lens of a config: warm start, joint stage, control and baseline.
 
     Returns:
       The run folder, with ``config.json``, ``metrics.jsonl`` and ``checkpoints/``.
 
     Raises:
-      ValueError: caches or an existing run that do not fit the config.
-      TrainingStopped: too many steps in a row were not finite.
+      ValueError: the caches or an existing run do not match the config.
+      TrainingStopped: too many consecutive steps were not finite, or the disk is full.
     """
     config, console = session.config, session.console
     folder = local_path(config.run_dir)
@@ -70,9 +70,9 @@ def train_lens(session: Session) -> Path:
         seed=config.train.seed,
     )
     trainable, frozen = placed(trainable, session), placed_frozen(frozen, session)
-    # The baseline starts from the same encoder; without one, nothing keeps the arrays alive.
+    # The baseline starts from the same encoder. Without a baseline the arrays can be freed.
     initial_encoder = trainable["encoder"] if config.baseline.steps else {}
-    # A run that goes on behind its warm start needs nothing of where it began.
+    # A run resumed after its warm start does not need its initial weights.
     if config.train.init_from and not (metadata and config.warm.steps):
         trainable = load_lens(config.train.init_from, trainable)
     console.table("lens", *parameter_table(trainable, frozen, session.spec))
@@ -94,7 +94,7 @@ def train_lens(session: Session) -> Path:
 
 
 def _train_baseline(run: Run, encoder: Params, frozen: Params) -> None:
-    """Trains an encoder of its own on the true last T source tokens."""
+    """Trains a separate encoder on the true last T source tokens."""
     config, session = run.config, run.session
     window = dataclasses.replace(config.warm, before=config.lens.text_len, after=0)
     objective = dataclasses.replace(session.objective, warm=window)
@@ -110,16 +110,16 @@ def _train_baseline(run: Run, encoder: Params, frozen: Params) -> None:
 
 
 def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Params:
-    """Runs one stage, from its last checkpoint where there is one, and returns the trained parts.
+    """Runs one stage, from its last checkpoint if there is one, and returns the trained parts.
 
-    The arrays of ``trainable`` stay usable; the stage works on a copy.
+    The stage works on a copy: the arrays of ``trainable`` are not donated.
     """
     if stage.steps == 0:
         return trainable
     config, console = run.config, run.console
     groups_nk = read_groups(run.train, stage.rows_per_document)
     n_rows = groups_nk.size
-    steps_per_epoch(n_rows, stage.batch_size)  # raises where there is not one batch
+    steps_per_epoch(n_rows, stage.batch_size)  # raises if there is less than one batch
     optimizer = stage_optimizer(stage, trainable, n_rows)
     state = placed(init_state(jax.tree.map(jnp.copy, trainable), optimizer), run.session)
     console.table(f"{stage.name}: stored on each device", *stored_table(state, frozen))
@@ -145,7 +145,7 @@ def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Para
             state_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
         )
         loop = StageLoop(run, stage, checkpoints, log, frozen, groups_nk, seconds)
-        state = loop.run(step, state)
+        state = loop.train(step, state)
         loop.wait_for_checkpoints()
     console.line(stage.name, finished=last_step, train_seconds=loop.seconds)
     return placed(state.params, run.session)
@@ -154,15 +154,15 @@ def run_stage(run: Run, stage: Stage, trainable: Params, frozen: Params) -> Para
 def _resume(
     run: Run, stage: Stage, checkpoints: Checkpoints, state: TrainState
 ) -> tuple[TrainState, float]:
-    """The newest state of this stage and the compute it has cost, or the given one and 0."""
+    """The newest state of this stage and its compute in seconds, or the initial state and 0."""
     first, last = stage.first_step, stage.first_step + stage.steps
     steps = [step for step in checkpoints.all_steps() if first < step <= last]
     finished_later = [step for step in checkpoints.all_steps() if step > last]
     if not steps:
         if finished_later:
             raise CheckpointError(
-                f"{checkpoints.folder} has checkpoints behind the {stage.name} stage but none of "
-                f"its end, step {last}; start afresh in another run_dir"
+                f"{checkpoints.folder} has checkpoints after the {stage.name} stage but none of "
+                f"its end, step {last}; start again in another run_dir"
             )
         return state, 0.0
     step = last if last in steps else steps[-1]
@@ -172,7 +172,7 @@ def _resume(
 
 
 def _control_stage(run: Run, warm: Stage, joint: Stage) -> Stage:
-    """As many supervised steps as the joint stage's compute pays for."""
+    """The control stage: as many supervised steps as take the compute of the joint stage."""
     steps = run.config.control.steps
     if not steps:
         warm_seconds, joint_seconds = _stage_seconds(run, warm), _stage_seconds(run, joint)

@@ -1,4 +1,4 @@
-"""AdamW with a learning-rate multiplier for each part of the lens, safe against bad steps.
+"""AdamW with a learning-rate multiplier for each part of the lens; skips non-finite steps.
 
 The trainable tree has the top-level keys ``"decoder"`` and ``"encoder"``, each with some of
 ``"base"``, ``"lora"``, ``"projection"``, ``"soft_prompt"``, ``"output_head"`` and
@@ -16,11 +16,10 @@ import optax
 
 from conlens_jax.config import OptimizerConfig
 from conlens_jax.lens.schedules import Schedule
+from conlens_jax.models.param_table import Params
 
-Params = Any
-
-# apply_if_finite accepts a non-finite update after this many in a row; the training loop stops
-# the run long before (OptimizerConfig.max_bad_steps), so it must never come to that.
+# apply_if_finite accepts a non-finite update after this many in a row. The training loop stops the
+# run long before (OptimizerConfig.max_bad_steps).
 _NEVER = 2**31 - 2
 
 _SIDES = ("decoder", "encoder")
@@ -29,25 +28,24 @@ _SIDES = ("decoder", "encoder")
 def make_optimizer(
     config: OptimizerConfig, params: Params, *, learning_rate: Schedule
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) behind a global-norm clip, as one optax transformation.
+    """AdamW (Loshchilov & Hutter 2019) after a global-norm clip, as one optax transformation.
 
     With g the clipped gradient and m, v the bias-corrected Adam moments of a leaf w in part p:
 
         w ← w − learning_rate(step) · multiplier(p) · (m / (√v + 1e-8) + weight_decay · w)
 
     where the decay applies to matrices only (see :func:`decay_mask`). The learning rate's step
-    counts the updates that were applied. Moments are fp32 whatever the dtype of the parameters.
-    A step with a non-finite gradient changes neither parameters nor moments and is counted
+    counts the applied updates. Moments are fp32 for parameters of any dtype. A step with a
+    non-finite gradient changes neither parameters nor moments and is counted
     (:func:`bad_steps_in_a_row`, :func:`bad_steps_total`).
 
     Args:
-      config: everything but the learning rate and the accumulation, which the caller turns
-        into a schedule and a loop.
+      config: all of it but the learning rate and the accumulation, which the caller handles.
       params: the trainable tree (arrays or ``ShapeDtypeStruct``).
       learning_rate: step → learning rate, see :func:`conlens_jax.lens.schedules.make_schedule`.
 
     Raises:
-      ValueError: params hold a part that has no multiplier.
+      ValueError: a part in params has no multiplier.
     """
     multipliers = learning_rate_multipliers(config, params)
     adamw = optax.chain(
@@ -100,8 +98,9 @@ def learning_rate_multipliers(config: OptimizerConfig, params: Params) -> Params
 def decay_mask(params: Params) -> Params:
     """True for the leaves that weight decay applies to: matrices, never biases or norms.
 
-    Layers are stacked, so a norm's scale is [N, D] and a bias may be [N, D] too; both are told by
-    their name, or by a parent whose name ends in ``norm``. Attention sinks, [N, H], are logits.
+    Layers are stacked, so a norm's scale is [layers, width] and a bias can be too; both are
+    recognised by their name, or by a parent whose name ends in ``norm``. Attention sinks, [layers,
+    heads], are logits.
     """
 
     def decays(path: tuple, leaf: Any) -> bool:
@@ -114,10 +113,9 @@ def decay_mask(params: Params) -> Params:
 
 
 def poison_if_not_finite(loss: jax.Array, grads: Params) -> Params:
-    """Makes every gradient NaN where the loss is not finite, so that the optimizer skips the step.
+    """Makes every gradient NaN if the loss is not finite, so that the optimizer skips the step.
 
-    A loss can overflow while its gradients stay finite (a clipped or saturated term); such a step
-    must not train.
+    A loss can overflow while its gradients stay finite (a clipped or saturated term).
     """
     return jax.tree.map(lambda g: jnp.where(jnp.isfinite(loss), g, jnp.nan).astype(g.dtype), grads)
 
@@ -137,7 +135,7 @@ def _names(path: tuple) -> tuple[str, ...]:
 
 
 def _in_fp32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Computes in fp32, moments and updates too, whatever the dtype of gradients and parameters."""
+    """Computes in fp32, moments and updates too, for gradients and parameters of any dtype."""
 
     def init(params: Params) -> optax.OptState:
         return inner.init(_fp32(params))
@@ -145,7 +143,7 @@ def _in_fp32(inner: optax.GradientTransformation) -> optax.GradientTransformatio
     def update(
         grads: Params, state: optax.OptState, params: Params
     ) -> tuple[Params, optax.OptState]:
-        # optax mixes its int32 counters with floats, which strict promotion refuses.
+        # optax mixes its int32 counters with floats, which strict promotion forbids.
         with jax.numpy_dtype_promotion("standard"):
             return inner.update(_fp32(grads), state, _fp32(params))
 

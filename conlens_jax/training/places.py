@@ -1,5 +1,5 @@
-"""Where a run's model and activations lie: written down with every checkpoint, so that they are
-found again when the corpus has changed, a branch on the hub has moved on, or the folders have."""
+"""Where a run's model and activations are: recorded with each checkpoint, so that they are found
+again after the corpus or a branch on the hub has changed, or the folders have moved."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Metadata = Mapping[str, Any]
 
 
 def places_of(config: ExperimentConfig, model: LanguageModel, run: Path) -> dict[str, Any]:
-    """What a checkpoint's metadata records of folders, as plain values."""
+    """The folders that a checkpoint's metadata records, as JSON values."""
     cache = local_path(config.dump.cache_dir)
     uses_cache = config.data.source == "cache"
     return {
@@ -42,7 +42,7 @@ def places_of(config: ExperimentConfig, model: LanguageModel, run: Path) -> dict
 
 
 def cache_identity(cache: Path) -> str:
-    """A hash over the hashes of all shards; empty where they are not recorded, as in the caches of
+    """A hash over the hashes of all shards; empty if these are not recorded, as in caches of
     earlier systems."""
     files = [cache / split / METADATA_FILE for split in ("train", "validation")]
     try:
@@ -53,12 +53,12 @@ def cache_identity(cache: Path) -> str:
 
 
 def metadata_of_run(run: Path | None) -> Metadata:
-    """What the checkpoints of a run record; empty before there is one."""
+    """The metadata of a run's checkpoints; empty if it has none."""
     return {} if run is None else any_metadata(run / "checkpoints")
 
 
 def _moved_with(run: Path, metadata: Metadata, name: str) -> Iterator[Path]:
-    """Where a recorded folder is if it was moved together with the run, and where it was."""
+    """The candidates for a recorded folder: moved together with the run, and where it was."""
     places = metadata.get("places", {})
     if places.get(name):
         yield Path(os.path.normpath(run / os.path.relpath(places[name], places["run"])))
@@ -73,13 +73,13 @@ def model_place(
 ) -> tuple[str, str]:
     """(folder or hub id, revision) of the model that a run was trained on.
 
-    A folder that is recorded comes first, if it holds these weights; then what the config says.
-    The corpus is opened only where an embedded model has to be trained again.
+    The recorded folder if it contains these weights, else the config's. The corpus is opened only
+    if an embedded model has to be trained again.
 
     Raises:
-      ValueError: an embedded model that is nowhere, and whose corpus cannot be read.
+      ValueError: an embedded model is not found, and its corpus cannot be read.
     """
-    wanted = metadata["weights_hash"]
+    expected = metadata["weights_hash"]
     if folder := recorded_model(config, metadata, run):
         return str(folder), ""
     if config.model.path != EMBEDDED_MODEL:
@@ -88,18 +88,18 @@ def model_place(
     try:
         return str(ensure_language_model(config, console)), ""
     except ValueError as error:
-        looked = [*_moved_with(run, metadata, "model"), cache_root(config.embedded)]
+        tried = [*_moved_with(run, metadata, "model"), cache_root(config.embedded)]
         raise ConfigError(
             [
-                f"the embedded model of {run} (weights {wanted[:12]}) is not in "
-                f"{', '.join(map(str, dict.fromkeys(looked)))}, and cannot be trained again: "
+                f"the embedded model of {run} (weights {expected[:12]}) is not in "
+                f"{', '.join(map(str, dict.fromkeys(tried)))}, and cannot be trained again: "
                 f"{error}"
             ]
         ) from error
 
 
 def recorded_model(config: ExperimentConfig, metadata: Metadata, run: Path) -> Path | None:
-    """The folder that holds the weights that a run was trained on, where it is known of one."""
+    """The folder with the weights that a run was trained on, or None if it is not found."""
     folders = _model_folders(config, metadata, run)
     return next((f for f in folders if _fingerprint(f) == metadata["weights_hash"]), None)
 
@@ -121,26 +121,26 @@ def _fingerprint(folder: Path) -> str:
         return ""
 
 
-def check_weights(model: LanguageModel, wanted: str, what: str) -> None:
-    """Raises ConfigError where a model is not the one that ``what`` was trained on."""
-    if model.weights_hash != wanted:
+def check_weights(model: LanguageModel, expected: str, what: str) -> None:
+    """Raises ConfigError if a model is not the one that ``what`` was trained on."""
+    if model.weights_hash != expected:
         raise ConfigError(
             [
-                f"model.path: {model.folder} holds weights {model.weights_hash[:12]}, and these "
-                f"are not the weights that the lens was trained on: {what} records {wanted[:12]}"
+                f"model.path: {model.folder} has weights {model.weights_hash[:12]}, and these "
+                f"are not the weights that the lens was trained on: {what} records {expected[:12]}"
             ]
         )
 
 
-# --- going on with a run ------------------------------------------------------------------------
+# --- resuming a run -----------------------------------------------------------------------------
 
-# What may lie elsewhere when a run goes on, because what lies there is compared.
+# Paths that may change when a run is resumed, because their contents are compared.
 MOVABLE = ("model.path", "model.revision", "embedded.cache_dir", "dump.cache_dir", "corpus.path")
 
 
 def asks_for_same_model(config: ExperimentConfig, metadata: Metadata) -> bool:
-    """Whether a config names the model as the run's own config does, so that the run's record of
-    it holds. Where an embedded model or its corpus lies does not matter."""
+    """Whether a config specifies the model as the run's own config does, so that the run's record
+    of it applies. The folders of an embedded model and its corpus do not matter."""
     before = metadata.get("config", {})
     now = to_json_dict(config)
     if now["model"]["path"] != EMBEDDED_MODEL:
@@ -153,9 +153,9 @@ def asks_for_same_model(config: ExperimentConfig, metadata: Metadata) -> bool:
 def with_cache_found(
     config: ExperimentConfig, metadata: Metadata, run: Path, console: Console
 ) -> ExperimentConfig:
-    """The config with the ``dump.cache_dir`` where the run's cache lies now.
+    """The config with the present ``dump.cache_dir`` of the run's cache.
 
-    A cache that the config names otherwise than the run did is the user's choice.
+    A ``dump.cache_dir`` other than the run's is the user's choice, and stays.
     """
     identity = metadata.get("places", {}).get("cache_identity")
     given = local_path(config.dump.cache_dir)
@@ -174,12 +174,12 @@ def with_cache_found(
 def resumption_problems(
     config: ExperimentConfig, metadata: Metadata, model: LanguageModel | None
 ) -> Iterator[str]:
-    """Why a run cannot go on with what its config's movable fields lead to."""
-    wanted = metadata.get("weights_hash")
-    if model is not None and wanted and model.weights_hash != wanted:
+    """Why a run cannot be resumed with the model, cache and corpus of the config."""
+    expected = metadata.get("weights_hash")
+    if model is not None and expected and model.weights_hash != expected:
         yield (
-            f"model.path: {model.folder} holds weights {model.weights_hash[:12]}, and the run was "
-            f"begun with {wanted[:12]}; give that model, or choose another run_dir"
+            f"model.path: {model.folder} has weights {model.weights_hash[:12]}, and the run was "
+            f"started with {expected[:12]}; give that model, or choose another run_dir"
         )
     places = metadata.get("places", {})
     if not places:
@@ -192,12 +192,12 @@ def resumption_problems(
     )
     if config.data.source == "cache" and is_other:
         yield (
-            f"dump.cache_dir: {given} is not the cache that the run was begun with (it was "
+            f"dump.cache_dir: {given} is not the cache that the run was started with (it was "
             f"{places['cache']}); give that one, or choose another run_dir"
         )
     corpus = before["corpus"]["path"]
     if config.data.source == "stream" and config.corpus.path != corpus:
         yield (
-            f"corpus.path is {config.corpus.path!r}, and was {corpus!r} when the run was begun; "
+            f"corpus.path is {config.corpus.path!r}, and was {corpus!r} when the run was started; "
             "choose another run_dir, or give the old value"
         )

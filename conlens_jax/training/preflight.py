@@ -1,7 +1,7 @@
-"""What cannot work, noticed before a model is loaded or trained: files, folders, packages, runs.
+"""Checks before a model is loaded or trained: files, folders, packages, runs.
 
-Entry points call :func:`check_files` first, so that a typing error costs a second and all of them
-come in one message. Nothing is left behind, and no hub is asked.
+Entry points call :func:`check_files` first, so that a typing error costs a second, and all problems
+are in one message. The checks leave no files behind and do not access the hub.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def check_files(
     trains: bool = False,
     evaluates: str | Path | None = None,
 ) -> None:
-    """Looks for what one config, or those of several runs, need and make.
+    """Checks the inputs and outputs of one config, or of those of several runs.
 
-    Of several processes the first one looks; what it finds is raised in all.
+    Only the first process checks; all raise what it finds.
 
     Args:
-      dumps: activations will be dumped, as the config says.
+      dumps: activations will be dumped.
       trains: a lens will be trained.
       evaluates: the run folder or checkpoint that will be measured.
 
@@ -44,11 +44,11 @@ def check_files(
     """
     several = [configs] if isinstance(configs, ExperimentConfig) else list(configs)
 
-    def look() -> list[str]:
+    def find() -> list[str]:
         found = [p for config in several for p in _problems(config, dumps, trains, evaluates)]
         return list(dict.fromkeys(found))
 
-    problems = broadcast_from_first(look)
+    problems = broadcast_from_first(find)
     if problems:
         raise ConfigError(problems)
 
@@ -87,7 +87,7 @@ def _problems(
 
 
 def missing_cache(folder: Path) -> str:
-    """What is wrong where the activations of a split, ``folder``, are not there."""
+    """The message for a missing cache of a split, ``folder``."""
     return (
         f"dump.cache_dir={str(folder.parent)!r}: there is no {folder.name} cache; make it "
         "with python -m conlens_jax.dump and the same config"
@@ -95,8 +95,7 @@ def missing_cache(folder: Path) -> str:
 
 
 def corpus_problems(config: CorpusConfig) -> Iterator[str]:
-    """Files, columns and packages that a corpus needs and has not; a dataset of the hub is not
-    asked for."""
+    """Missing files, columns and packages of a corpus; datasets on the hub are not checked."""
     package = _PACKAGES.get(config.kind)
     if package and importlib.util.find_spec(package) is None:
         yield f"corpus.kind={config.kind!r} needs the package {package}: pip install {package}"
@@ -138,5 +137,5 @@ def _run_problems(config: ExperimentConfig) -> Iterator[str]:
 
 
 def _is_local(path: str) -> bool:
-    """Whether it can only mean a place on this machine, not an id of the hub."""
+    """Whether it can only be a path on this machine, not a hub id."""
     return path.count("/") > 1 or path.startswith((".", "/", "~"))

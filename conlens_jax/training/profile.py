@@ -1,8 +1,8 @@
 """A profile of some training steps, with the program that they ran.
 
 ``<run_dir>/profile/<stage>`` gets what ``jax.profiler`` writes (xprof and TensorBoard read it) and
-``hlo.txt``, the compiled step: it says which phase (``jax.named_scope``) an operation belongs to.
-``scripts/profile_summary.py`` reads both. Several processes write a folder each below it.
+``hlo.txt``, the compiled step: it gives the phase (``jax.named_scope``) of each operation.
+``scripts/profile_summary.py`` reads both. Each process writes to a folder of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HLO_FILE = "hlo.txt"
 
 
 class StepProfile:
-    """Profiles the steps of a stage that ``profile.steps`` names; the first step is 1.
+    """Profiles the steps of a stage that are in ``profile.steps``; the first step is 1.
 
     Args:
       compiled: the stage's step.
@@ -36,7 +36,7 @@ class StepProfile:
         self._running = False
 
     def before(self, index: int) -> None:
-        """Starts where the step with this 0-based index is to be profiled."""
+        """Starts the profile if the step with this 0-based index is the first to be profiled."""
         if self._running or not self._first <= index + 1 <= self._last:
             return
         if is_first():
@@ -45,8 +45,8 @@ class StepProfile:
         jax.profiler.start_trace(str(self._folder))
         self._running = True
 
-    def behind(self, index: int, outputs: Any) -> None:
-        """Stops behind the last step, when the devices are done with it."""
+    def after(self, index: int, outputs: Any) -> None:
+        """Stops after the last step, when the devices are done with it."""
         if self._running and index + 1 == self._last:
             jax.block_until_ready(outputs)
             jax.profiler.stop_trace()

@@ -1,4 +1,4 @@
-"""A run while it trains: what its stages share, and how its arrays lie."""
+"""A training run: what its stages share, and the placement of its arrays on the mesh."""
 
 from __future__ import annotations
 
@@ -25,9 +25,12 @@ class TrainingStopped(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run folder with everything its stages share; ``places`` is what its checkpoints record of
-    folders (:mod:`conlens_jax.training.places`), ``warm_encoder`` is the encoder as the warm start
-    left it, once that is over."""
+    """A run folder with everything its stages share.
+
+    Attributes:
+      places: the folders that its checkpoints record (:mod:`conlens_jax.training.places`).
+      warm_encoder: the encoder at the end of the warm start, None before.
+    """
 
     session: Session
     folder: Path
@@ -54,12 +57,11 @@ class Run:
 
 def placed(tree: Any, session: Session) -> Any:
     """A lens or its train state on the mesh, see
-    :func:`~conlens_jax.lens.sharding.lens_shardings`. What is restored into such a tree is on
-    the mesh too."""
+    :func:`~conlens_jax.lens.sharding.lens_shardings`."""
     return jax.device_put(tree, lens_shardings(tree, session.model.config, session.mesh))
 
 
 def placed_frozen(frozen: Params, session: Session) -> Params:
-    """The frozen parts on the mesh; the original model is there already."""
+    """The frozen parts on the mesh; the original model already is."""
     small = {name: part for name, part in frozen.items() if name != "original"}
     return {"original": frozen["original"], **placed(small, session)}

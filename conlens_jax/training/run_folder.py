@@ -1,9 +1,8 @@
-"""Run folders: whose they are, and the lens in them."""
+"""Run folders: which run they belong to, and the lens in them."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,23 +19,22 @@ from conlens_jax.files.paths import PATH_FIELDS, expanded, local_path
 from conlens_jax.files.whole import write_whole
 from conlens_jax.models.model import LanguageModel
 from conlens_jax.models.param_table import Params
-from conlens_jax.tracking.records import read_metrics
-from conlens_jax.training.checkpoint import CHECKPOINT_METRIC, all_steps, restore_params, step_of
+from conlens_jax.training.checkpoint import all_steps, best_step, restore_params, step_of
 from conlens_jax.training.places import MOVABLE, metadata_of_run, resumption_problems
 
 CONTROL, BASELINE, AUDIT = "control", "baseline", "audit"
-"""Folders, inside a run's, of the stages beside it."""
+"""Sub-folders of a run for the stages that are compared with it."""
 LATEST = ("latest", "last")
-"""Words for the newest checkpoint, where a step can be given."""
+"""Words for the newest checkpoint, instead of a step."""
 
-# Fields that may differ between a run and its resumption: they change nothing of what is learned.
+# Fields that may change when a run is resumed: they do not affect what is learned.
 _FREE = ("run_dir", "train.resume", "train.log_every", "train.sample_every", "wandb", "evaluate")
 _FREE += (
     "train.compile_cache",
     "train.n_verbose_samples",
     "checkpoint.keep_latest",
     "checkpoint.keep_best",
-    # Where it runs: the sums of another mesh are rounded otherwise, nothing else changes.
+    # Where it runs: another mesh rounds sums differently, nothing else changes.
     "mesh",
     "distributed",
     "launch",
@@ -51,31 +49,31 @@ def claim_folder(
     write: bool = True,
     model: LanguageModel | None = None,
 ) -> Mapping[str, Any]:
-    """Makes the run folder with its config.json, or checks that it is this run's. Without
-    ``write`` it only checks: one of several processes writes. Without a ``model`` the weights are
-    not compared.
+    """Creates the run folder with its config.json, or checks that it is this run's. Without
+    ``write`` it only checks: only the first process writes. Without a ``model`` the weights are not
+    compared.
 
     Returns:
-      What the run's checkpoints record; empty where there is none yet.
+      The metadata of the run's checkpoints; empty if it has none.
 
     Raises:
-      ConfigError: the folder holds another run, or one that is not to be resumed.
+      ConfigError: the folder contains another run, or one and ``train.resume`` is off.
     """
     recorded, metadata = folder / "config.json", metadata_of_run(folder)
     if recorded.exists() and all_steps(folder / "checkpoints"):
         if not config.train.resume:
             raise ConfigError(
                 [
-                    f"run_dir={str(folder)!r} holds checkpoints; choose another run_dir, or set "
-                    "train.resume=True to go on with them"
+                    f"run_dir={str(folder)!r} has checkpoints; choose another run_dir, or set "
+                    "train.resume=True to continue from them"
                 ]
             )
         before = json.loads(recorded.read_text(encoding="utf-8"))
-        # Without a record of what lay where, another path is another thing.
+        # Without recorded places, contents cannot be compared: paths must be the same.
         free = (*_FREE, *MOVABLE) if metadata.get("places") else _FREE
         problems = [
             f"{name} is {lookup(config, name)!r}, and was {_recorded(before, name)!r} when "
-            f"{folder} was begun; choose another run_dir, or give the old value"
+            f"{folder} was started; choose another run_dir, or give the old value"
             for name in _leaf_names()
             if not name.startswith(free)
             and _recorded(before, name) != _plain(config, name)
@@ -92,13 +90,13 @@ def claim_folder(
 
 
 def _plain(config: ExperimentConfig, dotted: str) -> Any:
-    """A field's value as JSON gives it back: a tuple is a list."""
+    """A field's value after a round trip through JSON: tuples are lists."""
     return json.loads(json.dumps(lookup(config, dotted)))
 
 
 def _same_bos(name: str, before: Any, config: ExperimentConfig) -> bool:
-    """Whether ``dump.add_bos``, once a plain bool, meant what it means now. A tokenizer of our
-    own puts a bos token by itself."""
+    """Whether ``dump.add_bos``, formerly a bool, has the same effect. The embedded tokenizer adds a
+    bos token by default."""
     if name != "dump.add_bos" or not isinstance(before, bool):
         return False
     own = config.dump.add_bos == "auto" and config.model.path == EMBEDDED_MODEL
@@ -112,7 +110,7 @@ def _leaf_names() -> list[str]:
 
 
 def _recorded(values: Mapping[str, Any], dotted: str) -> Any:
-    """A field of a recorded config; its default where the field is newer than the record."""
+    """A field of a recorded config; its default if the field is newer than the record."""
     value: Any = values
     for part in dotted.split("."):
         if not isinstance(value, Mapping) or part not in value:
@@ -125,11 +123,11 @@ def chosen_checkpoint(path: str | Path, step: int | str | None) -> tuple[Path, i
     """(checkpoint folder, step) of a run folder and ``--step``.
 
     Args:
-      step: ``"latest"`` (or ``"last"``, None), ``"best"`` by validation, or a step. A ``path`` to
-        one step's folder is that step, whatever is given here.
+      step: ``"latest"`` (or ``"last"``, None), ``"best"`` by validation, or a step. Ignored if
+        ``path`` is the folder of one step.
 
     Raises:
-      ValueError: no such checkpoint, or no such word.
+      ValueError: there is no such checkpoint, or ``step`` is another word.
     """
     folder, named_step = checkpoint_of(path)
     if named_step is not None:
@@ -148,23 +146,14 @@ def _step_number(step: int | str) -> int:
 
 
 def _best_step(folder: Path) -> int:
-    name, log = f"validation_{CHECKPOINT_METRIC}", folder.parent / "metrics.jsonl"
-    records = read_metrics(log) if log.is_file() else []
-    kept = set(all_steps(folder))
-    # The warm start is not judged by its text: only joint checkpoints compete for the best.
-    scores = {
-        record["step"]: record[name]
-        for record in records
-        if name in record and record["step"] in kept and record["stage"] != "warm"
-    }
-    finite = {step: score for step, score in scores.items() if math.isfinite(score)}
-    if not finite:
+    step = best_step(folder)
+    if step is None:
         raise ValueError(f"step='best': no checkpoint in {folder} was validated; use step='latest'")
-    return min(finite, key=finite.get)
+    return step
 
 
 def checkpoint_of(path: str | Path) -> tuple[Path, int | None]:
-    """(checkpoint folder, step) of a run folder, its ``checkpoints``, or one step in there."""
+    """(checkpoint folder, step) of a run folder, its ``checkpoints``, or one step in it."""
     path = local_path(path)
     if path.name.isdigit() and (path / "state").exists():
         return path.parent, int(path.name)
@@ -177,7 +166,7 @@ def load_lens(path: str | Path, template: Params, step: int | None = None) -> Pa
     """The trained parts of a checkpoint, on the template's shardings.
 
     Raises:
-      CheckpointError: nothing there, or of another shape.
+      CheckpointError: there is no checkpoint, or its shapes differ.
     """
     folder, named_step = checkpoint_of(path)
     return restore_params(folder, named_step if step is None else step, template)

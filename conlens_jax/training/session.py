@@ -1,4 +1,4 @@
-"""What every entry point needs, loaded and checked once: mesh, model, lens shape, caches."""
+"""What entry points open once and check: mesh, model, lens spec, caches."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ _REFERENCE_ROWS = 16_384
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """The frozen side of a run.
+    """The open model, mesh and caches of a run, which training and evaluation share.
 
     Attributes:
       config: the validated configuration.
-      console: where it reports.
+      console: for messages.
       mesh: the devices.
       model: the original model, on the mesh.
       spec: shape of the lens.
-      objective: static side of the loss.
+      objective: static part of the loss.
     """
 
     config: ExperimentConfig
@@ -70,7 +70,7 @@ class Session:
         return training_reference(self.caches[0])
 
     def measurer(self, between: Callable[[], None] = lambda: None) -> Measurer:
-        """``between`` is called before every batch."""
+        """A measurer of this lens; ``between`` is called before each batch."""
         evaluate = self.config.evaluate
         return Measurer(
             self.spec,
@@ -85,14 +85,15 @@ class Session:
 def open_session(
     config: ExperimentConfig, console: Console, run: str | Path | None = None
 ) -> Session:
-    """Makes the mesh and loads the model, training the embedded one if that is asked for.
+    """Makes the mesh and loads the model; trains the embedded model if the config uses it and it
+    does not exist yet.
 
     Args:
-      run: the folder of a run to go on with or to measure. Where its checkpoints record the model
-        and the cache, these are looked for there first, and beside the run where it was moved.
+      run: the folder of a run to resume or to measure. The model and the cache that its checkpoints
+        record are looked for first, also relative to the run in case it was moved.
 
     Raises:
-      ValueError: a mesh, model or prompt that does not fit; named with the field and the fix.
+      ValueError: a mesh, model or prompt does not fit; with the field and the fix.
     """
     run = None if run is None else local_path(run)
     if run in (None, local_path(config.run_dir)) and (problem := _run_dir_problem(config)):
@@ -126,7 +127,7 @@ def open_session(
         before_loading=before_loading,
     )
     if config.model.path == EMBEDDED_MODEL:
-        # The cache names the model by what the config calls it, not by a folder of this machine.
+        # The cache records the model by its name in the config, not by a path on this machine.
         model = dataclasses.replace(model, model_id=model.folder.name)
     elif path != config.model.path:
         model = dataclasses.replace(
@@ -151,13 +152,13 @@ def _run_dir_problem(config: ExperimentConfig) -> str | None:
 
 
 def _embedded_model(config: ExperimentConfig, console: Console) -> str:
-    """The folder of the embedded model; the first process trains it where it is not there."""
+    """The folder of the embedded model; the first process trains it if it does not exist."""
     with first_before_others("embedded model"):
         return str(ensure_language_model(config, console))
 
 
 def check_batches(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ConfigError where a batch does not divide over the mesh."""
+    """Raises ConfigError if the mesh does not divide a batch size."""
     for name in ("dump.batch_size", "warm.batch_size", "joint.batch_size", "evaluate.batch_size"):
         check_batch(name, lookup(config, name), mesh)
     shared = config.joint.rows_per_document
@@ -167,12 +168,12 @@ def check_batches(config: ExperimentConfig, mesh: Mesh | AbstractMesh) -> None:
 
 
 def check_context(config: ExperimentConfig, model: TransformerConfig, name: str) -> None:
-    """Raises ConfigError where contexts are longer than the model can read."""
+    """Raises ConfigError if contexts are longer than the model supports."""
     if config.dump.seq_len > model.max_positions:
         raise ConfigError(
             [
                 f"dump.seq_len={config.dump.seq_len} is longer than the "
-                f"{model.max_positions} positions that {name} was made for"
+                f"{model.max_positions} positions that {name} supports"
             ]
         )
 
@@ -180,11 +181,10 @@ def check_context(config: ExperimentConfig, model: TransformerConfig, name: str)
 def open_caches(session: Session) -> tuple[RowSource, RowSource]:
     """The training and validation rows, checked against the model.
 
-    Several processes share the reading: each verifies some of the shards, the first looks at the
-    positions.
+    Each process verifies some of the shards, and the first checks the positions.
 
     Raises:
-      ValueError: not there, damaged, or made with another model, layer or tokenizer.
+      ValueError: a cache is missing, damaged, or of another model, layer or tokenizer.
     """
     if session.config.data.source == "stream":
         train, validation = open_stream(
@@ -217,7 +217,7 @@ def _open_split(session: Session, folder: Path) -> ActivationCache | LegacyCache
 
 
 def _check_rows(config: ExperimentConfig, cache: RowSource) -> None:
-    """Raises ConfigError where windows that training reads do not lie inside every context."""
+    """Raises ConfigError if a window that training reads is not inside its context."""
     problems = broadcast_from_first(lambda: list(_row_problems(config, cache)))
     if problems:
         raise ConfigError(problems)
@@ -231,20 +231,20 @@ def _row_problems(config: ExperimentConfig, cache: RowSource) -> Iterator[str]:
         early += int(np.sum(rows.positions_N + 1 < config.warm.before))
     if short:
         yield (
-            f"dump.cache_dir: {short} rows have fewer than {after} tokens behind their position, "
+            f"dump.cache_dir: {short} rows have fewer than {after} tokens after their position, "
             "which warm.after, loss.kl_horizon and evaluate.kl_horizon read; lower these or dump "
             "again with a larger dump.after"
         )
     if early:
         yield (
-            f"dump.cache_dir: {early} rows lie before token warm.before={config.warm.before}; "
+            f"dump.cache_dir: {early} rows are before token warm.before={config.warm.before}; "
             "lower warm.before or dump again with a larger dump.min_position"
         )
 
 
 def training_reference(cache: RowSource) -> ActivationStatistics:
-    """Mean, scale and R of (up to 16,384 of) the training activations. Of several processes the
-    first one reads them; a stream's are captured by all."""
+    """Mean, scale and R of the training activations (of up to 16,384). Only the first process reads
+    them from a cache; all of them capture those of a stream."""
     of_rows = lambda: activation_statistics(training_rows(cache, _REFERENCE_ROWS).activations_ND)
     if isinstance(cache, TokenStream):
         return of_rows()
@@ -252,7 +252,7 @@ def training_reference(cache: RowSource) -> ActivationStatistics:
 
 
 def training_rows(cache: RowSource, most: int) -> Rows:
-    """The first rows, ``most`` of them at most, with their activations."""
+    """The first rows, at most ``most``, with their activations."""
     count = min(len(cache), most)
     if isinstance(cache, TokenStream):
         return cache.captured(count)

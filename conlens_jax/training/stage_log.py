@@ -1,4 +1,4 @@
-"""What a stage writes down as it goes: files in the run folder, and the same in W&B."""
+"""The records of a stage: files in the run folder, and the same in W&B."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from conlens_jax.training.validation import Sample
 
 METRICS, SAMPLES, HISTOGRAMS = "metrics.jsonl", "samples.jsonl", "histograms.jsonl"
 BINS = 32
-# Of quantities that have a range of their own, so that two steps can be laid over each other.
+# Fixed ranges of bounded quantities, so that histograms of two steps have the same bins.
 _RANGES = {"cos": (-1.0, 1.0)}
 
 
@@ -25,14 +25,14 @@ class StageLog:
     ===================  =========================================================================
     ``metrics.jsonl``    numbers: losses and validation scores
     ``samples.jsonl``    explanations to read: context, text, its tokens, cos, KL, predictions
-    ``histograms.jsonl`` distributions over the validation rows (counts and the edges of bins), and
-                         the share of the texts' commonest tokens
+    ``histograms.jsonl`` distributions over the validation rows (counts and bin edges), and the
+                         shares of the most common tokens of the texts
     ===================  =========================================================================
 
     Args:
-      folder: of the run, or of a stage beside it.
+      folder: of the run, or of a stage with its own folder.
       stage: its name.
-      enabled: False writes nothing, for all processes but the first.
+      enabled: False writes nothing; for all processes but the first.
     """
 
     def __init__(self, folder: Path, stage: str, tracker: WandbRun, *, enabled: bool = True):
@@ -43,7 +43,7 @@ class StageLog:
         self._stage, self._tracker = stage, tracker
 
     def truncate_after(self, step: int) -> None:
-        """Drops what a resumed run will write anew."""
+        """Drops the records after ``step``, which a resumed run writes again."""
         for file in self._files.values():
             file.truncate_after(step)
 
@@ -53,7 +53,7 @@ class StageLog:
         self._tracker.log({self._named(name): value for name, value in values.items()}, step)
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Explanations of some rows; a table in W&B."""
+        """Explanations of some rows; in W&B a table."""
         records = [dataclasses.asdict(sample) for sample in samples]
         for record in records:
             self._write(SAMPLES, step, **record)
@@ -67,14 +67,14 @@ class StageLog:
         values: Mapping[str, np.ndarray],
         token_shares: Sequence[tuple[str, float]],
     ) -> None:
-        """Histograms of per-row values [N] by name, such as ``"cos_sampled"``, and how often the
-        commonest tokens stand in the texts."""
-        found = {name: histogram(name, row_values) for name, row_values in values.items()}
+        """Histograms of per-row values [N] by name, such as ``"cos_sampled"``, and the shares of
+        the most common tokens of the texts."""
+        histograms = {name: histogram(name, row_values) for name, row_values in values.items()}
         plain = {
-            name: {"counts": counts, "edges": edges} for name, (counts, edges) in found.items()
+            name: {"counts": counts, "edges": edges} for name, (counts, edges) in histograms.items()
         }
         self._write(HISTOGRAMS, step, **plain, token_shares=dict(token_shares))
-        for name, (counts, edges) in found.items():
+        for name, (counts, edges) in histograms.items():
             self._tracker.histogram(self._named(name), counts, edges, step)
         if token_shares:
             self._tracker.table(self._named("tokens"), ["token", "share"], list(token_shares), step)
@@ -87,8 +87,8 @@ class StageLog:
 
 
 def histogram(name: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Counts [BINS] and edges [BINS + 1] of the finite values; the first word of the name says
-    whether the quantity has a range of its own."""
+    """Counts [BINS] and edges [BINS + 1] of the finite values; the first word of the name selects
+    the range."""
     finite = np.asarray(values, np.float64)
     finite = finite[np.isfinite(finite)]
     return np.histogram(finite, BINS, _RANGES.get(name.partition("_")[0]))

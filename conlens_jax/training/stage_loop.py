@@ -1,10 +1,11 @@
-"""The steps of one stage: batches, logs, validation, checkpoints, and the ways out."""
+"""The steps of one stage: batches, periodic work (:class:`Hook`), and early exits."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -21,8 +22,16 @@ from conlens_jax.training.checkpoint import CheckpointError, Checkpoints, all_st
 from conlens_jax.training.profile import StepProfile
 from conlens_jax.training.run import Run, TrainingStopped
 from conlens_jax.training.stage_log import StageLog
-from conlens_jax.training.state import Stage, TrainState
-from conlens_jax.training.validation import Validation, validate, verbose_samples
+from conlens_jax.training.state import Stage, Step, TrainState
+from conlens_jax.training.validation import validate, verbose_samples
+
+
+class Hook(NamedTuple):
+    """Periodic work of the host: ``action(step, state, metrics)`` after every ``every`` steps of
+    the run and after the last step of the stage."""
+
+    every: int
+    action: Callable[[int, TrainState, Mapping[str, float]], None]
 
 
 class StageLoop:
@@ -42,89 +51,91 @@ class StageLoop:
         groups_nk: np.ndarray,
         seconds: float,
     ):
-        self.run_, self.stage, self.checkpoints, self.log = run, stage, checkpoints, log
+        self.run, self.stage, self.checkpoints, self.log = run, stage, checkpoints, log
         self.frozen, self.groups_nk, self.seconds = frozen, groups_nk, seconds
         self.config, self.console = run.config, run.console
         self.sharding = batch_sharding(run.session.mesh)
+        self.hooks = self._make_hooks()
+        self._scores: dict[str, float] = {}  # of the current step's validation
         self._clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
 
-    def run(self, step, state: TrainState) -> TrainState:
-        stage, done = self.stage, int(state.step)
+    def _make_hooks(self) -> list[Hook]:
+        """In the order in which they run: a checkpoint records the scores of its step."""
+        train, hooks = self.config.train, [Hook(self.config.train.log_every, self._log_metrics)]
+        if self.stage.writes_text:
+            hooks.append(Hook(train.validate_every, self._validate))
+            hooks.append(Hook(train.sample_every, self._log_samples))
+        return [*hooks, Hook(self.config.checkpoint.every, self._save)]
+
+    def train(self, step: Step, state: TrainState) -> TrainState:
+        """Runs the stage's remaining steps and returns the last state."""
+        stage, first = self.stage, int(state.step)
         started = time.time()
-        with jax.set_mesh(self.run_.session.mesh):
-            step = step.lower(state, self.frozen, self._read(done)).compile()
-        batches = prefetch(self._read, range(done, stage.steps))
-        profile = StepProfile(self.config.profile, self.run_.folder / "profile", stage, step)
+        with jax.set_mesh(self.run.session.mesh):
+            step = step.lower(state, self.frozen, self._read(first)).compile()
+        profile = StepProfile(self.config.profile, self.run.folder / "profile", stage, step)
+        batches = prefetch(self._read, range(first, stage.steps))
+        saved = f"the {stage.name} stage is over and saved; the same command continues after it"
         with (
-            self.console.progress(stage.steps, stage.name, initial=done) as progress,
-            watching_for_sigterm(
-                f"the {stage.name} stage is over and saved; the same command goes on behind it"
-            ) as stops_here,
+            self.console.progress(stage.steps, stage.name, initial=first) as progress,
+            watching_for_sigterm(saved) as stop_requested,
             stopping_with_others(),
         ):
             mark = self._clock()
             for index, batch in batches:
                 profile.before(index)
                 state, metrics = step(state, self.frozen, batch)
-                profile.behind(index, metrics)
-                if index == done:
+                profile.after(index, metrics)
+                if index == first:
                     jax.block_until_ready(metrics)
                     self.console.line(stage.name, seconds_to_first_step=time.time() - started)
-                here = index + 1
-                stops = stops_here()
-                if not (stops or self._pauses(here)):
+                stops, due = stop_requested(), self._due_hooks(index + 1)
+                if not (stops or due):  # the devices run ahead of the host
                     progress.update(1)
                     continue
                 metrics = {name: float(value) for name, value in metrics.items()}
                 self.seconds += self._clock() - mark
                 progress.update(1, **_shown(metrics))
-                self._pause(here, state, metrics)
+                self._run_hooks(due, stage.first_step + index + 1, state, metrics)
                 if stops:
-                    self._leave(here, state)
+                    self._save_and_exit(stage.first_step + index + 1, state, metrics)
                 mark = self._clock()
             self.wait_for_checkpoints()
         return state
 
     def _read(self, index: int):
-        seed, here = self.config.train.seed, self.stage.first_step + index
-        size = self.stage.batch_size
-        indices_B = grouped_batch(self.groups_nk, size, seed, here)
-        return read_batch(self.run_.train, indices_B, self.sharding, self.stage.rows_per_document)
+        step, size = self.stage.first_step + index, self.stage.batch_size
+        indices_B = grouped_batch(self.groups_nk, size, self.config.train.seed, step)
+        return read_batch(self.run.train, indices_B, self.sharding, self.stage.rows_per_document)
 
-    def _pauses(self, here: int) -> bool:
-        """Whether the host has something to do behind this step."""
-        train, checkpoint = self.config.train, self.config.checkpoint
-        step = self.stage.first_step + here
-        every = (train.log_every, train.validate_every, train.sample_every, checkpoint.every)
-        return here == self.stage.steps or any(step % interval == 0 for interval in every)
+    def _due_hooks(self, done: int) -> list[Hook]:
+        """The hooks to run after ``done`` steps of the stage."""
+        last, step = done == self.stage.steps, self.stage.first_step + done
+        return [hook for hook in self.hooks if last or step % hook.every == 0]
 
-    def _pause(self, here: int, state: TrainState, metrics: dict[str, float]) -> None:
-        train, stage = self.config.train, self.stage
-        step, last = stage.first_step + here, here == stage.steps
+    def _run_hooks(
+        self, hooks: list[Hook], step: int, state: TrainState, metrics: Mapping[str, float]
+    ) -> None:
+        self._scores = {}
         self._stop_if_diverged(step, metrics)
-        if last or step % train.log_every == 0:
-            self.log.numbers(step, {**metrics, "train_seconds": self.seconds})
-            self.console.line(stage.name, step=step, **_shown(metrics))
-        scores = {}
-        if stage.writes_text and (last or step % train.validate_every == 0):
-            scores = self._validate(step, state).scores
-        if stage.writes_text and (last or step % train.sample_every == 0):
-            self._samples(step, state)
-        if last or step % self.config.checkpoint.every == 0:
-            self._save(step, state, scores)
+        for hook in hooks:
+            hook.action(step, state, metrics)
 
-    def _leave(self, here: int, state: TrainState) -> None:
-        """Saves, whatever step it is, and raises what ends the run."""
-        step = self.stage.first_step + here
-        self._save(step, state, {})
+    def _save_and_exit(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
+        self._save(step, state, metrics)
         self.wait_for_checkpoints()
         raise Preempted(
-            f"SIGTERM: saved behind step {step} in {self.checkpoints.folder}; the same command "
-            "goes on from there"
+            f"SIGTERM: saved after step {step} in {self.checkpoints.folder}; the same command "
+            "continues from there"
         )
 
-    def _validate(self, step: int, state: TrainState) -> Validation:
-        validation = validate(self.run_, state.params, self.frozen)
+    def _log_metrics(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
+        self.log.numbers(step, {**metrics, "train_seconds": self.seconds})
+        self.console.line(self.stage.name, step=step, **_shown(metrics))
+
+    def _validate(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
+        validation = validate(self.run, state.params, self.frozen)
+        self._scores = validation.scores
         scores = {f"validation_{name}": value for name, value in validation.scores.items()}
         self.log.numbers(step, scores)
         self.log.distributions(step, validation.distributions, validation.token_shares)
@@ -133,45 +144,44 @@ class StageLoop:
         )
         if validation.warning and not self.stage.supervised:
             self.console.line(self.stage.name, step=step, warning=validation.warning)
-        return validation
 
-    def _samples(self, step: int, state: TrainState) -> None:
+    def _log_samples(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
         count = self.config.train.n_verbose_samples
         if not count:
             return
-        samples = verbose_samples(self.run_, state.params, self.frozen, count)
+        samples = verbose_samples(self.run, state.params, self.frozen, count)
         self.console.block(f"samples at step {step}", "\n\n".join(s.text() for s in samples))
         self.log.samples(step, samples)
 
-    def _save(self, step: int, state: TrainState, scores: Mapping[str, float]) -> None:
+    def _save(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
         metadata = {
             "step": step,
             "stage": self.stage.name,
             "train_seconds": self.seconds,
-            "model_id": self.run_.session.model.model_id,
-            "weights_hash": self.run_.session.model.weights_hash,
-            "layer": self.run_.session.spec.layer,
+            "model_id": self.run.session.model.model_id,
+            "weights_hash": self.run.session.model.weights_hash,
+            "layer": self.run.session.spec.layer,
             "statistics": {
-                "mean": self.run_.reference.mean_D.tolist(),
-                "scale": self.run_.reference.scale,
-                "resultant": self.run_.reference.resultant,
+                "mean": self.run.reference.mean_D.tolist(),
+                "scale": self.run.reference.scale,
+                "resultant": self.run.reference.resultant,
             },
-            "places": {**self.run_.places, "run": str(self.run_.folder)},
+            "places": {**self.run.places, "run": str(self.run.folder)},
             "config": to_json_dict(self.config),
         }
-        # The warm start is not judged by its text: only joint checkpoints compete for the best.
-        metrics = {} if self.stage.name == "warm" else scores
+        # The warm start is not judged by its text: its checkpoints do not compete for the best.
+        scores = {} if self.stage.name == "warm" else self._scores
         with self._disk_failure_stops(f"the checkpoint of step {step}, or the one before it,"):
-            self.checkpoints.save(step, state, metadata, metrics)
+            self.checkpoints.save(step, state, metadata, scores)
 
     def wait_for_checkpoints(self) -> None:
-        """Returns when the last checkpoint is on disk."""
+        """Waits until the last checkpoint is on disk."""
         with self._disk_failure_stops("the last checkpoint"):
             self.checkpoints.wait()
 
     @contextlib.contextmanager
     def _disk_failure_stops(self, what: str) -> Iterator[None]:
-        # A full disk met in the background comes as a ValueError, with the next save or wait.
+        # Errors of a background save are raised by the next save or wait (a full disk: ValueError).
         try:
             yield
         except CheckpointError as error:
@@ -194,7 +204,7 @@ class StageLoop:
             )
 
     def _last_good(self) -> str:
-        with contextlib.suppress(OSError, ValueError):  # of a save that failed
+        with contextlib.suppress(OSError, ValueError):  # from a failed save
             self.checkpoints.wait()
         steps = all_steps(self.checkpoints.folder)
         if not steps:
@@ -203,7 +213,7 @@ class StageLoop:
 
 
 def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The few numbers that belong on a line."""
+    """The metrics of a console line."""
     names = (
         "loss",
         "encoder_error",

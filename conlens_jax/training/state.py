@@ -1,4 +1,4 @@
-"""The train state and the jitted step of each stage."""
+"""The train state and the train step of each stage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 
 from conlens_jax.config import ExperimentConfig, OptimizerConfig
 from conlens_jax.lens.batch import Batch, with_activations
-from conlens_jax.lens.gumbel import example_keys
+from conlens_jax.lens.gumbel import Purpose, example_keys
 from conlens_jax.lens.objective import (
     Metrics,
     Objective,
@@ -35,8 +35,6 @@ from conlens_jax.training.optimizer import (
     poison_if_not_finite,
 )
 
-# Purposes of the training noise; evaluation draws with another.
-SAMPLING, ESTIMATING = 1, 3
 Step = Callable[["TrainState", Params, Batch], tuple["TrainState", Metrics]]
 Gradients = Callable[[Params, Params, Batch, Array], tuple[Array, Metrics, Params]]
 """(trainable, frozen, batch, step) → (loss, terms, gradients of what is trainable)."""
@@ -44,11 +42,11 @@ Gradients = Callable[[Params, Params, Batch, Array], tuple[Array, Metrics, Param
 
 @flax.struct.dataclass
 class TrainState:
-    """What changes from step to step, and what a checkpoint holds.
+    """The state that a step updates and a checkpoint contains.
 
     Attributes:
       step: optimizer steps done in this stage.
-      params: trained parts of the lens (``trainable`` everywhere else).
+      params: the trained parts of the lens (``trainable`` elsewhere).
       opt_state: state of optax.
     """
 
@@ -64,9 +62,9 @@ class Stage:
     Attributes:
       name: ``"warm"``, ``"joint"``, ``"control"``, ``"baseline"`` or ``"audit"``.
       steps: optimizer steps.
-      batch_size: rows of a step, over all micro-batches.
+      batch_size: rows per step, over all micro-batches.
       optimizer: its settings.
-      first_step: steps of the stages before it in this run (the x axis of the curves).
+      first_step: steps of the earlier stages of this run (the offset on the x axis of curves).
       rows_per_document: rows of a batch that share a context.
     """
 
@@ -83,7 +81,7 @@ class Stage:
 
     @property
     def writes_text(self) -> bool:
-        """Whether there is a decoder to validate; baseline and audit are encoders alone."""
+        """Whether there is a decoder to validate; baseline and audit train only an encoder."""
         return self.name not in ("baseline", "audit")
 
 
@@ -108,7 +106,7 @@ def init_state(
 
 
 class StageOptimizer(NamedTuple):
-    """An optax transformation, with the schedule of its learning rate (to be logged)."""
+    """An optax transformation with the schedule of its learning rate, which is logged."""
 
     init: optax.TransformInitFn
     update: optax.TransformUpdateFn
@@ -138,10 +136,10 @@ def make_step(
     """:func:`train_step` of a stage, jitted; the state is donated.
 
     Args:
-      seed: of the noise that the texts are sampled with.
+      seed: for the noise that the texts are sampled with.
       n_rows: rows of the training data, for schedules in epochs.
-      state_shardings: where the state is, and stays. Without it the compiler chooses where the
-        new state goes, which on a sharded mesh need not be where the old one came from.
+      state_shardings: of the state, and of the new state. Without them the compiler chooses the
+        new state's shardings, which on a mesh can differ from the old ones.
     """
     if stage.supervised:
         gradients = functools.partial(supervised_gradients, objective=objective)
@@ -167,8 +165,8 @@ def train_step(
     gradients: Gradients,
     optimizer: StageOptimizer,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step. A step whose loss or gradient is not finite changes nothing but the
-    count of such steps."""
+    """One optimizer step. If the loss or a gradient is not finite, only the counts of steps
+    change."""
     total, terms, grads = gradients(state.params, frozen, batch, state.step)
     grads = poison_if_not_finite(total, grads)
     with jax.named_scope("optimizer"):
@@ -208,13 +206,13 @@ def joint_gradients(
     """(loss, terms, gradients) of the joint loss, through texts sampled with the noise of
     (seed, step, row of the batch, text of the row)."""
     batch = captured(batch, frozen, objective)
-    spec, group, now = objective.spec, objective.texts_per_row, schedules(step)
-    texts_B = (batch.examples_B[:, None] * group + jnp.arange(group)).reshape(-1)
-    keys_B = example_keys(seed, step, texts_B, SAMPLING)
+    spec, k, now = objective.spec, objective.texts_per_row, schedules(step)
+    texts_B = (batch.examples_B[:, None] * k + jnp.arange(k)).reshape(-1)
+    keys_B = example_keys(seed, step, texts_B, Purpose.TRAINING_TEXT)
     # argmax(logits / s + g) = argmax(logits + s g): scaled noise samples at temperature s.
     noise = noise_of_texts(keys_B, spec.text_len, spec.model.vocab_size, now.sample_tau)
-    own_keys_B = example_keys(seed, step, texts_B, ESTIMATING)
-    prepared = prepare(trainable, frozen, batch, noise, own_keys_B, objective=objective)
+    estimator_keys_B = example_keys(seed, step, texts_B, Purpose.ESTIMATOR)
+    prepared = prepare(trainable, frozen, batch, noise, estimator_keys_B, objective=objective)
     loss = functools.partial(joint_loss, objective=objective)
     (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(
         trainable, frozen, batch, prepared, now.weights, now.tau
@@ -229,7 +227,7 @@ def captured(batch: Batch, frozen: Params, objective: Objective) -> Batch:
 
 
 def accumulated(gradients: Gradients, parts: int) -> Gradients:
-    """The mean of ``gradients`` over ``parts`` micro-batches, one after the other."""
+    """The mean of ``gradients`` over ``parts`` micro-batches, computed in sequence."""
     if parts == 1:
         return gradients
 

@@ -1,7 +1,7 @@
-"""Sweeps: many runs that differ in a few fields of the config, judged by one logged number.
+"""Sweeps: many runs that differ in a few fields of the config, compared by one logged metric.
 
-The file is W&B's own form (docs.wandb.ai, "Define a sweep configuration"), so that ``wandb sweep``
-takes it as it is; here its grid and random searches run without W&B.
+The file has W&B's format (docs.wandb.ai, "Define a sweep configuration") and also works with
+``wandb sweep``; here grid and random searches run without W&B.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from conlens_jax.tracking.records import read_metrics
 from conlens_jax.training.stage_log import METRICS
 
 PREFIX = "config."
-"""In front of a field's name, as on a command line."""
+"""Prefix of a field's name, as on a command line."""
 
 _DISTRIBUTIONS = ("uniform", "log_uniform_values", "int_uniform")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What to vary and how to judge it.
+    """The fields to vary and the metric to compare.
 
     Attributes:
-      method: ``"grid"`` or ``"random"`` (``"bayes"`` is W&B's alone).
-      stage, metric: of the number that counts, as in ``metrics.jsonl``.
-      maximize: whether more is better.
+      method: ``"grid"`` or ``"random"`` (``"bayes"`` only in W&B).
+      stage, metric: of the metric to compare, as in ``metrics.jsonl``.
+      maximize: whether higher is better.
       parameters: by field name without ``config.``: ``{"value": …}``, ``{"values": […]}``, or
         ``{"min": …, "max": …, "distribution": …}``.
     """
@@ -57,7 +57,7 @@ def read_sweep(file: str | Path) -> Sweep:
     """Reads and checks a sweep file.
 
     Raises:
-      ConfigError: what cannot be run, all of it in one message.
+      ConfigError: all problems of the file, in one message.
     """
     values = yaml.safe_load(local_path(file).read_text(encoding="utf-8")) or {}
     metric = values.get("metric") or {}
@@ -79,7 +79,7 @@ def read_sweep(file: str | Path) -> Sweep:
     for given, choice in parameters.items():
         field = given.removeprefix(PREFIX)
         if field == given:
-            problems.append(f"parameters.{given} must begin with {PREFIX!r}, as a flag does")
+            problems.append(f"parameters.{given} must start with {PREFIX!r}, as a flag does")
         elif field not in known:
             problems.append(unknown_field_message(field))
         problems += _choice_problems(given, choice, values.get("method"))
@@ -91,11 +91,11 @@ def read_sweep(file: str | Path) -> Sweep:
 
 def _choice_problems(name: str, choice: Any, method: str | None) -> Iterator[str]:
     if not isinstance(choice, Mapping):
-        yield f"parameters.{name} must say value, values, or min and max"
+        yield f"parameters.{name} must have value, values, or min and max"
     elif "value" in choice or choice.get("values"):
         return
     elif not {"min", "max"} <= set(choice):
-        yield f"parameters.{name} must say value, values, or min and max"
+        yield f"parameters.{name} must have value, values, or min and max"
     elif method == "grid":
         yield f"parameters.{name}: a grid needs values, not min and max"
     elif _distribution(choice) not in _DISTRIBUTIONS:
@@ -107,20 +107,20 @@ def _choice_problems(name: str, choice: Any, method: str | None) -> Iterator[str
 
 
 def _distribution(choice: Mapping[str, Any]) -> str:
-    """As W&B chooses it where the file does not."""
+    """The distribution; W&B's default if the file has none."""
     whole = all(isinstance(choice[end], int) for end in ("min", "max"))
     return choice.get("distribution", "int_uniform" if whole else "uniform")
 
 
 def trials(sweep: Sweep, count: int, seed: int) -> list[dict[str, Any]]:
-    """The values of each trial by field: of a grid all (``count`` at most; 0: every one), in a
-    random search ``count`` draws, of which trial n is the same whatever the count.
+    """The values of each trial by field: of a grid all combinations (at most ``count``; 0: all),
+    of a random search ``count`` draws, where trial n does not depend on ``count``.
 
     Raises:
       ConfigError: a bayes search, or a random one without a count.
     """
     if sweep.method == "bayes":
-        raise ConfigError(["method bayes runs in W&B alone; take grid or random"])
+        raise ConfigError(["method bayes runs only in W&B; use grid or random"])
     if sweep.method == "grid":
         lists = [choice.get("values") or [choice["value"]] for choice in sweep.parameters.values()]
         found = [
@@ -154,10 +154,10 @@ def _drawn(choice: Mapping[str, Any], random: np.random.Generator) -> Any:
 def trial_config(
     config: ExperimentConfig, values: Mapping[str, Any], folder: Path
 ) -> ExperimentConfig:
-    """The config of one trial, in a run folder of its own.
+    """The config of one trial, with its own run folder.
 
     Raises:
-      ConfigError: values that do not fit together.
+      ConfigError: the values do not fit together.
     """
     return with_changes(config, {**values, "run_dir": str(folder)})
 

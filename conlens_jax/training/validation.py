@@ -1,4 +1,4 @@
-"""Watching a lens while it trains: a few numbers with their control, and samples to read."""
+"""Validation during training: scores with their controls, and samples to read."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _OTHER_TOKENS = (
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """What a validation found.
+    """The result of a validation.
 
     Attributes:
       scores: by name.
       token_shares: the most common tokens of the sampled texts, each with its share.
-      distributions: values of every row by name, [N]: ``cos_…`` and ``kl_at_…`` (nats), of greedy
-        and sampled text and of another row's.
-      warning: what is wrong with the texts, in words.
+      distributions: per-row values by name, [N]: ``cos_…`` and ``kl_at_…`` (nats), of greedy and
+        sampled text and of another row's.
+      warning: what is wrong with the texts, or empty.
     """
 
     scores: dict[str, float]
@@ -42,17 +42,17 @@ class Validation:
 
     @property
     def common_tokens(self) -> str:
-        """The first of ``token_shares``, for a line of the log."""
+        """The first of ``token_shares``, for the console."""
         return " ".join(f"{token}:{share:.0%}" for token, share in self.token_shares[:_SHOWN])
 
 
 def validate(run: Run, trainable: Params, frozen: Params) -> Validation:
     """Scores on the first ``train.validation_rows`` held-out rows.
 
-    ``kl_frac`` is against the mean activation; ``shuffle`` reads another row's text. ``gap_frozen``
-    is fve_nrm of greedy text read by the encoder, minus that read by the encoder as the warm start
-    left it: a code that the two make up between them shows here first. ``kl_floor`` is the KL of
-    swapping in the activation itself.
+    ``kl_frac`` is relative to the mean activation; ``shuffle`` reads another row's text.
+    ``gap_frozen`` is the fve_nrm of greedy text read by the encoder, minus that read by the encoder
+    of the warm start's end: a private code between decoder and encoder shows here first.
+    ``kl_floor`` is the KL of swapping in the activation itself.
     """
     count = min(run.config.train.validation_rows, len(run.validation))
     rows = run.validation.rows(np.arange(count))
@@ -91,17 +91,17 @@ def validate(run: Run, trainable: Params, frozen: Params) -> Validation:
 def token_shares(
     texts_NT: np.ndarray, tokenizer: Tokenizer, count: int = 32
 ) -> list[tuple[str, float]]:
-    """The most common tokens, each with its share of all, most common first."""
+    """The most common tokens with their shares of all tokens, most common first."""
     counted = collections.Counter(texts_NT.reshape(-1).tolist()).most_common(count)
     return [(tokenizer.token(token), times / texts_NT.size) for token, times in counted]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One row as a person would look at it.
+    """One row, to be read by a person.
 
-    ``tokens`` are those of the explanation that the numbers are of; ``reads_back`` says whether its
-    text alone, tokenised again, gives them.
+    ``tokens`` are those of the explanation, and the numbers are of them; ``reads_back`` is whether
+    its text, tokenised again, gives the same tokens.
     """
 
     context: str
@@ -155,7 +155,7 @@ def verbose_samples(run: Run, trainable: Params, frozen: Params, count: int) -> 
 def context_of(
     rows: Rows, index: int, tokenizer: Tokenizer, before: int = 24, after: int = 6
 ) -> tuple[str, str]:
-    """Text up to and including P, and the text behind it."""
+    """The text up to and including P, and the text after it."""
     position, tokens = int(rows.positions_N[index]), rows.tokens_NS[index]
     stop = min(position + 1 + after, int(rows.lengths_N[index]))
     start = max(0, position + 1 - before)
