@@ -14,9 +14,14 @@ from conlens_jax.models.written import Written
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
+def printable(text: object) -> str:
+    """Any text, with U+FFFD for each character that a page cannot contain. Not escaped."""
+    return _FORBIDDEN.sub("\ufffd", str(text))
+
+
 def escape(text: object) -> str:
     """Any text, safe as HTML content and inside a quoted attribute."""
-    return html.escape(_FORBIDDEN.sub("\ufffd", str(text)), quote=True)
+    return html.escape(printable(text), quote=True)
 
 
 def token_marks(text: str) -> tuple[str, str]:
