@@ -144,38 +144,3 @@ def percentile_interval(values: Array, level: float = 0.95) -> Interval:
     method = "linear" if np.isfinite(resamples).all() else "lower"
     lo, hi = np.quantile(resamples, [(1 - level) / 2, (1 + level) / 2], method=method)
     return Interval(value, float(lo), float(hi))
-
-
-def bootstrap_interval(
-    statistic: Statistic,
-    per_row: Mapping[str, npt.ArrayLike],
-    documents_N: npt.ArrayLike,
-    n_resamples: int,
-    seed: int,
-    level: float = 0.95,
-) -> Interval:
-    """One interval; for many metrics of the same rows draw a :class:`DocumentBootstrap` once.
-
-    Example::
-
-        bootstrap_interval(
-            lambda mean: fraction_removed(mean["kl"], mean["kl_zero"]),
-            {"kl": kl_N, "kl_zero": kl_zero_N}, documents_N, n_resamples=2000, seed=0)
-    """
-    bootstrap = DocumentBootstrap.draw(documents_N, n_resamples, seed)
-    return bootstrap.interval(statistic, per_row, level)
-
-
-def paired_difference(
-    statistic: Statistic,
-    per_row: Mapping[str, npt.ArrayLike],
-    baseline_per_row: Mapping[str, npt.ArrayLike],
-    documents_N: npt.ArrayLike,
-    n_resamples: int,
-    seed: int,
-    level: float = 0.95,
-) -> Interval:
-    """Interval of ``statistic(per_row) − statistic(baseline_per_row)``, for example joint − warm
-    start; see :meth:`DocumentBootstrap.difference`."""
-    bootstrap = DocumentBootstrap.draw(documents_N, n_resamples, seed)
-    return bootstrap.difference(statistic, per_row, baseline_per_row, level)

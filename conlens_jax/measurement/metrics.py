@@ -132,17 +132,6 @@ def fve_nrm(cos_N: npt.ArrayLike, R: float) -> float:
     return float(fraction_removed(mean_error, fve_nrm_reference(R)))
 
 
-def fve_raw(rec_ND: npt.ArrayLike, a_ND: npt.ArrayLike, mean_D: npt.ArrayLike) -> float:
-    """Fraction of raw variance explained: ``1 − Σ‖rec − a‖² / Σ‖a − mean‖²``.
-
-    ``mean_D`` is the mean activation of a stated set (the training rows), so that predicting it
-    for every row gives exactly 0.
-    """
-    error, spread = squared_error(rec_ND, a_ND), squared_error(a_ND, mean_D)
-    _same_shape(rec_ND=error, a_ND=spread)
-    return float(fraction_removed(error.mean(), spread.mean()))
-
-
 def kl_frac(kl_N: npt.ArrayLike, kl_ref_N: npt.ArrayLike) -> float:
     """Fraction of the reference's KL removed: ``1 − mean(KL) / mean(KL_ref)``, a ratio of means.
 
