@@ -1,7 +1,7 @@
 """Metrics of a data set as functions of named means over rows.
 
 This is the form that the bootstrap resamples: each takes a mapping from a quantity's name to its
-means, ``[1 + resamples]``, and returns one value an entry. Quantities are named
+means, ``[1 + resamples]``, and returns one value per entry. Quantities are named
 ``candidate.quantity``; :meth:`~conlens_jax.evaluation.suite.Suite.quantities` makes them.
 """
 
@@ -82,7 +82,7 @@ def reconstruction_statistics(
 
 
 def attribute_statistics(name: str, prefix: str) -> dict[str, Statistic]:
-    """How often the text states the attribute word that M is about to use, given that it is."""
+    """How often the text states M's most likely next token, where that is an attribute word."""
     own, other = f"{name}.stated", f"{name}.stated_shuffled"
     return {
         f"{prefix}attribute_stated": ratio_of(own, "attribute"),

@@ -29,12 +29,12 @@ from conlens_jax.lens.vocabulary import text_terms
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import embed_tokens, unembed
 
-SAMPLING = 2  # purpose of the evaluation noise, apart from that of training
+SAMPLING = 2  # purpose of the evaluation noise, distinct from those of training
 TOP = 5
 
 
 class SwapEffect(NamedTuple):
-    """What M predicts at P with a vector swapped in, one entry a row.
+    """What M predicts at P with a vector swapped in, one entry per row.
 
     Attributes:
       kl_at: KL(M ‖ M with the swap) at P, nats.

@@ -34,8 +34,8 @@ class HeatToken:
 
 @dataclasses.dataclass(frozen=True)
 class HeatMap:
-    """``unit`` is that of the values; ``spaced`` says whether the tokens are words that carry no
-    spaces of their own."""
+    """``unit`` is that of the values; ``spaced`` is for tokens that are words without spaces of
+    their own."""
 
     title: str
     note: str

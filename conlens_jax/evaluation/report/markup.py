@@ -26,7 +26,7 @@ def escape(text: object) -> str:
 
 def token_marks(text: str) -> tuple[str, str]:
     """The tokens of a written text as an attribute ``data-tokens="5 17"`` of its element, and a
-    note to stand after it where the text, read again, gives others. Empty for any other text."""
+    note after it where the text, tokenised again, gives others. Empty for any other text."""
     if not isinstance(text, Written):
         return "", ""
     attribute = f' data-tokens="{" ".join(map(str, text.tokens))}"'
@@ -42,7 +42,7 @@ def show_token(token: str) -> str:
 
 
 def _decimals(magnitude: float) -> int:
-    """Digits behind the point for three or four significant ones; −1 for scientific notation."""
+    """Decimals for three or four significant digits; −1 for scientific notation."""
     if magnitude == 0:
         return 0
     if magnitude < 5e-4 or magnitude >= 1e6:
@@ -72,7 +72,7 @@ def format_number(value: float) -> str:
 
 def format_interval(interval: Interval) -> tuple[str, str]:
     """Value and ``"lo to hi"`` with equal decimals: ``"lo or more"`` where there is no upper end,
-    and nothing without an interval."""
+    empty without an interval."""
     ends = (interval.lo, interval.hi)
     finite = [abs(x) for x in (interval.value, *ends) if math.isfinite(x)]
     decimals = _decimals(max(finite, default=0.0))

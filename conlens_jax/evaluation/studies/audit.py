@@ -1,11 +1,11 @@
-"""The private-code audit: would anybody but the lens's own encoder understand the text?
+"""The private-code audit: would any other reader understand the lens's text?
 
 Two readers, the lens's own encoder and one that has never seen a text of any decoder
 (:mod:`conlens_jax.training.auditor`), read the explanations whole, cut short, and damaged. What
 words say survives another reader and small damage; a private code does not.
 
 ``gap_frozen`` is own minus audit FVE on the same texts. Both readers also read true windows of the
-corpus: ``gap_frozen_window`` is what the gap is where no code can be.
+corpus: ``gap_frozen_window`` is the gap where there can be no code.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def audit_lens(
     lexicon: Lexicon,
     seed: int,
 ) -> dict[str, Interval]:
-    """All metrics of the audit of one lens.
+    """All audit metrics of one lens.
 
     Args:
       evaluated: the lens in the basic suite, on the same rows.
