@@ -53,7 +53,7 @@ def document_heat(suite: Suite, trainable: Params, frozen: Params, tokenizer: To
     return HeatMap(
         f"Document {int(rows.documents_N[0])}, the longest of the held-out rows",
         "The stronger the colour of a token, the more M's next prediction changes when the "
-        "reconstruction takes the activation's place there. Point at a token, or tap it, for its "
+        "reconstruction replaces the activation there. Point at a token, or tap it, for its "
         "explanation; gray tokens were not read.",
         "nats",
         tokens,

@@ -10,7 +10,7 @@ from conlens_jax.measurement.bootstrap import Interval
 from conlens_jax.models.written import Written
 
 # Not allowed in HTML text, or not encodable as UTF-8 (lone surrogates): tokens of a byte-level
-# vocabulary can hold any of them.
+# vocabulary can contain any of them.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 

@@ -87,7 +87,7 @@ def _by_layer(metrics: Metrics, variables: Sequence[str]) -> list[MetricGroup]:
             metrics,
         ),
         _table(
-            "Control: what another layer holds",
+            "Control: what can be read at another layer",
             "Recall of what is read there.",
             where,
             _RECALL,
