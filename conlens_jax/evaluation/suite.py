@@ -22,9 +22,9 @@ from conlens_jax.measurement import metrics
 from conlens_jax.measurement.aggregates import (
     REFERENCES,
     attribute_statistics,
+    doublings,
     fve_nrm_of,
     mean_of,
-    prefix_lengths,
     reconstruction_statistics,
 )
 from conlens_jax.measurement.bootstrap import (
@@ -187,7 +187,7 @@ class Suite:
         per_row = {"attribute": is_attribute}
         per_row["window.nll"] = self.measurer.text_nll(original, window)
         for name, cos_NT in explained.prefix_cos.items():
-            per_row |= {f"{name}.cos_at_{k}": cos_NT[:, k - 1] for k in prefix_lengths(cos_NT)}
+            per_row |= {f"{name}.cos_at_{k}": cos_NT[:, k - 1] for k in doublings(cos_NT.shape[1])}
         for name, texts in explained.texts.items():
             per_row[f"{name}.nll"] = self.measurer.text_nll(original, texts)
             per_row[f"{name}.repeat_4gram"] = metrics.repeat_4gram(texts)
@@ -207,7 +207,7 @@ class Suite:
         has."""
         statistics: dict[str, Statistic] = {}
         for name, cos_NT in explained.prefix_cos.items() if explained else ():
-            for k in prefix_lengths(cos_NT):
+            for k in doublings(cos_NT.shape[1]):
                 key = f"{'' if name == 'greedy' else name + '_'}fve_nrm_at_{k}"
                 statistics[key] = fve_nrm_of(f"{name}.cos_at_{k}", self.reference.resultant)
         for candidate, prefix in (

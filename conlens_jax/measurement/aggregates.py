@@ -52,10 +52,9 @@ def difference_of(first: Statistic, second: Statistic) -> Statistic:
     return statistic
 
 
-def prefix_lengths(cos_NT: np.ndarray) -> list[int]:
-    """The k of ``fve_nrm_at_k``: 1, 2, 4, … and T."""
-    text_len = cos_NT.shape[1]
-    return [2**i for i in range(text_len.bit_length()) if 2**i < text_len] + [text_len]
+def doublings(most: int) -> list[int]:
+    """1, 2, 4, … and ``most``: the k of ``fve_nrm_at_k`` (up to T), the K of best of K."""
+    return [2**power for power in range(most.bit_length()) if 2**power < most] + [most]
 
 
 def reconstruction_statistics(

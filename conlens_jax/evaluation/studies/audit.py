@@ -19,10 +19,10 @@ from conlens_jax.evaluation.suite import Evaluated, PerRow, Suite
 from conlens_jax.measurement.aggregates import (
     Means,
     difference_of,
+    doublings,
     fve_nrm_at,
     fve_nrm_of,
     mean_of,
-    prefix_lengths,
     ratio,
     reconstruction_statistics,
 )
@@ -50,8 +50,9 @@ def audit_lens(
       seed: of the changes to the texts.
     """
     resultant = suite.reference.resultant
-    explained, lengths = evaluated.explained, prefix_lengths(evaluated.explained.texts["greedy"])
-    greedy, text_len = explained.texts["greedy"], explained.texts["greedy"].shape[1]
+    explained, greedy = evaluated.explained, evaluated.explained.texts["greedy"]
+    text_len = greedy.shape[1]
+    lengths = doublings(text_len)
     damaged = {name: changed(greedy, name, lexicon, seed) for name in CHANGES}
     touched = {name: is_changed(greedy, texts) for name, texts in damaged.items()}
     damaged = {name: texts for name, texts in damaged.items() if touched[name].any()}

@@ -7,17 +7,12 @@ kept. The choice uses the activation, which a user may have too; it does not use
 from __future__ import annotations
 
 from conlens_jax.evaluation.suite import Evaluated, Suite
-from conlens_jax.measurement.aggregates import reconstruction_statistics
+from conlens_jax.measurement.aggregates import doublings, reconstruction_statistics
 from conlens_jax.measurement.bootstrap import Interval, Statistic
 from conlens_jax.measurement.metrics import cosine
 from conlens_jax.models.param_table import Params
 
 SHORT = ("fve_nrm", "kl_frac_mean")
-
-
-def doublings(most: int) -> list[int]:
-    """1, 2, 4, … and ``most``."""
-    return [2**power for power in range(most.bit_length()) if 2**power < most] + [most]
 
 
 def best_of(
