@@ -1,8 +1,8 @@
 """Running a lens over rows of a cache: its texts, its reconstructions, and what M does with them.
 
 Two passes. The first explains every row and reads the explanation back; the second puts candidate
-vectors into M at P and compares its predictions with the true ones. Every quantity
-that a metric needs is one number per row, so that the bootstrap never runs the model again.
+vectors into M at P and compares its predictions with the true ones. Every quantity that a metric
+needs is one number per row, so that the bootstrap never runs the model again.
 """
 
 from __future__ import annotations

@@ -352,13 +352,12 @@ def _examples(data: PageData, main: System, tokenizer: Tokenizer) -> list[Exampl
 
 def _chosen_rows(data: PageData, main: System) -> list[tuple[int, str]]:
     """Rows and why they are shown: those of the least, the median and the most KL, if requested;
-    then, at equal distances in the held-out set, rows chosen before anything was
-    measured."""
+    then, at equal distances in the held-out set, rows chosen before anything was measured."""
     count = min(data.n_examples, len(data.rows))
     if not count:
         return []
-    blind = np.linspace(0, len(data.rows) - 1, count).astype(np.int64)
-    chosen = [(int(row), "") for row in blind]
+    in_advance = np.linspace(0, len(data.rows) - 1, count).astype(np.int64)
+    chosen = [(int(row), "") for row in in_advance]
     if data.ranked:
         order = np.argsort(main.evaluated.per_row["greedy.kl_at"], kind="stable")
         places = {"least KL": 0, "median KL": len(order) // 2, "most KL": len(order) - 1}

@@ -1,4 +1,4 @@
-"""The evaluation report: one HTML file that needs nothing else, today or in ten years.
+"""The evaluation report: one HTML file that needs nothing else.
 
 No script, no network, no external font or picture: the charts are inline SVG and the style sheet is
 in the page. The templates are in ``templates/``; everything that comes from a model, a corpus or a
