@@ -3,8 +3,8 @@
 The cost is w_mse L_MSE + w_kl L_KL of a few rows, with the weights that the run ended with. Texts
 cannot be listed here; the mean of many RLOO draws, unbiased but noisy, stands in for the true
 gradient g. So the draws are kept as means of blocks, and every product in the table is between
-different blocks: their noise is independent and adds no bias. The intervals come from leaving out one
-block at a time (jackknife).
+different blocks: their noise is independent and adds no bias. The intervals come from leaving out
+one block at a time (jackknife).
 """
 
 from __future__ import annotations
