@@ -29,7 +29,7 @@ from conlens_jax.lens.vocabulary import text_terms
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import embed_tokens, unembed
 
-SAMPLING = 2  # purpose of the evaluation noise, distinct from those of training
+SAMPLING = 2  # purpose of the evaluation noise, apart from that of training
 TOP = 5
 
 
