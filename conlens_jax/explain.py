@@ -16,7 +16,7 @@ from conlens_jax.checkpoint_flags import CHECKPOINT, STEP
 from conlens_jax.config import ConfigError
 from conlens_jax.corpora.corpus import CorpusError
 from conlens_jax.corpora.text_lines import lines
-from conlens_jax.files.paths import write_problems
+from conlens_jax.files.paths import local_path, write_problems
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.inspection.terminal import render
 
@@ -63,7 +63,7 @@ def main(texts: list[str]) -> None:
         progress=sys.stderr.isatty(),
     )
     if _HTML.value:
-        found.to_html(Path(_HTML.value).expanduser())
+        found.to_html(_HTML.value)
     if _JSON.value:
         print(found.to_json(), end="")
         return
@@ -77,7 +77,7 @@ def text_of(file: str) -> str:
     Raises:
       ConfigError: it cannot be read, is another encoding, or holds nothing.
     """
-    path = Path(file).expanduser()
+    path = local_path(file)
     if not path.exists() or path.is_dir():
         raise ConfigError([f"--file={file} is not a file"])
     try:
@@ -92,7 +92,7 @@ def text_of(file: str) -> str:
 
 def page_problems(file: str) -> list[str]:
     """Why no page can be written to ``file``; folders are not made."""
-    path = Path(file).expanduser()
+    path = local_path(file)
     if path.is_dir():
         return [f"--html={file!r} is a folder; give the name of a file"]
     if not path.parent.is_dir():

@@ -120,6 +120,8 @@ def _run_script(path: str, parse_only: bool) -> None:
         return found
 
     with (
+        # Modules beside a script are found when it is run as a file.
+        mock.patch.object(sys, "path", [str(Path(path).parent.absolute()), *sys.path]),
         mock.patch.object(argparse.ArgumentParser, "parse_args", parse),
         contextlib.suppress(_Parsed),
     ):

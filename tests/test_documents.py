@@ -69,7 +69,10 @@ NOT_RUN = {
     "python scripts/benchmark_step.py --shape=1B --text-len=32 --batch=128 --context=256 "
     "--dtype=bfloat16 --unroll=1 --remat=products --train=full --no-naive": "needs a GPU",
     "python scripts/benchmark_step.py --shape=8B --text-len=32 --batch=64 --context=256 "
-    "--dtype=bfloat16 --unroll=1 --remat=full --train=lora --no-naive": "needs a GPU",
+    "--dtype=bfloat16 --unroll=1 --remat=full --train=lora --no-naive --phases=decode": "needs a "
+    "GPU; test_benchmark_step runs a tiny shape",
+    "python scripts/compare_attention.py --layers=2 --batch=2 --lengths 256 1025 2048": "needs a "
+    "GPU",
 }
 
 # What a command says of a size is overruled.

@@ -116,7 +116,7 @@ def test_seeds_of_any_size(lens, address):
         body = dict(text=TEXT, position=4, decoding="sample")
         lines = streamed(address, **body, seed=seed)
         row = lens.explain(TEXT, 4, decoding="sample", seed=seed)[0]
-        assert lines[-1]["row"] == plain(row)
+        assert lines[-1]["row"] == plain(lens.swap(TEXT, 4, row.best))
         texts.append(row.explanation)
     assert len(set(texts)) > 2
 

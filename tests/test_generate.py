@@ -117,11 +117,11 @@ def test_a_row_ends_at_its_stop_token(model, greedy):
 
 def test_texts_are_tokenised_and_padded(model):
     texts = ["word7 word9 word11", "word30"]
-    written = model.generate(texts, 5)
+    written = model.generate(texts, 5, add_bos=True)
     tokens = np.array([[1, 7, 9, 11], [0, 0, 1, 30]])
     mask = np.array([[True] * 4, [False, False, True, True]])
     np.testing.assert_array_equal(written, model.generate(tokens, 5, mask=mask))
-    np.testing.assert_array_equal(model.generate(texts[1], 5), written[1:])
+    np.testing.assert_array_equal(model.generate(texts[1], 5, add_bos=True), written[1:])
     said = [f"word{token}" for token in np.asarray(written)[0] if token > 3]
     assert model.decode(written)[0].split() == said
 

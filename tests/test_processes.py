@@ -87,7 +87,10 @@ def test_settings_of_processes():
     assert from_config_dict({"distributed": good}).distributed.process_id == 1
     for change, message in (
         ({"process_id": 2}, "distributed.process_id=2 must be 0 … num_processes − 1"),
-        ({"coordinator": "node1"}, "must be 'host:port', 'auto' or empty, not 'node1'"),
+        (
+            {"coordinator": "node1"},
+            r"must be 'host:port' \(port 1 to 65535\), 'auto' or empty, not 'node1'",
+        ),
         ({"coordinator": ""}, "go with distributed.coordinator='host:port'"),
         ({"timeout": 0}, "distributed.timeout must be at least 1"),
     ):
