@@ -8,6 +8,9 @@ from pathlib import Path
 import jax
 import pytest
 
+# Scripts import the modules beside them.
+sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+
 # Tests compile much and compute little; what the library compiles is reached by the environment.
 _QUICK_COMPILE = (
     "--xla_backend_optimization_level=0",

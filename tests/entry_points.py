@@ -25,6 +25,7 @@ PACKAGE = Path(conlens_jax.__file__).parent
 # Modules that define flags when they are imported; several define one of the same name.
 ENTRY_POINTS = {f"conlens_jax.{file.stem}" for file in PACKAGE.glob("*.py")}
 ENTRY_POINTS -= {"conlens_jax.__init__", "conlens_jax.cli", "conlens_jax.launch"}
+ENTRY_POINTS |= {"gradient_report"}
 
 
 class _Parsed(BaseException):
@@ -151,7 +152,9 @@ def _own_flags() -> Iterator[None]:
             sys.modules.pop(name, None)
         for name, module in modules.items():
             sys.modules[name] = module
-            setattr(conlens_jax, name.rpartition(".")[2], module)
+            package, _, stem = name.rpartition(".")
+            if package:
+                setattr(conlens_jax, stem, module)
         for name, (module, flag) in known.items():
             flags.FLAGS[name] = flag
             flags.FLAGS.register_flag_by_module(module, flag)

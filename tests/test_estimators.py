@@ -5,31 +5,19 @@ from __future__ import annotations
 import functools
 import math
 
+import gradient_report
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
+from studies.lens_gradients import BLOCKS, REFERENCE, Draws, Problem, draw_blocks
+from studies.lens_gradients import quality as lens_quality
+from studies.toy_gradients import VOCAB, draw_gradients, make_toy, quality, true_gradient
 from tiny_lens import relative_error, text_logits, tiny_batch, tiny_lens, tiny_noise, tiny_spec
 
-from conlens_jax import gradient_report
 from conlens_jax.config import LossConfig, WarmConfig
 from conlens_jax.config.estimator import Estimator, parse_estimator
-from conlens_jax.evaluation.gradients import (
-    VOCAB,
-    draw_gradients,
-    make_toy,
-    quality,
-    true_gradient,
-)
-from conlens_jax.evaluation.lens_gradients import (
-    BLOCKS,
-    REFERENCE,
-    Draws,
-    Problem,
-    draw_blocks,
-)
-from conlens_jax.evaluation.lens_gradients import quality as lens_quality
 from conlens_jax.lens.decoder import decoder_head, forced_states, generate
 from conlens_jax.lens.estimators import condition_on_token, conditional_gumbel, token_keys
 from conlens_jax.lens.gumbel import straight_through_embed

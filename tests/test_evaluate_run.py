@@ -12,13 +12,14 @@ import shutil
 from pathlib import Path
 from unittest import mock
 
+import gradient_report
 import pytest
 from absl import flags
 from pipeline import CHECKPOINT_EVERY, LAST_STEP, WARM_STEPS, open_world, quiet_console
+from studies import lens_gradients
 
-from conlens_jax import gradient_report
 from conlens_jax.config import ConfigError
-from conlens_jax.evaluation import lens_gradients, run
+from conlens_jax.evaluation import run
 from conlens_jax.evaluation.run import evaluate_run
 from conlens_jax.evaluation.suite import HEADLINE
 from conlens_jax.models.tokenizer import Tokenizer

@@ -10,11 +10,7 @@ import numpy as np
 import pytest
 
 from conlens_jax.measurement import metrics
-from conlens_jax.measurement.bootstrap import (
-    DocumentBootstrap,
-    bootstrap_interval,
-    paired_difference,
-)
+from conlens_jax.measurement.bootstrap import DocumentBootstrap
 
 TABLES = Path(__file__).parents[1] / "third_party" / "metric_tables"
 
@@ -70,15 +66,6 @@ def test_fve_nrm_identities():
     assert metrics.fve_nrm([0.5, 1.0], 0.6) == pytest.approx(1 - 0.5 / 0.64, rel=1e-14)
 
 
-def test_fve_raw_is_zero_for_the_mean_and_one_for_perfect():
-    a = _activations()
-    mean = a.mean(axis=0)
-    assert metrics.fve_raw(np.broadcast_to(mean, a.shape), a, mean) == 0
-    assert metrics.fve_raw(a, a, mean) == 1
-    # By hand: errors 1 and 4, spreads 4 and 4.
-    assert metrics.fve_raw([[1, 0], [2, 2]], [[2, 0], [2, 0]], [0, 0]) == pytest.approx(1 - 5 / 8)
-
-
 def test_kl_frac_is_a_ratio_of_means_not_a_mean_of_ratios():
     assert metrics.kl_frac([1, 1], [0.5, 9.5]) == pytest.approx(0.8)
     assert metrics.kl_frac([2, 3], [2, 3]) == 0
@@ -117,6 +104,10 @@ def test_text_statistics_by_hand():
     assert metrics.distinct_2(np.array([[1, 2, 3]])) == 1
 
 
+def two_rows() -> DocumentBootstrap:
+    return DocumentBootstrap.draw([0, 1], 10, 0)
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -124,14 +115,13 @@ def test_text_statistics_by_hand():
         lambda: metrics.cosine([1.0], [1.0]),
         lambda: metrics.fve_nrm([0.5], 1.5),
         lambda: metrics.fve_nrm([], 0.5),
-        lambda: metrics.fve_raw([[1.0, 2.0]], [[1.0]], [0.0]),
         lambda: metrics.squared_error([[1.0, 2.0], [1.0, 2.0]], [[1.0], [1.0]]),
         lambda: metrics.top1_agreement([1, 2], [1]),
         lambda: DocumentBootstrap.draw([], 10, 0),
         lambda: DocumentBootstrap.draw([0], 0, 0),
-        lambda: bootstrap_interval(lambda m: m["x"], {"x": [1.0]}, [0, 1], 10, 0),
-        lambda: bootstrap_interval(lambda m: m["x"].mean(), {"x": [1.0, 2.0]}, [0, 1], 10, 0),
-        lambda: bootstrap_interval(lambda m: m["x"], {"x": [1.0, 2.0]}, [0, 1], 10, 0, level=95),
+        lambda: two_rows().mean([1.0]),
+        lambda: two_rows().interval(lambda means: means["x"].mean(), {"x": [1.0, 2.0]}),
+        lambda: two_rows().mean([1.0, 2.0], level=95),
     ],
 )
 def test_bad_input_raises_value_error(call):
@@ -146,12 +136,8 @@ def test_value_is_the_statistic_on_the_data_for_unequal_documents():
     rng = np.random.default_rng(0)
     documents = rng.integers(0, 9, size=50)
     kl, ref = rng.uniform(size=50), 3 + rng.uniform(size=50)
-    interval = bootstrap_interval(
-        lambda mean: metrics.fraction_removed(mean["kl"], mean["ref"]),
-        {"kl": kl, "ref": ref},
-        documents,
-        n_resamples=500,
-        seed=3,
+    interval = DocumentBootstrap.draw(documents, n_resamples=500, seed=3).interval(
+        lambda mean: metrics.fraction_removed(mean["kl"], mean["ref"]), {"kl": kl, "ref": ref}
     )
     assert interval.value == pytest.approx(metrics.kl_frac(kl, ref), rel=1e-12)
     assert interval.lo < interval.value < interval.hi
@@ -207,12 +193,13 @@ def test_paired_difference_cancels_what_the_systems_share():
     def mean(means):
         return means["x"]
 
-    difference = paired_difference(mean, joint, warm, documents, 1000, seed=0)
-    alone = bootstrap_interval(mean, joint, documents, 1000, seed=0)
+    bootstrap = DocumentBootstrap.draw(documents, 1000, seed=0)
+    difference = bootstrap.difference(mean, joint, warm)
+    alone = bootstrap.interval(mean, joint)
     assert difference.value == pytest.approx((joint["x"] - hard).mean(), rel=1e-9)
     assert 0 < difference.lo < difference.value < difference.hi
     assert difference.hi - difference.lo < (alone.hi - alone.lo) / 20
-    same = paired_difference(mean, warm, warm, documents, 100, seed=0)
+    same = bootstrap.difference(mean, warm, warm)
     assert (same.value, same.lo, same.hi) == (0, 0, 0)
 
 

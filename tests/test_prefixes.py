@@ -21,7 +21,7 @@ from conlens_jax.lens.encoder import (
 from conlens_jax.lens.losses import reconstruction_error
 from conlens_jax.lens.objective import Objective, source_window, warm_loss
 from conlens_jax.lens.spec import encoder_of
-from conlens_jax.measurement.aggregates import prefix_lengths
+from conlens_jax.measurement.aggregates import doublings
 from conlens_jax.models.transformer import embed_tokens
 
 
@@ -100,5 +100,5 @@ def test_prefix_share_mixes_the_mean_error_of_shorter_texts():
 @pytest.mark.parametrize(
     ("text_len", "expected"), [(1, [1]), (2, [1, 2]), (5, [1, 2, 4, 5]), (8, [1, 2, 4, 8])]
 )
-def test_prefix_lengths(text_len, expected):
-    assert prefix_lengths(np.zeros((3, text_len))) == expected
+def test_doublings(text_len, expected):
+    assert doublings(text_len) == expected

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from conlens_jax.evaluation.report import svg
-from conlens_jax.evaluation.report.heat_map import STEPS, HeatMap, HeatToken, render_heat_map
+from conlens_jax.evaluation.report.heat_map import STEPS, HeatMap, HeatToken
 from conlens_jax.evaluation.report.markup import escape, format_interval, format_number, show_token
 from conlens_jax.evaluation.report.report_data import Example, MetricGroup, MetricRow, Report
 from conlens_jax.evaluation.report.svg import CurveChart, HistogramChart, Series
@@ -102,6 +102,13 @@ def _text(element):
 
 def _has_class(element, name):
     return name in element.get("class", "").split()
+
+
+def _heat_section(heat_map):
+    """Its part of a page."""
+    tree = _tree(render_report(Report("t", "s", [], [], [], heat_maps=[heat_map])))
+    (section,) = tree.iter("section")
+    return section
 
 
 def _metric_cells(page):
@@ -202,8 +209,7 @@ def test_heat_map_colours_rise_with_the_value_and_texts_can_be_reached():
     """By keyboard and by tap: every measured token takes the focus and holds its text."""
     values = [None, 0.0, *STEPS, 1e9, NAN]
     tokens = [HeatToken(f"t{index}", value, f"says {index}") for index, value in enumerate(values)]
-    page = render_heat_map(HeatMap("title", "note", "nats", tokens))
-    tree = ET.fromstring(f"<div>{page}</div>")
+    tree = _heat_section(HeatMap("title", "note", "nats", tokens))
     hot = [e for e in tree.iter("span") if _has_class(e, "hot")]
     colours = [e.get("class").split()[1] for e in hot]
     assert colours == [f"h{step}" for step in range(len(STEPS) + 1)] + [f"h{len(STEPS)}"]
@@ -214,9 +220,7 @@ def test_heat_map_colours_rise_with_the_value_and_texts_can_be_reached():
 
 def test_words_of_a_heat_map_are_apart_where_they_carry_no_spaces():
     tokens = [HeatToken("once"), HeatToken("upon")]
-    body = lambda spaced: ET.fromstring(
-        f"<div>{render_heat_map(HeatMap('', '', '', tokens, spaced))}</div>"
-    ).findall("p")[-1]
+    body = lambda spaced: _heat_section(HeatMap("", "", "", tokens, spaced)).findall("p")[-1]
     assert _text(body(True)) == "once upon" and _text(body(False)) == "onceupon"
 
 
@@ -309,7 +313,7 @@ def test_numbers_of_a_text_stand_with_the_tokens_that_they_are_of():
     assert page.count('data-tokens="5 17"') == page.count('data-tokens="5 9"') == 1
     assert page.count("gives other tokens") == 1
     tokens = [HeatToken("x", 0.5, text) for text in texts.values()]
-    page = render_heat_map(HeatMap("title", "note", "nats", tokens))
+    page = ET.tostring(_heat_section(HeatMap("title", "note", "nats", tokens)), encoding="unicode")
     assert page.count("data-tokens=") == 2 and page.count("gives other tokens") == 1
 
 

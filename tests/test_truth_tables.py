@@ -53,7 +53,7 @@ def test_every_metric_stands_where_its_row_and_column_say():
             ("ones", "the lens's layer"): "probe_read_ones",
             ("ones", "layer 0"): "probe_read_layer_0_ones",
         },
-        "Control: what another layer holds": {
+        "Control: what can be read at another layer": {
             ("read at layer 0", "recall, greedy text"): "recall_layer_0",
             ("read at the lens's layer but not at layer 0", "recall, greedy text"): (
                 "recall_beyond_layer_0"

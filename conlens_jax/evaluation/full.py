@@ -1,4 +1,4 @@
-"""The studies behind the basic suite: which of them a suite has, for which lenses, from what."""
+"""The studies beyond the basic suite: which of them a suite runs, for which lenses, on what."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _TRAIN_ROWS = 8_192
 
 @dataclasses.dataclass(frozen=True)
 class Studies:
-    """What the studies look at, made once for all lenses of a run.
+    """The data of the studies, made once for all lenses of a run.
 
     Attributes:
       untrained: the lens as it is before any training.
       train: training rows, for linear maps.
-      facts: what is true of the rows' documents; None where the corpus is not a generated one.
-      readable: which of it can be read from activations; None where the suite has no truth study.
-      lexicon: what changes to a text know of its tokens.
-      auditor: the audit encoder; None where the suite has no audit.
+      facts: what is known of the rows' documents; None where the corpus is not generated.
+      readable: which facts can be read from activations; None without a truth study.
+      lexicon: what the changes to a text need to know of its tokens.
+      auditor: the audit encoder; None without an audit.
     """
 
     config: EvaluateConfig
@@ -57,7 +57,7 @@ class Studies:
     def make(
         session: Session, suite: Suite, untrained: Params, frozen: Params, run_folder: Path
     ) -> Studies:
-        """Trains the audit encoder where the suite asks for one that is not there.
+        """Trains the audit encoder where the suite needs it and the run has none yet.
 
         Raises:
           ConfigError: interventions on a corpus whose content is not known.
@@ -65,7 +65,7 @@ class Studies:
         config, tokenizer = session.config, session.model.tokenizer
         generator = GENERATORS.get(config.corpus.kind)
         if generator is not None and not token_variables(generator.variables, tokenizer):
-            generator = None  # of another model's vocabulary, no word is one of its tokens
+            generator = None  # no value is a single token of this model's vocabulary
         if config.evaluate.suite == "interventions" and generator is None:
             raise ConfigError(
                 [
@@ -129,8 +129,8 @@ class Studies:
         return measured
 
     def of_main_lens(self, evaluated: Evaluated, trainable: Params) -> dict[str, Interval]:
-        """What is measured of the checkpoint itself alone: interventions, best of K, parts of the
-        rows; and the baselines, which belong to no lens."""
+        """What is measured of the requested checkpoint alone: interventions, best of K, parts of
+        the rows; and the baselines, which do not depend on the lens."""
         measured: dict[str, Interval] = {}
         if self.facts is not None:
             measured |= intervene(
@@ -160,8 +160,8 @@ class Studies:
 def _other_layers(
     session: Session, original: Params, train: Rows, rows: Rows
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """M's activations of the training rows and of the rows behind its first and its last block,
-    but for the lens's own layer."""
+    """M's activations of the training rows and of the rows after its first and its last block,
+    except at the lens's own layer."""
     found = {}
     for layer in {0, session.spec.model.n_layers - 1} - {session.spec.layer}:
         spec = dataclasses.replace(session.spec, layer=layer)

@@ -1,4 +1,4 @@
-"""Evaluating a run: every lens it holds on the same held-out rows, metrics.json and report.html."""
+"""Evaluating a run: all its lenses on the same held-out rows; metrics.json and report.html."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from conlens_jax.training.run_folder import BASELINE, CONTROL, checkpoint_of, lo
 from conlens_jax.training.session import Session
 
 _STATISTICS = {
-    "lm_loss": "{:.3f} nats a token",
-    "generator_entropy": "{:.3f} nats a token",
+    "lm_loss": "{:.3f} nats per token",
+    "generator_entropy": "{:.3f} nats per token",
     "answers_right": "{:.3f} of M's answers",
     "exact_answers": "{:.3f} of the documents",
 }
-"""What is known of an embedded model, and how it is shown."""
+"""Statistics of an embedded model, and how they are shown."""
 NAMES = {"warm": "warm start", "joint": "joint training", "control": "matched-compute control"}
 
 
@@ -51,7 +51,7 @@ class _Lens:
 
 @dataclasses.dataclass(frozen=True)
 class _Results:
-    """What all lenses of a run gave; ``main`` is the one that was asked for."""
+    """The measurements of all lenses of a run; ``main`` is the requested one."""
 
     main: _Lens
     suite: Suite
@@ -62,16 +62,16 @@ class _Results:
 
 
 def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
-    """Measures a checkpoint beside the warm start and the control of its run, where they exist.
+    """Measures a checkpoint, and the warm start and the control of its run where they exist.
 
-    Several processes measure together; the first one writes.
+    Several processes measure together; only the first one writes.
 
     Args:
-      checkpoint: a run folder (its last checkpoint counts) or one step's folder in
+      checkpoint: a run folder (its last checkpoint is used) or one step's folder in
         ``<run>/checkpoints``.
 
     Returns:
-      The path of ``report.html``; ``metrics.json`` and ``metrics.csv`` lie beside it, in the run
+      The path of ``report.html``; ``metrics.json`` and ``metrics.csv`` are beside it, in the run
       folder. The three also go to W&B, see
       :func:`~conlens_jax.evaluation.tracking.track_evaluation`.
 
@@ -178,7 +178,7 @@ def _write(session: Session, run_folder: Path, results: _Results) -> Path:
 def _find_lenses(checkpoint: str | Path) -> tuple[list[_Lens], Path]:
     """Warm start, the checkpoint itself, and the control; and the run folder."""
     folder, step = checkpoint_of(checkpoint)
-    step = read_metadata(folder, step)["step"]  # raises where there is none
+    step = read_metadata(folder, step)["step"]  # raises if there is none
     metadata = read_metadata(folder, step)
     stage, warm_steps = metadata["stage"], metadata["config"]["warm"]["steps"]
     lenses = [_Lens(stage, folder, step)]
@@ -191,7 +191,7 @@ def _find_lenses(checkpoint: str | Path) -> tuple[list[_Lens], Path]:
 
 
 def _load_baseline(run_folder: Path, template: Params) -> Params | None:
-    """The encoder part of the run's baseline, if it has one."""
+    """The encoder of the run's baseline, if it has one."""
     folder = run_folder / BASELINE
     if not all_steps(folder / "checkpoints"):
         return None
@@ -211,7 +211,7 @@ def _differences(
 
 def _model_statistics(folder: Path) -> dict[str, float]:
     """The embedded model's own loss, its corpus's entropy and its share of right answers;
-    nothing for other models."""
+    empty for other models."""
     file = folder / STATISTICS_FILE
     if not file.exists():
         return {}
@@ -227,9 +227,10 @@ def _records(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
 def _notes(session: Session, measured: dict[str, Evaluated], has_baseline: bool) -> list[str]:
     warm = session.config.warm
     notes = [
-        f"Supervised windows hold the {warm.before} source tokens up to P and the {warm.after} "
-        "that truly follow. So the explanations of a warm start are what was just said and what "
-        "comes next, learnt from the source text; statements in them are taught, not discovered."
+        f"Supervised windows contain the {warm.before} source tokens up to P and the "
+        f"{warm.after} that actually follow. So the explanations of a warm start are what was just "
+        "said and what comes next, learnt from the source text; statements in them are taught, not "
+        "discovered."
     ]
     reader = (
         f"an encoder trained on nothing else ({session.config.baseline.steps} steps)"
@@ -238,29 +239,29 @@ def _notes(session: Session, measured: dict[str, Evaluated], has_baseline: bool)
     )
     notes.append(
         f"last_tokens_…: the true last {session.spec.text_len} source tokens are read by {reader}. "
-        "It says what repeating the recent context would be worth."
+        "It shows what repeating the recent context would be worth."
     )
     if CONTROL in measured:
         notes.append(
             "The matched-compute control starts from the same warm start and spends the joint "
-            "stage's compute on the warm start's own objective. What the joint stage gains over "
-            "the warm start is a claim only where it is ahead of this control."
+            "stage's compute on the warm start's own objective. A gain of the joint stage over "
+            "the warm start counts only where it also beats this control."
         )
     evaluate = session.config.evaluate
     if evaluate.suite == "full":
         notes.append(
-            f"The audit encoder started from M and read true windows alone for "
-            f"{evaluate.audit_steps} steps, in an order of its own (seed {evaluate.audit_seed}). "
-            "It is a stranger to the lens's text, not to the corpus."
+            f"The audit encoder started from M and was trained on true windows alone for "
+            f"{evaluate.audit_steps} steps, in its own order (seed {evaluate.audit_seed}). "
+            "It has never seen the lens's text, but it knows the corpus."
         )
         notes.append(
             "Best of K keeps the text whose reconstruction is nearest to the activation. It needs "
-            "the activation, so it says what sampling could give, not what one text gives."
+            "the activation, so it shows what sampling could reach, not what one text gives."
         )
     if "generator_entropy" in _model_statistics(session.model.folder):
         notes.append(
-            "generator_entropy is what the corpus's generator itself spends on its choices, nats a "
-            "token; lm_loss is the embedded model's loss on the same held-out documents."
+            "generator_entropy is what the corpus's generator itself spends on its choices, nats "
+            "per token; lm_loss is the embedded model's loss on the same held-out documents."
         )
     return notes
 

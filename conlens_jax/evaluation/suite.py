@@ -1,11 +1,10 @@
 """The metrics of a lens with their controls, each with an interval over documents.
 
 Names follow one pattern. Without a prefix a metric belongs to greedy decoding; ``sampled_`` is one
-sample a row; ``null_shuffle_`` reads the text of another row, ``null_novec_`` the text that the
+sample per row; ``null_shuffle_`` reads the text of another row, ``null_novec_`` the text that the
 decoder writes from the mean activation; ``last_tokens_`` and ``window_`` give the encoder true
 text instead of an explanation. ``fve_nrm_at_k`` reads only the first k tokens of the text.
-``kl_frac_X`` is the share of the KL of swapping in X that is
-removed.
+``kl_frac_X`` is the share of the KL of swapping in X that is removed.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from conlens_jax.measurement import metrics
 from conlens_jax.measurement.aggregates import (
     REFERENCES,
     attribute_statistics,
+    doublings,
     fve_nrm_of,
     mean_of,
-    prefix_lengths,
     reconstruction_statistics,
 )
 from conlens_jax.measurement.bootstrap import (
@@ -67,7 +66,7 @@ class Evaluated:
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """The rows, and all that does not depend on which lens is measured."""
+    """The rows, and everything else that does not depend on the lens."""
 
     measurer: Measurer
     rows: Rows
@@ -94,8 +93,8 @@ class Suite:
 
         Args:
           attribute_ids: of :func:`attribute_token_ids`.
-          baseline: trained parts of an encoder that reads the true last T tokens; where there is
-            none, each lens's own encoder reads them, which it has not learnt.
+          baseline: trained parts of an encoder that reads the true last T tokens; without one,
+            each lens's own encoder reads them, which it was not trained for.
         """
         bootstrap = DocumentBootstrap.draw(rows.documents_N, n_resamples, seed)
         partner_N = other_rows(rows.documents_N)
@@ -106,8 +105,8 @@ class Suite:
         actual, measurer = self.rows.activations_ND, self.measurer
         explained = measurer.explain(trainable, frozen, self.rows)
         mean_ND = np.broadcast_to(self.reference.mean_D, actual.shape)
-        blind = dataclasses.replace(self.rows, activations_ND=np.array(mean_ND))
-        unseeing = measurer.explain(trainable, frozen, blind).reconstructions
+        mean_rows = dataclasses.replace(self.rows, activations_ND=np.array(mean_ND))
+        without_vector = measurer.explain(trainable, frozen, mean_rows).reconstructions
         own = explained.reconstructions
         text_len = self.warm.before + self.warm.after
         reader = trainable if self.baseline is None else {**trainable, **self.baseline}
@@ -115,8 +114,8 @@ class Suite:
             **own,
             "null_shuffle": own["greedy"][self.partner_N],
             "null_shuffle_sampled": own["sampled"][self.partner_N],
-            "null_novec": unseeing["greedy"],
-            "null_novec_sampled": unseeing["sampled"],
+            "null_novec": without_vector["greedy"],
+            "null_novec_sampled": without_vector["sampled"],
             "last_tokens": measurer.read(reader, frozen, self.window(text_len, 0)),
             "window": measurer.read(
                 trainable, frozen, self.window(self.warm.before, self.warm.after)
@@ -157,15 +156,14 @@ class Suite:
         }
 
     def window(self, before: int, after: int) -> np.ndarray:
-        """True tokens around P; where the document does not reach back so far, its first one is
-        repeated."""
+        """True tokens around P; before the start of the document its first token is repeated."""
         offsets = self.rows.positions_N[:, None] + np.arange(1 - before, after + 1)
         return self.rows.tokens_NS[np.arange(len(self.rows))[:, None], np.maximum(offsets, 0)]
 
     def quantities(
         self, candidates: Mapping[str, np.ndarray], effects: Mapping[str, SwapEffect]
     ) -> PerRow:
-        """What the statistics of each candidate are means of, one number a row."""
+        """What the statistics of each candidate are means of, one number per row."""
         actual, clean = self.rows.activations_ND, effects["clean"]
         per_row: PerRow = {"spread": metrics.squared_error(actual, self.reference.mean_D)}
         per_row["clean.ce"] = clean.ce
@@ -182,14 +180,14 @@ class Suite:
         return per_row
 
     def _text_rows(self, explained: Explained, clean: SwapEffect, original: Params) -> PerRow:
-        about_to_use = clean.top_tokens[:, 0]
-        is_attribute = np.isin(about_to_use, sorted(self.attribute_ids))
-        states = lambda texts: np.any(texts == about_to_use[:, None], axis=1) & is_attribute
+        next_token_N = clean.top_tokens[:, 0]
+        is_attribute = np.isin(next_token_N, sorted(self.attribute_ids))
+        states = lambda texts: np.any(texts == next_token_N[:, None], axis=1) & is_attribute
         window = self.window(self.warm.before, self.warm.after)
         per_row = {"attribute": is_attribute}
         per_row["window.nll"] = self.measurer.text_nll(original, window)
         for name, cos_NT in explained.prefix_cos.items():
-            per_row |= {f"{name}.cos_at_{k}": cos_NT[:, k - 1] for k in prefix_lengths(cos_NT)}
+            per_row |= {f"{name}.cos_at_{k}": cos_NT[:, k - 1] for k in doublings(cos_NT.shape[1])}
         for name, texts in explained.texts.items():
             per_row[f"{name}.nll"] = self.measurer.text_nll(original, texts)
             per_row[f"{name}.repeat_4gram"] = metrics.repeat_4gram(texts)
@@ -199,7 +197,7 @@ class Suite:
 
     def _metrics(self, per_row: PerRow, explained: Explained) -> dict[str, Interval]:
         intervals = self.intervals(self._statistics(explained), per_row)
-        # Over all texts at once: repeated documents would bias a resample of it.
+        # Over all texts together: a resample repeats documents, which would bias it.
         for name, prefix in (("greedy", ""), ("sampled", "sampled_")):
             intervals[f"{prefix}distinct_2"] = Interval(metrics.distinct_2(explained.texts[name]))
         return intervals
@@ -209,7 +207,7 @@ class Suite:
         has."""
         statistics: dict[str, Statistic] = {}
         for name, cos_NT in explained.prefix_cos.items() if explained else ():
-            for k in prefix_lengths(cos_NT):
+            for k in doublings(cos_NT.shape[1]):
                 key = f"{'' if name == 'greedy' else name + '_'}fve_nrm_at_{k}"
                 statistics[key] = fve_nrm_of(f"{name}.cos_at_{k}", self.reference.resultant)
         for candidate, prefix in (

@@ -16,7 +16,7 @@ FILES = ("report.html", "metrics.json", "metrics.csv")
 def track_evaluation(config: ExperimentConfig, run_folder: Path, console: Console) -> None:
     """``FILES`` as an artifact, and the numbers of ``metrics.json`` as the run's summary, under
     ``evaluation/``. Does nothing where ``wandb.mode`` is ``"disabled"``."""
-    # A run that training has begun has its configuration, that of the training.
+    # A run that training began already has its configuration.
     values = {} if (run_folder / RUN_ID).exists() else to_json_dict(config)
     tracker = WandbRun(config.wandb, run_folder, values, enabled=is_first(), console=console)
     if not tracker.active:

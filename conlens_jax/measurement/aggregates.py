@@ -1,7 +1,7 @@
 """Metrics of a data set as functions of named means over rows.
 
 This is the form that the bootstrap resamples: each takes a mapping from a quantity's name to its
-means, ``[1 + resamples]``, and returns one value an entry. Quantities are named
+means, ``[1 + resamples]``, and returns one value per entry. Quantities are named
 ``candidate.quantity``; :meth:`~conlens_jax.evaluation.suite.Suite.quantities` makes them.
 """
 
@@ -52,10 +52,9 @@ def difference_of(first: Statistic, second: Statistic) -> Statistic:
     return statistic
 
 
-def prefix_lengths(cos_NT: np.ndarray) -> list[int]:
-    """The k of ``fve_nrm_at_k``: 1, 2, 4, … and T."""
-    text_len = cos_NT.shape[1]
-    return [2**i for i in range(text_len.bit_length()) if 2**i < text_len] + [text_len]
+def doublings(most: int) -> list[int]:
+    """1, 2, 4, … and ``most``: the k of ``fve_nrm_at_k`` (up to T), the K of best of K."""
+    return [2**power for power in range(most.bit_length()) if 2**power < most] + [most]
 
 
 def reconstruction_statistics(
@@ -82,7 +81,7 @@ def reconstruction_statistics(
 
 
 def attribute_statistics(name: str, prefix: str) -> dict[str, Statistic]:
-    """How often the text states the attribute word that M is about to use, given that it is."""
+    """How often the text states M's most likely next token, where that is an attribute word."""
     own, other = f"{name}.stated", f"{name}.stated_shuffled"
     return {
         f"{prefix}attribute_stated": ratio_of(own, "attribute"),

@@ -41,8 +41,8 @@ class DocumentBootstrap:
 
     @classmethod
     def draw(cls, documents_N: npt.ArrayLike, n_resamples: int, seed: int) -> DocumentBootstrap:
-        """Draws ``n_resamples`` sets of documents with replacement (memory: 8 bytes a resample and
-        document).
+        """Draws ``n_resamples`` sets of documents with replacement (memory: 8 bytes per resample
+        and document).
 
         Args:
           documents_N: document id of each row, integers or strings.
@@ -52,7 +52,7 @@ class DocumentBootstrap:
         """
         documents = np.asarray(documents_N)
         if documents.ndim != 1 or documents.size == 0:
-            raise ValueError(f"documents_N must be one id a row, not shape {documents.shape}")
+            raise ValueError(f"documents_N must be one id per row, not shape {documents.shape}")
         if n_resamples < 1:
             raise ValueError(f"n_resamples must be at least 1, not {n_resamples}")
         names, group_N = np.unique(documents, return_inverse=True)
@@ -67,10 +67,10 @@ class DocumentBootstrap:
     def means(self, per_row: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
         """The mean of each quantity in the data (entry 0) and in every resample, ``[1 + R]``.
 
-        A row that is not finite makes the mean NaN or infinite: nothing is dropped in silence.
+        A row that is not finite makes the mean NaN or infinite: nothing is dropped silently.
 
         Raises:
-          ValueError: an array that is not one number a row; all of them in one message.
+          ValueError: an array that is not one number per row; all of them in one message.
         """
         arrays = {name: np.asarray(values, np.float64) for name, values in per_row.items()}
         wrong = {n: a.shape for n, a in arrays.items() if a.shape != self.group_N.shape}
@@ -93,8 +93,8 @@ class DocumentBootstrap:
         """The statistic on the data with its percentile interval.
 
         Args:
-          statistic: from named means, each ``[1 + R]``, to one value an entry, elementwise.
-          per_row: the quantities it needs, one number a row.
+          statistic: from named means, each ``[1 + R]``, to one value per entry, elementwise.
+          per_row: the quantities it needs, one number per row.
           level: share of the resamples inside the interval.
         """
         return percentile_interval(self._values(statistic, per_row), level)
@@ -123,7 +123,7 @@ class DocumentBootstrap:
         values = np.asarray(statistic(self.means(per_row)), np.float64)
         if values.shape != self.counts_RG.shape[:1]:
             raise ValueError(
-                f"statistic must return one value a resample {self.counts_RG.shape[:1]}, "
+                f"statistic must return one value per resample {self.counts_RG.shape[:1]}, "
                 f"not {values.shape}: it gets vectors of means and must work elementwise"
             )
         return values
@@ -140,42 +140,7 @@ def percentile_interval(values: Array, level: float = 0.95) -> Interval:
     value, resamples = float(values[0]), values[1:]
     if not np.isfinite(value) or np.isnan(resamples).any():
         return Interval(value)
-    # Between two resamples is no value where one of them is infinite: take the lower one.
+    # Infinite resamples cannot be interpolated: take the lower one.
     method = "linear" if np.isfinite(resamples).all() else "lower"
     lo, hi = np.quantile(resamples, [(1 - level) / 2, (1 + level) / 2], method=method)
     return Interval(value, float(lo), float(hi))
-
-
-def bootstrap_interval(
-    statistic: Statistic,
-    per_row: Mapping[str, npt.ArrayLike],
-    documents_N: npt.ArrayLike,
-    n_resamples: int,
-    seed: int,
-    level: float = 0.95,
-) -> Interval:
-    """One interval; for many metrics of the same rows draw a :class:`DocumentBootstrap` once.
-
-    Example::
-
-        bootstrap_interval(
-            lambda mean: fraction_removed(mean["kl"], mean["kl_zero"]),
-            {"kl": kl_N, "kl_zero": kl_zero_N}, documents_N, n_resamples=2000, seed=0)
-    """
-    bootstrap = DocumentBootstrap.draw(documents_N, n_resamples, seed)
-    return bootstrap.interval(statistic, per_row, level)
-
-
-def paired_difference(
-    statistic: Statistic,
-    per_row: Mapping[str, npt.ArrayLike],
-    baseline_per_row: Mapping[str, npt.ArrayLike],
-    documents_N: npt.ArrayLike,
-    n_resamples: int,
-    seed: int,
-    level: float = 0.95,
-) -> Interval:
-    """Interval of ``statistic(per_row) − statistic(baseline_per_row)``, for example joint − warm
-    start; see :meth:`DocumentBootstrap.difference`."""
-    bootstrap = DocumentBootstrap.draw(documents_N, n_resamples, seed)
-    return bootstrap.difference(statistic, per_row, baseline_per_row, level)

@@ -1,7 +1,7 @@
 """The metrics of a lens, by exact definition, in float64 numpy.
 
 Per-row functions take arrays whose first axis is the row (N rows, one activation each) and return
-one number a row. The metrics of a data set are all *one minus a ratio of means* and go through
+one number per row. The metrics of a data set are all *one minus a ratio of means* and go through
 :func:`fraction_removed`, which also accepts a vector of resampled means: this is what lets
 ``bootstrap.py`` compute an interval without touching the rows again.
 
@@ -42,7 +42,7 @@ def unit_vectors(a_ND: npt.ArrayLike) -> Array:
       ValueError: not two axes, or no rows.
     """
     a_ND = _rows("a_ND", a_ND, 2)
-    # The largest entry goes out first, so that squares neither overflow nor vanish.
+    # The largest entry is divided out first, so that squares neither overflow nor vanish.
     largest_N1 = np.max(np.abs(a_ND), axis=1, keepdims=True, initial=0.0)
     scaled_ND = a_ND / np.where(largest_N1 > 0, largest_N1, 1.0)
     norm_N1 = np.linalg.norm(scaled_ND, axis=1, keepdims=True)
@@ -75,7 +75,7 @@ def squared_error(rec_ND: npt.ArrayLike, a_ND: npt.ArrayLike) -> Array:
 
 
 def top1_agreement(top_N: npt.ArrayLike, top_clean_N: npt.ArrayLike) -> Array:
-    """Share of predictions of a row whose most likely token is the same, ``[N]``.
+    """Share of each row's predictions whose most likely token is unchanged, ``[N]``.
 
     Args:
       top_N: token ids ``[N]``, or ``[N, h]`` over a horizon: argmax of M with the swap.
@@ -132,21 +132,10 @@ def fve_nrm(cos_N: npt.ArrayLike, R: float) -> float:
     return float(fraction_removed(mean_error, fve_nrm_reference(R)))
 
 
-def fve_raw(rec_ND: npt.ArrayLike, a_ND: npt.ArrayLike, mean_D: npt.ArrayLike) -> float:
-    """Fraction of raw variance explained: ``1 − Σ‖rec − a‖² / Σ‖a − mean‖²``.
-
-    ``mean_D`` is the mean activation of a stated set (the training rows), so that predicting it
-    for every row gives exactly 0.
-    """
-    error, spread = squared_error(rec_ND, a_ND), squared_error(a_ND, mean_D)
-    _same_shape(rec_ND=error, a_ND=spread)
-    return float(fraction_removed(error.mean(), spread.mean()))
-
-
 def kl_frac(kl_N: npt.ArrayLike, kl_ref_N: npt.ArrayLike) -> float:
     """Fraction of the reference's KL removed: ``1 − mean(KL) / mean(KL_ref)``, a ratio of means.
 
-    A mean of ratios would be ruled by rows where the reference happens to do no harm.
+    A mean of ratios would be dominated by rows where the reference happens to do no harm.
     """
     kl_N, kl_ref_N = _rows("kl_N", kl_N, 1), _rows("kl_ref_N", kl_ref_N, 1)
     return float(fraction_removed(kl_N.mean(), kl_ref_N.mean()))
@@ -155,7 +144,7 @@ def kl_frac(kl_N: npt.ArrayLike, kl_ref_N: npt.ArrayLike) -> float:
 def cross_entropy_recovered(
     ce_ref: npt.ArrayLike, ce_rec: npt.ArrayLike, ce_clean: npt.ArrayLike
 ) -> Array:
-    """``(CE_ref − CE_rec) / (CE_ref − CE_clean)`` of *mean* cross entropies (nats a token).
+    """``(CE_ref − CE_rec) / (CE_ref − CE_clean)`` of *mean* cross entropies (nats per token).
 
     1 where the reconstruction does as little harm as no swap, 0 where it does as much as the
     reference swap. Elementwise, for resampled means; NaN where the reference does no harm at all.
@@ -174,7 +163,7 @@ def _ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
 def distinct_2(texts: Sequence[Sequence[int]]) -> float:
     """Different bigrams over all bigrams, across all texts together (Li et al., 2016).
 
-    Near 0 where the decoder writes the same thing for every row. No bigram crosses two texts; the
+    Near 0 where the decoder writes the same text for every row. No bigram crosses two texts; the
     value falls as texts are added, so compare equal numbers of texts only. It is not a mean over
     rows: a bootstrap repeats texts and would bias it. NaN where no text has two tokens.
     """

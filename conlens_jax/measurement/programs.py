@@ -33,7 +33,7 @@ TOP = 5
 
 
 class SwapEffect(NamedTuple):
-    """What M predicts at P with a vector swapped in, one entry a row.
+    """What M predicts at P with a vector swapped in, one entry per row.
 
     Attributes:
       kl_at: KL(M ‖ M with the swap) at P, nats.

@@ -1,8 +1,8 @@
 """Running a lens over rows of a cache: its texts, its reconstructions, and what M does with them.
 
 Two passes. The first explains every row and reads the explanation back; the second puts candidate
-vectors into M at P and compares its predictions with the true ones. Everything that a metric needs
-comes out as one number a row, so that the bootstrap never touches the model again.
+vectors into M at P and compares its predictions with the true ones. Every quantity that a metric
+needs is one number per row, so that the bootstrap never runs the model again.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from conlens_jax.parallel.processes import local_rows, on_devices, to_host
 
 @dataclasses.dataclass(frozen=True)
 class Explained:
-    """What the lens made of N rows; ``greedy`` and ``sampled`` decoding.
+    """Texts and reconstructions of N rows, by decoding: ``greedy`` and ``sampled``.
 
     Attributes:
-      texts: token ids [N, T] by decoding.
-      reconstructions: fp32 [N, D] by decoding.
+      texts: token ids [N, T].
+      reconstructions: fp32 [N, D].
       prefix_cos: cosine of a to the reconstruction from the first 1 … T tokens of the text,
-        [N, T] by decoding; empty where the encoder's prompt goes on behind the text.
+        [N, T]; empty where the encoder's prompt continues after the text.
     """
 
     texts: dict[str, np.ndarray]
@@ -47,14 +47,14 @@ class Explained:
 
 
 class Measurer:
-    """Holds the compiled functions for one model, lens shape and batch size.
+    """The compiled functions for one model, lens shape and batch size.
 
     Args:
       spec: shape of the lens.
       horizon: h of ``kl_cont``.
-      batch_size: rows a call; the last batch is filled up.
+      batch_size: rows per call; the last batch is padded.
       seed: of the sampled texts.
-      between: called before every batch; what it raises ends the measuring.
+      between: called before every batch; an exception from it ends the measurement.
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class Measurer:
     def sample(
         self, trainable: Params, frozen: Params, rows: Rows, draw: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """One more sampled text [N, T] of every row, and its reconstruction [N, D]; draw 0 is the
-        one of :meth:`explain`."""
+        """One more sampled text [N, T] of every row, and its reconstruction [N, D]; draw 0
+        repeats that of :meth:`explain`."""
         run = lambda batch, _: self._explain(
             trainable, frozen, batch, jnp.float32(1.0), jnp.int32(draw)
         )[:2]
@@ -124,7 +124,7 @@ class Measurer:
         return self._over_texts((texts_NT, lengths_N), run)
 
     def text_nll(self, original: Params, texts_NT: np.ndarray) -> np.ndarray:
-        """−log p a token under M reading the text alone, mean over each text; [N], nats."""
+        """−log p per token under M reading the text alone, mean over each text; [N], nats."""
         return self._over_texts((texts_NT,), lambda text: self._text_nll(original, text))
 
     def odds(
@@ -163,7 +163,7 @@ class Measurer:
         return self._over(rows, run)
 
     def _piece(self, array_N: np.ndarray, start: int) -> jax.Array:
-        """The entries of one batch on the device, filled up."""
+        """The entries of one batch on the device, padded."""
         piece = filled(array_N[start : start + self.batch_size], self.batch_size)
         here = local_rows(self.sharding, self.batch_size)
         return on_devices(piece[here], self.sharding, self.batch_size)
@@ -171,8 +171,8 @@ class Measurer:
     def unembedded(
         self, original: Params, rows: Rows, states_ND: np.ndarray
     ) -> tuple[SwapEffect, np.ndarray]:
-        """What M's own head reads from given states [N, D], beside M's prediction at P (the
-        horizon ends there); and its T likeliest tokens [N, T], most likely first."""
+        """What M's own head predicts from given states [N, D], against M's prediction at P (a
+        horizon of 1); and its T likeliest tokens [N, T], most likely first."""
 
         def run(batch: Batch, start: int) -> tuple[SwapEffect, jax.Array]:
             context, next_token_B, _ = self._context(original, batch)
@@ -182,11 +182,11 @@ class Measurer:
         return self._over(rows, run)
 
     def last_states(self, original: Params, rows: Rows) -> np.ndarray:
-        """The residual stream behind M's last block at P, [N, D]."""
+        """The residual stream after M's last block at P, [N, D]."""
         return self._over(rows, lambda batch, _: self._last_states(original, batch))
 
     def with_activations(self, original: Params, rows: Rows) -> Rows:
-        """The rows with their activations captured anew, at the lens's layer and P."""
+        """The rows with their activations captured again, at the lens's layer and P."""
         states_ND = self._over(rows, lambda batch, _: self._own_states(original, batch))
         return dataclasses.replace(rows, activations_ND=states_ND)
 
@@ -205,7 +205,7 @@ class Measurer:
         return self._over(rows, run)
 
     def _over(self, rows: Rows, run: Callable[[Batch, int], Any]) -> Any:
-        """Runs over batches and joins what comes back, a pytree of arrays [batch, …]."""
+        """Runs over batches and concatenates the results, a pytree of arrays [batch, …]."""
         outputs = []
         for start in range(0, len(rows), self.batch_size):
             self._between()
@@ -241,13 +241,13 @@ def other_rows(documents_N: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class ActivationStatistics:
-    """Statistics of the training activations that the metrics refer to.
+    """Statistics of the training activations that the metrics are relative to.
 
     Attributes:
       mean_D: mean activation.
       scale: root mean square of (a − mean) over all coordinates.
       resultant: R, norm of the mean of the unit vectors.
-      n_rows: how many rows they are computed on.
+      n_rows: number of rows they are computed on.
     """
 
     mean_D: np.ndarray

@@ -1,4 +1,4 @@
-"""The lens along one document: what it says at every token, and how well that serves M."""
+"""The lens along one document: its explanation at every token, and the KL of swapping it in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from conlens_jax.models.written import written_texts
 
 def rows_of_document(rows: Rows, first_position: int, after: int) -> Rows:
     """A row at every position of the longest context (the first one of that length), from
-    ``first_position`` on, with ``after`` tokens behind it; without activations."""
+    ``first_position`` on, each followed by at least ``after`` tokens; without activations."""
     row = int(np.argmax(rows.lengths_N))
     length = int(rows.lengths_N[row])
     positions_N = np.arange(min(first_position, length - after - 1), length - after, dtype=np.int32)
@@ -53,7 +53,7 @@ def document_heat(suite: Suite, trainable: Params, frozen: Params, tokenizer: To
     return HeatMap(
         f"Document {int(rows.documents_N[0])}, the longest of the held-out rows",
         "The stronger the colour of a token, the more M's next prediction changes when the "
-        "reconstruction takes the activation's place there. Point at a token, or tap it, for its "
+        "reconstruction replaces the activation there. Point at a token, or tap it, for its "
         "explanation; gray tokens were not read.",
         "nats",
         tokens,

@@ -35,7 +35,7 @@ _COMPARED: tuple[tuple[str, str, str], ...] = (
     ("sampled_", "lens, sampled text", "read by its own encoder"),
     ("frozen_", "lens, greedy text, audited", "read by an encoder that never saw a decoder's text"),
     ("frozen_sampled_", "lens, sampled text, audited", "read by the same encoder"),
-    ("untrained_encoder_", "lens, greedy text, untrained reader", "M cut behind block L"),
+    ("untrained_encoder_", "lens, greedy text, untrained reader", "M cut after block L"),
     ("null_shuffle_", "control: text of another row", "own encoder"),
     ("null_novec_", "control: decoder without the vector", "given the mean activation"),
     ("random_words_", "control: random words", "tokens of the corpus, audit encoder"),
@@ -50,7 +50,7 @@ _COMPARED: tuple[tuple[str, str, str], ...] = (
         "a linear map to M's last state, its head",
     ),
     ("last_tokens_", "the last T source tokens", "an encoder of their own reads them"),
-    ("window_", "the true window", "own encoder; holds the true continuation"),
+    ("window_", "the true window", "own encoder; contains the true continuation"),
     ("frozen_window_", "the true window, audited", "audit encoder"),
     ("linear_code_", "linear code", "principal components with the bits of a text"),
 )
@@ -58,14 +58,14 @@ _COMPARED_BY = ("fve_nrm", "kl_frac_mean", "top1_agree")
 
 
 def comparison(metrics: Metrics) -> MetricGroup:
-    """Everything that explains the same activations, one below the other."""
+    """Everything that explains the same activations, in one table."""
     rows = []
     for prefix, name, explanation in _COMPARED:
         values = [metrics.get(prefix + metric) for metric in _COMPARED_BY]
         if any(values):
             rows.append(MetricRow(name, explanation, NEITHER, values))
     bits = metrics.get("linear_code_bits")
-    counted = f" T tokens hold at most {bits.value:.0f} bits." if bits else ""
+    counted = f" T tokens carry at most {bits.value:.0f} bits." if bits else ""
     return MetricGroup(
         "Side by side",
         "The same rows, resamples and references for all. 1 is perfect, 0 no better than the mean "
@@ -107,7 +107,7 @@ def interventions(metrics: Metrics, variables: Sequence[str]) -> MetricGroup:
     """The edit and its two controls, all rows together and by variable."""
     columns = ("edit to w", "control: to a third value", "control: random word")
     prefixes = ("", "third_value_", "random_word_")
-    groups = [("", "every value"), ("next_", "where it is what M is about to say")]
+    groups = [("", "every value"), ("next_", "where it is M's next token")]
     groups += [(f"{name}_", name) for name in variables]
     rows = []
     for key, name in groups:
@@ -147,11 +147,11 @@ def full_groups(
     """Tables with columns of their own; empty ones are left out.
 
     Args:
-      main: name of the lens that all tables but that of the damage are about.
+      main: name of the lens of all tables but the damage table.
       variables: what is known of every document.
     """
     metrics = systems[main]
-    # Of the basic suite alone the comparison would only repeat its tables.
+    # For the basic suite the comparison would only repeat its tables.
     groups = [comparison(metrics)] if "gap_frozen" in metrics else []
     groups += [damage(systems), *truth_by(metrics, variables)]
     groups += [interventions(metrics, variables), parts(metrics)]
@@ -166,10 +166,10 @@ def full_charts(metrics: Metrics) -> list[CurveChart]:
         charts.append(
             CurveChart(
                 "Best of K",
-                "texts sampled for a row",
+                "texts sampled per row",
                 "share explained",
                 [Series(name, *curve) for name, curve in by_size.items()],
-                "The text with the nearest reconstruction is kept: the choice looks at a.",
+                "The text with the nearest reconstruction is kept: the choice uses a.",
             )
         )
     series = []

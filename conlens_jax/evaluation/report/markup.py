@@ -10,18 +10,23 @@ from conlens_jax.measurement.bootstrap import Interval
 from conlens_jax.models.written import Written
 
 # Not allowed in HTML text, or not encodable as UTF-8 (lone surrogates): tokens of a byte-level
-# vocabulary can hold any of them.
+# vocabulary can contain any of them.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def printable(text: object) -> str:
+    """Any text, with U+FFFD for each character that a page cannot contain. Not escaped."""
+    return _FORBIDDEN.sub("\ufffd", str(text))
 
 
 def escape(text: object) -> str:
     """Any text, safe as HTML content and inside a quoted attribute."""
-    return html.escape(_FORBIDDEN.sub("\ufffd", str(text)), quote=True)
+    return html.escape(printable(text), quote=True)
 
 
 def token_marks(text: str) -> tuple[str, str]:
     """The tokens of a written text as an attribute ``data-tokens="5 17"`` of its element, and a
-    note to stand after it where the text, read again, gives others. Empty for any other text."""
+    note after it where the text, tokenised again, gives others. Empty for any other text."""
     if not isinstance(text, Written):
         return "", ""
     attribute = f' data-tokens="{" ".join(map(str, text.tokens))}"'
@@ -37,7 +42,7 @@ def show_token(token: str) -> str:
 
 
 def _decimals(magnitude: float) -> int:
-    """Digits behind the point for three or four significant ones; −1 for scientific notation."""
+    """Decimals for three or four significant digits; −1 for scientific notation."""
     if magnitude == 0:
         return 0
     if magnitude < 5e-4 or magnitude >= 1e6:
@@ -67,7 +72,7 @@ def format_number(value: float) -> str:
 
 def format_interval(interval: Interval) -> tuple[str, str]:
     """Value and ``"lo to hi"`` with equal decimals: ``"lo or more"`` where there is no upper end,
-    and nothing without an interval."""
+    empty without an interval."""
     ends = (interval.lo, interval.hi)
     finite = [abs(x) for x in (interval.value, *ends) if math.isfinite(x)]
     decimals = _decimals(max(finite, default=0.0))

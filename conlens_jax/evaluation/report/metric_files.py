@@ -41,8 +41,8 @@ def write_metrics(
     folder: Path, flat: Flat, without_interval: Mapping[str, float], step: int
 ) -> None:
     """``metrics.json`` (``name``, ``name_lo``, ``name_hi``; null where there is no number; and
-    ``checkpoint_step``, whose numbers these are) and ``metrics.csv`` (a row a metric). What never
-    has an interval is one number in both."""
+    ``checkpoint_step``, the step of the measured checkpoint) and ``metrics.csv`` (one row per
+    metric). A metric that never has an interval is one number in both."""
     values: dict[str, float | None] = {MEASURED_STEP: float(step)}
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""From measured lenses to the page: which metrics stand in which table, and what is said."""
+"""From measured lenses to the page: the tables with their metrics, the summary, the examples."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _CARRIES: tuple[Rowspec, ...] = (
     ("cos", "cosine of reconstruction and activation", HIGHER),
     ("fve_raw", "share of the raw variance explained", HIGHER),
     ("kl_at", "KL(M ‖ M with the reconstruction) at P, nats", LOWER),
-    ("kl_cont", "the same, mean over P and the predictions behind it, nats", LOWER),
+    ("kl_cont", "the same, mean over P and the predictions after it, nats", LOWER),
     ("kl_frac_zero", "share of the zero vector's KL removed", HIGHER),
     ("kl_frac_other", "share of another row's activation's KL removed", HIGHER),
     ("ce_rec", "cross-entropy recovered, 0 = mean activation, 1 = no swap", HIGHER),
@@ -73,9 +73,9 @@ _TEXT: tuple[Rowspec, ...] = (
         (f"fve_nrm_at_{k}", f"fve_nrm where only the first {k} tokens are read", HIGHER)
         for k in (1, 2, 4, 8, 16, 32)
     ),
-    ("nll_text", "NLL a token of the greedy text under M reading it alone, nats", LOWER),
-    ("sampled_nll_text", "NLL a token of the sampled text", LOWER),
-    ("nll_window", "NLL a token of true windows of the corpus, read the same way", NEITHER),
+    ("nll_text", "NLL per token of the greedy text under M reading it alone, nats", LOWER),
+    ("sampled_nll_text", "NLL per token of the sampled text", LOWER),
+    ("nll_window", "NLL per token of true windows of the corpus, read the same way", NEITHER),
     ("distinct_2", "different bigrams over all bigrams, greedy texts together", NEITHER),
     ("repeat_4gram", "share of 4-grams that repeat within a text", LOWER),
 )
@@ -83,7 +83,8 @@ _TEXT: tuple[Rowspec, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """A measured lens: ``key`` prefixes its metrics in metrics.json, ``name`` heads its column."""
+    """A measured lens: ``key`` is the prefix of its metrics in metrics.json, ``name`` the title of
+    its column."""
 
     key: str
     name: str
@@ -101,7 +102,7 @@ class PageData:
       records: of metrics.jsonl, by curve set ("" for the run, "control" for the control).
       facts: label → value.
       heat_maps: documents token by token.
-      variables: names of what is known of every document; none but in a generated corpus.
+      variables: names of what is known of every document; only in a generated corpus.
       ranked: show the best, median and worst rows before those at equal distances.
     """
 
@@ -126,15 +127,15 @@ def build_report(data: PageData, tokenizer: Tokenizer) -> Report:
     groups = [
         _group("Does the text carry the activation?", "", _CARRIES, data),
         _group(
-            "Controls: what a text that says nothing of the activation scores",
+            "Controls: what a text that does not depend on the activation scores",
             "A lens is worth nothing where these reach its own numbers.",
             _CONTROLS,
             data,
         ),
         _group(
             "Baselines",
-            "An encoder is given true text instead of an explanation. The window holds the true "
-            "continuation of the text, so it is no explanation but the warm start's own target.",
+            "An encoder is given true text instead of an explanation. The window contains the true "
+            "continuation of the text: it is no explanation but the warm start's own target.",
             _BASELINES,
             data,
         ),
@@ -148,8 +149,8 @@ def build_report(data: PageData, tokenizer: Tokenizer) -> Report:
         ),
         _group(
             "Truth: what the text states of what is known",
-            "The generator of the corpus knows every value. A text may state right what M is about "
-            "to say because the warm start taught it to look ahead.",
+            "The generator of the corpus knows every value. A text may be right about what M is "
+            "about to write because the warm start taught it to look ahead.",
             TRUTH,
             data,
         ),
@@ -184,12 +185,12 @@ def _group(title: str, note: str, specs: Sequence[Rowspec], data: PageData) -> M
 
 
 def _difference_groups(data: PageData) -> list[MetricGroup]:
-    """The differences stand in the column of the main system."""
+    """The differences are in the column of the main system."""
     explanations = {name: explanation for name, explanation, _ in _CARRIES}
     return [
         MetricGroup(
             title,
-            "Paired by document. An interval that holds 0 shows no difference.",
+            "Paired by document. An interval that contains 0 shows no difference.",
             [
                 MetricRow(
                     name,
@@ -212,10 +213,10 @@ def _summary(metrics: Mapping[str, Interval], name: str) -> str:
     carried = metrics["kl_frac_mean"].lo > max(metrics["null_shuffle_kl_frac_mean"].hi, 0.0)
     verdict = "carries the activation" if carried else "does not carry the activation"
     return (
-        f"The text {verdict} ({name}). Put back into the model, what is read from a greedy "
-        f"explanation removes {show('kl_frac_mean')} of the harm that the mean activation does to "
-        f"the model's prediction, and explains {show('fve_nrm')} of the activations' directional "
-        f"variance. With the text of another row it is {show('null_shuffle_kl_frac_mean')} and "
+        f"The text {verdict} ({name}). Swapped into the model, the reconstruction from a greedy "
+        f"explanation removes {show('kl_frac_mean')} of the damage that the mean activation does "
+        f"to the model's prediction, and explains {show('fve_nrm')} of the directional variance of "
+        f"the activations. With the text of another row: {show('null_shuffle_kl_frac_mean')} and "
         f"{show('null_shuffle_fve_nrm')}." + _audit_sentence(metrics) + _truth_sentence(metrics)
     )
 
@@ -225,7 +226,7 @@ def _two_digits(interval: Interval) -> str:
 
 
 def _audit_sentence(metrics: Mapping[str, Interval]) -> str:
-    """Whether a stranger loses more on the lens's text than on true text; nothing without audit."""
+    """Whether the audit encoder loses more on the lens's text than on true text; empty without."""
     if "gap_frozen" not in metrics:
         return ""
     gap, skill = metrics["gap_frozen"], metrics["gap_frozen_window"]
@@ -237,7 +238,7 @@ def _audit_sentence(metrics: Mapping[str, Interval]) -> str:
 
 
 def _truth_sentence(metrics: Mapping[str, Interval]) -> str:
-    """How often the text is right, which no reconstruction says; nothing where it is not known."""
+    """How often the text is right, which no reconstruction shows; empty where it is unknown."""
     own, other = metrics.get("precision"), metrics.get("null_shuffle_precision")
     if own is None or other is None:
         return ""
@@ -299,12 +300,12 @@ def _histograms(main: System) -> list[HistogramChart]:
     return [
         HistogramChart(
             "Cosine of reconstruction and activation",
-            "cosine, one value a row",
+            "cosine, one value per row",
             [(label, per_row[f"{name}.cos"]) for label, name in named],
         ),
         HistogramChart(
             "KL with the reconstruction swapped in",
-            "log10 of nats, one value a row",
+            "log10 of nats, one value per row",
             [(label, log_kl(name)) for label, name in (*named, ("mean activation", "mean"))],
         ),
     ]
@@ -350,14 +351,13 @@ def _examples(data: PageData, main: System, tokenizer: Tokenizer) -> list[Exampl
 
 
 def _chosen_rows(data: PageData, main: System) -> list[tuple[int, str]]:
-    """Rows and why they are shown: those of the least, the median and the most KL, where that is
-    asked for; then, at equal distances in the held-out set, rows chosen before anything was
-    measured."""
+    """Rows and why they are shown: those of the least, the median and the most KL, if requested;
+    then, at equal distances in the held-out set, rows chosen before anything was measured."""
     count = min(data.n_examples, len(data.rows))
     if not count:
         return []
-    blind = np.linspace(0, len(data.rows) - 1, count).astype(np.int64)
-    chosen = [(int(row), "") for row in blind]
+    in_advance = np.linspace(0, len(data.rows) - 1, count).astype(np.int64)
+    chosen = [(int(row), "") for row in in_advance]
     if data.ranked:
         order = np.argsort(main.evaluated.per_row["greedy.kl_at"], kind="stable")
         places = {"least KL": 0, "median KL": len(order) // 2, "most KL": len(order) - 1}

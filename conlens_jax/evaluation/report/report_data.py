@@ -11,16 +11,16 @@ from conlens_jax.evaluation.report.svg import CurveChart, HistogramChart
 from conlens_jax.measurement.bootstrap import Interval
 
 HIGHER, LOWER, NEITHER = "higher", "lower", ""
-"""Which way a metric is better."""
+"""The direction in which a metric is better."""
 Rowspec = tuple[str, str, str]
-"""A metric, what it is, and which way it is better."""
+"""Name of a metric, its explanation, and its better direction."""
 Metrics = Mapping[str, Interval]
 
 
 @dataclasses.dataclass(frozen=True)
 class MetricRow:
     """One metric of every system. ``better`` is ``HIGHER``, ``LOWER`` or ``NEITHER``;
-    ``values`` has one entry a column, None where the metric does not apply."""
+    ``values`` has one entry per column, None where the metric does not apply."""
 
     name: str
     explanation: str
@@ -30,7 +30,7 @@ class MetricRow:
 
 @dataclasses.dataclass(frozen=True)
 class MetricGroup:
-    """One table; ``columns`` head it where they are not the systems of the report."""
+    """One table; ``columns`` are its own where they are not the systems of the report."""
 
     title: str
     note: str
@@ -45,13 +45,13 @@ class Example:
     Attributes:
       context: the text before the position; token_at_position: the token whose activation is read;
         continuation: the text that follows, which the lens does not see.
-      explanations: (column name, text written from the activation); a text that brings its tokens
-        along (:class:`~conlens_jax.models.written.Written`) is shown with them.
+      explanations: (column name, text written from the activation); a text that carries its
+        tokens (:class:`~conlens_jax.models.written.Written`) is shown with them.
       other_row_text: the control, the text of another row.
       numbers: metrics of this row by name, for example KL and cosine.
       top_before, top_after: (token, probability) of M's next-token predictions without and with
         the swap.
-      label: why this row is shown, where it was not chosen blindly.
+      label: why this row is shown, where it was not chosen in advance.
     """
 
     context: str
@@ -67,7 +67,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All that the page shows; empty parts are left out.
+    """Everything that the page shows; empty parts are left out.
 
     Attributes:
       summary: one or two plain sentences with the result.
@@ -93,7 +93,7 @@ class Report:
 
 
 def report_problems(report: Report) -> Iterator[str]:
-    """Why a report cannot be drawn; nothing if it can."""
+    """Why a report cannot be rendered; empty if it can."""
     for group in report.metric_groups:
         for row in group.rows:
             columns = group.columns or report.columns

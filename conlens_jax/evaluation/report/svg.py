@@ -1,6 +1,6 @@
 """Charts as inline SVG: curves, step histograms, and strips of intervals.
 
-The drawings hold no colours of their own, only the classes ``c0`` … ``c5`` and ``axis``, ``grid``,
+The drawings contain no colours, only the classes ``c0`` … ``c5`` and ``axis``, ``grid``,
 ``label`` that the page's style sheet colours for light and dark. Text and lines are in the units of
 a view box about as wide as a phone, so that a chart is legible there without zooming.
 """
@@ -166,7 +166,7 @@ def _svg(parts: Sequence[str], description: str) -> str:
 
 
 def thin(x: np.ndarray, y: np.ndarray, most: int = _MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """Few enough points for the page: of each stretch its lowest and its highest, so that a spike
+    """Few enough points for the page: the lowest and the highest of each stretch, so that a spike
     in the middle of a long run stays visible."""
     if len(x) <= most:
         return x, y
@@ -270,7 +270,7 @@ def histogram_svg(chart: HistogramChart, colours: Sequence[int]) -> str:
         (float(edges[0]), float(edges[-1])),
         (0.0, highest * 1.08),
         chart.x_label,
-        "% of rows in a bin",
+        "% of rows per bin",
         percent=True,
     )
     for share, colour in zip(shares, colours, strict=True):
@@ -288,9 +288,9 @@ def histogram_svg(chart: HistogramChart, colours: Sequence[int]) -> str:
 
 
 def interval_strip(values: Sequence[Interval | None]) -> str:
-    """A small drawing of one table row: a dot and a whisker a system, on the row's own scale, with
-    a line at 0 where it lies inside. It repeats the numbers beside it, so it is hidden from screen
-    readers."""
+    """A small drawing of one table row: a dot and a whisker per system, on the row's own scale,
+    with a line at 0 if that is inside. It repeats the numbers beside it, so it is hidden from
+    screen readers."""
     width, row_height, margin = 132, 11, 6
     numbers = [n for v in values if v is not None for n in (v.value, v.lo, v.hi)]
     if not any(map(math.isfinite, numbers)):

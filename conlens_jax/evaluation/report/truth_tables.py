@@ -81,13 +81,13 @@ def _by_layer(metrics: Metrics, variables: Sequence[str]) -> list[MetricGroup]:
     return [
         _table(
             "Control: another layer",
-            "What a probe reads from M's activation behind other blocks, the same rows and place.",
+            "What a probe reads from M's activation after other blocks, same rows and positions.",
             {"all": "", **{name: f"_{name}" for name in variables}},
             probes,
             metrics,
         ),
         _table(
-            "Control: what another layer holds",
+            "Control: what can be read at another layer",
             "Recall of what is read there.",
             where,
             _RECALL,

@@ -1,11 +1,11 @@
-"""The private-code audit: would anybody but the lens's own encoder understand the text?
+"""The private-code audit: would any other reader understand the lens's text?
 
 Two readers, the lens's own encoder and one that has never seen a text of any decoder
 (:mod:`conlens_jax.training.auditor`), read the explanations whole, cut short, and damaged. What
 words say survives another reader and small damage; a private code does not.
 
 ``gap_frozen`` is own minus audit FVE on the same texts. Both readers also read true windows of the
-corpus: ``gap_frozen_window`` is what the gap is where no code can be.
+corpus: ``gap_frozen_window`` is the gap where there can be no code.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from conlens_jax.evaluation.suite import Evaluated, PerRow, Suite
 from conlens_jax.measurement.aggregates import (
     Means,
     difference_of,
+    doublings,
     fve_nrm_at,
     fve_nrm_of,
     mean_of,
-    prefix_lengths,
     ratio,
     reconstruction_statistics,
 )
@@ -42,7 +42,7 @@ def audit_lens(
     lexicon: Lexicon,
     seed: int,
 ) -> dict[str, Interval]:
-    """All metrics of the audit of one lens.
+    """All audit metrics of one lens.
 
     Args:
       evaluated: the lens in the basic suite, on the same rows.
@@ -50,8 +50,9 @@ def audit_lens(
       seed: of the changes to the texts.
     """
     resultant = suite.reference.resultant
-    explained, lengths = evaluated.explained, prefix_lengths(evaluated.explained.texts["greedy"])
-    greedy, text_len = explained.texts["greedy"], explained.texts["greedy"].shape[1]
+    explained, greedy = evaluated.explained, evaluated.explained.texts["greedy"]
+    text_len = greedy.shape[1]
+    lengths = doublings(text_len)
     damaged = {name: changed(greedy, name, lexicon, seed) for name in CHANGES}
     touched = {name: is_changed(greedy, texts) for name, texts in damaged.items()}
     damaged = {name: texts for name, texts in damaged.items() if touched[name].any()}

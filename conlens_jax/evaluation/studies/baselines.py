@@ -1,4 +1,4 @@
-"""What else could be said of the activation, and what saying nothing of it is worth.
+"""Baselines: other descriptions of the activation, and texts that ignore it.
 
 Vectors: a linear code with the bits of a text. Texts, read by the audit encoder: M's own words
 without the vector (``text_only``), an untrained decoder with the activation in the slot of its
@@ -27,11 +27,11 @@ def text_only(suite: Suite, original: Params) -> np.ndarray:
     """The window that the warm start teaches, as M would write it without the vector: the true
     tokens up to P, then M's own likeliest continuation; [N, T]."""
     before, after = suite.warm.before, suite.warm.after
-    said_NT = suite.window(before, 0)
+    seen_NT = suite.window(before, 0)
     if not after:
-        return said_NT
+        return seen_NT
     return np.concatenate(
-        [said_NT, suite.measurer.continuations(original, suite.rows, after)], axis=1
+        [seen_NT, suite.measurer.continuations(original, suite.rows, after)], axis=1
     )
 
 
@@ -45,13 +45,13 @@ def baselines(
     train: Rows,
     seed: int,
 ) -> dict[str, Interval]:
-    """The metrics of all baselines; they do not depend on the lens, but for ``untrained_encoder``.
+    """The metrics of all baselines; only ``untrained_encoder`` depends on the lens.
 
     Args:
       evaluated, trainable: a measured lens; its rows' references are used, and its greedy text is
         given to an untrained encoder.
-      untrained: a lens as it is before any training.
-      train: rows that the linear maps are fitted on.
+      untrained: a lens before any training.
+      train: rows to fit the linear maps on.
       seed: of the random words.
     """
     measurer, original, rows = suite.measurer, frozen["original"], suite.rows
@@ -70,8 +70,8 @@ def baselines(
         "random_words": rng.choice(corpus_tokens, (len(rows), text_len)).astype(np.int32),
         **{f"{name}_words": words for name, (_, words) in predicted.items()},
     }
-    stranger = {**trainable, **auditor}
-    vectors = {name: measurer.read(stranger, frozen, text) for name, text in texts.items()}
+    audited = {**trainable, **auditor}
+    vectors = {name: measurer.read(audited, frozen, text) for name, text in texts.items()}
     vectors["linear_code"] = code(rows.activations_ND)
     greedy = evaluated.explained.texts["greedy"]
     vectors["untrained_encoder"] = measurer.read(untrained, frozen, greedy)

@@ -1,13 +1,13 @@
-"""Best of K: what more tries at a text are worth.
+"""Best of K: what sampling more texts is worth.
 
 K texts are sampled for each row, and the one whose reconstruction is nearest to the activation is
-kept. The choice looks at a, as a user who has the activation may do; it does not look at M.
+kept. The choice uses the activation, which a user may have too; it does not use M.
 """
 
 from __future__ import annotations
 
 from conlens_jax.evaluation.suite import Evaluated, Suite
-from conlens_jax.measurement.aggregates import reconstruction_statistics
+from conlens_jax.measurement.aggregates import doublings, reconstruction_statistics
 from conlens_jax.measurement.bootstrap import Interval, Statistic
 from conlens_jax.measurement.metrics import cosine
 from conlens_jax.models.param_table import Params
@@ -15,16 +15,11 @@ from conlens_jax.models.param_table import Params
 SHORT = ("fve_nrm", "kl_frac_mean")
 
 
-def doublings(most: int) -> list[int]:
-    """1, 2, 4, … and ``most``."""
-    return [2**power for power in range(most.bit_length()) if 2**power < most] + [most]
-
-
 def best_of(
     suite: Suite, evaluated: Evaluated, trainable: Params, frozen: Params, most: int
 ) -> dict[str, Interval]:
-    """``best_of_K_…`` for K = 1, 2, 4, … ``most``; the first K draws are those of every larger K,
-    and the first one is the sampled text of the basic suite."""
+    """``best_of_K_…`` for K = 1, 2, 4, … ``most``; every larger K includes the draws of the
+    smaller ones, and the first draw is the sampled text of the basic suite."""
     actual = suite.rows.activations_ND
     best_ND = evaluated.explained.reconstructions["sampled"].copy()
     best_cos_N = cosine(best_ND, actual)

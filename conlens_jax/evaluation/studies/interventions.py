@@ -2,8 +2,8 @@
 
 Where an explanation states a value v of a variable, v is replaced by another value w of the same
 variable. The edited text is read and swapped into M, and the change of log p(w) − log p(v) is
-compared with that of two edits of the same size: v replaced by a third value (which takes v away as
-well, but says nothing of w), and another word of the text replaced by a random one.
+compared with that of two edits of the same size: v replaced by a third value (which also
+removes v, but does not state w), and another word of the text replaced by a random one.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class Edits:
 
 
 def draw_edits(texts_NT: np.ndarray, variables: Mapping[str, TokenVariable], seed: int) -> Edits:
-    """Draws an edit for each text: which of the values that it states, w and the third one, and
-    the place and token (one of all texts') of the random word.
+    """Draws for each text which stated value is edited, w and the third value, and the place and
+    token (from all texts) of the random word.
 
     Args:
-      variables: how a text states each; those with less than three values are not edited, because
-        there is no third one.
+      variables: how a text states each; those with fewer than three values are not edited:
+        there is no third value.
     """
     count, listed = len(texts_NT), list(variables.values())
     stated_ANT = np.stack(
@@ -64,7 +64,7 @@ def draw_edits(texts_NT: np.ndarray, variables: Mapping[str, TokenVariable], see
             continue
         place = rng.choice(places)
         first = int(text[place])
-        # Names and friends look alike; the first variable that can be meant is.
+        # Names and friends share their words: the first variable that fits is taken.
         index = int(np.argmax(stated_ANT[:, row, place] != NOTHING))
         others = np.setdiff1d(listed[index].values_K, text)
         if len(others) < 2:
@@ -72,7 +72,7 @@ def draw_edits(texts_NT: np.ndarray, variables: Mapping[str, TokenVariable], see
         variable_N[row] = index
         second, third = rng.choice(others, 2, replace=False)
         pairs_N2[row] = first, second
-        # Everywhere: a text may say a word twice.
+        # Everywhere: a text may contain a word twice.
         here_T = stated_ANT[index, row] == first
         edited["edit"][row, here_T] = second
         edited["third_value"][row, here_T] = third
@@ -94,7 +94,7 @@ def intervene(
 
     The *shift* is the change of log p(w) − log p(v) in nats, mean over M's predictions at
     P..P+h−1. *Success* is the share of rows where M preferred v at P before the edit and prefers w
-    after it. ``next_`` looks only at the rows where v is what M is about to say.
+    after it. ``next_`` is of the rows where v is M's most likely next token.
     """
     edits = draw_edits(evaluated.explained.texts["greedy"], variables, seed)
     vectors = {
@@ -116,7 +116,7 @@ def intervene(
     for group, mask_N in groups.items():
         could_N = mask_N & (before_Nh[:, 0] < 0)
         for name, prefix in EDITS.items():
-            # Where M is about to say the word, its very next prediction is what must change.
+            # Where v is M's next token, its next prediction is the one that has to change.
             seen = slice(0, 1) if group == "next_" else slice(None)
             shift_N = (odds[name] - before_Nh)[:, seen].mean(axis=1)
             success_N = could_N & (odds[name][:, 0] > 0)

@@ -1,5 +1,5 @@
-"""What is known of each row of a generated corpus: the values of its variables, what its context
-has said of them, and what a text states."""
+"""What is known of each row of a generated corpus: the values of its variables, where its context
+states them, and whether a text does."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class KnownFacts:
       variables: by name, how a text states them.
       truth_NA: token id of the document's own value, :data:`NOTHING` where it is not one token.
       distance_NA: tokens from where the context last states it to P (0: at P), :data:`NOTHING`
-        where it does not up to P.
-      ahead_NA: tokens from P to where the document first states it, for what has not been stated
-        up to P; :data:`NOTHING` for all else.
-      known_NA: whether the context up to P decides it: it has been stated, or what is given has
-        been read (the task of a sum decides the sum).
+        where it does not state it up to P.
+      ahead_NA: tokens from P to where the document first states it, for what is not stated up
+        to P; :data:`NOTHING` otherwise.
+      known_NA: whether the context up to P decides it: it is stated, or the given part has been
+        read (the task of a sum decides the sum).
     """
 
     variables: Mapping[str, TokenVariable]
@@ -41,7 +41,7 @@ class KnownFacts:
 
     @staticmethod
     def of(rows: Rows, tokenizer: Tokenizer, generator: Generator, seed: int) -> KnownFacts:
-        """Writes the documents of the rows again: a document's id is its place in the corpus."""
+        """Generates the rows' documents again: a document's id is its index in the corpus."""
         variables = token_variables(generator.variables, tokenizer)
         truth_NA = np.full((len(rows), len(variables)), NOTHING, np.int64)
         given_N = np.full(len(rows), rows.tokens_NS.shape[1], np.int64)
@@ -96,11 +96,11 @@ def _places(
 ) -> tuple[np.ndarray, np.ndarray]:
     """``distance_NA`` and ``ahead_NA`` of one variable, [N] each."""
     places_S = np.arange(rows.tokens_NS.shape[1])
-    # Negative for what the context has read before P.
+    # Negative before P.
     from_P_NS = places_S - rows.positions_N[:, None]
-    said_NS = (variable.stated(rows.tokens_NS) == truth_N[:, None]) & (truth_N != NOTHING)[:, None]
-    said_NS &= places_S < rows.lengths_N[:, None]
-    seen_NS, later_NS = said_NS & (from_P_NS <= 0), said_NS & (from_P_NS > 0)
+    own_NS = (variable.stated(rows.tokens_NS) == truth_N[:, None]) & (truth_N != NOTHING)[:, None]
+    own_NS &= places_S < rows.lengths_N[:, None]
+    seen_NS, later_NS = own_NS & (from_P_NS <= 0), own_NS & (from_P_NS > 0)
     seen_N, later_N = seen_NS.any(axis=1), later_NS.any(axis=1)
     far = len(places_S)
     last_N = np.where(seen_NS, -from_P_NS, far).min(axis=1)

@@ -1,4 +1,4 @@
-"""Which layer to read: what the metrics' denominators are at each of them, before any training."""
+"""Which layer to read: the denominators of the metrics at each of them, before any training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from conlens_jax.measurement.runner import Measurer, activation_statistics
 from conlens_jax.models.param_table import Params
 
 LOW_VARIANCE = 0.1
-"""Where 1 − R² is less, nearly all activations point one way, and ``fve_nrm`` magnifies noise."""
+"""Where 1 − R² is below this, nearly all activations point one way: ``fve_nrm`` magnifies noise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,8 @@ class LayerStatistics:
       resultant: R, norm of the mean of the unit vectors.
       median_norm: of the raw activations.
       outliers: share of the rows with more than three times the median norm.
-      kl_mean, kl_zero: KL(M ‖ M with the mean, or with zeros, at P), nats; how much M reads from
-        this place.
+      kl_mean, kl_zero: KL(M ‖ M with the mean, or with zeros, at P), nats; how much M
+        depends on the activation.
     """
 
     layer: int
@@ -49,7 +49,7 @@ class LayerStatistics:
 def layer_statistics(
     original: Params, rows: Rows, spec: LensSpec, mesh: Mesh, batch_size: int
 ) -> list[LayerStatistics]:
-    """Statistics of every layer on the same rows, whose own activations are not looked at."""
+    """Statistics of every layer on the same rows; their stored activations are not used."""
     found = []
     for layer in range(spec.model.n_layers):
         here = dataclasses.replace(spec, layer=layer)

@@ -1,4 +1,4 @@
-"""A linear autoencoder with as many bits as a text: what T tokens could carry at most, without
+"""A linear autoencoder with as many bits as a text: the most that T tokens could carry, without
 words.
 
 Principal components of training activations, each stored with a whole number of bits by a scalar
@@ -22,9 +22,9 @@ def bits_of_text(text_len: int, vocab_size: int) -> int:
 
 
 def allocate_bits(variances_C: np.ndarray, n_bits: int) -> np.ndarray:
-    """Bits of each component, [C]: one after the other to the component with the largest error.
+    """Bits of each component, [C]: each bit goes to the component with the largest error.
 
-    A bit more divides the error of a component by four, the law of fine quantisers (Gersho and
+    Another bit divides the error of a component by four, the law of fine quantisers (Gersho and
     Gray, 1992); greedy choices are then optimal.
     """
     bits_C = np.zeros(len(variances_C), np.int64)
@@ -86,7 +86,7 @@ class LinearCode:
         return LinearCode(mean_D, axes_CD, tuple(levels))
 
     def __call__(self, activations_ND: np.ndarray) -> np.ndarray:
-        """What comes back of each activation, fp32 [N, D]."""
+        """The decoded activations, fp32 [N, D]."""
         codes_NC = (np.asarray(activations_ND, np.float64) - self.mean_D) @ self.axes_CD.T
         for column, levels in enumerate(self.levels):
             nearest_N = np.searchsorted((levels[1:] + levels[:-1]) / 2, codes_NC[:, column])

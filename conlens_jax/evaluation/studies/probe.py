@@ -1,4 +1,4 @@
-"""Linear maps and linear classifiers on activations: what can be read from them at all."""
+"""Linear maps and linear classifiers on activations: what can be read from them linearly."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class LinearMap:
 def probe_values(
     train_ND: np.ndarray, labels_N: np.ndarray, values_K: np.ndarray, x_ND: np.ndarray
 ) -> np.ndarray:
-    """The value that a linear classifier, multinomial logistic regression, reads from each x.
-    Without a labelled row it reads −1 everywhere.
+    """The value that a linear classifier, multinomial logistic regression, reads from each x;
+    −1 everywhere without a labelled row.
 
     Args:
       labels_N: one of ``values_K``, or anything else for a row that is left out.
@@ -63,7 +63,7 @@ def logistic_regression(x_ND: np.ndarray, one_hot_NK: np.ndarray) -> np.ndarray:
 
     Accelerated gradient descent (Nesterov, 1983). The curvature is at most half the largest
     eigenvalue of ``xᵀx / N`` plus the penalty, which is the step's size; on whitened x it is the
-    same in all directions, and a hundred steps are many.
+    same in all directions, so that a hundred steps are plenty.
     """
     count = len(x_ND)
     curvature = 0.5 * np.linalg.norm(x_ND, 2) ** 2 / count + _PENALTY
@@ -79,8 +79,8 @@ def logistic_regression(x_ND: np.ndarray, one_hot_NK: np.ndarray) -> np.ndarray:
 
 
 def _whitening(train_ND: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """x → its principal components at unit variance, with a constant 1 behind them. Directions
-    with next to no variance are not blown up."""
+    """x → its principal components at unit variance, followed by a constant 1. Directions with
+    almost no variance are not amplified."""
     mean_D = np.asarray(train_ND, np.float64).mean(axis=0)
     centred_ND = np.asarray(train_ND, np.float64) - mean_D
     variances_D, axes_DD = np.linalg.eigh(centred_ND.T @ centred_ND / len(centred_ND))

@@ -1,6 +1,7 @@
 """The headline metrics on parts of the rows: by position in the context, and by norm.
 
-Activations with an outlying norm dominate means of squared errors, so they are also shown apart.
+Activations with an outlying norm dominate means of squared errors, so they are also reported
+separately.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ OUTLIER = 3.0
 
 
 def slices(suite: Suite) -> dict[str, np.ndarray]:
-    """Which rows each part holds, [N]; empty parts are left out."""
+    """Which rows each part contains, [N]; empty parts are left out."""
     norm_N = np.linalg.norm(np.asarray(suite.rows.activations_ND, np.float64), axis=1)
     outlier_N = norm_N > OUTLIER * np.median(norm_N)
     parts = {"norm_outlier": outlier_N, "norm_ordinary": ~outlier_N}
@@ -32,8 +33,8 @@ def slices(suite: Suite) -> dict[str, np.ndarray]:
 def sliced(suite: Suite, evaluated: Evaluated) -> dict[str, Interval]:
     """``fve_nrm`` and ``kl_frac_mean`` of greedy text on each part, and its share of the rows.
 
-    R is that of all training rows, so that a part's ``fve_nrm`` is its own share of one common
-    error; the mean activation's KL is the part's own.
+    R is that of all training rows, so that a part's ``fve_nrm`` is relative to one common
+    error; the mean activation's KL is that of the part.
     """
     per_row: PerRow = {}
     statistics: dict[str, Statistic] = {}

@@ -1,7 +1,7 @@
 """Damage to a text that leaves most of its meaning: what a code survives less well than words do.
 
 Every change maps texts to texts of at most the same length, row by row, with randomness of its own
-for each row. They are data (:data:`CHANGES`), so that every reader is tried with all of them.
+for each row. They are data (:data:`CHANGES`): every reader reads all of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DROPPED = (10, 25, 50)
 
 
 class Texts(NamedTuple):
-    """``tokens_NT`` with the first ``lengths_N`` of each row meant; at least one."""
+    """Token ids, of which the first ``lengths_N`` of each row count; at least one."""
 
     tokens_NT: np.ndarray
     lengths_N: np.ndarray
@@ -34,13 +34,13 @@ class Texts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Lexicon:
-    """What the changes know of the tokens, one entry each of V.
+    """What the changes know of the tokens, one entry per token of the vocabulary.
 
     Attributes:
       starts_word: the token begins a word. Where no token of the vocabulary begins with a space,
         every token is a word.
       is_punctuation: the token has no letter and no digit.
-      synonym: the token that the corpus writes as often in its place, or itself.
+      synonym: a token that the corpus uses as often in its place, or the token itself.
     """
 
     starts_word: np.ndarray
@@ -49,7 +49,7 @@ class Lexicon:
 
     @staticmethod
     def of(tokenizer: Tokenizer, synonyms: Mapping[str, str]) -> Lexicon:
-        """``synonyms``: a word and its exact synonym, which only a generated corpus has."""
+        """``synonyms``: a word and its exact synonym, known only for a generated corpus."""
         words = [tokenizer.token(token) for token in range(tokenizer.vocab_size)]
         spaced = np.array([word.startswith(" ") for word in words])
         synonym = np.arange(len(words), dtype=np.int32)
@@ -108,7 +108,7 @@ def changed(tokens_NT: np.ndarray, name: str, lexicon: Lexicon, seed: int) -> Te
     token."""
     change, _ = CHANGES[name]
     after = Texts(tokens_NT.copy(), np.empty(len(tokens_NT), np.int32))
-    # The model may have rows of its table that the tokenizer has no token for.
+    # The embedding table may have more rows than the tokenizer has tokens.
     known_V = len(lexicon.synonym)
     for row, text in enumerate(tokens_NT):
         rng = np.random.default_rng((numpy_seed(seed), row))

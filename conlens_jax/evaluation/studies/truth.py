@@ -1,9 +1,9 @@
-"""Truth where the content of a text is known: does an explanation state what the activation holds,
-and is what it states right?
+"""Truth where the content of a text is known: does an explanation state what the activation
+contains, and is what it states right?
 
-Of the variables whose value the context decides, a linear probe on the activation says which ones
-can be read from it. *Recall* is the share of these that the text states; *precision* the share of
-the values that the text states which are right. Neither looks at a reconstruction.
+Of the variables whose value the context decides, a linear probe on the activation shows which
+ones can be read from it. *Recall* is the share of these that the text states; *precision* the share
+of the values that the text states which are right. Neither uses a reconstruction.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ DISTANCES = ((0, 3), (4, 7), (8, 15), (16, 31), (32, 1_000_000))
 AHEAD = ((1, 3), (4, 7), (8, 15), (16, 1_000_000))
 """Tokens from P to the first statement, where the context decides the value without stating it."""
 SOON = 7
-"""A value that is first stated up to so many tokens behind P is looked at apart, by variable."""
+"""Values that are first stated up to so many tokens after P are also reported, by variable."""
 COMPARED = ("", "null_shuffle_", "text_only_", "window_")
-"""Texts (prefixes of their metrics) that are also looked at by variable and by distance."""
+"""Texts (prefixes of their metrics) that are also reported by variable and by distance."""
 
 
 def range_names(kind: str, ranges: tuple[tuple[int, int], ...]) -> dict[str, tuple[int, int]]:
@@ -46,7 +46,7 @@ class Readable:
 
     Attributes:
       own_NA: by a linear probe on the lens's own activation.
-      prior_NA: without looking, by naming the value that is the most frequent in training rows.
+      prior_NA: without the activation, by guessing the most frequent value of the training rows.
       layers: by a probe on M's activation at other layers, the same rows and place.
     """
 
@@ -83,9 +83,9 @@ def readable_variables(
 ) -> np.ndarray:
     """Which variables of each row linear probes read right from its activation, [N, A].
 
-    A probe of its own reads each variable where it has been stated, and one for each range of
-    :data:`AHEAD` where it has not: M holds a value that it is about to write otherwise than one
-    that it has yet to work out.
+    Each variable has its own probe where it has been stated, and another for each range of
+    :data:`AHEAD` where it has not: M represents a value that it is about to write differently
+    from one that it has yet to work out.
     """
     read_NA = np.zeros(facts.truth_NA.shape, bool)
     for index, variable in enumerate(facts.variables.values()):
@@ -125,7 +125,7 @@ def truth_of_texts(
 
     Args:
       texts: prefix of the metrics' names → token ids [N, T]. Those of :data:`COMPARED` are also
-        looked at by variable, by distance, and by variable where it is stated :data:`SOON`.
+        reported by variable, by distance, and by variable where it is stated :data:`SOON`.
     """
     shares = _Shares()
     known_NA, own_NA = facts.known_NA, readable.own_NA
@@ -151,8 +151,8 @@ def truth_of_texts(
 
 
 def _parts(facts: KnownFacts) -> dict[str, np.ndarray]:
-    """``_`` and the name of a variable or of a range of tokens → which facts it holds, broadcast to
-    [N, A]; ``_NAME_soon`` is a variable where the context decides it and states it soon."""
+    """``_`` and the name of a variable or of a range of tokens → which facts it contains, broadcast
+    to [N, A]; ``_NAME_soon`` is a variable where the context decides it and states it soon."""
     columns = np.eye(len(facts.variables), dtype=bool)
     parts = {f"_{name}": columns[i][None] for i, name in enumerate(facts.variables)}
     for name, (low, high) in RANGES.items():

@@ -1,10 +1,10 @@
 """How good each gradient estimator is on a trained lens: the decoder's gradient through its text.
 
 The cost is w_mse L_MSE + w_kl L_KL of a few rows, with the weights that the run ended with. Texts
-cannot be listed here; what stands for the true gradient g is the mean of many RLOO draws, which is
-unbiased but noisy. So all draws are kept as means of blocks, and every product in the table is one
-of different blocks: their noise is independent and leaves no bias in it. The intervals come from
-leaving out one block after the other (jackknife).
+cannot be listed here; the mean of many RLOO draws, unbiased but noisy, stands in for the true
+gradient g. So the draws are kept as means of blocks, and every product in the table is between
+different blocks: their noise is independent and adds no bias. The intervals come from leaving out
+one block at a time (jackknife).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ Qualities = dict[str, Interval]
 
 
 class Draws(NamedTuple):
-    """What is kept of the draws e: means over each of K blocks.
+    """The draws e as means over each of K blocks.
 
     ``mean_KP`` of e, ``direction_KP`` of e / ‖e‖, ``square_K`` of ‖e‖².
     """
@@ -73,9 +73,9 @@ class Draws(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A lens, the rows it is asked about, and the weights of the cost.
+    """A lens, the rows it explains, and the weights of the cost.
 
-    ``objective`` is the run's own; only its terms about the reconstruction count.
+    ``objective`` is that of the run; only its terms of the reconstruction are used.
     """
 
     trainable: Params
@@ -86,8 +86,8 @@ class Problem:
     seed: int = 0
 
     def with_estimator(self, estimator: str) -> Objective:
-        """The objective of the cost alone, no gradient through another row's Δ: the score function
-        has none."""
+        """The objective of the cost alone, without the gradient through another row's Δ, which the
+        score function does not have."""
         spec = self.objective.spec
         lens = dataclasses.replace(spec.lens, estimator=estimator, stop_gradient_delta=True)
         return dataclasses.replace(
@@ -98,14 +98,14 @@ class Problem:
 
 
 def cost_alone(loss: LossConfig) -> LossConfig:
-    """The loss without the terms that are about D's distribution and not about its text."""
+    """The loss without the terms of D's distribution, which do not depend on its text."""
     return dataclasses.replace(loss, lm=constant(0.0), entropy=constant(0.0), text=constant(0.0))
 
 
 def draw_blocks(
     problem: Problem, estimator: str, tau: float, n_draws: int, first_draw: int = 0
 ) -> Draws:
-    """Gradients to D's trained parts, one after the other, in :data:`BLOCKS` blocks.
+    """Gradients of D's trained parts, concatenated, in :data:`BLOCKS` blocks.
 
     Args:
       n_draws: rounded up to whole blocks.
@@ -144,7 +144,7 @@ def _one_draw(
     objective: Objective,
     seed: int,
 ) -> tuple[Array, Array, Array]:
-    """(e, e / ‖e‖, ‖e‖²) of the draw with a number."""
+    """(e, e / ‖e‖, ‖e‖²) of one draw."""
     spec, group = objective.spec, objective.texts_per_row
     texts_B = (batch.examples_B[:, None] * group + jnp.arange(group)).reshape(-1)
     keys_B = example_keys(seed, draw, texts_B, Purpose.TRAINING_TEXT)
@@ -164,7 +164,7 @@ def _one_draw(
 
 
 def quality(draws: Draws, reference: Draws) -> Qualities:
-    """The table's column of an estimator, with 95 % intervals; NaN where noise leaves no answer.
+    """The table's column of an estimator, with 95 % intervals; NaN where the noise is too large.
 
     Args:
       reference: unbiased draws, independent of ``draws``.
@@ -229,7 +229,7 @@ def measure_lens(
     problem: Problem, n_draws: int, n_reference: int, cases: Sequence[Case] = CASES
 ) -> dict[str, Qualities]:
     """Every case against the mean of ``n_reference`` draws of :data:`REFERENCE`."""
-    # Numbers of their own: a case that is the reference's estimator must not meet its own noise.
+    # Separate draw numbers: a case with the reference's estimator must not share its noise.
     reference = draw_blocks(problem, REFERENCE, 1.0, n_reference, first_draw=2**20)
     return {
         name: quality(draw_blocks(problem, kind, tau, n_draws), reference)
@@ -256,7 +256,7 @@ def open_problem(session: Session, checkpoint: str | Path, n_rows: int) -> Probl
     weights = schedules(jnp.int32(steps)).weights
     if not (weights["mse"] or weights["kl"]):
         raise ConfigError([f"--checkpoint={checkpoint}: both loss.mse and loss.kl end at 0"])
-    # Rows of one document are neighbours; spread over the split they are of different ones.
+    # Rows of one document are adjacent: spread over the split they are of different documents.
     rows = validation.rows(np.linspace(0, len(validation) - 1, n_rows).astype(np.int64))
     return Problem(
         trainable=load_lens(checkpoint, placed(template, session)),
@@ -284,7 +284,7 @@ def build_lens_report(found: dict[str, Qualities], facts: Sequence[tuple[str, ob
         metric_groups=[MetricGroup("Estimators", "", rows)],
         notes=[
             "Intervals (95 %) are of the noise of the draws on these rows, not of other rows.",
-            "A score-function draw samples k texts a row, the others one.",
-            "bias is 0 where its estimate is below 0; n/a: the noise leaves no answer.",
+            "A score-function draw samples k texts per row, the others one.",
+            "bias is 0 where its estimate is below 0; n/a: the noise is too large.",
         ],
     )

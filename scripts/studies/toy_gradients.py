@@ -1,9 +1,9 @@
 """How good each gradient estimator is, on a toy whose true gradient is known by enumeration.
 
-The toy is a decoder in small: two tokens out of five, the logits of the second depend on the
+The toy is a miniature decoder: two tokens out of five, the logits of the second depend on the
 embedding of the first, and the cost is a non-linear function of both embeddings. All 25 texts can
 be listed, so the gradient of the expected cost is exact, and an estimator's bias and variance can
-be told apart.
+be separated.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Toy:
 
 
 def make_toy(seed: int = 0) -> tuple[Toy, Policy]:
-    """A toy and a policy that is neither uniform nor sure."""
+    """A toy and a policy that is neither uniform nor deterministic."""
     keys = jax.random.split(random_key(seed), 5)
     normal = lambda key, *shape: jax.random.normal(key, shape, jnp.float32)
     toy = Toy(normal(keys[0], VOCAB, WIDTH), 0.5 * normal(keys[1], 2 * WIDTH, WIDTH))
@@ -205,7 +205,7 @@ _ROWS = (
     ("cosine", "of the mean to the true gradient", HIGHER),
     ("one_cosine", "of one draw to the true gradient, mean", HIGHER),
     ("bias", "distance of the mean from the true gradient, as a share of it", LOWER),
-    ("bias_noise", "what the row above shows of an estimator without bias", ""),
+    ("bias_noise", "what the row above would be without bias", ""),
     ("spread", "standard deviation of one draw, as a share of the true gradient", LOWER),
 )
 
