@@ -19,12 +19,12 @@ from conlens_jax.config import (
     from_config_dict,
 )
 from conlens_jax.config.dtypes import run_dtype
-from conlens_jax.evaluation.report.metric_files import MEASURED_STEP
 from conlens_jax.files.paths import local_path
 from conlens_jax.inspection import folder as saved
 from conlens_jax.inspection.parts import LensParts
 from conlens_jax.lens.sharding import lens_shardings
 from conlens_jax.lens.spec import init_lens, make_spec
+from conlens_jax.measurement.metric_files import MEASURED_STEP
 from conlens_jax.models.model import LanguageModel, load_model
 from conlens_jax.models.param_table import Params
 from conlens_jax.tracking.console import Console
