@@ -299,7 +299,7 @@ def test_a_reader_that_does_not_read_is_left():
     from starlette.applications import Starlette
     from starlette.routing import Route
 
-    from conlens_jax.explorer.server_limits import ClosedStream
+    from conlens_jax.explorer.streams import ClosedStream
 
     sent, ended = [], threading.Event()
 
@@ -329,7 +329,7 @@ def test_a_reader_that_does_not_read_is_left():
 )
 def test_who_hangs_up_is_not_worked_for(lens, address, path, body, whole, monkeypatch):
     """With the lens slowed down; not streamed, the work ends with the batch at hand."""
-    from conlens_jax.explorer import nla_api as nla_server
+    from conlens_jax.explorer import nla_api
     from conlens_jax.inspection.lens import Lens
 
     calls = []
@@ -348,7 +348,7 @@ def test_who_hangs_up_is_not_worked_for(lens, address, path, body, whole, monkey
 
     monkeypatch.setattr(Lens, "_written", written)
     monkeypatch.setattr(Lens, "explain", explain)
-    monkeypatch.setattr(nla_server, "_A_TURN", 1)
+    monkeypatch.setattr(nla_api, "_AT_ONCE", 1)
     with connected(address) as connection:
         connection.sendall(asked(path, body))
         while not calls:
