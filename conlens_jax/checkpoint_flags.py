@@ -21,7 +21,7 @@ STEP = flags.DEFINE_string("step", "latest", "Checkpoint of a run folder: latest
 
 
 def recorded_config(checkpoint: str) -> ExperimentConfig:
-    """The configuration of a run, with the default ``distributed`` section.
+    """The configuration that a run was made with, but for the processes that it was made in.
 
     Raises:
       ConfigError: the folder is no run.

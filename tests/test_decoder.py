@@ -127,7 +127,7 @@ def test_sampled_text_is_that_of_the_plain_loop(name):
 
 
 def test_greedy_text_is_that_of_the_plain_loop():
-    spec, trainable, frozen, activation_BD, noise_BTV, cotangent = case("untied")
+    spec, trainable, frozen, activation_BD, noise_BTV, cotangent = session("untied")
     text = write(trainable, frozen, activation_BD, None, spec=spec)
     _, tokens, _ = oracle(
         trainable,
@@ -144,7 +144,7 @@ def test_greedy_text_is_that_of_the_plain_loop():
 
 
 def test_teacher_forcing_on_own_text_gives_the_logits_it_was_sampled_from():
-    spec, trainable, frozen, activation_BD, noise_BTV, _ = case("untied")
+    spec, trainable, frozen, activation_BD, noise_BTV, _ = session("untied")
     text_BT = text_of("untied")
     force = jax.jit(functools.partial(teacher_forced_logits, spec=spec))
     logits = force(decoder_of(trainable, frozen), activation_BD, text_BT)
@@ -246,7 +246,7 @@ def test_number_of_sweeps(setting_name, sweeps):
 
 def test_gradient_of_a_frozen_base_with_its_own_head_and_recomputed_layers():
     """The same network, with less of it trained and layers recomputed in the backward pass."""
-    _, trainable, frozen, activation_BD, noise_BTV, cotangent = case("untied")
+    _, trainable, frozen, activation_BD, noise_BTV, cotangent = session("untied")
     spec = tiny_spec(train_decoder="frozen", train_output_head=True, remat="full")
     decoder = dict(trainable["decoder"])
     base = decoder.pop("base")
@@ -271,7 +271,7 @@ def test_gradient_of_a_frozen_base_with_its_own_head_and_recomputed_layers():
 def test_text_of_one_token():
     """There is no history: the gradient is that of the first token of a longer text."""
     spec = tiny_spec(text_len=1, history_gradient="sweeps=1")
-    longer, trainable, frozen, activation_BD, noise_BTV, cotangent = case("untied")
+    longer, trainable, frozen, activation_BD, noise_BTV, cotangent = session("untied")
     tau = jnp.float32(1.0)
     text_BT = write(trainable, frozen, activation_BD, noise_BTV[:, :1], spec=spec)
     np.testing.assert_array_equal(text_BT, text_of("untied")[:, :1])

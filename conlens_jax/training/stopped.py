@@ -2,4 +2,4 @@
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot go on; the message names the last good checkpoint."""
+    """The run cannot continue; the message names the last good checkpoint."""
