@@ -110,7 +110,9 @@ def test_fifty_at_once_each_get_their_own(lens, address):
             status, found = answer(address, "/api/explain", body)
             own = expected[number].readings[0]
             row = json.loads(found[found.index('{"row"') :].partition("\n")[0])["row"]
-            same = row["readings"][0]["text"] == own.text and row["readings"][0]["kl"] == own.kl
+            reading = row["readings"][0]  # scored by another program than explain's
+            same = reading["text"] == own.text
+            same &= reading["kl"] == pytest.approx(own.kl, rel=1e-3, abs=1e-5)
             return status == 200 and same and row["token"] == expected[number].token
         body = {"text": text, "positions": [-1], "temperature": float(sample)}
         status, found = answer(address, "/nla/explain", {**body, "stream": number % 3 == 1})
@@ -245,7 +247,11 @@ def test_all_bodies_together_are_limited(lens):
         (b"[" * 50_000, 400, "nested too deeply"),
         (b'{"text": NaN}', 400, "NaN is no JSON number"),
         (b'{"text": "one", "position": 1, "positions": [-Infinity]}', 400, "-Infinity"),
-        (b'{"text": "one", "position": 1e999, "temperature": 1e999}', 422, "finite number|less"),
+        (
+            b'{"text": "one", "position": 1e999, "temperature": 1e999}',
+            422,
+            "valid integer|finite number|less",
+        ),
         (b'{"text": "\\ud800", "position": 1}', 400, "half of a surrogate pair"),
         (b'{"te\\udfffxt": "one"}', 400, "half of a surrogate pair"),
         (b'{"text": "\xff", "position": 1}', 400, "no JSON"),
