@@ -8,7 +8,6 @@ printed, coloured by how much each explanation changes the model's prediction.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
@@ -17,7 +16,7 @@ from conlens_jax.checkpoint_flags import CHECKPOINT, STEP
 from conlens_jax.config import ConfigError
 from conlens_jax.corpora.corpus import CorpusError
 from conlens_jax.corpora.text_lines import lines
-from conlens_jax.files.paths import write_problems
+from conlens_jax.files.paths import local_path, write_problems
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.inspection.terminal import render
 
@@ -64,7 +63,7 @@ def main(texts: list[str]) -> None:
         progress=sys.stderr.isatty(),
     )
     if _HTML.value:
-        explanations.to_html(Path(_HTML.value).expanduser())
+        explanations.to_html(_HTML.value)
     if _JSON.value:
         print(explanations.to_json(), end="")
         return
@@ -78,7 +77,7 @@ def text_of(file: str) -> str:
     Raises:
       ConfigError: it cannot be read, has another encoding, or is empty.
     """
-    path = Path(file).expanduser()
+    path = local_path(file)
     if not path.exists() or path.is_dir():
         raise ConfigError([f"--file={file} is not a file"])
     try:
@@ -93,7 +92,7 @@ def text_of(file: str) -> str:
 
 def page_problems(file: str) -> list[str]:
     """Reasons why no page can be written to ``file``; folders are not made."""
-    path = Path(file).expanduser()
+    path = local_path(file)
     if path.is_dir():
         return [f"--html={file!r} is a folder; give the name of a file"]
     if not path.parent.is_dir():

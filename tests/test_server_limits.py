@@ -110,8 +110,9 @@ def test_fifty_at_once_each_get_their_own(lens, address):
             status, found = answer(address, "/api/explain", body)
             own = expected[number].readings[0]
             row = json.loads(found[found.index('{"row"') :].partition("\n")[0])["row"]
-            reading = row["readings"][0]  # scored by another program than explain's
-            same = reading["text"] == own.text
+            reading = row["readings"][0]
+            # Its numbers come from a pass of its own, over one text.
+            same = (reading["text"], tuple(reading["tokens"])) == (own.text, own.tokens)
             same &= reading["kl"] == pytest.approx(own.kl, rel=1e-3, abs=1e-5)
             return status == 200 and same and row["token"] == expected[number].token
         body = {"text": text, "positions": [-1], "temperature": float(sample)}
@@ -250,7 +251,7 @@ def test_all_bodies_together_are_limited(lens):
         (
             b'{"text": "one", "position": 1e999, "temperature": 1e999}',
             422,
-            "valid integer|finite number|less",
+            "finite number|less|valid integer",
         ),
         (b'{"text": "\\ud800", "position": 1}', 400, "half of a surrogate pair"),
         (b'{"te\\udfffxt": "one"}', 400, "half of a surrogate pair"),
@@ -330,11 +331,11 @@ def test_a_reader_that_does_not_read_is_left():
     [
         ("/api/explain", {"text": TEXT, "position": 2}, 5),
         ("/nla/explain", {"text": TEXT, "stream": True, "temperature": 0}, 44),
-        ("/nla/explain", {"text": TEXT, "temperature": 0}, 11),
+        ("/nla/explain", {"text": TEXT, "temperature": 0}, 44),
     ],
 )
 def test_who_hangs_up_is_not_worked_for(lens, address, path, body, whole, monkeypatch):
-    """With the lens slowed down; not streamed, the work ends with the batch at hand."""
+    """With a slowed lens, one text at a time: of all tokens only the first are written."""
     from conlens_jax.explorer import nla_api
     from conlens_jax.inspection.lens import Lens
 
