@@ -1,4 +1,4 @@
-"""Consistency lens: read an activation of a language model as text, and prove the text."""
+"""Consistency lens: read an activation of a language model as text, and check the text."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ __all__ = ["LanguageModel", "Lens", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
-    """``Lens`` at its first use: a model alone is loaded without what training needs."""
+    """Imports ``Lens`` at its first use: a model alone needs neither Orbax nor optax."""
     if name == "Lens":
         from conlens_jax.inspection.lens import Lens
 

@@ -27,7 +27,7 @@ from conlens_jax.parallel.processes import (
     stopping_with_others,
 )
 from conlens_jax.tracking.console import Console
-from conlens_jax.training.run import TrainingStopped
+from conlens_jax.training.stopped import TrainingStopped
 
 _HELP = re.compile(r"--?(help|helpshort|helpfull|helpxml|\?)(=\w+)?")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the trace of an error.")

@@ -1,8 +1,8 @@
 """Text → explanations: python -m conlens_jax.explain --checkpoint=runs/quickstart "some text"
 
-``--checkpoint`` is a run folder, a checkpoint in it, a saved lens, or a hub id of one. Every
-argument that is no flag is a text; ``--file`` reads one from a file. Without ``--json`` a table is
-printed, coloured by how much each explanation changes what the model predicts.
+``--checkpoint`` is a run folder, a checkpoint in it, a saved lens, or its hub id. Every argument
+that is not a flag is a text; ``--file`` reads one from a file. Without ``--json`` a table is
+printed, coloured by how much each explanation changes the model's prediction.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from conlens_jax.inspection.terminal import render
 _FILE = flags.DEFINE_string("file", None, "Also explain the text of this file.")
 _POSITIONS = flags.DEFINE_string("positions", "all", "all, or indices: 3,5,-1")
 _SAMPLES = flags.DEFINE_integer(
-    "samples", 1, "Explanations a token; more than one are sampled.", lower_bound=1
+    "samples", 1, "Explanations per token; more than one are sampled.", lower_bound=1
 )
 _DTYPE = flags.DEFINE_string("dtype", None, "float32 or bfloat16; default: as trained.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the samples.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Explanations written at once.", lower_bound=1)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 _HTML = flags.DEFINE_string("html", None, "Also write a page to this file.")
@@ -53,7 +53,7 @@ def main(texts: list[str]) -> None:
     if not texts:
         raise ConfigError(['give a text, for example "once upon a time", or --file=<file>'])
     lens = Lens.load(CHECKPOINT.value, dtype=_DTYPE.value, step=STEP.value)
-    found = lens.explain(
+    explanations = lens.explain(
         texts,
         positions,
         samples=_SAMPLES.value,
@@ -63,19 +63,19 @@ def main(texts: list[str]) -> None:
         progress=sys.stderr.isatty(),
     )
     if _HTML.value:
-        found.to_html(_HTML.value)
+        explanations.to_html(_HTML.value)
     if _JSON.value:
-        print(found.to_json(), end="")
+        print(explanations.to_json(), end="")
         return
     colour = sys.stdout.isatty() if _COLOUR.value == "auto" else _COLOUR.value == "always"
-    print(render(found, colour=colour))
+    print(render(explanations, colour=colour))
 
 
 def text_of(file: str) -> str:
-    """The text of ``--file``, UTF-8, plain or compressed; a byte order mark is no part of it.
+    """The text of ``--file``, UTF-8, plain or compressed, without a byte order mark.
 
     Raises:
-      ConfigError: it cannot be read, is another encoding, or holds nothing.
+      ConfigError: it cannot be read, has another encoding, or is empty.
     """
     path = local_path(file)
     if not path.exists() or path.is_dir():
@@ -86,12 +86,12 @@ def text_of(file: str) -> str:
     except (CorpusError, UnicodeDecodeError, OSError) as error:
         raise ConfigError([f"--file={file}: {error}"]) from error
     if not text or text.isspace():
-        raise ConfigError([f"--file={file} holds no text"])
+        raise ConfigError([f"--file={file} contains no text"])
     return text
 
 
 def page_problems(file: str) -> list[str]:
-    """Why no page can be written to ``file``; folders are not made."""
+    """Reasons why no page can be written to ``file``; folders are not made."""
     path = local_path(file)
     if path.is_dir():
         return [f"--html={file!r} is a folder; give the name of a file"]

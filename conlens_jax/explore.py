@@ -1,9 +1,9 @@
 """A page to explore a lens with: python -m conlens_jax.explore --checkpoint=runs/quickstart
 
-Needs the extra ``explore`` (``pip install 'conlens_jax[explore]'``). The page is served to this
-machine alone unless ``--host`` says otherwise; it has no login. It answers only to this machine's
-own names and to ``--host`` (``--allow_hosts`` adds others), and not to pages of other sites
-(``--allow_origins`` names those that may ask, with CORS).
+Needs the extra ``explore`` (``pip install 'conlens_jax[explore]'``). The page is served only to
+this machine unless ``--host`` is given; it has no login. Requests must use one of this machine's
+names or ``--host`` (``--allow_hosts`` adds names); pages of other sites are refused
+(``--allow_origins`` allows some, with CORS).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from conlens_jax.explorer.listener import listener_on
 from conlens_jax.inspection.lens import Lens
 
 LOOPBACK = "127.0.0.1"
-_HOST = flags.DEFINE_string("host", LOOPBACK, "Address to serve; 0.0.0.0 is every interface.")
-_PORT = flags.DEFINE_integer("port", 7860, "Port to serve; 0: any free one.", 0, 65535)
+_HOST = flags.DEFINE_string("host", LOOPBACK, "Address to serve on; 0.0.0.0: every interface.")
+_PORT = flags.DEFINE_integer("port", 7860, "Port to serve on; 0: any free one.", 0, 65535)
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 2048, "Longer texts are refused.")
-_HOSTS = flags.DEFINE_list("allow_hosts", [], "Further names by which the server may be asked.")
+_HOSTS = flags.DEFINE_list("allow_hosts", [], "More host names that requests may use.")
 _ORIGINS = flags.DEFINE_list(
-    "allow_origins", [], "Other sites whose pages may ask, for example https://name.org"
+    "allow_origins", [], "Other sites whose pages may send requests, such as https://name.org"
 )
 
 
@@ -49,7 +49,7 @@ def main() -> None:
         hosts=served_hosts(_HOST.value, _HOSTS.value),
         origins=tuple(_ORIGINS.value),
     )
-    print(f"http://{_HOST.value}:{listener.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
+    print(f"http://{_HOST.value}:{listener.getsockname()[1]}  (Ctrl-C stops it)", flush=True)
     options = {"log_level": "warning", **uvicorn_options(LIMITS)}
     server = uvicorn.Server(uvicorn.Config(app, **options))
     with contextlib.suppress(KeyboardInterrupt), listener:

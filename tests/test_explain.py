@@ -205,7 +205,7 @@ def test_results_as_json_and_pandas(lens, sampled, tmp_path):
     assert isinstance(table, pandas.DataFrame) and len(table) == 2 * len(sampled)
     assert list(table["kl"][:2]) == [r.kl for r in sampled[0].readings]
     for wrong in ("nonsense", '{"schema": 9}', '{"schema": 1}'):
-        with pytest.raises(ValueError, match="no JSON of Explanations"):
+        with pytest.raises(ValueError, match="not the JSON of Explanations"):
             Explanations.from_json(wrong)
 
 

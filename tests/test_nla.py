@@ -18,7 +18,8 @@ from tiny_user import LAYER, TEXT, TEXTS, tiny_user_lens
 
 from conlens_jax.models.hf_io import save_model
 from conlens_jax.nla.export import PARTS, export_pair
-from conlens_jax.nla.pairs import SIDECAR, VALUE_HEAD, NlaPair, _explanation, read_sidecar
+from conlens_jax.nla.pairs import NlaPair, _explanation
+from conlens_jax.nla.sidecar import SIDECAR, VALUE_HEAD, read_sidecar
 
 torch = pytest.importorskip("torch")
 

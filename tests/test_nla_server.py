@@ -151,7 +151,7 @@ def test_chats_are_rendered_by_the_models_template(lens, client):
         ("explain", {"text": "one " * 40}, 400, "41 tokens; at most 24"),
         ("explain", {"text": TEXT, "max_new_tokens": 1}, 400, "this lens writes"),
         ("explain", {"text": TEXT, "temperature": 9}, 422, "less than or equal to 5"),
-        ("explain", {"text": TEXT, "enable_thinking": True}, 400, "not offered"),
+        ("explain", {"text": TEXT, "enable_thinking": True}, 400, "not supported"),
         ("explain", {}, 400, "give text or messages"),
         ("describe", {"activations": [[1.0, 2.0]]}, 400, "activation length 2 != d_model 32"),
         ("describe", {"activations": []}, 422, "at least 1"),

@@ -358,7 +358,7 @@ def test_the_text_of_a_file(tmp_path):
     problems = {
         b"one\ncaf\xe9": "a.txt, line 2: not UTF-8 .byte 4, 0xe9",
         "once upon".encode("utf-16"): "is UTF-16",
-        b" \n": "holds no text",
+        b" \n": "contains no text",
     }
     for content, message in problems.items():
         file.write_bytes(content)

@@ -306,7 +306,7 @@ def test_a_reader_that_does_not_read_is_left():
     from starlette.applications import Starlette
     from starlette.routing import Route
 
-    from conlens_jax.explorer.server_limits import ClosedStream
+    from conlens_jax.explorer.streams import ClosedStream
 
     sent, ended = [], threading.Event()
 

@@ -48,7 +48,6 @@ from conlens_jax.training.checkpoint import (
     read_metadata,
 )
 from conlens_jax.training.loop import train_lens
-from conlens_jax.training.run import TrainingStopped
 from conlens_jax.training.run_folder import load_lens
 from conlens_jax.training.session import (
     Session,
@@ -56,6 +55,7 @@ from conlens_jax.training.session import (
     open_session,
     training_reference,
 )
+from conlens_jax.training.stopped import TrainingStopped
 from conlens_jax.training.validation import Validation, validate
 
 

@@ -14,13 +14,13 @@ from conlens_jax.embedded.language_model import STATISTICS_FILE
 from conlens_jax.evaluation.full import Studies
 from conlens_jax.evaluation.report.document_heat import document_heat
 from conlens_jax.evaluation.report.heat_map import HeatMap
-from conlens_jax.evaluation.report.metric_files import flatten, write_metrics
 from conlens_jax.evaluation.report.page import PageData, System, build_report
 from conlens_jax.evaluation.report.writing import write_report
 from conlens_jax.evaluation.suite import HEADLINE, Evaluated, Suite, attribute_token_ids
 from conlens_jax.evaluation.tracking import track_evaluation
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.measurement.bootstrap import Interval
+from conlens_jax.measurement.metric_files import flatten, write_metrics
 from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.preemption import leave_together
 from conlens_jax.parallel.processes import broadcast_from_first

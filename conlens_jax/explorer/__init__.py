@@ -1,1 +1,1 @@
-"""The local server: the page and the hosted API."""
+"""The local server: the explorer's page and the NLA API."""

@@ -1,4 +1,4 @@
-"""The address that a server will have, taken before the server has anything to serve."""
+"""The server's socket, opened before the lens is loaded."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from conlens_jax.config import ConfigError
 
 
 def listener_on(host: str, port: int) -> socket.socket:
-    """A socket that listens: nobody else can take its port while a model loads, and who asks by
-    then waits.
+    """A listening socket: the port is reserved while a model loads, and early clients wait.
 
     Args:
-      port: 0 takes any free one; ``getsockname()[1]`` of the socket tells which.
+      port: 0 takes any free one; ``getsockname()[1]`` of the socket returns it.
 
     Raises:
       ConfigError: the port is in use or not allowed, or the host is no address of this machine.

@@ -1,10 +1,10 @@
-"""Neuronpedia's NLA inference API, spoken by a lens.
+"""Neuronpedia's NLA inference API, served by a lens.
 
 Source: github.com/hijohnnylin/neuronpedia, ``apps/nla`` at commit 17bc391 (``README.md``,
 ``openapi.json`` 0.1.0, ``server.py``; ``tests/test_frame_contract.py`` pins the keys of the
-frames), read on 2026-11-25. A client of that server finds here, under ``/nla``:
+frames), read on 2026-11-25. The endpoints under ``/nla``:
 
-    GET  /nla/          which models, and the limits
+    GET  /nla/          models and limits
     POST /nla/tokenize  {text | messages} → {tokens, prompt_length, text}
     POST /nla/extract   {text | messages} → {layer_index, tokens: [… activation, l2_norm]}
     POST /nla/explain   {text | messages, positions, temperature, reverse, stream} →
@@ -12,28 +12,25 @@ frames), read on 2026-11-25. A client of that server finds here, under ``/nla``:
     POST /nla/describe  {activations, temperature, stream} → {results: [description, mse, …]}
     POST /nla/score     {description, activation} → {mse, cosine_similarity}
 
-A stream is server-sent events: ``{layer_index, total, prompt_length}`` (of explain), a
-``{position | index, text, done: false}`` for each token of a text, the result itself, and
-``[DONE]`` at the end. ``mse`` is that of vectors scaled to norm √d, 2(1 − cos).
+A stream consists of server-sent events: ``{layer_index, total, prompt_length}`` (explain only),
+``{position | index, text, done: false}`` for each token of a text, then its result; ``[DONE]`` at
+the end. ``mse`` is that of vectors scaled to norm √d: 2(1 − cos).
 
-Two fields more go with every description: ``description_tokens``, the ids that were written and
-that the numbers are of, and ``reads_back``, whether the description alone, tokenised again, gives
-them. A text may read back as other tokens, so send ``description_tokens`` along to ``/nla/score``,
-which is then about the same ones; without them, its answer has the ids that it read.
+Every description has two additional fields: ``description_tokens``, the ids that were written and
+scored, and ``reads_back``, whether the description alone, tokenised again, gives them. A text may
+read back as other tokens, so send ``description_tokens`` to ``/nla/score`` to score the same ones;
+without them, its answer has the ids that it read.
 
-What differs, because a lens is no NLA pair: a text has the lens's own length, so a smaller
-``max_new_tokens`` is refused. A stream writes up to 32 texts side by side, so that the frames of
-several positions alternate; without ``stream``, a request gets the results of the stream, the same
-to the last digit, and again the same samples. Tokens are not grouped into glyphs
-(``fragment_count`` is 1), nor given the roles of a chat (null). ``continue_final_message``,
-``enable_thinking``, ``/compare`` and ``/completion`` are not offered; a stream that has to end
-early says ``{error}`` in its place.
+A lens is no NLA pair, so some things differ. A text has the lens's own length, so a smaller
+``max_new_tokens`` is refused. Up to 32 texts are written in parallel, so the frames of several
+positions alternate; without ``stream``, the results are those of the stream to the last digit, with
+the same samples. Tokens are not grouped into glyphs (``fragment_count`` is 1) and have no chat
+roles (null). ``continue_final_message``, ``enable_thinking``, ``/compare`` and ``/completion`` are
+not supported. A stream that fails ends with an ``{error}`` frame.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -42,76 +39,44 @@ import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field, StrictInt
 
-from conlens_jax.explorer.server_limits import RETRY, ClosedStream, failure
+from conlens_jax.explorer.nla_requests import (
+    BYTES_PER_NUMBER,
+    MAX_ACTIVATIONS,
+    MAX_CHARACTERS,
+    MAX_DESCRIPTION,
+    MAX_POSITIONS,
+    DescribeRequest,
+    ExplainRequest,
+    SamplingOptions,
+    ScoreRequest,
+    TextRequest,
+    most_bytes,
+)
+from conlens_jax.explorer.server_limits import RETRY
+from conlens_jax.explorer.streams import ClosedStream, event_stream, json_stream
 from conlens_jax.explorer.strict_json import StrictRoute, plain_problems
-from conlens_jax.explorer.turns import Busy, Gone, Turns
+from conlens_jax.explorer.turns import Busy, Turns
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.inspection.texts import chat_tokens, token_lists
 from conlens_jax.measurement.metrics import cosine, mse_nrm
 from conlens_jax.models.written import Written, with_its_tokens
 
-MAX_CHARACTERS, MAX_DESCRIPTION, MAX_POSITIONS, MAX_ACTIVATIONS = 65_536, 8_192, 512, 512
 _AT_ONCE = 32
-"""Explanations that are written side by side."""
-
-
-_BYTES_A_NUMBER, _MOST_BYTES = 26, 8 * 2**20
-
-
-def most_bytes(lens: Lens) -> int:
-    """What the body of a request with activations may have."""
-    whole = MAX_ACTIVATIONS * lens.spec.model.d_model * _BYTES_A_NUMBER
-    return max(min(whole, _MOST_BYTES), 2**20)
-
-
-class Message(BaseModel):
-    role: str
-    content: str = ""
-
-
-class TextRequest(BaseModel):
-    text: str | None = Field(None, max_length=MAX_CHARACTERS)
-    messages: list[Message] | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    enable_thinking: bool | None = None
-
-
-class SamplingOptions(BaseModel):
-    temperature: float = Field(0.7, ge=0, le=5)
-    max_new_tokens: int = Field(200, gt=0, le=4096)
-    stream: bool = False
-
-
-class ExplainRequest(TextRequest, SamplingOptions):
-    # Strict: a boolean mask would be read as positions 0 and 1. Empty: as if it were not there.
-    positions: list[StrictInt] | None = Field(None, max_length=MAX_POSITIONS)
-    reverse: bool = True
-
-
-class DescribeRequest(SamplingOptions):
-    activations: list[list[float]] = Field(min_length=1, max_length=MAX_ACTIVATIONS)
-
-
-class ScoreRequest(BaseModel):
-    description: str = Field(max_length=MAX_DESCRIPTION)
-    description_tokens: list[int] | None = Field(None, max_length=MAX_DESCRIPTION)
-    activation: list[float]
+"""Explanations that are written in parallel."""
 
 
 def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
-    """The API as an application to be mounted.
+    """The API as a mountable application.
 
     Args:
-      turns: shared with whatever else uses the lens.
+      turns: shared with the other users of the lens.
       max_tokens: longer texts are refused.
     """
     app = FastAPI(title="NLA API of a consistency lens", docs_url=None, redoc_url=None)
     app.router.route_class = StrictRoute
     width, layer = lens.spec.model.d_model, lens.spec.layer
-    most_activations = min(MAX_ACTIVATIONS, most_bytes(lens) // (_BYTES_A_NUMBER * width))
+    most_activations = min(MAX_ACTIVATIONS, most_bytes(lens) // (BYTES_PER_NUMBER * width))
 
     @app.exception_handler(ValueError)
     async def refuse(_: Request, error: ValueError):
@@ -125,14 +90,14 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
     async def name_fields(_: Request, error: RequestValidationError):
         return JSONResponse({"detail": plain_problems(error)}, status_code=422)
 
-    @app.exception_handler(Exception)  # it is logged, too
+    @app.exception_handler(Exception)  # also logged
     async def admit(_: Request, error: Exception):
         message = f"the server failed ({type(error).__name__}); its log has the trace"
         return JSONResponse({"detail": message}, status_code=500)
 
     def tokens_of(request: TextRequest) -> list[int]:
         if request.continue_final_message or request.enable_thinking is not None:
-            raise ValueError("continue_final_message and enable_thinking are not offered here")
+            raise ValueError("continue_final_message and enable_thinking are not supported here")
         if request.messages:
             messages = [message.model_dump() for message in request.messages]
             answer = request.add_generation_prompt
@@ -164,10 +129,10 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
         return vector
 
     def scored(description: Written, vector: np.ndarray) -> dict[str, Any]:
-        """One text at a time, so that its numbers are the same whatever stands beside it."""
+        """Scores one text at a time, so that its numbers do not depend on other texts."""
         with turns.turn():
-            found = lens.encode(description.tokens)
-        cos = float(cosine(found[None], vector[None])[0])
+            reconstruction = lens.encode(description.tokens)
+        cos = float(cosine(reconstruction[None], vector[None])[0])
         return {
             "mse": float(mse_nrm(cos)),
             "cosine_similarity": cos,
@@ -178,21 +143,21 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
     def written(
         vectors: Sequence[np.ndarray], keys: Sequence[int], decoding: dict[str, Any], key: str
     ) -> Iterator[dict[str, Any]]:
-        """The frames of the texts of activations [D]: each as it grows, then its result.
+        """The frames of the texts of activations [D]: each text as it grows, then its result.
 
         Args:
-          keys: what tells the texts apart, for the samples too; ``key`` is its name.
+          keys: identify the texts, also for their samples; ``key`` is their name in the frames.
         """
         for start in range(0, len(vectors), _AT_ONCE):
-            here = slice(start, start + _AT_ONCE)
-            pieces = lens.write_vectors(np.stack(vectors[here]), positions=keys[here], **decoding)
+            batch = slice(start, start + _AT_ONCE)
+            pieces = lens.write_vectors(np.stack(vectors[batch]), positions=keys[batch], **decoding)
             texts: list[Written] = []
             for _ in range(lens.spec.text_len):
-                with turns.turn():  # one for each token, so that others get theirs
+                with turns.turn():  # one per token, so that other requests get theirs
                     texts = next(pieces)
-                for value, text in zip(keys[here], texts, strict=True):
+                for value, text in zip(keys[batch], texts, strict=True):
                     yield {key: value, "text": text, "done": False}
-            for vector, text in zip(vectors[here], texts, strict=True):
+            for vector, text in zip(vectors[batch], texts, strict=True):
                 yield {"description": text, **scored(text, vector)}
 
     @app.get("/")
@@ -235,11 +200,11 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
 
         def entries() -> Iterator[dict[str, Any]]:
             for position, vector in enumerate(vectors):
-                token = _token(lens, tokens, position)
-                place = {name: token[name] for name in names}
-                yield {**place, "activation": vector.tolist(), "l2_norm": _norm(vector)}
+                fields = _token(lens, tokens, position)
+                token = {name: fields[name] for name in names}
+                yield {**token, "activation": vector.tolist(), "l2_norm": _norm(vector)}
 
-        return _json_of({"layer_index": layer}, "tokens", entries())
+        return json_stream({"layer_index": layer}, "tokens", entries())
 
     @app.post("/explain")
     def explain(request: ExplainRequest):
@@ -257,17 +222,16 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
 
         def frames() -> Iterator[dict[str, Any]]:
             yield {"layer_index": layer, "total": len(chosen), "prompt_length": len(tokens)}
-            places = zip(chosen, vectors, strict=True)
+            explained = zip(chosen, vectors, strict=True)
             for frame in written(vectors, chosen, decoding, "position"):
                 if "description" in frame:
-                    position, vector = next(places)
-                    place = _token(lens, tokens, position)
-                    norm = {"l2_norm": float(np.linalg.norm(vector))}
-                    frame = {**place, **norm, **frame, "generated": False}
+                    position, vector = next(explained)
+                    token = _token(lens, tokens, position)
+                    frame = {**token, "l2_norm": _norm(vector), **frame, "generated": False}
                 yield frame
 
         if request.stream:
-            return _events(frames())
+            return event_stream(frames())
         return {"layer_index": layer, "results": _results(frames())}
 
     @app.post("/describe")
@@ -277,7 +241,7 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
         vectors = [vector_of(activation) for activation in request.activations]
 
         frames = written(vectors, range(len(vectors)), decoding, "index")
-        return _events(frames) if request.stream else {"results": _results(frames)}
+        return event_stream(frames) if request.stream else {"results": _results(frames)}
 
     @app.post("/score")
     def score(request: ScoreRequest) -> dict[str, Any]:
@@ -292,7 +256,7 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
 
 
 def _token(lens: Lens, tokens: Sequence[int], position: int) -> dict[str, Any]:
-    """What the API says of a token wherever it names one."""
+    """The API's fields for a token."""
     return {
         "token": lens.model.tokenizer.token(tokens[position]),
         "token_id": int(tokens[position]),
@@ -315,33 +279,3 @@ def _results(frames: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _norm(vector: np.ndarray) -> float:
     return float(np.linalg.norm(vector))
-
-
-def _json_of(head: dict[str, Any], name: str, entries: Iterator[Any]) -> ClosedStream:
-    """One JSON object: ``head``, and a list under ``name``, of which an entry at a time is in
-    memory. The activations of a long text are gigabytes as Python numbers."""
-
-    def pieces() -> Iterator[str]:
-        yield f"{json.dumps(head)[:-1]}, {json.dumps(name)}: ["
-        for number, entry in enumerate(entries):
-            yield (", " if number else "") + json.dumps(entry, ensure_ascii=False)
-        yield "]}"
-
-    return ClosedStream(pieces(), media_type="application/json")
-
-
-def _events(frames: Iterator[dict[str, Any]]) -> ClosedStream:
-    """Server-sent events, one a frame."""
-
-    def lines() -> Iterator[str]:
-        with contextlib.closing(frames):
-            try:
-                for frame in frames:
-                    yield f"data: {json.dumps(frame, ensure_ascii=False)}\n\n"
-                yield "data: [DONE]\n\n"
-            except Gone:
-                raise
-            except Exception as error:  # the answer has begun
-                yield f"data: {json.dumps({'error': failure(error)})}\n\n"
-
-    return ClosedStream(lines(), media_type="text/event-stream")

@@ -1,21 +1,21 @@
-"""The explorer's server: one page, and the lens behind it over HTTP.
+"""The explorer's server: one page, and its lens over HTTP.
 
-FastAPI and uvicorn, because the page has to do two things that ready-made demo pages (gradio) do
-not: every token of a text is a button, and an explanation appears token by token while other
-requests are served. They also bring far fewer packages along.
+FastAPI and uvicorn, because the page needs two things that ready-made demo pages (gradio) do not
+have: every token of a text is a button, and an explanation appears token by token while other
+requests are served. They also have far fewer dependencies.
 
     GET  /             the page
-    GET  /api/lens     what is read: model, layer, limits
+    GET  /api/lens     model, layer, limits
     POST /api/tokens   {text} → {tokens}
     POST /api/explain  {text, position, decoding, seed} → a JSON line {"text", "tokens": so far}
                        for each token, and a last one {"row": explained token}
     POST /api/swap     {text, position, explanation, tokens} → {"row": explained token}; tokens: of
-                       an explanation that was written, in case its text reads back as others
+                       a written explanation, whose text may read back as others
     …    /nla/…        Neuronpedia's NLA API, see :mod:`conlens_jax.explorer.nla_api`
 
-Requests share nothing but the lens, and take turns at it: a stream gives way after every token, and
-ends when its reader hangs up. What is refused comes back as {"error": message}; for too large,
-too slow or foreign requests see :mod:`conlens_jax.explorer.server_limits`.
+Requests share only the lens and take turns using it: a stream ends its turn after every token, and
+stops when its client hangs up. Refusals are {"error": message}; for requests that are too large,
+too slow or from other sites see :mod:`conlens_jax.explorer.server_limits`.
 """
 
 from __future__ import annotations
@@ -35,14 +35,10 @@ from pydantic import BaseModel, Field, StrictInt
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from conlens_jax.explorer.nla_api import make_nla_app, most_bytes
-from conlens_jax.explorer.server_limits import (
-    RETRY,
-    ClosedStream,
-    LimitedRequests,
-    Limits,
-    failure,
-)
+from conlens_jax.explorer.nla_api import make_nla_app
+from conlens_jax.explorer.nla_requests import most_bytes
+from conlens_jax.explorer.server_limits import RETRY, LimitedRequests, Limits
+from conlens_jax.explorer.streams import ClosedStream, failure
 from conlens_jax.explorer.strict_json import StrictRoute, plain_problems
 from conlens_jax.explorer.turns import Busy, Gone, Turns
 from conlens_jax.inspection.lens import Lens
@@ -50,26 +46,26 @@ from conlens_jax.inspection.readings import ExplainedToken
 from conlens_jax.models.written import Written, with_its_tokens
 
 MAX_CHARACTERS = 100_000
-_BYTES_A_CHARACTER = 6  # JSON may write one as \uXXXX
-LIMITS = Limits(body_bytes=2 * _BYTES_A_CHARACTER * MAX_CHARACTERS)
-"""A text and an explanation of it, each as long as can be."""
+_BYTES_PER_CHARACTER = 6  # JSON may write one as \uXXXX
+LIMITS = Limits(body_bytes=2 * _BYTES_PER_CHARACTER * MAX_CHARACTERS)
+"""For a text and its explanation, each of the greatest length."""
 
 
 class TooLarge(ValueError):
     """More than the server reads."""
 
 
-class TextRequest(BaseModel):
+class TextBody(BaseModel):
     text: str
 
 
-class ExplainRequest(TextRequest):
+class ExplainBody(TextBody):
     position: StrictInt  # not true, and not "3"
     decoding: Literal["greedy", "sample"] = "greedy"
     seed: int = 0
 
 
-class SwapRequest(TextRequest):
+class SwapBody(TextBody):
     position: StrictInt  # not true, and not "3"
     explanation: str
     tokens: list[int] | None = Field(None, max_length=MAX_CHARACTERS)
@@ -88,10 +84,10 @@ def make_app(
 
     Args:
       max_tokens: longer texts are refused.
-      most_waiting: so many requests may wait; the next one is refused.
-      hosts: names by which the server may be asked, so that another site's name that is made to
-        point here reaches nothing.
-      origins: other sites (``https://name:port``) whose pages may ask; they get CORS headers.
+      most_waiting: requests that may wait; the next one is refused.
+      hosts: host names that requests may use. All others are refused, among them another site's
+        name that points to this machine (DNS rebinding).
+      origins: other sites (``https://name:port``) whose pages may send requests (CORS).
       limits: of sizes and times.
     """
     app = FastAPI(title="conlens_jax explorer", docs_url=None, redoc_url=None, openapi_url=None)
@@ -133,7 +129,7 @@ def make_app(
     async def explain_http(_: Request, error: HTTPException):
         return _refusal(error.status_code, str(error.detail), error.headers)
 
-    @app.exception_handler(Exception)  # it is logged, too
+    @app.exception_handler(Exception)  # also logged
     async def admit(_: Request, error: Exception):
         return _refusal(500, f"the server failed ({type(error).__name__}); its log has the trace")
 
@@ -153,38 +149,36 @@ def make_app(
         return {**lens.facts, "text_len": lens.spec.text_len, "max_tokens": max_tokens}
 
     @app.post("/api/tokens")
-    def tokenise(request: TextRequest) -> dict[str, Any]:
+    def tokenise(request: TextBody) -> dict[str, Any]:
         return {"tokens": tokens_of(request.text)}
 
     @app.post("/api/explain")
-    def explain(request: ExplainRequest) -> ClosedStream:
+    def explain(request: ExplainBody) -> ClosedStream:
         tokens_of(request.text)
-        with turns.turn():  # what is wrong with the request shows here, before anything is sent
+        with turns.turn():  # raises for a wrong request, before anything is sent
             pieces = lens.write(
                 request.text, request.position, decoding=request.decoding, seed=request.seed
             )
             first = next(pieces)
         return ClosedStream(lines(request, first, pieces), media_type="application/x-ndjson")
 
-    def lines(
-        request: ExplainRequest, written: Written, pieces: Iterator[Written]
-    ) -> Iterator[str]:
+    def lines(request: ExplainBody, written: Written, pieces: Iterator[Written]) -> Iterator[str]:
         yield _line(text=written, tokens=written.tokens)
         try:
             for _ in range(lens.spec.text_len - 1):
                 with turns.turn():
                     written = next(pieces)
                 yield _line(text=written, tokens=written.tokens)
-            with turns.turn():  # the numbers of what was shown, and not of a text written anew
+            with turns.turn():  # scores the text that was shown, without writing it again
                 row = lens.swap(request.text, request.position, written)
             yield _line(row=_plain(row))
         except Gone:
             raise
-        except Exception as error:  # the answer has begun: it can only say so in its own words
+        except Exception as error:  # the answer has begun, so its status cannot change
             yield _line(error=failure(error))
 
     @app.post("/api/swap")
-    def swap(request: SwapRequest) -> dict[str, Any]:
+    def swap(request: SwapBody) -> dict[str, Any]:
         tokens_of(request.text)
         tokens_of(request.explanation)
         explanation = request.explanation
@@ -205,7 +199,7 @@ def _refusal(status: int, message: str, headers: Mapping[str, str] | None = None
 
 
 def _page_policy(page: str) -> str:
-    """The page's own script and nothing else may run; it may ask this server alone."""
+    """Only the page's own script may run, and it may only send requests to this server."""
     script = page.partition("<script>")[2].partition("</script>")[0].encode()
     digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
     return (

@@ -1,18 +1,18 @@
-"""What a server takes from its clients: which hosts and origins, how much, and for how long.
+"""Limits on a server's clients: hosts and origins, sizes and times.
 
-ASGI middleware that knows nothing of lenses. Starlette's own TrustedHostMiddleware has no IPv6 in
-its older versions and answers in plain text; it has nothing for bodies. Refusals are JSON, with the
-same message as ``error`` (the explorer's name for it) and ``detail`` (the NLA API's):
+ASGI middleware, independent of lenses. Starlette's own TrustedHostMiddleware does not support IPv6
+in its older versions, answers in plain text, and does not limit bodies. Refusals are JSON with the
+same message as ``error`` (the explorer's key) and ``detail`` (the NLA API's):
 
-    403  a page of another origin asks
+    403  the request comes from a page of another origin
     408  the body does not arrive in time
-    413  the body is longer than what is read
-    421  another site's name points here (DNS rebinding)
-    503  so many bodies are here already that another one would take too much memory
+    413  the body is too long
+    421  the host name is another site's that points here (DNS rebinding)
+    503  the bodies in memory leave no room for this one
 
-A client that hangs up is noticed while its request is worked on, see
-:class:`conlens_jax.explorer.turns.Caller`. What happens below HTTP (headers that do not end,
-readers that do not read) is in :mod:`conlens_jax.explorer.slow_clients`.
+A client that hangs up is detected while its request is processed, see
+:class:`conlens_jax.explorer.turns.Caller`. Slowness below HTTP (headers that do not end, clients
+that do not read) is handled in :mod:`conlens_jax.explorer.slow_clients`.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ import dataclasses
 import ipaddress
 import logging
 import socket
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from conlens_jax.explorer.turns import Busy, Caller, calling
+from conlens_jax.explorer.turns import Caller, calling
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 ANY_ADDRESS = "<address>"
-"""Among the hosts: every IP address. No other site can have one made to point here."""
+"""Among the hosts: every IP address. An address, unlike a name, cannot be made to point here."""
 RETRY = {"Retry-After": "1"}
 
 HEADERS = {
@@ -43,23 +43,23 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
-"""On every answer that does not set its own."""
+"""Headers of every answer that does not set its own."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How much, and for how long.
+    """Sizes and times.
 
     Attributes:
-      body_bytes: of one request.
-      larger: path → bytes, where a body may be longer.
-      all_bodies_bytes: of all requests that are worked on.
-      header_seconds, body_seconds: within which a request's head, then its body, must be there.
-      write_seconds: so long a client may take nothing of what is ready for it.
-      idle_seconds: between two requests of a connection.
-      connections: open at once.
+      body_bytes: longest body of a request.
+      larger: path → bytes, for paths with longer bodies.
+      all_bodies_bytes: longest total of all requests in progress.
+      header_seconds, body_seconds: time for a request's head, then for its body, to arrive.
+      write_seconds: time that a client may leave sent data unread.
+      idle_seconds: time between two requests of a connection.
+      connections: most open connections.
     """
 
     body_bytes: int = 1_200_000
@@ -73,10 +73,10 @@ class Limits:
 
 
 def served_hosts(host: str, more: Sequence[str] = ()) -> tuple[str, ...]:
-    """The names by which a server that listens on ``host`` may be asked.
+    """The host names that requests to a server listening on ``host`` may use.
 
-    The loopback names, ``host``, and ``more``. One that listens everywhere may be asked by any
-    address, and by the machine's name.
+    The loopback names, ``host``, and ``more``; for a server that listens on every interface, any
+    address and the machine's name.
     """
     address = _address(host)
     if address is not None and address.is_unspecified:
@@ -85,7 +85,7 @@ def served_hosts(host: str, more: Sequence[str] = ()) -> tuple[str, ...]:
 
 
 class Refused(Exception):
-    """An answer before the application is asked."""
+    """A request that is answered without calling the application."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None):
         super().__init__(message)
@@ -97,8 +97,8 @@ class LimitedRequests:
 
     Args:
       hosts: as of :func:`served_hosts`; ``"*"`` among them is any.
-      origins: pages of other origins that may ask (``https://name:port``). A page of the server's
-        own may, and what is no browser (no Origin header).
+      origins: other origins whose pages may send requests (``https://name:port``). The server's own
+        pages may, and clients without an Origin header, which are no browsers.
     """
 
     def __init__(
@@ -107,14 +107,14 @@ class LimitedRequests:
         self.app, self.limits = app, limits
         self.hosts = frozenset(host.lower() for host in hosts)
         self.origins = frozenset(origin.lower().rstrip("/") for origin in origins)
-        self._bodies = 0  # bytes that are here now
+        self._bodies = 0  # bytes in memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # the lifespan; websockets are not offered
+        if scope["type"] != "http":  # the lifespan; websockets are not supported
             await self.app(scope, receive, send)
             return
         send = _with_headers(send)
-        here = 0
+        received = 0  # bytes of this body
         try:
             self._check_sender(Headers(scope=scope))
             most = self._most_bytes(scope)
@@ -126,8 +126,8 @@ class LimitedRequests:
                         if message["type"] == "http.disconnect":
                             return
                         chunk = message.get("body", b"")
-                        here, self._bodies = here + len(chunk), self._bodies + len(chunk)
-                        if here > most:
+                        received, self._bodies = received + len(chunk), self._bodies + len(chunk)
+                        if received > most:
                             raise _too_long(most)
                         if self._bodies > self.limits.all_bodies_bytes:
                             raise Refused(503, "too much is being read; try again", RETRY)
@@ -137,7 +137,7 @@ class LimitedRequests:
             except TimeoutError:
                 seconds = f"{self.limits.body_seconds:g}"
                 raise Refused(
-                    408, f"the body was not here within {seconds} s", {"Connection": "close"}
+                    408, f"the body did not arrive within {seconds} s", {"Connection": "close"}
                 ) from None
             whole = bytes(body)
             del body
@@ -147,13 +147,13 @@ class LimitedRequests:
             answer = JSONResponse(message, status_code=error.status, headers=error.headers)
             await answer(scope, receive, send)
         finally:
-            self._bodies -= here
+            self._bodies -= received
 
     def _check_sender(self, headers: Headers) -> None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if not self._is_served(host):
             raise Refused(
-                421, f"this server is not asked as {host!r}; its --allow_hosts may name others"
+                421, f"this server does not answer as {host!r}; add names with --allow_hosts"
             )
         if origin is None or "*" in self.origins or origin.lower() in self.origins:
             return
@@ -161,7 +161,7 @@ class LimitedRequests:
             if host and urlsplit(origin).netloc.lower() == host.lower():
                 return
         raise Refused(
-            403, f"pages of {origin!r} may not ask here; the server's --allow_origins may name them"
+            403, f"pages of {origin!r} may not send requests; add origins with --allow_origins"
         )
 
     def _is_served(self, host: str) -> bool:
@@ -174,7 +174,7 @@ class LimitedRequests:
         return name in self.hosts or (ANY_ADDRESS in self.hosts and _address(name) is not None)
 
     def _most_bytes(self, scope: Scope) -> int:
-        """What the body may have. One that says that it has more is refused before it is read."""
+        """The limit on the body. A longer Content-Length is refused before the body is read."""
         most = self.limits.larger.get(scope["path"], self.limits.body_bytes)
         size = Headers(scope=scope).get("content-length", "")
         if size.isdecimal() and (len(size) > 15 or int(size) > most):
@@ -182,7 +182,7 @@ class LimitedRequests:
         return most
 
     async def _answer(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        """The application's answer to a body that is here, watching whether its client stays."""
+        """The application's answer to a complete body; watches whether the client hangs up."""
         left, begun = asyncio.Event(), False
 
         async def watch(caller: Caller) -> None:
@@ -220,34 +220,6 @@ def _with_headers(send: Send) -> Send:
         await send(message)
 
     return wrapped
-
-
-class ClosedStream(StreamingResponse):
-    """Closes its generator when the answer ends or its reader hangs up.
-
-    Starlette leaves that to the garbage collector.
-    """
-
-    def __init__(self, content: Generator[str | bytes, None, None], media_type: str):
-        super().__init__(content, media_type=media_type)
-        self._content = content
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._content.close()
-
-
-def failure(error: Exception) -> str:
-    """What to tell a client of an error, in an answer that has begun.
-
-    What is the server's own fault is logged.
-    """
-    if isinstance(error, ValueError | Busy):
-        return str(error)
-    _log.error("a request failed", exc_info=error)
-    return f"the server failed ({type(error).__name__}); its log has the trace"
 
 
 def _too_long(most: int) -> Refused:

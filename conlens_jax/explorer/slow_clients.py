@@ -1,8 +1,9 @@
-"""Clients that are slow below HTTP: heads that do not end, and readers that do not read.
+"""Clients that are slow below HTTP: heads that do not end, and clients that do not read.
 
-uvicorn has a time limit for idle connections alone. This is its own HTTP protocol with three more:
-for a request's head, for a body that goes on after its answer, and for a reader that takes nothing
-of what is ready for it (64 KiB at most wait in the process). And a limit to the connections.
+uvicorn limits only the time of idle connections. This is its HTTP protocol with three more limits
+on time: for a request's head, for a body that continues after its answer, and for a client that
+does not read what is sent (at most 64 KiB wait in the process). It also limits the number of
+connections.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class TimedProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        if not self.flow.write_paused:  # who asks again has taken the last answer
+        if not self.flow.write_paused:  # a client that sends more has read the last answer
             self._reader_timer = _cancelled(self._reader_timer)
         super().data_received(data)
         self._watch_request()
@@ -71,7 +72,7 @@ class TimedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _watch_request(self) -> None:
-        """Where a head is being waited for, or the rest of a body that has its answer."""
+        """Starts the timer for a head, or for the rest of a body that is already answered."""
         if self.conn.their_state is h11.IDLE:
             seconds = self.limits.header_seconds
         elif self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE:

@@ -1,4 +1,4 @@
-"""JSON as the standard has it, in requests, and what is wrong with one, in answers."""
+"""Standard JSON in requests, and messages about invalid requests in answers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class StrictRequest(Request):
-    """Refuses what Python's parser takes beyond JSON (NaN, Infinity), and what it cannot take."""
+    """Refuses NaN and Infinity, which Python's parser accepts, and JSON that it cannot parse."""
 
     async def json(self) -> Any:
         body = await self.body()
         try:
-            found = json.loads(body.decode("utf-8-sig"), parse_constant=_no_number)
-            if _SURROGATE.search(body):  # mostly halves of a pair, which make a character
-                json.dumps(found, ensure_ascii=False).encode()
-            return found
+            values = json.loads(body.decode("utf-8-sig"), parse_constant=_no_number)
+            if _SURROGATE.search(body):  # mostly whole pairs, which make a character
+                json.dumps(values, ensure_ascii=False).encode()
+            return values
         except json.JSONDecodeError:
-            raise  # FastAPI says where
+            raise  # FastAPI reports the position
         except RecursionError:
             raise HTTPException(400, "the JSON is nested too deeply") from None
         except UnicodeEncodeError:
@@ -50,7 +50,7 @@ class StrictRoute(APIRoute):
 
 
 def plain_problems(error: RequestValidationError) -> list[dict[str, Any]]:
-    """Without what was sent: that can be long, and need not be anything that JSON can hold."""
+    """The problems without the values that were sent: those can be long, or not valid JSON."""
     return [{name: problem[name] for name in ("type", "loc", "msg")} for problem in error.errors()]
 
 

@@ -1,4 +1,4 @@
-"""Who may use the lens of a server now."""
+"""Turns: the requests of a server use its lens one at a time."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import contextvars
 import threading
 from collections.abc import Iterator
 
-_A_LOOK = 0.2
-"""Seconds after which one who waits looks whether its client is still there."""
+_POLL_SECONDS = 0.2
+"""How often a waiting request checks whether its client has hung up."""
 
 
 class Busy(RuntimeError):
@@ -17,11 +17,11 @@ class Busy(RuntimeError):
 
 
 class Gone(RuntimeError):
-    """The client has hung up: nobody reads what would be computed."""
+    """The client has hung up, so nobody would read the result."""
 
 
 class Caller:
-    """One request, from its first byte to its last: what it holds, and whether its client listens.
+    """One request, from its first byte to its last, with the places that it holds.
 
     Attributes:
       gone: set when the client has hung up.
@@ -33,7 +33,7 @@ class Caller:
         self._places: set[int] = set()
 
     def hold(self, places: threading.Semaphore) -> bool:
-        """Takes a place for the rest of the request, once. False where there is none."""
+        """Takes a place for the rest of the request, once. Returns False if there is none."""
         if id(places) not in self._places:
             if not places.acquire(blocking=False):
                 return False
@@ -56,7 +56,7 @@ _CALLER: contextvars.ContextVar[Caller | None] = contextvars.ContextVar("caller"
 
 @contextlib.contextmanager
 def calling() -> Iterator[Caller]:
-    """The caller of all that runs inside, in worker threads too; it leaves at the end."""
+    """The caller of everything that runs inside, also in worker threads; it leaves at the end."""
     caller = Caller()
     token = _CALLER.set(caller)
     try:
@@ -67,13 +67,13 @@ def calling() -> Iterator[Caller]:
 
 
 class Turns:
-    """One request at a time at the lens, in the order of asking, and not too many waiting for it.
+    """One request at a time uses the lens, first come, first served; only so many may wait.
 
-    A request that has had a turn keeps its place until it ends (:func:`calling`), so that no answer
-    that has begun breaks off because others came.
+    A request that has had a turn keeps its place until it ends (:func:`calling`), so that an answer
+    that has begun is not cut off by later requests.
 
     Attributes:
-      most: so many may be there at once.
+      most: requests at once, waiting ones included.
     """
 
     def __init__(self, most: int):
@@ -82,17 +82,17 @@ class Turns:
         self._lock, self._line = threading.Lock(), collections.deque[threading.Event]()
 
     def reserve(self) -> None:
-        """Takes the request's place before its answer begins. Raises Busy where there is none."""
+        """Takes the request's place before its answer begins. Raises Busy if there is none."""
         caller = _CALLER.get()
         if caller is not None and not caller.hold(self._places):
             raise _busy()
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """Waits for the lens.
+        """Waits for the lens and holds it.
 
         Raises:
-          Busy: too many wait already.
+          Busy: too many are waiting.
           Gone: the client has hung up.
         """
         caller = _CALLER.get()
@@ -108,13 +108,14 @@ class Turns:
 
     @contextlib.contextmanager
     def _at_the_front(self, caller: Caller | None) -> Iterator[None]:
-        """A plain lock would let whoever releases it take it again before those who wait."""
+        """Waits in line. With a plain lock, the thread that releases it could take it again before
+        the waiting ones."""
         mine = threading.Event()
         with self._lock:
             self._line.append(mine)
             self._line[0].set()
         try:
-            while not mine.wait(_A_LOOK):
+            while not mine.wait(_POLL_SECONDS):
                 if caller is not None:
                     caller.check()
             if caller is not None:

@@ -1,1 +1,1 @@
-"""A trained lens in the hands of its user: load, explain, swap, compare, steer, show, share."""
+"""Using a trained lens: load, explain, swap, compare, steer, show, share."""

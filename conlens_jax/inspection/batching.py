@@ -1,8 +1,8 @@
 """Explaining many positions of many documents with a handful of compiled shapes.
 
-Documents are padded to a power of two and read together while they fit into
-:data:`TOKENS_AT_ONCE`; their rows then go through the lens ``batch_size`` at a time, and the last,
-smaller batch is filled up to a power of two.
+Documents are padded to a power of two and read together up to :data:`TOKENS_AT_ONCE` tokens; their
+rows then go through the lens ``batch_size`` at a time. The last, smaller batch is filled up to a
+power of two.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TOKENS_AT_ONCE = 4096
 
 
 class Row(NamedTuple):
-    """A text to be written: for which document, at which index, the how-manieth."""
+    """A text to write: document, position, and sample number."""
 
     document: int
     position: int
@@ -33,26 +33,26 @@ class Group(NamedTuple):
     """Documents that are read together, and their rows.
 
     Attributes:
-      tokens_GS, mask_GS: the documents, padded on the right and filled up with copies.
+      tokens_GS, mask_GS: the documents, padded on the right; copies fill the group up.
       rows: all rows of these documents.
-      place: where a document stands in the group.
+      index_of: the index of each document in the group.
     """
 
     tokens_GS: np.ndarray
     mask_GS: np.ndarray
     rows: list[Row]
-    place: dict[int, int]
+    index_of: dict[int, int]
 
 
 def power_of_two(count: int) -> int:
-    """The smallest one that is not below ``count``."""
+    """The smallest power of two that is at least ``count``."""
     return 1 << (count - 1).bit_length()
 
 
 def groups_of(
     documents: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], samples: int
 ) -> Iterator[Group]:
-    """Documents of like length together; each document is in one group."""
+    """Groups of documents of similar length; each document is in one group."""
     by_length: dict[int, list[int]] = {}
     for number, tokens in enumerate(documents):
         by_length.setdefault(bucket(len(tokens)), []).append(number)
@@ -62,26 +62,27 @@ def groups_of(
             members = numbers[start : start + most]
             tokens_GS = np.zeros((len(members), length), np.int32)
             lengths_G = np.array([len(documents[number]) for number in members])
-            for place, number in enumerate(members):
-                tokens_GS[place, : len(documents[number])] = documents[number]
+            for index, number in enumerate(members):
+                tokens_GS[index, : len(documents[number])] = documents[number]
             mask_GS = np.arange(length) < lengths_G[:, None]
             size = power_of_two(len(members))
             yield Group(
                 filled(tokens_GS, size),
                 filled(mask_GS, size),
                 [Row(d, p, s) for d in members for p in positions[d] for s in range(samples)],
-                {number: place for place, number in enumerate(members)},
+                {number: index for index, number in enumerate(members)},
             )
 
 
 def batches_of(group: Group, batch_size: int, mesh: Mesh) -> Iterator[tuple[list[Row], list]]:
-    """Rows, and their (place in the group, position, sample) on the mesh, filled up."""
+    """Batches of rows, each with (index in the group, position, sample) on the mesh, filled up."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     sharding = batch_sharding(mesh)
     for start in range(0, len(group.rows), batch_size):
         rows = group.rows[start : start + batch_size]
         size = -(-min(batch_size, power_of_two(len(rows))) // parts) * parts
-        columns = zip(*((group.place[r.document], r.position, r.sample) for r in rows), strict=True)
+        indices = [(group.index_of[r.document], r.position, r.sample) for r in rows]
+        columns = zip(*indices, strict=True)
         arrays = [filled(np.array(column, np.int32), size) for column in columns]
         yield rows, [jax.device_put(array, sharding) for array in arrays]
 

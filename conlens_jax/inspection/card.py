@@ -9,7 +9,7 @@ from conlens_jax.inspection.parts import LensParts
 
 _METRICS = {
     "fve_nrm": "directional variance explained, greedy text",
-    "kl_frac_mean": "share of the damage of a mean-swap that the text repairs, greedy",
+    "kl_frac_mean": "share of the damage of a mean swap that the text repairs, greedy text",
     "kl_at": "KL(M ‖ M with the reconstruction) at the token, nats",
     "cos": "cosine of activation and reconstruction",
     "top1_agree": "M's most probable token stays the same",
@@ -21,7 +21,7 @@ _METRICS = {
 
 
 def model_card(lens: LensParts, includes_model: bool) -> str:
-    """Markdown with the front matter of the hub."""
+    """Markdown with the hub's front matter."""
     model_id, facts = lens.model.model_id, lens.facts
     front = {"library_name": "conlens_jax", "tags": ["consistency-lens", "interpretability"]}
     if not includes_model:
@@ -50,8 +50,8 @@ def model_card(lens: LensParts, includes_model: bool) -> str:
             "",
             *_table(lens),
             "",
-            "A text is what the decoder was trained to write. That its reconstruction predicts "
-            "well says that it carries information, not that each of its words is true.",
+            "A text is what the decoder was trained to write. Good predictions from its "
+            "reconstruction show that it carries information, not that each of its words is true.",
             "",
         ]
     )

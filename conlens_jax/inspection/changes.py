@@ -1,4 +1,4 @@
-"""What can be done with what a lens says: the difference of two activations, and edits.
+"""Experiments with explanations: the difference of two activations, and edits that steer M.
 
 :class:`~conlens_jax.inspection.lens.Lens` offers both as methods.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from conlens_jax.inspection.explainer import LensExplainer
 from conlens_jax.inspection.reader import LensReader, Vector
 from conlens_jax.inspection.readings import ExplainedToken
 from conlens_jax.inspection.texts import Explanation, text_or_ids, token_index, token_lists
@@ -28,14 +29,14 @@ class Comparison:
     """What :meth:`Lens.compare` finds between activations a and b.
 
     Attributes:
-      a, b: what the decoder writes of each of them.
-      towards_a, towards_b: what it writes of ``mean + (a − b)`` and of ``mean + (b − a)``: the mean
+      a, b: the decoder's text of each of them.
+      towards_a, towards_b: its text of ``mean + (a − b)`` and of ``mean + (b − a)``: the mean
         training activation moved by the difference alone. All have the ``tokens`` that were
         written.
-      cos: cosine of a − b and the difference of what the encoder makes of the tokens of a and b:
-        how much of the difference the two explanations carry.
-      cos_towards_a: cosine of a − b and what the encoder makes of the tokens of ``towards_a``,
-        less the mean.
+      cos: cosine of a − b and the difference of the encoder's reconstructions of a and b: how much
+        of the difference the two explanations carry.
+      cos_towards_a: cosine of a − b and the encoder's reconstruction of ``towards_a`` minus the
+        mean.
     """
 
     a: Written
@@ -48,14 +49,14 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Steered:
-    """What :meth:`Lens.steer` does to M.
+    """The effect of :meth:`Lens.steer` on M.
 
     Attributes:
       written: the explanation before the edit, with the ``tokens`` that were written and whether
         its text gives them (``reads_back``).
       edited: the explanation after it, with the ``tokens`` that were read.
       effect: what M predicts with the moved activation.
-      before, after: how M goes on with the text, greedily, without and with it.
+      before, after: M's greedy continuation of the text without and with it.
     """
 
     written: Written
@@ -72,10 +73,10 @@ def compare(lens: LensReader, a: TextPosition | Vector, b: TextPosition | Vector
     difference_D = a_D - b_D
     cosine_to = lambda x_D: float(cosine(x_D[None], difference_D[None])[0])
     texts = lens.decode(np.stack([a_D, b_D, mean_D + difference_D, mean_D - difference_D]))
-    read_a, read_b, towards_a, _ = lens.encode(texts)
+    encoded_a, encoded_b, towards_a, _ = lens.encode(texts)
     return Comparison(
         *texts,
-        cos=cosine_to(read_a - read_b),
+        cos=cosine_to(encoded_a - encoded_b),
         cos_towards_a=cosine_to(towards_a - mean_D),
     )
 
@@ -97,7 +98,7 @@ def _vector_of(lens: LensReader, value: TextPosition | Vector, name: str) -> Vec
 
 
 def steer(
-    lens: LensReader,
+    lens: LensExplainer,
     text: Any,
     position: int,
     edit: Explanation | tuple[str, str] | Callable[[Written], Explanation],
@@ -115,7 +116,7 @@ def steer(
     elif callable(edit):
         edit = edit(written)
     edited, base = lens.as_read(edit), written
-    # A text is compared with a text, so that the move is the edit's alone.
+    # A text is compared with a text, so that the edit alone moves the activation.
     is_text = isinstance(text_or_ids(edit, lens.model), str)
     if is_text and lens.model.tokenizer.encode(written):
         base = lens.as_read(str(written))
@@ -131,15 +132,15 @@ def steer(
 
 
 def _continued(lens: LensReader, text: Any, position: int, vector_D: Vector, count: int) -> str:
-    """How M goes on, greedily, with a vector at the position; every token by a full pass."""
+    """M's greedy continuation with a vector at the position; every token by a full pass."""
     (tokens,) = token_lists([text], lens.model, lens.add_bos)
     length = len(tokens)
     row_1S = np.zeros((1, bucket(length + count)), np.int32)
     row_1S[0, :length] = tokens
-    place = np.arange(row_1S.shape[1])
+    positions = np.arange(row_1S.shape[1])
     for end in range(length, length + count):
         logits = lens.model.swap(
-            row_1S, lens.spec.layer, position % length, vector_D[None], (place < end)[None]
+            row_1S, lens.spec.layer, position % length, vector_D[None], (positions < end)[None]
         )
         row_1S[0, end] = int(np.argmax(logits[0, end - 1]))
     return lens.model.tokenizer.decode(row_1S[0, length : length + count])

@@ -1,4 +1,4 @@
-"""Chat messages as the text that a model was trained on, by the model's own template.
+"""Chat messages rendered with the model's own template, as in its training.
 
 The template runs in transformers' own environment: Jinja's sandbox with its additions (``tojson``
 without escapes, ``strftime_now``, ``break``, ``{% generation %}``...), so that the text has the
@@ -15,25 +15,25 @@ from typing import Any
 from conlens_jax.models.added_tokens import CONFIG_FILE, SPECIAL_FILE, named_tokens
 
 _TEMPLATE_FILES = ("chat_template.jinja", CONFIG_FILE, "chat_template.json")
-"""Where a template may stand; the first that has one decides."""
+"""Files that may contain a template; the first one that does decides."""
 
 
 def render_chat(messages: Sequence[Mapping], folder: Path, *, answer: bool = False) -> str:
-    """What ``apply_chat_template`` of transformers gives for the folder.
+    """The text that ``apply_chat_template`` of transformers returns for the folder.
 
     Args:
       answer: begin the model's answer after the messages.
 
     Raises:
-      ValueError: the model has no template, or the template is wrong or refuses the messages: its
-        file, the line and the reason.
+      ValueError: the model has no template, or the template is wrong or refuses the messages; the
+        message names its file, the line and the reason.
     """
     settings = {name: _json(folder / name) for name in (CONFIG_FILE, SPECIAL_FILE)}
     name, template = _chat_template(folder, settings[CONFIG_FILE])
-    # transformers takes half a second to import, and needs no torch for this.
+    # Imported here: transformers takes half a second to import. It needs no torch for this.
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    # Templates meet a key that is not there, not one that is null.
+    # Templates expect an absent key, not one that is null.
     given = [{k: v for k, v in message.items() if v is not None} for message in messages]
     try:
         (text,), _ = render_jinja_template(
@@ -44,7 +44,7 @@ def render_chat(messages: Sequence[Mapping], folder: Path, *, answer: bool = Fal
         )
     except Exception as error:  # a template is a program: it can fail in any way
         line, reason = _line(error), str(error) or type(error).__name__
-        if isinstance(error, SyntaxError):  # of the program that the template became
+        if isinstance(error, SyntaxError):  # in the Python code that Jinja makes of the template
             line, reason = None, error.msg
         raise ValueError(
             f"the model's chat template ({folder / name}{f', line {line}' if line else ''}) "
@@ -70,7 +70,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _default(template: Any, file: Path) -> str | None:
-    """The template itself, or the one named default of several."""
+    """The template itself, or of several the one named default."""
     if template is None or isinstance(template, str):
         return template
     if isinstance(template, Sequence):
@@ -93,12 +93,12 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _line(error: BaseException) -> int | None:
-    """The line of the template in which it failed."""
-    if isinstance(getattr(error, "lineno", None), int):  # it could not be read at all
+    """The line of the template at which it failed."""
+    if isinstance(getattr(error, "lineno", None), int):  # it could not be parsed
         return error.lineno
-    line, place = None, error.__traceback__
-    while place:
-        if place.tb_frame.f_code.co_filename in ("<template>", "<unknown>"):
-            line = place.tb_lineno
-        place = place.tb_next
+    line, frame = None, error.__traceback__
+    while frame:
+        if frame.tb_frame.f_code.co_filename in ("<template>", "<unknown>"):
+            line = frame.tb_lineno
+        frame = frame.tb_next
     return line

@@ -28,7 +28,7 @@ class Explanations(Sequence[ExplainedToken]):
     Attributes:
       rows: the explained tokens.
       documents: all tokens of every text, printable, explained or not.
-      facts: what was read with what: model, layer, decoding.
+      facts: what was explained and how: model, layer, decoding.
     """
 
     rows: tuple[ExplainedToken, ...]
@@ -42,7 +42,7 @@ class Explanations(Sequence[ExplainedToken]):
         return self.rows[index]
 
     def records(self) -> list[dict[str, Any]]:
-        """One flat record a reading."""
+        """One flat record per reading."""
         return [
             {
                 "document": row.document,
@@ -77,7 +77,7 @@ class Explanations(Sequence[ExplainedToken]):
         return pandas.DataFrame(self.records())
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Everything as JSON text, written to ``path`` where one is given."""
+        """Everything as JSON text, also written to ``path`` if given."""
         values = {"schema": SCHEMA, **dataclasses.asdict(self)}
         text = json.dumps(values, ensure_ascii=False, indent=1) + "\n"
         if path is not None:
@@ -101,17 +101,17 @@ class Explanations(Sequence[ExplainedToken]):
                 dict(values["facts"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"this is no JSON of Explanations.to_json: {error!r}") from error
+            raise ValueError(f"not the JSON of Explanations.to_json: {error!r}") from error
 
     def to_html(self, path: str | Path | None = None) -> str:
-        """A page that needs nothing else to be shown, written to ``path`` where one is given."""
+        """A self-contained HTML page, also written to ``path`` if given."""
         page = whole_page(self.rows, self.documents, self.facts)
         if path is not None:
             write_whole(local_path(path), page)
         return page
 
     def _repr_html_(self) -> str:
-        """How a notebook shows it."""
+        """The HTML that a notebook shows."""
         return fragment(self.rows, self.documents, self.facts)
 
 

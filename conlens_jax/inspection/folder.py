@@ -1,10 +1,10 @@
 """A lens as a Hugging Face folder: ``config.json``, the trained parts as safetensors, a model card.
 
-config.json               what the lens is, and which model it reads (id and hash of its weights)
+config.json               the shape of the lens, and its model (id and hash of the weights)
 decoder.safetensors       trained parts, named by their path in the tree
 encoder.safetensors
 metrics.json, README.md   the evaluation's numbers, and the model card that shows them
-model/                    the language model, where it cannot be had by a hub id
+model/                    the language model, if it has no hub id
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _FETCHED = ("config.json", "metrics.json", "README.md", "*.safetensors", f"{MODE
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What ``config.json`` says.
+    """The content of ``config.json``.
 
     Attributes:
       model: which model, and how it is run.
-      model_id: what it is called; weights_hash: whose weights the lens was trained on.
+      model_id: its name; weights_hash: of the weights that the lens was trained on.
       lens: shape of the lens.
       statistics: ``mean`` [D] and ``scale`` of the training activations.
       add_bos: whether texts begin with the bos token.
@@ -75,18 +75,18 @@ def _json(file: Path) -> dict[str, Any]:
 def save(lens: LensParts, folder: Path, include_model: bool | None = None) -> Path:
     """Writes the folder; it must be new, empty, or a saved lens, which is then replaced.
 
-    A kill or a full disk leaves the lens that was there, or the new one; never a part of each.
+    A kill or a full disk leaves the old lens or the new one, never a mixture.
 
     Args:
-      include_model: copy the language model too. None: where its name is no hub id.
+      include_model: copy the language model too. None: if its name is no hub id.
 
     Raises:
-      ValueError: the folder holds something else.
+      ValueError: the folder contains something else.
       OSError: it cannot be written; a full disk is named with the folder.
     """
     others = [] if not folder.exists() else [f for f in folder.iterdir() if f.name != _UNFINISHED]
     if others and not is_saved_lens(folder):
-        raise ValueError(f"{folder} holds something that is no lens; choose another folder")
+        raise ValueError(f"{folder} contains something that is no lens; choose another folder")
     if include_model is None:
         include_model = not _is_hub_id(lens.model.model_id)
     unfinished = folder / _UNFINISHED
@@ -109,7 +109,7 @@ def _write_parts(lens: LensParts, folder: Path, include_model: bool) -> None:
         tensors = {name: np.asarray(leaf) for name, leaf in flat.items()}
         write_atomically(folder / f"{side}.safetensors", [safetensors.numpy.save(tensors)])
     model = folder / MODEL_FOLDER
-    model.mkdir()  # empty, it only takes an older one's place
+    model.mkdir()  # if it stays empty, it only replaces an older one
     if include_model:
         for file in lens.model.folder.rglob("*"):
             if file.is_file() and file.suffix not in _NOT_COPIED:
@@ -122,8 +122,8 @@ def _write_parts(lens: LensParts, folder: Path, include_model: bool) -> None:
 
 
 def _put_in_place(folder: Path) -> None:
-    """Moves a lens that was written whole (its name says so) over the older one around it. Several
-    files cannot be replaced at once: where a kill came in between, the next reader goes on."""
+    """Moves a complete new lens (its folder's name marks it) over the older one around it. Several
+    files cannot be replaced at once: after a kill in between, the next reader finishes the move."""
     finished = folder / _FINISHED
     if not finished.is_dir():
         return
@@ -148,8 +148,8 @@ def _named(tree: Params) -> dict[str, Any]:
 
 def _config(lens: LensParts) -> dict[str, Any]:
     shape, statistics = lens.spec.model, lens.frozen["statistics"]
-    how = ModelConfig(
-        # Where the model is not saved along with the lens, this is where it is loaded from.
+    settings = ModelConfig(
+        # A lens that is saved without its model loads the model from here.
         path=lens.model.model_id if _is_hub_id(lens.model.model_id) else str(lens.model.folder),
         revision=lens.model.revision,
         layer=lens.spec.layer,
@@ -161,7 +161,7 @@ def _config(lens: LensParts) -> dict[str, Any]:
     return {
         "model_type": _KIND,
         "format": FORMAT,
-        "model": dataclasses.asdict(how),
+        "model": dataclasses.asdict(settings),
         "model_id": lens.model.model_id,
         "weights_hash": lens.model.weights_hash,
         "lens": dataclasses.asdict(lens.spec.lens),
@@ -179,11 +179,11 @@ def _write(file: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_record(folder: Path) -> Record:
-    """Raises ValueError where ``config.json`` is not what :func:`save` writes."""
+    """Reads ``config.json``. Raises ValueError if it is not one that :func:`save` writes."""
     values = _json(folder / "config.json")
     if values.get("format") != FORMAT:
         raise ValueError(
-            f"{folder}/config.json has format {values.get('format')!r}, and this version of "
+            f"{folder}/config.json has format {values.get('format')!r}; this version of "
             f"conlens_jax reads {FORMAT}"
         )
     metrics = folder / "metrics.json"
@@ -247,18 +247,18 @@ def resolve(path: str) -> Path:
 
     try:
         folder = Path(snapshot_download(path, allow_patterns=list(_FETCHED)))
-    except Exception as error:  # the hub client raises many kinds; all mean the same to the user
+    except Exception as error:  # the hub client raises many types; all mean the same to the user
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise ValueError(
-            f"{path!r} is not a folder, and the hub did not give it: {reason}"
+            f"{path!r} is not a folder, and could not be downloaded from the hub: {reason}"
         ) from error
     if not is_saved_lens(folder):
-        raise ValueError(f"{path!r} on the hub holds no lens (its config.json says so)")
+        raise ValueError(f"{path!r} on the hub is no lens (by its config.json)")
     return folder
 
 
 def push(lens: LensParts, repo_id: str, private: bool, **save_options: Any) -> str:
-    """Uploads what :func:`save` writes; the address of the commit comes back."""
+    """Uploads what :func:`save` writes and returns the address of the commit."""
     from huggingface_hub import HfApi
 
     api = HfApi()

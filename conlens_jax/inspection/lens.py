@@ -1,4 +1,4 @@
-"""A trained lens, loaded: what it says about activations of its model, and what that is worth."""
+"""A trained lens: explains activations of its model and scores every explanation."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from conlens_jax.files.paths import local_path
 from conlens_jax.inspection import changes, loading
 from conlens_jax.inspection import folder as saved
 from conlens_jax.inspection.changes import TextPosition
-from conlens_jax.inspection.reader import LensReader, Vector
+from conlens_jax.inspection.explainer import LensExplainer
+from conlens_jax.inspection.reader import Vector
 from conlens_jax.inspection.texts import Explanation
 from conlens_jax.models.written import Written
 from conlens_jax.parallel.mesh import single_device_mesh
 
 
-class Lens(LensReader):
+class Lens(LensExplainer):
     """Decoder and encoder of a consistency lens, with the model that they read.
 
     Made by :meth:`load`. Indices are into the tokens of a text, where a bos token counts
@@ -40,14 +41,13 @@ class Lens(LensReader):
         """A lens from a run folder, one of its checkpoints, a saved lens, or a hub id of one.
 
         Args:
-          mesh: devices to load onto; None takes the first one.
+          mesh: devices to load onto; None: the first one.
           dtype: ``"float32"`` or ``"bfloat16"``; None: as it was trained.
           step: of a run folder: ``"latest"`` (or ``"last"``), ``"best"`` (lowest validation KL of
             those kept), or a step.
 
         Raises:
-          ValueError: no lens there, or its model is another one now; or a run of several
-            processes.
+          ValueError: no lens there, its model has changed, or several processes run.
         """
         if jax.process_count() > 1:
             raise ValueError(
@@ -63,9 +63,9 @@ class Lens(LensReader):
     def compare(self, a: TextPosition | Vector, b: TextPosition | Vector) -> changes.Comparison:
         """Explains the difference of two activations.
 
-        The decoder has learnt to read activations, not differences. So it reads both of them, and
-        the mean training activation moved by their difference, in either direction; the cosines
-        say how much of the difference arrives in the texts.
+        The decoder was trained on activations, not on differences. So it reads both of them, and
+        the mean training activation moved by their difference in either direction; the cosines
+        show how much of the difference the texts carry.
 
         Args:
           a, b: (text, position), or an activation [D].
@@ -81,18 +81,20 @@ class Lens(LensReader):
         strength: float = 1.0,
         new_tokens: int = 12,
     ) -> changes.Steered:
-        """Changes what an activation says, and shows what M makes of it.
+        """Edits the explanation of an activation, moves the activation by the edit, and shows the
+        effect on M.
 
-        The activation is moved by ``strength`` times the difference of what the encoder makes of
-        the edited and of the written explanation; what the explanation leaves out stays. An edited
-        text is tokenised, and then the written one is read as a text too: the difference is of
-        the edit alone, also where the text does not give the tokens that were written
-        (``written.reads_back`` of the result). Edits of the tokens leave them as they are.
+        The activation is moved by ``strength`` times the difference of the encoder's
+        reconstructions of the edited and of the written explanation; what the explanation does not
+        mention stays. If the edit is a text, the written explanation is tokenised from its text
+        too, so that the edit alone makes the difference, even if that text does not give the tokens
+        that were written (``written.reads_back`` of the result). Edited token ids are compared with
+        the ids that were written.
 
         Args:
           edit: the new explanation, as a text or as token ids; (old words, new words); or a
             function of the explanation, which has its ``tokens``.
-          new_tokens: how far M goes on.
+          new_tokens: length of M's continuation.
 
         Raises:
           ValueError: the edit changes nothing.
@@ -102,12 +104,12 @@ class Lens(LensReader):
     # --- sharing --------------------------------------------------------------------------------
 
     def save(self, folder: str | Path, *, include_model: bool | None = None) -> Path:
-        """Writes the lens as a folder that :meth:`load` and the hub take; see
+        """Writes the lens as a folder for :meth:`load` and the hub; see
         :mod:`conlens_jax.inspection.folder`."""
         return saved.save(self, local_path(folder), include_model)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, **save_options: Any) -> str:
-        """Saves the lens and uploads it to the Hugging Face hub, as whom you are logged in.
+        """Saves the lens and uploads it to the Hugging Face hub with your login.
 
         Returns:
           The address of the commit.

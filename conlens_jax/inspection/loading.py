@@ -1,4 +1,4 @@
-"""Where a lens comes from: a run folder, or a saved lens."""
+"""Loading a lens from a run folder or a saved lens."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from conlens_jax.config import (
     from_config_dict,
 )
 from conlens_jax.config.dtypes import run_dtype
-from conlens_jax.evaluation.report.metric_files import MEASURED_STEP
 from conlens_jax.files.paths import local_path
 from conlens_jax.inspection import folder as saved
 from conlens_jax.inspection.parts import LensParts
 from conlens_jax.lens.sharding import lens_shardings
 from conlens_jax.lens.spec import init_lens, make_spec
+from conlens_jax.measurement.metric_files import MEASURED_STEP
 from conlens_jax.models.model import LanguageModel, load_model
 from conlens_jax.models.param_table import Params
 from conlens_jax.tracking.console import Console
@@ -59,7 +59,7 @@ def _from_run(path: Path, mesh: Mesh, dtype: str | None, step: int | str) -> Len
     }
     file = run / "metrics.json"
     metrics = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    # One that names no step is of the checkpoint that was the last.
+    # Metrics that name no step are those of the last checkpoint.
     if metrics.get(MEASURED_STEP, all_steps(folder)[-1]) != step:
         metrics = {}
     add_bos = model.tokenizer.adds_bos(config.dump.add_bos)
@@ -69,16 +69,16 @@ def _from_run(path: Path, mesh: Mesh, dtype: str | None, step: int | str) -> Len
 def _model_of_run(
     config: ExperimentConfig, metadata: Metadata, run: Path, mesh: Mesh, dtype: str | None
 ) -> LanguageModel:
-    place, revision = model_place(config, metadata, run, Console())
+    path, revision = model_place(config, metadata, run, Console())
     is_embedded = config.model.path == EMBEDDED_MODEL
-    how = dataclasses.replace(
-        config.model, path=place, revision=revision, dtype=dtype or config.model.dtype
+    settings = dataclasses.replace(
+        config.model, path=path, revision=revision, dtype=dtype or config.model.dtype
     )
-    model = _loaded(how, metadata["weights_hash"], str(run), mesh)
+    model = _loaded(settings, metadata["weights_hash"], str(run), mesh)
     recorded = metadata.get("places", {}).get("model_revision", "")
     return dataclasses.replace(
         model,
-        model_id=Path(place).name if is_embedded else config.model.path,
+        model_id=Path(path).name if is_embedded else config.model.path,
         revision=model.revision or recorded,
     )
 
@@ -98,7 +98,7 @@ def _loaded(settings: ModelConfig, weights_hash: str, what: str, mesh: Mesh) -> 
 
 
 class _LensMaker:
-    """The untrained lens around a model: the shapes to restore into, and what is frozen."""
+    """The untrained lens around a model: the template to restore into, and the frozen parts."""
 
     def __init__(
         self,

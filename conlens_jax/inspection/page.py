@@ -1,4 +1,4 @@
-"""Explanations as HTML: a page that needs nothing else, and the fragment that a notebook shows."""
+"""Explanations as HTML: a self-contained page, and the fragment that a notebook shows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from conlens_jax.evaluation.report.markup import escape, format_number, show_tok
 from conlens_jax.inspection.readings import ExplainedToken, Prediction
 
 NOTEBOOK_ROWS = 200
-_STRONGEST = 2.0  # nats of KL at which a token has the full colour
+_STRONGEST = 2.0  # nats of KL at which a token has its full colour
 
 _STYLE = """
 .lens{font:15px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
@@ -24,12 +24,12 @@ border-top:1px solid rgba(128,128,128,.35)}
 """
 
 
-Rows = Sequence[ExplainedToken]
+ExplainedTokens = Sequence[ExplainedToken]
 Documents = Sequence[Sequence[str]]
 
 
-def whole_page(rows: Rows, documents: Documents, facts: Mapping[str, Any]) -> str:
-    """A complete document, without scripts or anything from elsewhere.
+def whole_page(rows: ExplainedTokens, documents: Documents, facts: Mapping[str, Any]) -> str:
+    """A complete document, without scripts or external resources.
 
     Args:
       rows, documents, facts: as of :class:`~conlens_jax.inspection.explanations.Explanations`.
@@ -44,20 +44,20 @@ def whole_page(rows: Rows, documents: Documents, facts: Mapping[str, Any]) -> st
     )
 
 
-def fragment(rows: Rows, documents: Documents, facts: Mapping[str, Any]) -> str:
-    """The first :data:`NOTEBOOK_ROWS` rows, to stand inside another page."""
+def fragment(rows: ExplainedTokens, documents: Documents, facts: Mapping[str, Any]) -> str:
+    """The first :data:`NOTEBOOK_ROWS` rows, for use inside another page."""
     return _body(rows, documents, facts, NOTEBOOK_ROWS)
 
 
-def _body(rows: Rows, documents: Documents, facts: Mapping[str, Any], most: int) -> str:
+def _body(rows: ExplainedTokens, documents: Documents, facts: Mapping[str, Any], most: int) -> str:
     parts = [f'<div class="lens"><style>{_STYLE}</style>']
     described = ", ".join(f"{name} {value}" for name, value in facts.items())
     if described:
         parts.append(f"<p><small>{escape(described)}</small></p>")
     count, rows = len(rows), rows[:most]
-    by_place = {(row.document, row.position): row for row in rows}
+    explained = {(row.document, row.position): row for row in rows}
     for number, tokens in enumerate(documents):
-        spans = (_span(token, by_place.get((number, i))) for i, token in enumerate(tokens))
+        spans = (_span(token, explained.get((number, i))) for i, token in enumerate(tokens))
         parts.append(f'<p class="text">{"".join(spans)}</p>')
     parts.append(_table(rows))
     if count > most:
@@ -66,7 +66,7 @@ def _body(rows: Rows, documents: Documents, facts: Mapping[str, Any], most: int)
 
 
 def _span(token: str, row: ExplainedToken | None) -> str:
-    """A token; where it is explained, coloured by what its explanation costs M."""
+    """A token; if it is explained, coloured by the KL of its explanation."""
     if row is None:
         return f"<span>{show_token(token)}</span>"
     strength = min(max(row.best.kl, 0.0) / _STRONGEST, 1.0)
@@ -75,7 +75,7 @@ def _span(token: str, row: ExplainedToken | None) -> str:
     return f'<span title="{title}" style="{style}">{show_token(token)}</span>'
 
 
-def _table(rows: Sequence[ExplainedToken]) -> str:
+def _table(rows: ExplainedTokens) -> str:
     names = ("", "token", "explanation", "cos", "KL", "M predicts", "with the swap")
     head = "".join(f"<th>{name}</th>" for name in names)
     body = "\n".join(_table_rows(row) for row in rows)

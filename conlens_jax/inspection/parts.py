@@ -1,4 +1,4 @@
-"""What a loaded lens consists of."""
+"""The parts of a loaded lens."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class LensParts:
       model: the language model M.
       spec: shape of the lens.
       trainable, frozen: its parameters, see :mod:`conlens_jax.lens.spec`.
-      mesh: the devices that they lie on.
+      mesh: the devices that they are on.
       add_bos: whether texts begin with the bos token, as they did in training.
-      facts: where the lens comes from: model, layer, stage and step of the checkpoint, and the
-        first position of its training rows.
-      metrics: of the evaluation, where there was one.
+      facts: the lens's origin: model, layer, stage and step of the checkpoint, and the first
+        position of its training rows.
+      metrics: of the evaluation, if there was one.
     """
 
     model: LanguageModel

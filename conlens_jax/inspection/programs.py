@@ -1,7 +1,7 @@
-"""The compiled side of a lens: contexts, texts, reconstructions and swaps, row by row.
+"""The jitted functions of a lens: contexts, texts, reconstructions and swaps, per row.
 
-A row is a position of a document, with one text to be written for it. Documents are read once, and
-then any number of rows refers to them.
+A row is a position of a document, with one text to write for it. A document is read once for any
+number of its rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from conlens_jax.config.seeds import random_key
-from conlens_jax.lens import decoder as writing
+from conlens_jax.lens import decoder as lens_decoder
+from conlens_jax.lens.decoder import DecodingState
 from conlens_jax.lens.encoder import encode_tokens
 from conlens_jax.lens.gumbel import Noise, Purpose, drawn_noise
 from conlens_jax.lens.losses import direction_error, kl_divergence
@@ -23,11 +24,11 @@ from conlens_jax.lens.spec import LensSpec, decoder_of, encoder_of
 from conlens_jax.models.param_table import Params
 
 TOP = 5
-"""How many of M's predictions are reported."""
+"""Number of M's most probable tokens that are reported."""
 
 
 class SwapPrediction(NamedTuple):
-    """What M predicts behind the position of each row, without and with a vector swapped in.
+    """M's next-token predictions at the position of each row, without and with a vector swapped in.
 
     Attributes:
       cos: of the vector and the activation.
@@ -42,7 +43,7 @@ class SwapPrediction(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How texts are drawn: a key for each row, and the decoder's temperature."""
+    """How texts are sampled: a key for each row, and the decoder's temperature."""
 
     keys_B: Key[Array, "B"]
     temperature: Float[Array, ""]
@@ -51,15 +52,15 @@ class Sampling(NamedTuple):
 def sampling_of(
     seed: int, positions_B: Array, samples_B: Array, temperature: float = 1.0
 ) -> Sampling:
-    """A key a row from (seed, position, sample): the same text gets the same samples, alone or
-    among others."""
+    """One key per row from (seed, position, sample): a text gets the same samples alone or in a
+    list."""
     key = jax.random.fold_in(random_key(seed), int(Purpose.EXPLANATION))
     fold = lambda p, s: jax.random.fold_in(jax.random.fold_in(key, p), s)
     return Sampling(jax.vmap(fold)(positions_B, samples_B), jnp.float32(temperature))
 
 
 class Programs:
-    """Jitted functions of one lens shape; they compile anew for every shape of their arguments."""
+    """Jitted functions for one lens shape; they recompile for every shape of their arguments."""
 
     def __init__(self, spec: LensSpec):
         bound = lambda function: jax.jit(functools.partial(function, spec=spec))
@@ -73,7 +74,7 @@ class Programs:
 
 
 def _noise(sampling: Sampling | None, spec: LensSpec) -> Noise | None:
-    """The largest of logits + t·noise is a draw at temperature t: that of logits / t + noise."""
+    """The argmax of logits + t·noise is that of logits / t + noise: a draw at temperature t."""
     if sampling is None:
         return None
     return drawn_noise(sampling.keys_B, spec.text_len, sampling.temperature)
@@ -82,23 +83,24 @@ def _noise(sampling: Sampling | None, spec: LensSpec) -> Noise | None:
 def _explain(
     trainable: Params,
     frozen: Params,
-    reading: ContextStates,
+    states: ContextStates,
     documents_B: Int[Array, "B"],
     indices_B: Int[Array, "B"],
     sampling: Sampling | None,
     *,
     spec: LensSpec,
 ) -> tuple[Int[Array, "B T"], SwapPrediction]:
-    """A text for each row, and the effect of what the encoder makes of it. No sampling: greedy."""
-    activation_BD = reading.residual_GSD[documents_B, indices_B].astype(jnp.float32)
+    """A text for each row, and the effect of swapping in its reconstruction. Greedy without
+    ``sampling``."""
+    activation_BD = states.residual_GSD[documents_B, indices_B].astype(jnp.float32)
     text_BT = _write(trainable, frozen, activation_BD, sampling, spec=spec)
     vector_BD = encode_tokens(encoder_of(trainable, frozen, spec), text_BT, spec=spec)
-    return text_BT, _swap(frozen, reading, documents_B, indices_B, vector_BD, spec=spec)
+    return text_BT, _swap(frozen, states, documents_B, indices_B, vector_BD, spec=spec)
 
 
 def _swap(
     frozen: Params,
-    reading: ContextStates,
+    states: ContextStates,
     documents_B: Int[Array, "B"],
     indices_B: Int[Array, "B"],
     vector_BD: Float[Array, "B D"],
@@ -106,7 +108,7 @@ def _swap(
     spec: LensSpec,
 ) -> SwapPrediction:
     original = frozen["original"]
-    context = context_at(original, reading, documents_B, indices_B, horizon=1, spec=spec)
+    context = context_at(original, states, documents_B, indices_B, horizon=1, spec=spec)
     swapped_BhV = swapped_logits(original, context, vector_BD, spec=spec)
     activation_BD = context.residual_BhD[:, 0].astype(jnp.float32)
     return SwapPrediction(
@@ -136,14 +138,14 @@ def _encode(
 
 def _write(trainable, frozen, activation_BD, sampling, *, spec: LensSpec) -> Int[Array, "B T"]:
     decoder = decoder_of(trainable, frozen)
-    return writing.generate(decoder, activation_BD, _noise(sampling, spec), spec=spec)
+    return lens_decoder.generate(decoder, activation_BD, _noise(sampling, spec), spec=spec)
 
 
-def _first_token(trainable, frozen, activation_BD, sampling, *, spec: LensSpec) -> writing.Writing:
+def _first_token(trainable, frozen, activation_BD, sampling, *, spec: LensSpec) -> DecodingState:
     decoder = decoder_of(trainable, frozen)
-    return writing.first_token(decoder, activation_BD, _noise(sampling, spec), spec=spec)
+    return lens_decoder.first_token(decoder, activation_BD, _noise(sampling, spec), spec=spec)
 
 
-def _next_token(trainable, frozen, state, step, sampling, *, spec: LensSpec) -> writing.Writing:
+def _next_token(trainable, frozen, state, step, sampling, *, spec: LensSpec) -> DecodingState:
     decoder = decoder_of(trainable, frozen)
-    return writing.next_token(decoder, state, step, _noise(sampling, spec), spec=spec)
+    return lens_decoder.next_token(decoder, state, step, _noise(sampling, spec), spec=spec)

@@ -1,4 +1,4 @@
-"""What an explanation is: a text for an activation, what it is worth, and the token it is of."""
+"""An explained token: the texts for its activation, with their scores and M's predictions."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ class Prediction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """One text that stands for an activation, and what it is worth.
+    """One text of an activation, scored by swapping its reconstruction into M.
 
     Attributes:
-      text: the explanation; empty where a bare vector was swapped in, or where all of its tokens
-        are special ones.
-      cos: cosine of the activation and of what the encoder makes of the explanation.
-      kl: KL(M ‖ M with the reconstruction swapped in) of the prediction behind the token, nats.
+      text: the explanation; empty if a bare vector was swapped in, or if all of its tokens are
+        special ones.
+      cos: cosine of the activation and its reconstruction by the encoder.
+      kl: KL(M ‖ M with the reconstruction swapped in) of the next-token prediction, nats.
       after: M's most probable next tokens with the swap.
-      tokens: the token ids that the numbers are of. None where the text was read by another
-        tokenizer than the model's, as an NLA pair reads it, where a bare vector was swapped in,
-        and in JSON of earlier versions.
+      tokens: the token ids that the encoder read. None if another tokenizer than the model's read
+        the text, as in an NLA pair, if a bare vector was swapped in, and in JSON of earlier
+        versions.
       reads_back: whether the text alone, tokenised again, gives these tokens; None without them.
-        Where it does not, hand on the reading itself (``lens.swap(text, position, reading)``)
-        and not a copy of its text.
+        If it does not, pass the reading itself (``lens.swap(text, position, reading)``), not a
+        copy of its text.
     """
 
     text: str
@@ -42,7 +42,7 @@ class Reading:
 
     @classmethod
     def of(cls, text: str, cos: float, kl: float, after: tuple[Prediction, ...]) -> Reading:
-        """With the tokens that ``text`` brings along, where it does."""
+        """A reading with the tokens that ``text`` carries, if any."""
         if isinstance(text, Written):
             return cls(text, cos, kl, after, text.tokens, text.reads_back)
         return cls(text, cos, kl, after)
@@ -50,14 +50,14 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class ExplainedToken:
-    """What the lens says about one token of a document.
+    """The explanations of one token of a document.
 
     Attributes:
-      document: which of the given texts.
+      document: index of the text among those given.
       position: index of the token in it; a bos token counts.
       token: the token, printable.
-      before: M's most probable next tokens as it is.
-      readings: the explanations, one a sample.
+      before: M's most probable next tokens without a swap.
+      readings: the explanations, one per sample.
     """
 
     document: int

@@ -1,4 +1,4 @@
-"""Explanations as a table for the terminal, with colours where it has them."""
+"""Explanations as a table for the terminal, with colours if it supports them."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from collections.abc import Sequence
 from conlens_jax.inspection.explanations import Explanations
 from conlens_jax.inspection.readings import ExplainedToken, Prediction
 
-# KL in nats, and the colour of an explanation that costs M at least so much (ANSI).
+# ANSI colours of explanations by KL: at least 1 nat, at least 0.25, less.
 _COLOURS = ((1.0, "31"), (0.25, "33"), (0.0, "32"))
 _DIM = "2"
 _NOTE = "* read again, the text gives other tokens; the numbers are of those written (see --json)"
 
 
 def render(explanations: Explanations, *, colour: bool, width: int | None = None) -> str:
-    """One line a reading: position, token, explanation, cos, KL, what M predicts before → after.
+    """One line per reading: position, token, explanation, cos, KL, M's prediction before and after.
+
+    A ``*`` after the cosine marks a text that, read again, gives other tokens than those written;
+    the last line explains it.
 
     Args:
       colour: green, yellow and red by KL: below 0.25 nats, below 1, above.
-
-    Behind the cosine, ``*`` marks a text that, read again, gives other tokens than those written;
-    a last line says so.
-      width: columns of the terminal; None asks it.
+      width: columns of the table; None: those of the terminal.
     """
     width = width or shutil.get_terminal_size((120, 24)).columns
     lines = [_line(row, number) for row in explanations for number in range(len(row.readings))]
@@ -67,12 +67,12 @@ def _top(predictions: Sequence[Prediction]) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without anything that would move the cursor or change the terminal."""
+    """Without control characters, which could move the cursor or change the terminal."""
     return "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in text)
 
 
 def _columns(text: str) -> int:
-    """How many columns a text takes: wide characters two, combining ones none."""
+    """The width of a text in columns: wide characters take two, combining ones none."""
     size = lambda c: (
         0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF")
     )
@@ -80,7 +80,7 @@ def _columns(text: str) -> int:
 
 
 def _fitted(text: str, width: int) -> str:
-    """Cut or filled up to so many columns."""
+    """Cut or padded to ``width`` columns."""
     if _columns(text) > width:
         while _columns(text) > width - 1:
             text = text[:-1]

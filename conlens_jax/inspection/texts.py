@@ -1,4 +1,4 @@
-"""What a user may give as text and as positions, made into token ids and indices."""
+"""Texts and positions as users give them, converted to token ids and indices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from conlens_jax.models.written import Written, with_its_tokens, written_texts
 
 Positions = str | int | Sequence[int] | slice
 Explanation = str | Reading | ExplainedToken | Sequence[int]
-"""A text; what a lens wrote, which is read as the tokens that it has; or token ids."""
+"""A text; a lens's own output, which is read as the tokens that were written; or token ids."""
 
 
 def token_lists(text: Any, model: LanguageModel, add_bos: bool | str) -> list[list[int]]:
@@ -23,7 +23,7 @@ def token_lists(text: Any, model: LanguageModel, add_bos: bool | str) -> list[li
 
     Args:
       text: a text, a list of texts; chat messages (``{"role": …, "content": …}``), or a list of
-        such chats; or token ids, taken as they stand.
+        such chats; or token ids, used unchanged.
       add_bos: begin every text with the tokenizer's bos token, as the lens was trained; see
         :meth:`conlens_jax.models.tokenizer.Tokenizer.encode`.
 
@@ -48,7 +48,7 @@ def token_lists(text: Any, model: LanguageModel, add_bos: bool | str) -> list[li
 
 
 def _pieces(text: Any) -> list[Any]:
-    """One entry a document."""
+    """One entry per document."""
     if isinstance(text, str) or _is_chat(text) or _is_ids(text):
         return [text]
     if isinstance(text, Sequence | np.ndarray):
@@ -71,7 +71,7 @@ def _is_ids(value: Any) -> bool:
 
 
 def _refuse_half_characters(piece: Any) -> None:
-    """Half a surrogate pair, which JSON can write (\\ud83d), is no character for a tokenizer."""
+    """Half a surrogate pair, which JSON can contain (\\ud83d), is no character for a tokenizer."""
     texts = [piece] if isinstance(piece, str) else []
     if _is_chat(piece):
         texts = [str(message.get("content", "")) for message in piece]
@@ -104,14 +104,14 @@ def _tokens(piece: Any, model: LanguageModel, add_bos: bool | str) -> list[int]:
 
 
 def is_one_explanation(value: Any) -> bool:
-    """Whether it is one :data:`Explanation`, and not several."""
+    """Whether ``value`` is one :data:`Explanation`, not several."""
     return isinstance(value, str | Reading | ExplainedToken) or _is_ids(value)
 
 
 def read_explanations(values: Sequence[Explanation], model: LanguageModel) -> list[Written]:
-    """What an encoder reads: every explanation with its tokens.
+    """Every explanation with the tokens that the encoder reads.
 
-    A text that the model's tokenizer did not write as it stands is tokenised.
+    A text that does not carry the tokens of the model's tokenizer is tokenised.
 
     Raises:
       ValueError: something else, an explanation without a token or with more than the model can
@@ -128,19 +128,19 @@ def read_explanations(values: Sequence[Explanation], model: LanguageModel) -> li
 
 
 def text_or_ids(value: Explanation, model: LanguageModel) -> str | Sequence[int]:
-    """A text that is to be tokenised, or the tokens that are there already."""
+    """A text that has to be tokenised, or the tokens if there are any."""
     if isinstance(value, ExplainedToken):
         value = value.best
     if isinstance(value, Reading):
         if value.tokens is None:
             return str(value.text)
         return with_its_tokens(value.text, value.tokens, model.tokenizer).tokens
-    if isinstance(value, Written):  # by another model's tokenizer it is a text like any other
+    if isinstance(value, Written):  # from another model's tokenizer it is a plain text
         return value.tokens if model.tokenizer.decode(value.tokens) == value else str(value)
     if isinstance(value, str) or _is_ids(value):
         return value
     raise ValueError(
-        f"an explanation must be a text, what a lens wrote, or token ids, not {value!r:.80}"
+        f"an explanation must be a text, a lens's own output, or token ids, not {value!r:.80}"
     )
 
 
@@ -151,8 +151,8 @@ def chat_tokens(
     *,
     answer: bool = False,
 ) -> list[int]:
-    """Token ids of :func:`~conlens_jax.inspection.chat.render_chat`. ``add_bos`` puts a bos token
-    in front of a chat too, where its template wrote none."""
+    """Token ids of :func:`~conlens_jax.inspection.chat.render_chat`. ``add_bos`` also begins a chat
+    with a bos token, unless its template wrote one."""
     return model.tokenizer.encode(render_chat(messages, model.folder, answer=answer), add_bos)
 
 
@@ -162,9 +162,10 @@ def token_indices(
     """Indices into the tokens of one document.
 
     Args:
-      positions: ``"all"`` (but for a bos token in front of others, which says nothing), an index,
-        several of them (from the end, where negative), a boolean mask over the tokens, or a slice.
-      name: what the caller's argument is called.
+      positions: ``"all"`` (without a bos token before others, which carries nothing), an index,
+        several of them (negative ones count from the end), a boolean mask over the tokens, or a
+        slice.
+      name: of the caller's argument, for messages.
 
     Raises:
       ValueError: an index outside the document, no index at all, or something else.
@@ -195,7 +196,7 @@ def token_indices(
 
 
 def token_index(position: Any, tokens: Sequence[int]) -> int:
-    """The one index that ``position`` means; see :func:`token_indices`."""
+    """The single index that ``position`` refers to; see :func:`token_indices`."""
     chosen = token_indices(position, tokens, None, "position")
     if len(chosen) > 1:
         raise ValueError(f"position must be one index, not {len(chosen)}")
@@ -203,5 +204,5 @@ def token_index(position: Any, tokens: Sequence[int]) -> int:
 
 
 def is_one(positions: Any) -> bool:
-    """Whether it is a single index, not a list of one."""
+    """Whether ``positions`` is a single index, not a list of one."""
     return not isinstance(positions, str | slice) and np.ndim(positions) == 0

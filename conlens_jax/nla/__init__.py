@@ -1,1 +1,1 @@
-"""Pairs of natural-language autoencoders: read, scored, exported."""
+"""Pairs of natural-language autoencoders: loading, scoring, export."""

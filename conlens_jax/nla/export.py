@@ -3,17 +3,17 @@
     av/   the decoder's language model, whole, with its tokenizer
     ar/   the encoder's first L + 1 layers; value_head.safetensors is its projection
     */nla_meta.yaml             role, layer, width, prompts; and the section ``conlens``
-    */conlens_parts.safetensors what the sidecar's own keys cannot say
+    */conlens_parts.safetensors arrays that the sidecar's own keys do not cover
 
-The transformers are ordinary ones. Around them a lens does what an NLA does not, so the
-section ``conlens`` of the sidecar names the arrays for them:
+The transformers are ordinary ones. A lens differs from an NLA in three ways, so the section
+``conlens`` of the sidecar names the file with the additional arrays:
 
-* its prompts are trained vectors: ``prompt_left`` and ``prompt_right`` [p, D] stand around the
-  slot (AV) or around the embeddings of the text (AR), as ``inputs_embeds``;
-* the AR's numbers are those of the tokens that the AV writes: hand on the ids, since their text,
-  tokenised again, may be others;
-* the AV's slot is ``(a − mean) / scale @ slot_kernel + slot_bias``, not a norm; and the AR's head
-  has a bias: ``state @ weight.T + bias``, state being the output of its last block.
+* its prompts are trained vectors: ``prompt_left`` and ``prompt_right`` [p, D] go before and after
+  the slot (AV) or the embeddings of the text (AR), as ``inputs_embeds``;
+* the AR reconstructs from the tokens that the AV writes: pass the ids, since the text, tokenised
+  again, may give others;
+* the AV's slot is ``(a − mean) / scale @ slot_kernel + slot_bias``, not a scaled activation; and
+  the AR's head has a bias: ``state @ weight.T + bias``, with the output of its last block as state.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from conlens_jax.files.whole import write_whole
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.lens.spec import decoder_of, encoder_of
 from conlens_jax.models.hf_io import save_model
-from conlens_jax.nla.pairs import SIDECAR, VALUE_HEAD
+from conlens_jax.nla.sidecar import SIDECAR, VALUE_HEAD
 
 PARTS = "conlens_parts.safetensors"
 
@@ -41,17 +41,17 @@ def export_pair(lens: Lens, folder: str | Path) -> tuple[Path, Path]:
     """Writes ``<folder>/av`` and ``<folder>/ar``.
 
     Raises:
-      ValueError: a lens with adapters or input patches, which no plain checkpoint can hold.
+      ValueError: a lens with adapters or input patches, which a plain checkpoint cannot contain.
     """
-    held = [
+    unsupported = [
         f"{side}.{name}"
         for side in ("decoder", "encoder")
         for name in ("lora", "input_patches")
         if name in lens.trainable[side]
     ]
-    if held or lens.spec.model.quantise:
-        what = ", ".join(held) or "model.quantise"
-        raise ValueError(f"a plain checkpoint cannot hold {what}; use Lens.save instead")
+    if unsupported or lens.spec.model.quantise:
+        what = ", ".join(unsupported) or "model.quantise"
+        raise ValueError(f"a plain checkpoint cannot contain {what}; use Lens.save instead")
     av, ar = local_path(folder) / "av", local_path(folder) / "ar"
     _write_av(lens, av)
     _write_ar(lens, ar)
@@ -61,7 +61,7 @@ def export_pair(lens: Lens, folder: str | Path) -> tuple[Path, Path]:
 def _write_av(lens: Lens, folder: Path) -> None:
     spec, decoder = lens.spec, decoder_of(lens.trainable, lens.frozen)
     base = dict(decoder.base)
-    # A head of its own unties the exported model.
+    # A separate output head unties the exported model.
     own_head = "output_head" in lens.trainable["decoder"]
     if own_head:
         base["output_head"] = decoder.head_DV
@@ -83,13 +83,13 @@ def _write_av(lens: Lens, folder: Path) -> None:
 
 
 def _write_ar(lens: Lens, folder: Path) -> None:
-    """The norm and head that transformers expects behind the layers are the original's."""
+    """The norm and head that transformers expects after the layers are the original's."""
     spec, encoder = lens.spec, encoder_of(lens.trainable, lens.frozen, lens.spec)
     config = dataclasses.replace(spec.model, n_layers=spec.layer + 1)
-    behind = {
+    unchanged = {
         name: leaf for name, leaf in lens.frozen["original"].items() if name not in encoder.base
     }
-    save_model(folder, config, {**behind, **encoder.base})
+    save_model(folder, config, {**unchanged, **encoder.base})
     lens.model.tokenizer.save(folder)
     kernel, bias = (encoder.projection[name].astype(jnp.float32) for name in ("kernel", "bias"))
     mean, scale = encoder.statistics["mean"], encoder.statistics["scale"]

@@ -1,21 +1,20 @@
-"""Natural-language autoencoders (NLA): released pairs, read and measured like a lens.
+"""Natural-language autoencoders (NLA): released pairs, loaded and scored like a lens.
 
 A pair is two fine-tuned copies of the original model (Fraser-Taliente et al. 2026,
-transformer-circuits.pub/2026/nla). What is assumed here is what its public repository
-(kitft/natural_language_autoencoders) says:
+transformer-circuits.pub/2026/nla). The conventions are those of its public repository
+(kitft/natural_language_autoencoders):
 
 * AV, vector → text (``role: av`` or ``actor``): a whole model. The activation, scaled to the norm
-  ``extraction.injection_scale``, takes the place of the embedding of ``tokens.injection_token_id``
-  in the chat prompt ``prompt_templates.av`` (or ``actor``); the text stands between
-  ``<explanation>`` tags.
+  ``extraction.injection_scale``, replaces the embedding of ``tokens.injection_token_id`` in the
+  chat prompt ``prompt_templates.av`` (or ``actor``); the text is between ``<explanation>`` tags.
 * AR, text → vector (``role: ar`` or ``critic``): the model's first K + 1 layers. The text in
-  ``prompt_templates.ar`` (or ``critic``), tokenised with the tokenizer's own special tokens, is
-  read at its last token behind block K, without the final norm, and multiplied by
+  ``prompt_templates.ar`` (or ``critic``) is tokenised with the tokenizer's own special tokens; the
+  output of block K at its last token, without the final norm, is multiplied by
   ``value_head.safetensors`` (``weight`` [out, in]).
-* Both are trained up to length: the norm of a reconstruction means nothing. Where one is swapped
-  into the model it gets the norm of the activation that it stands for.
+* Training ignores the norm of a reconstruction. A reconstruction that is swapped into the model is
+  first scaled to the norm of the activation that it replaces.
 
-Halves of Gemma 3 may be multimodal folders; their text part is read.
+The models of a Gemma 3 pair may be multimodal folders; only their text part is loaded.
 
 An activation is the output of block ``extraction_layer_index``, 0-based.
 """
@@ -25,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.flax
 import tokenizers
-import yaml
 from jaxtyping import Array, Float
 
 from conlens_jax.config import LensConfig
@@ -45,7 +43,7 @@ from conlens_jax.inspection.explanations import Explanations
 from conlens_jax.inspection.programs import Programs
 from conlens_jax.inspection.readings import ExplainedToken, Prediction, Reading
 from conlens_jax.inspection.texts import Positions, token_indices, token_lists
-from conlens_jax.lens import decoder as writing
+from conlens_jax.lens.decoder import generate
 from conlens_jax.lens.spec import Decoder, LensSpec
 from conlens_jax.models import hf_io
 from conlens_jax.models.arguments import finite_array
@@ -54,87 +52,22 @@ from conlens_jax.models.model import LanguageModel, load_model
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import capture, embed_tokens, output_head
 from conlens_jax.models.transformer_config import TransformerConfig
+from conlens_jax.nla.sidecar import VALUE_HEAD, Sidecar, read_sidecar
 from conlens_jax.parallel.mesh import single_device_mesh
 
-SIDECAR = "nla_meta.yaml"
-VALUE_HEAD = "value_head.safetensors"
-# Each role, its name in the other dialect, and what its sidecar must say.
-_DIALECTS = {"av": "actor", "ar": "critic"}
 _EXPLANATION = re.compile(r"<explanation>(.*?)(</explanation>|$)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
-class Sidecar:
-    """What an ``nla_meta.yaml`` says of a model.
-
-    Attributes:
-      role: ``"av"`` or ``"ar"``, whichever dialect the file speaks.
-      layer: the block whose output is explained.
-      d_model: its width.
-      template: the prompt, with ``{injection_char}`` or ``{explanation}``.
-      injection_char, injection_token_id, injection_scale: of an AV.
-    """
-
-    role: str
-    layer: int
-    d_model: int
-    template: str
-    injection_char: str = ""
-    injection_token_id: int = -1
-    injection_scale: float = 0.0
-
-
-def read_sidecar(folder: Path, role: str) -> Sidecar:
-    """Raises ValueError where the sidecar is missing or not one of this role; all that is wrong
-    with it is listed."""
-    file = folder / SIDECAR
-    if not file.is_file():
-        raise ValueError(f"{folder} has no {SIDECAR}, so it is no half of an NLA pair")
-    values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    problems: list[str] = []
-    names = (role, _DIALECTS[role])
-    if values.get("role") not in names:
-        problems.append(f"role is {values.get('role')!r}, not {' or '.join(names)}")
-
-    def required(*path: str) -> Any:
-        value = functools.reduce(
-            lambda part, key: part.get(key) if isinstance(part, Mapping) else None, path, values
-        )
-        if value is None:
-            problems.append(f"{'.'.join(path)} is missing")
-        return value
-
-    templates = values.get("prompt_templates") or {}
-    template = templates.get(names[0]) or templates.get(names[1])
-    if template is None:
-        problems.append(f"prompt_templates.{role} is missing")
-    fields: dict[str, Any] = {
-        "layer": required("extraction_layer_index"),
-        "d_model": required("d_model"),
-    }
-    if role == "av":
-        fields |= {
-            "injection_char": required("tokens", "injection_char"),
-            "injection_token_id": required("tokens", "injection_token_id"),
-            "injection_scale": required("extraction", "injection_scale"),
-        }
-    if problems:
-        raise ValueError(f"{file}: {'; '.join(problems)}")
-    if fields.get("injection_scale") == "sqrt_d_model":
-        fields["injection_scale"] = fields["d_model"] ** 0.5
-    return Sidecar(role=role, template=template, **fields)
-
-
-@dataclasses.dataclass(frozen=True)
 class NlaPair:
-    """A pair that was loaded.
+    """A loaded pair.
 
     Attributes:
       av, av_sidecar: the verbaliser.
       ar_config, ar_params, ar_sidecar: the reconstructor, without final norm and head.
       ar_tokenizer: its tokenizer, which adds its own special tokens.
       value_head: [D, D], from the state (rows) to the reconstruction (columns).
-      max_new_tokens: how long a text may be.
+      max_new_tokens: longest text, in tokens.
     """
 
     av: LanguageModel
@@ -160,7 +93,7 @@ class NlaPair:
 
         Raises:
           ValueError: sidecars that are missing, wrong, or of different layers; an injection token
-            that the tokenizer writes otherwise.
+            that does not fit the tokenizer.
         """
         av, ar = local_path(av), local_path(ar)
         av_sidecar, ar_sidecar = read_sidecar(av, "av"), read_sidecar(ar, "ar")
@@ -190,24 +123,24 @@ class NlaPair:
             weight.astype(config.dtype).T,
             max_new_tokens,
         )
-        _ = pair._prompt  # a template that does not fit the tokenizer shows here
+        _ = pair._prompt  # raises if the template does not fit the tokenizer
         return pair
 
     @functools.cached_property
     def _prompt(self) -> tuple[list[int], list[int]]:
-        """The AV's prompt on both sides of the activation."""
+        """The AV's prompt before and after the activation."""
         sidecar = self.av_sidecar
         content = sidecar.template.format(injection_char=sidecar.injection_char)
         chat = [{"role": "user", "content": content}]
         ids = self.av.tokenizer.encode(render_chat(chat, self.av.folder, answer=True))
         if ids.count(sidecar.injection_token_id) != 1:
             raise ValueError(
-                f"tokens.injection_token_id={sidecar.injection_token_id} stands "
+                f"tokens.injection_token_id={sidecar.injection_token_id} is "
                 f"{ids.count(sidecar.injection_token_id)} times in the AV's prompt, not once: the "
-                "sidecar is not of this tokenizer"
+                "sidecar does not belong to this tokenizer"
             )
-        at = ids.index(sidecar.injection_token_id)
-        return ids[:at], ids[at + 1 :]
+        slot = ids.index(sidecar.injection_token_id)
+        return ids[:slot], ids[slot + 1 :]
 
     @functools.cached_property
     def _spec(self) -> LensSpec:
@@ -231,7 +164,7 @@ class NlaPair:
                 statistics={"mean": jnp.zeros(width), "scale": jnp.float32(1.0)},
                 input_patches=None,
             )
-            return writing.generate(decoder, vector_BD, None, spec=spec)
+            return generate(decoder, vector_BD, None, spec=spec)
 
         return jax.jit(run)
 
@@ -246,7 +179,7 @@ class NlaPair:
         return jax.jit(run)
 
     def verbalise(self, activations: Float[np.ndarray, "N D"]) -> list[str]:
-        """What the AV writes of activations, greedily; without the tags around it."""
+        """The AV's greedy texts of activations, without the tags around them."""
         vectors = finite_array(activations, "activations")
         if vectors.ndim != 2 or vectors.shape[1] != self.av.config.d_model or not len(vectors):
             raise ValueError(
@@ -260,7 +193,7 @@ class NlaPair:
 
     @property
     def _end_ids(self) -> list[int]:
-        """The tokens that end a text: the model's, and the tokenizer's."""
+        """The tokens that end a text: the model's and the tokenizer's."""
         own = self.av.tokenizer.eos_id
         return [*self.av.config.eos_token_ids, *([] if own is None else [own])]
 
@@ -270,13 +203,13 @@ class NlaPair:
         return ids[: ends[0]] if len(ends) else ids
 
     def reconstruct(self, texts: Sequence[str]) -> Float[np.ndarray, "N D"]:
-        """What the AR makes of texts; only the direction means something."""
+        """The AR's reconstructions from texts; only their directions are meaningful."""
         filled = [self.ar_sidecar.template.format(explanation=text) for text in texts]
         lists = [encoding.ids for encoding in self.ar_tokenizer.encode_batch(filled)]
         rows, length = batching.power_of_two(len(lists)), bucket(max(map(len, lists)))
         tokens = np.zeros((rows, length), np.int32)
         mask = np.zeros(tokens.shape, bool)
-        mask[:, -1] = True  # of rows that only fill up
+        mask[:, -1] = True  # padding rows need one token too
         for row, ids in enumerate(lists):
             tokens[row, length - len(ids) :], mask[row, length - len(ids) :] = ids, True
         arrays = (jnp.asarray(tokens), jnp.asarray(mask))
@@ -290,8 +223,8 @@ class NlaPair:
         *,
         batch_size: int = 8,
     ) -> Explanations:
-        """Explains activations of the original model and measures each explanation by what the
-        model predicts with the reconstruction in the activation's place.
+        """Explains activations of the original model and scores each explanation by swapping its
+        reconstruction into the model.
 
         Args:
           model: the model that the pair explains.
@@ -303,44 +236,47 @@ class NlaPair:
         indices = [token_indices(positions, tokens, bos) for tokens in documents]
         once = [list(dict.fromkeys(chosen)) for chosen in indices]
         programs = Programs(LensSpec(model.config, layer, LensConfig(), (), (), (), (), bos))
-        frozen, mesh, found = {"original": model.params}, single_device_mesh(), {}
+        frozen, mesh, explained = {"original": model.params}, single_device_mesh(), {}
         for group in batching.groups_of(documents, once, 1):
-            reading = programs.read(model.params, group.tokens_GS, group.mask_GS)
-            for rows, (places, at, _) in batching.batches_of(group, batch_size, mesh):
-                activations = np.asarray(reading.residual_GSD[places, at], np.float32)
+            states = programs.read(model.params, group.tokens_GS, group.mask_GS)
+            for rows, arrays in batching.batches_of(group, batch_size, mesh):
+                documents_B, positions_B, _ = arrays
+                activations = np.asarray(states.residual_GSD[documents_B, positions_B], np.float32)
                 texts = self.verbalise(activations)
                 vectors = self.reconstruct(texts)
                 vectors = vectors * (_norms(activations) / np.maximum(_norms(vectors), 1e-12))
-                effect = programs.swap(frozen, reading, places, at, jnp.asarray(vectors))
+                effect = programs.swap(
+                    frozen, states, documents_B, positions_B, jnp.asarray(vectors)
+                )
                 effect = jax.tree.map(np.asarray, effect)
-                name = lambda top, n: tuple(
+                predictions = lambda top, n: tuple(
                     Prediction(token(t), float(p))
                     for t, p in zip(top[0][n], top[1][n], strict=True)
                 )
                 for n, row in enumerate(rows):
-                    said = Reading(
+                    reading = Reading(
                         texts[n],
                         float(effect.cos[n]),
                         float(effect.kl[n]),
-                        name(effect.after, n),
+                        predictions(effect.after, n),
                     )
-                    found[row.document, row.position] = ExplainedToken(
+                    explained[row.document, row.position] = ExplainedToken(
                         row.document,
                         row.position,
                         token(documents[row.document][row.position]),
-                        name(effect.before, n),
-                        (said,),
+                        predictions(effect.before, n),
+                        (reading,),
                     )
         order = [(d, p) for d, chosen in enumerate(indices) for p in chosen]
         return Explanations(
-            tuple(found[key] for key in order),
+            tuple(explained[key] for key in order),
             tuple(tuple(map(token, tokens)) for tokens in documents),
             {"model": model.model_id, "layer": layer, "explained by": self.av.model_id},
         )
 
 
 def _explanation(text: str) -> str:
-    """What stands between the tags; all of it where there are none."""
+    """The text between the tags; the whole text if there are none."""
     match = _EXPLANATION.search(text)
     return (match[1] if match else text).strip()
 

@@ -19,10 +19,6 @@ from conlens_jax.tracking.wandb_run import WandbRun
 from conlens_jax.training.session import Session
 
 
-class TrainingStopped(RuntimeError):
-    """The run cannot go on; the message names the last good checkpoint."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A run folder with everything its stages share.

@@ -20,9 +20,10 @@ from conlens_jax.parallel.preemption import Preempted, watching_for_sigterm
 from conlens_jax.parallel.processes import stopping_with_others
 from conlens_jax.training.checkpoint import CheckpointError, Checkpoints, all_steps
 from conlens_jax.training.profile import StepProfile
-from conlens_jax.training.run import Run, TrainingStopped
+from conlens_jax.training.run import Run
 from conlens_jax.training.stage_log import StageLog
 from conlens_jax.training.state import Stage, Step, TrainState
+from conlens_jax.training.stopped import TrainingStopped
 from conlens_jax.training.validation import validate, verbose_samples
 
 

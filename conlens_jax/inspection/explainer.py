@@ -1,0 +1,210 @@
+"""The part of a lens that writes explanations, whole or token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+from tqdm import tqdm
+
+from conlens_jax.config.seeds import checked_seed
+from conlens_jax.inspection import batching
+from conlens_jax.inspection.explanations import Explanations
+from conlens_jax.inspection.programs import Sampling, sampling_of
+from conlens_jax.inspection.reader import LensReader, Vector
+from conlens_jax.inspection.readings import ExplainedToken
+from conlens_jax.inspection.texts import Positions, token_index, token_indices, token_lists
+from conlens_jax.lens.original import ContextStates
+from conlens_jax.models.arguments import finite_array
+from conlens_jax.models.written import Written, written_texts
+
+
+class LensExplainer(LensReader):
+    """The part of :class:`~conlens_jax.inspection.lens.Lens` that writes explanations."""
+
+    def explain(
+        self,
+        text: Any,
+        positions: Positions = "all",
+        *,
+        samples: int = 1,
+        decoding: str = "greedy",
+        temperature: float = 1.0,
+        seed: int = 0,
+        batch_size: int = 32,
+        progress: bool = True,
+        callback: Callable[[list[ExplainedToken]], None] | None = None,
+    ) -> Explanations:
+        """Explains activations, and scores every explanation by swapping its reconstruction in.
+
+        Args:
+          text: a text, a list of texts, chat messages or a list of chats, or token ids.
+          positions: of every text: ``"all"`` (without the bos token), indices, a boolean mask over
+            the tokens, or a slice.
+          samples: explanations per token; more than one needs ``decoding="sample"``.
+          decoding: ``"greedy"``, or ``"sample"`` from the decoder's probabilities.
+          temperature: of the samples; 1 as in training.
+          seed: of the samples, any whole number. A text gets the same ones alone or in a list.
+          batch_size: explanations written at once.
+          progress: show a progress bar, on a terminal and for more than one batch.
+          callback: called with the explained tokens of every batch when it is done.
+
+        Raises:
+          ValueError: invalid texts or positions, or settings out of range.
+        """
+        _check_explain(samples, decoding, batch_size, temperature)
+        seed = checked_seed(seed)
+        documents = token_lists(text, self.model, self.add_bos)
+        bos = self.model.tokenizer.bos_id
+        indices = [token_indices(positions, tokens, bos) for tokens in documents]
+        once = [list(dict.fromkeys(chosen)) for chosen in indices]
+        # All samples of a token are in one batch, so that the callback gets whole tokens.
+        batch_size = max(batch_size // samples, 1) * samples
+        explained: dict[tuple[int, int], ExplainedToken] = {}
+        total = samples * sum(map(len, once))
+        hide = None if progress and total > batch_size else True
+        with tqdm(total=total, desc="explaining", unit="text", disable=hide, leave=False) as bar:
+            for group in batching.groups_of(documents, once, samples):
+                states = self._read(group.tokens_GS, group.mask_GS)
+                for rows, arrays in batching.batches_of(group, batch_size, self.mesh):
+                    batch = self._explain_batch(
+                        documents, states, rows, arrays, decoding, seed, temperature
+                    )
+                    explained |= {(token.document, token.position): token for token in batch}
+                    bar.update(len(rows))
+                    if callback is not None:
+                        callback(batch)
+        order = [(d, p) for d, chosen in enumerate(indices) for p in chosen]
+        settings = {"decoding": decoding, "samples": samples, "seed": seed}
+        if temperature != 1.0:
+            settings["temperature"] = temperature
+        return Explanations(
+            tuple(explained[key] for key in order),
+            tuple(tuple(map(self.model.tokenizer.token, tokens)) for tokens in documents),
+            {**self.facts, **settings},
+        )
+
+    def _explain_batch(
+        self,
+        documents: Sequence[Sequence[int]],
+        states: ContextStates,
+        rows: Sequence[batching.Row],
+        arrays: Sequence[jax.Array],
+        decoding: str,
+        seed: int,
+        temperature: float,
+    ) -> list[ExplainedToken]:
+        documents_B, positions_B, samples_B = arrays
+        sampling = None
+        if decoding == "sample":
+            sampling = sampling_of(seed, positions_B, samples_B, temperature)
+        text_BT, effect = self._programs.explain(
+            self.trainable, self.frozen, states, documents_B, positions_B, sampling
+        )
+        texts = written_texts(np.asarray(text_BT), self.model.tokenizer)
+        effect = jax.tree.map(np.asarray, effect)
+        numbers_of: dict[tuple[int, int], list[int]] = {}  # of the samples of each token
+        for number, row in enumerate(rows):
+            numbers_of.setdefault((row.document, row.position), []).append(number)
+        return [
+            ExplainedToken(
+                document,
+                position,
+                self.model.tokenizer.token(documents[document][position]),
+                self._predictions(effect.before, numbers[0]),
+                tuple(self._reading(texts[number], effect, number) for number in numbers),
+            )
+            for (document, position), numbers in numbers_of.items()
+        ]
+
+    def write(
+        self,
+        text: Any,
+        position: int,
+        *,
+        decoding: str = "greedy",
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[Written]:
+        """Writes the explanation of one activation token by token: yields the text so far, with its
+        tokens."""
+        (tokens,) = token_lists([text], self.model, self.add_bos)
+        index = token_index(position, tokens)
+        vector_D = self.capture(text, index)
+        return self.write_vector(
+            vector_D, decoding=decoding, temperature=temperature, seed=seed, position=index
+        )
+
+    def write_vector(
+        self,
+        vector: Vector,
+        *,
+        decoding: str = "greedy",
+        temperature: float = 1.0,
+        seed: int = 0,
+        position: int = 0,
+    ) -> Iterator[Written]:
+        """:meth:`write` for a given activation [D]. ``position`` only distinguishes the samples of
+        one seed."""
+        several = self.write_vectors(
+            finite_array(vector, "vector")[None],
+            decoding=decoding,
+            temperature=temperature,
+            seed=seed,
+            positions=[position],
+        )
+        return (texts[0] for texts in several)
+
+    def write_vectors(
+        self,
+        vectors: Float[np.ndarray, "N D"],
+        *,
+        decoding: str = "greedy",
+        temperature: float = 1.0,
+        seed: int = 0,
+        positions: Sequence[int],
+    ) -> Iterator[list[Written]]:
+        """:meth:`write_vector` for several activations at once: yields all texts so far."""
+        _check_explain(1, decoding, 1, temperature)
+        seed = checked_seed(seed)
+        vectors = finite_array(vectors, "vectors")
+        self._check_width(vectors)
+        size, sampling = batching.power_of_two(len(vectors)), None
+        if decoding == "sample":
+            positions_B = batching.filled(np.array(positions, np.int32), size)
+            samples_B = jnp.zeros_like(positions_B)
+            sampling = sampling_of(seed, jnp.asarray(positions_B), samples_B, temperature)
+        return self._written(jnp.asarray(batching.filled(vectors, size)), len(vectors), sampling)
+
+    def _written(
+        self, vector_BD: jax.Array, count: int, sampling: Sampling | None
+    ) -> Iterator[list[Written]]:
+        state = self._programs.first_token(self.trainable, self.frozen, vector_BD, sampling)
+        tokens_TB = [np.array(state.token_B)]  # a copy: the state is donated
+        for step in range(1, self.spec.text_len):
+            yield written_texts(np.stack(tokens_TB, axis=1)[:count], self.model.tokenizer)
+            state = self._programs.next_token(
+                self.trainable, self.frozen, state, jnp.int32(step), sampling
+            )
+            tokens_TB.append(np.array(state.token_B))
+        yield written_texts(np.stack(tokens_TB, axis=1)[:count], self.model.tokenizer)
+
+
+def _check_explain(samples: int, decoding: str, batch_size: int, temperature: float) -> None:
+    problems = []
+    if not 0 < temperature < float("inf"):
+        problems.append(f"temperature must be above 0, not {temperature}; greedy is a decoding")
+    if decoding not in ("greedy", "sample"):
+        problems.append(f"decoding must be 'greedy' or 'sample', not {decoding!r}")
+    if samples < 1:
+        problems.append(f"samples must be at least 1, not {samples}")
+    if samples > 1 and decoding == "greedy":
+        problems.append("samples > 1 needs decoding='sample': greedy texts are all the same")
+    if batch_size < 1:
+        problems.append(f"batch_size must be at least 1, not {batch_size}")
+    if problems:
+        raise ValueError("; ".join(problems))
