@@ -17,6 +17,7 @@ from typing import Any
 import ml_collections
 
 from conlens_jax.config.fields import field_names, field_types, lookup, unknown_field_message
+from conlens_jax.config.older import updated
 from conlens_jax.config.rules import config_problems
 from conlens_jax.config.settings import (
     EMBEDDED_MODEL,
@@ -131,7 +132,7 @@ def from_config_dict(values: Mapping[str, Any]) -> ExperimentConfig:
       ConfigError: unknown fields, wrong types and impossible values, all in one message.
     """
     problems: list[str] = []
-    config = _build(ExperimentConfig, values, "", problems)
+    config = _build(ExperimentConfig, updated(values), "", problems)
     if not problems:
         problems = list(config_problems(config))
     if problems:

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator
 
 from conlens_jax.config.dtypes import dtype_problem
-from conlens_jax.config.estimator import ANY_SAMPLE_TAU, parse_estimator
+from conlens_jax.config.estimator import ANY_SAMPLE_TAU, ESTIMATORS, FEWEST_SAMPLES
 from conlens_jax.config.fields import field_names, lookup
+from conlens_jax.config.older import NUMBER_FIELDS
 from conlens_jax.config.settings import (
     EMBEDDED_MODEL,
     GENERATED_CORPORA,
@@ -29,6 +30,8 @@ _CHOICES = {
     "dump.add_bos": ("auto", "true", "false"),
     "lens.train_decoder": ("full", "frozen", "lora"),
     "lens.train_encoder": ("full", "frozen", "lora"),
+    "lens.history_gradient": ("exact", "sweeps", "detached"),
+    "lens.estimator": ESTIMATORS,
     "loss.mse_kind": ("direction", "direction+norm", "raw"),
     "loss.lm_reference": ("text", "prompt", "warm"),
     "wandb.mode": ("disabled", "offline", "online"),
@@ -41,7 +44,7 @@ _AT_LEAST_ONE = (
     *(f"embedded.{name}" for name in ("vocab_size", "steps", "batch_size", "seq_len")),
     *(f"dump.{name}" for name in ("n_samples", "n_validation_samples", "positions_per_sequence")),
     *("dump.batch_size", "dump.rows_per_shard", "lens.text_len", "loss.kl_horizon"),
-    "lens.lora_rank",
+    *("lens.lora_rank", "lens.estimator_samples"),
     *("warm.batch_size", "warm.optimizer.accumulate", "warm.optimizer.max_bad_steps"),
     *(
         "joint.batch_size",
@@ -65,7 +68,7 @@ _AT_LEAST_ZERO = (
     *("mesh.slices", "distributed.num_processes"),
     *(f"evaluate.{name}" for name in ("rows", "n_examples", "seed", "audit_seed", "audit_shift")),
     "embedded.copy_init",
-    "lens.input_patches",
+    *("lens.input_patches", "lens.history_sweeps"),
 )
 
 
@@ -76,7 +79,7 @@ def config_problems(config: ExperimentConfig) -> Iterator[str]:
             yield problem
     for name, choices in _CHOICES.items():
         if lookup(config, name) not in choices:
-            yield f"{name} must be one of {', '.join(choices)}, not {lookup(config, name)!r}"
+            yield _choice_problem(name, choices, lookup(config, name))
     for name in _AT_LEAST_ONE:
         if lookup(config, name) < 1:
             yield f"{name} must be at least 1, not {lookup(config, name)}"
@@ -98,6 +101,17 @@ def config_problems(config: ExperimentConfig) -> Iterator[str]:
     yield from _mesh_problems(config.mesh)
     yield from _process_problems(config.distributed)
     yield from _profile_problems(config.profile)
+
+
+def _choice_problem(name: str, choices: tuple[str, ...], value: str) -> str:
+    kind, _, number = value.partition("=")
+    section, _, field = name.rpartition(".")
+    if field in NUMBER_FIELDS and kind in choices and number:  # as older versions spelled it
+        return (
+            f"{name}={value!r}: the number has a field of its own; give {name}={kind!r} and "
+            f"{section}.{NUMBER_FIELDS[field]}={number}"
+        )
+    return f"{name} must be one of {', '.join(choices)}, not {value!r}"
 
 
 def _schedule_problems(name: str, schedule: ScheduleConfig) -> Iterator[str]:
@@ -215,18 +229,19 @@ def _shared_document_problems(config: ExperimentConfig) -> Iterator[str]:
 
 
 def _estimator_problems(config: ExperimentConfig) -> Iterator[str]:
-    try:
-        estimator = parse_estimator(config.lens.estimator)
-    except ValueError as error:
-        yield str(error)
+    kind, samples = config.lens.estimator, config.lens.estimator_samples
+    if kind not in ESTIMATORS:
         return
-    sample_tau = config.loss.sample_tau
-    if estimator.kind not in ANY_SAMPLE_TAU and (sample_tau.kind, sample_tau.start) != (
-        "constant",
-        1.0,
-    ):
+    if 1 <= samples < FEWEST_SAMPLES.get(kind, 1):
         yield (
-            f"loss.sample_tau must be constant 1 for lens.estimator={config.lens.estimator!r}: "
+            f"lens.estimator_samples must be at least {FEWEST_SAMPLES[kind]} for "
+            f"lens.estimator={kind!r}, not {samples}"
+        )
+    sample_tau = config.loss.sample_tau
+    is_one = (sample_tau.kind, sample_tau.start) == ("constant", 1.0)
+    if kind not in ANY_SAMPLE_TAU and not is_one:
+        yield (
+            f"loss.sample_tau must be constant 1 for lens.estimator={kind!r}: "
             f"only {' and '.join(ANY_SAMPLE_TAU)} sample at another temperature"
         )
 
@@ -320,11 +335,3 @@ def _prompt_problems(lens: LensConfig) -> Iterator[str]:
         yield f"lens.decoder_prompt must hold <embed> exactly once, not {lens.decoder_prompt!r}"
     if lens.encoder_prompt.count("<text>") != 1:
         yield f"lens.encoder_prompt must hold <text> exactly once, not {lens.encoder_prompt!r}"
-    history = lens.history_gradient
-    if history not in ("exact", "detached") and not (
-        history.startswith("sweeps=") and history[7:].isdigit()
-    ):
-        yield (
-            "lens.history_gradient must be 'exact', 'detached' or 'sweeps=k' with a whole number, "
-            f"not {history!r}"
-        )

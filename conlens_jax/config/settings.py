@@ -217,12 +217,14 @@ class LensConfig:
       dual_path: swap in â + Δ with Δ = a' − E(D(a')) instead of â alone.
       stop_gradient_delta: no gradient through Δ.
       history_gradient: the straight-through gradient through the decoder's own sampled tokens:
-        ``"exact"``, ``"sweeps=k"`` or ``"detached"``.
+        ``"exact"``, ``"sweeps"`` (``history_sweeps`` of them) or ``"detached"``.
+      history_sweeps: vector-Jacobian products of the whole pass; T − 1 of them are exact.
       estimator: which gradient comes back through the sampled tokens: ``"straight_through"``,
-        ``"reinmax"``, ``"gumbel_rao=k"`` (k draws of the noise), or by score function, with k
-        texts a row: ``"rloo=k"``, ``"grpo=k"`` (the cost is w_mse L_MSE + w_kl L_KL of each text).
-        ``"detached"``: none; E learns to read what D writes, and D learns from the anchor
-        (``loss.text``) alone, or stays as it is without one.
+        ``"reinmax"``, ``"gumbel_rao"``, or by score function ``"rloo"`` and ``"grpo"`` (the cost is
+        w_mse L_MSE + w_kl L_KL of each text). ``"detached"``: none; E learns to read what D writes,
+        and D learns from the anchor (``loss.text``) alone, or does not change without one.
+      estimator_samples: draws of the noise per token (``"gumbel_rao"``), or texts per row
+        (``"rloo"``, ``"grpo"``: at least 2).
     """
 
     text_len: int = 8
@@ -240,7 +242,9 @@ class LensConfig:
     dual_path: bool = True
     stop_gradient_delta: bool = True
     history_gradient: str = "exact"
+    history_sweeps: int = 1
     estimator: str = "straight_through"
+    estimator_samples: int = 4
 
     @property
     def lora_target_names(self) -> tuple[str, ...]:

@@ -3,8 +3,9 @@
 The values of :func:`text_states` are those of the parallel pass over the text. Backward, the
 cotangent of each state is completed by what reaches it through the token that was sampled from it.
 Token t depends on the tokens before it only, so one visit of the tokens from the last to the first
-is exact (``lens.history_gradient="exact"``). Cheaper or simpler: ``"sweeps=k"`` takes k
-vector-Jacobian products of the whole pass (T − 1 of them are exact too), ``"detached"`` none.
+is exact (``lens.history_gradient="exact"``). Cheaper or simpler: ``"sweeps"`` takes
+``lens.history_sweeps`` vector-Jacobian products of the whole pass (T − 1 of them are exact too),
+``"detached"`` none.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from conlens_jax.config.estimator import parse_estimator
+from conlens_jax.config import LensConfig
+from conlens_jax.config.estimator import estimator_of
 from conlens_jax.lens.decoder import (
     decoder_head,
     prompt_embeddings,
@@ -39,16 +41,16 @@ from conlens_jax.models.transformer import (
 )
 
 
-def history_sweeps(history_gradient: str, text_len: int) -> int:
-    """How many backward sweeps a setting of ``lens.history_gradient`` asks for.
+def backward_sweeps(lens: LensConfig, text_len: int) -> int:
+    """How many backward sweeps ``lens.history_gradient`` asks for.
 
     The backward system is strictly triangular: T − 1 sweeps solve it exactly.
     """
-    if history_gradient == "exact":
+    if lens.history_gradient == "exact":
         return text_len - 1
-    if history_gradient == "detached":
+    if lens.history_gradient == "detached":
         return 0
-    return min(int(history_gradient.removeprefix("sweeps=")), text_len - 1)
+    return min(lens.history_sweeps, text_len - 1)
 
 
 def text_states(
@@ -97,7 +99,7 @@ def _backward(spec, residuals, wanted_BTD):
     length = kept.inputs_BSD.shape[2]
     prompt_len = length - (spec.text_len - 1)
     positions_BS = all_positions(len(tokens_BT), length)
-    estimator, head = parse_estimator(spec.lens.estimator), decoder_head(decoder, spec)
+    estimator, head = estimator_of(spec.lens), decoder_head(decoder, spec)
 
     def pull_tokens(history_bar: Array):
         """Cotangents of (head, states) through the tokens that were sampled from them."""
@@ -117,7 +119,7 @@ def _backward(spec, residuals, wanted_BTD):
         out_bar = jnp.pad(total_BTD, ((0, 0), (prompt_len - 1, 0), (0, 0)))
         return layers_vjp(layers, kept, out_bar, positions_BS, config=spec.model, patch_at=patch_at)
 
-    sweeps = history_sweeps(spec.lens.history_gradient, spec.text_len)
+    sweeps = backward_sweeps(spec.lens, spec.text_len)
     total_BTD = wanted_BTD
     head_bar = zeros_bar(head)
     if spec.lens.history_gradient == "exact" and sweeps:
@@ -157,7 +159,7 @@ def _visit_tokens(residuals, wanted_BTD: Array, positions_BS: Array, spec: LensS
     head, table_VD = decoder_head(decoder, spec), decoder.base["embedding"]
     first = positions_BS.shape[1] - (spec.text_len - 1)
     go_back = TokenPullBack(decoder.base["layers"], kept, positions_BS, first, spec.model)
-    estimator = parse_estimator(spec.lens.estimator)
+    estimator = estimator_of(spec.lens)
     at = lambda array, index: jax.lax.dynamic_slice_in_dim(array, index, 1, axis=1)
     # A product of B rows is far from the rate of one of B T rows: made together where there is
     # room for it.

@@ -16,6 +16,7 @@ from conlens_jax.config import (
     lookup,
     to_json_dict,
 )
+from conlens_jax.config.older import updated
 from conlens_jax.files.paths import PATH_FIELDS, expanded, local_path
 from conlens_jax.files.whole import write_whole
 from conlens_jax.models.model import LanguageModel
@@ -70,7 +71,7 @@ def claim_folder(
                     "train.resume=True to go on with them"
                 ]
             )
-        before = json.loads(recorded.read_text(encoding="utf-8"))
+        before = updated(json.loads(recorded.read_text(encoding="utf-8")))
         # Without a record of what lay where, another path is another thing.
         free = (*_FREE, *MOVABLE) if metadata.get("places") else _FREE
         problems = [
