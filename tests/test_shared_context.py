@@ -11,7 +11,7 @@ import pytest
 from tiny_lens import relative_error, tiny_batch, tiny_lens, tiny_noise, tiny_spec
 
 from conlens_jax.config import LossConfig, WarmConfig
-from conlens_jax.config.settings import ScheduleConfig
+from conlens_jax.config.lens import ScheduleConfig
 from conlens_jax.data.batches import document_groups, grouped_batch, read_groups
 from conlens_jax.data.device_batches import make_batch
 from conlens_jax.data.rows import Places, Rows

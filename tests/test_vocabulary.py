@@ -12,7 +12,7 @@ import pytest
 from tiny_lens import BATCH, TEXT_LEN, relative_error, tiny_batch, tiny_lens, tiny_spec
 
 from conlens_jax.config import LossConfig, WarmConfig
-from conlens_jax.config.settings import ScheduleConfig
+from conlens_jax.config.lens import ScheduleConfig
 from conlens_jax.lens import vocabulary
 from conlens_jax.lens.gumbel import drawn_noise, gumbel_noise
 from conlens_jax.lens.objective import TERMS, Objective, joint_loss, prepare

@@ -16,36 +16,24 @@ from typing import Any
 
 import ml_collections
 
+from conlens_jax.config.data import GENERATED_CORPORA, CorpusConfig, DataConfig, DumpConfig
+from conlens_jax.config.devices import DistributedConfig, LaunchConfig, MeshConfig, ProfileConfig
+from conlens_jax.config.evaluation import EvaluateConfig
 from conlens_jax.config.fields import field_names, field_types, lookup, unknown_field_message
+from conlens_jax.config.lens import LensConfig, LossConfig, ScheduleConfig, constant, schedule
+from conlens_jax.config.model import EMBEDDED_MODEL, EmbeddedConfig, ModelConfig
 from conlens_jax.config.older import updated
 from conlens_jax.config.rules import config_problems
-from conlens_jax.config.settings import (
-    EMBEDDED_MODEL,
-    GENERATED_CORPORA,
+from conlens_jax.config.settings import ExperimentConfig
+from conlens_jax.config.training import (
     BaselineConfig,
     CheckpointConfig,
     ControlConfig,
-    CorpusConfig,
-    DataConfig,
-    DistributedConfig,
-    DumpConfig,
-    EmbeddedConfig,
-    EvaluateConfig,
-    ExperimentConfig,
     JointConfig,
-    LaunchConfig,
-    LensConfig,
-    LossConfig,
-    MeshConfig,
-    ModelConfig,
     OptimizerConfig,
-    ProfileConfig,
-    ScheduleConfig,
     TrainConfig,
     WandbConfig,
     WarmConfig,
-    constant,
-    schedule,
 )
 from conlens_jax.files.paths import PATH_FIELDS, expanded
 

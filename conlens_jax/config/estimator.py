@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from conlens_jax.config.settings import LensConfig
+from conlens_jax.config.lens import LensConfig
 
 SCORE_FUNCTION = ("rloo", "grpo")
 ESTIMATORS = ("straight_through", "reinmax", "gumbel_rao", *SCORE_FUNCTION, "detached")

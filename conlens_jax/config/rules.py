@@ -5,20 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from conlens_jax.config.data import GENERATED_CORPORA
+from conlens_jax.config.devices import DistributedConfig, MeshConfig, ProfileConfig
 from conlens_jax.config.dtypes import dtype_problem
 from conlens_jax.config.estimator import ANY_SAMPLE_TAU, ESTIMATORS, FEWEST_SAMPLES
 from conlens_jax.config.fields import field_names, lookup
+from conlens_jax.config.lens import LensConfig, ScheduleConfig
+from conlens_jax.config.model import EMBEDDED_MODEL
 from conlens_jax.config.older import NUMBER_FIELDS
-from conlens_jax.config.settings import (
-    EMBEDDED_MODEL,
-    GENERATED_CORPORA,
-    DistributedConfig,
-    ExperimentConfig,
-    LensConfig,
-    MeshConfig,
-    ProfileConfig,
-    ScheduleConfig,
-)
+from conlens_jax.config.settings import ExperimentConfig
 from conlens_jax.files.paths import PATH_FIELDS, PATTERN, path_problems
 
 _CHOICES = {
