@@ -1,4 +1,4 @@
-"""The configuration: what is refused, how it is said, and the way to a ConfigDict and back."""
+"""The configuration: what is refused, with which message, and the round trip to a ConfigDict."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def problems_of(**changes) -> list[str]:
     return caught.value.problems
 
 
-# --- there and back -----------------------------------------------------------------------------
+# --- round trips --------------------------------------------------------------------------------
 
 
 def test_round_trip_through_config_dict_and_json():
@@ -308,9 +308,12 @@ def test_text_length_is_at_least_one():
         ({"baseline.steps": 3, "dump.min_position": 6}, "needs dump.min_position ≥ 7"),
         ({"joint.optimizer.accumulate": 3}, "joint.batch_size=64 must be a multiple of"),
         ({"joint.optimizer.accumulate": 64}, "at least 2 where lens.dual_path is on"),
-        ({"lens.decoder_prompt": "no slot"}, "lens.decoder_prompt must hold <embed> exactly once"),
+        (
+            {"lens.decoder_prompt": "no slot"},
+            "lens.decoder_prompt must contain <embed> exactly once",
+        ),
         ({"lens.decoder_prompt": "<embed> <embed>"}, "lens.decoder_prompt"),
-        ({"lens.encoder_prompt": ""}, "lens.encoder_prompt must hold <text> exactly once"),
+        ({"lens.encoder_prompt": ""}, "lens.encoder_prompt must contain <text> exactly once"),
         (
             {"lens.history_gradient": "sweeps=2"},
             "give lens.history_gradient='sweeps' and lens.history_sweeps=2",
@@ -327,7 +330,7 @@ def test_shapes_that_do_not_fit_are_named(changes, named):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"dump.min_position": 59},  # the last position with 4 tokens behind it in 64
+        {"dump.min_position": 59},  # the last position with 4 tokens after it in 64
         {"dump.max_position": 59},
         {"dump.max_position": 8},
         {"warm.before": 8, "warm.after": 0},

@@ -1,4 +1,4 @@
-"""Which configurations can be run."""
+"""The rules that a configuration must follow."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ _AT_LEAST_ZERO = (
 
 
 def config_problems(config: ExperimentConfig) -> Iterator[str]:
-    """Every value that cannot be run, each with its field and the fix."""
+    """Every value that cannot be used, with its field and the fix."""
     for name in ("model.dtype", "dump.dtype"):
         if problem := dtype_problem(lookup(config, name), name):
             yield problem
@@ -122,7 +122,7 @@ def _schedule_problems(name: str, schedule: ScheduleConfig) -> Iterator[str]:
     if name in ("loss.tau", "loss.sample_tau"):
         ends = [schedule.start] if schedule.kind == "constant" else [schedule.start, schedule.end]
         if min(ends) < 0.1:
-            yield f"{name} must be at least 0.1, not {min(ends)}: the gradient explodes below"
+            yield f"{name} must be at least 0.1, not {min(ends)}: the gradient explodes below that"
         if schedule.warmup:
             yield f"{name}.warmup must be 0: a temperature cannot rise from 0"
 
@@ -134,7 +134,7 @@ def _shape_problems(config: ExperimentConfig) -> Iterator[str]:
         yield (
             f"dump.min_position={dump.min_position} and dump.max_position={dump.max_position} must "
             f"be at most {last}: dump.seq_len={dump.seq_len} with dump.after={dump.after} tokens "
-            "behind the position; raise dump.seq_len or lower the positions"
+            "after the position; raise dump.seq_len or lower the positions"
         )
     if 0 < dump.max_position < dump.min_position:
         yield (
@@ -159,15 +159,15 @@ def _shape_problems(config: ExperimentConfig) -> Iterator[str]:
     if needed > dump.after:
         yield (
             f"dump.after={dump.after} must be at least {needed}: warm.after, loss.kl_horizon − 1 "
-            "and evaluate.kl_horizon − 1 read that many true tokens behind the position"
+            "and evaluate.kl_horizon − 1 read that many true tokens after the position"
         )
     if config.corpus.kind in ("text", "jsonl", "parquet", "huggingface") and not config.corpus.path:
         yield f"corpus.path must be given for corpus.kind={config.corpus.kind!r}"
     if config.corpus.kind == "huggingface" and (found := PATTERN.search(config.corpus.path)):
         yield (
-            f"corpus.path={config.corpus.path!r}: the library datasets takes {found[0]!r} in a "
-            "folder's name for a pattern; give corpus.kind='jsonl', 'parquet' or 'text', or a "
-            "symbolic link of another name"
+            f"corpus.path={config.corpus.path!r}: the library datasets treats {found[0]!r} in "
+            "a folder's name as a pattern; give corpus.kind='jsonl', 'parquet' or 'text', or a "
+            "symbolic link with another name"
         )
     if config.corpus.kind in GENERATED_CORPORA and config.corpus.n_documents < 1:
         yield f"corpus.n_documents must be given for corpus.kind={config.corpus.kind!r}"
@@ -219,7 +219,7 @@ def _shared_document_problems(config: ExperimentConfig) -> Iterator[str]:
     if shared > config.dump.positions_per_sequence:
         yield (
             f"joint.rows_per_document={shared} must be at most dump.positions_per_sequence="
-            f"{config.dump.positions_per_sequence}, the rows that a document has"
+            f"{config.dump.positions_per_sequence}, the number of rows per document"
         )
 
 
@@ -244,12 +244,12 @@ def _estimator_problems(config: ExperimentConfig) -> Iterator[str]:
 def _mesh_problems(mesh: MeshConfig) -> Iterator[str]:
     if mesh.preset == "multislice" and (mesh.data, mesh.fsdp) != (0, 1):
         yield (
-            "mesh.preset='multislice' says mesh.data and mesh.fsdp (not mesh.tensor); leave them "
+            "mesh.preset='multislice' sets mesh.data and mesh.fsdp (not mesh.tensor); leave them "
             "at 0 and 1, or leave the preset empty"
         )
     elif mesh.preset not in ("", "multislice") and (mesh.data, mesh.fsdp, mesh.tensor) != (0, 1, 1):
         yield (
-            f"mesh.preset={mesh.preset!r} says mesh.data, mesh.fsdp and mesh.tensor; leave them at "
+            f"mesh.preset={mesh.preset!r} sets mesh.data, mesh.fsdp and mesh.tensor; leave them at "
             "0, 1 and 1, or leave the preset empty"
         )
     if mesh.slices and mesh.preset != "multislice":
@@ -293,9 +293,9 @@ def _int8_problems(config: ExperimentConfig) -> Iterator[str]:
     for side in ("decoder", "encoder"):
         if quantise and getattr(config.lens, f"train_{side}") == "full":
             yield (
-                f"lens.train_{side}='full' trains the model's own matrices, which are whole "
-                f"numbers with model.quantise={quantise!r}: set lens.train_{side}='lora', or leave "
-                "model.quantise empty"
+                f"lens.train_{side}='full' trains the model's own matrices, which are "
+                f"integers with model.quantise={quantise!r}: set lens.train_{side}='lora', or "
+                "leave model.quantise empty"
             )
 
 
@@ -327,6 +327,6 @@ def _prefix_problems(config: ExperimentConfig) -> Iterator[str]:
 
 def _prompt_problems(lens: LensConfig) -> Iterator[str]:
     if lens.decoder_prompt.count("<embed>") != 1:
-        yield f"lens.decoder_prompt must hold <embed> exactly once, not {lens.decoder_prompt!r}"
+        yield f"lens.decoder_prompt must contain <embed> exactly once, not {lens.decoder_prompt!r}"
     if lens.encoder_prompt.count("<text>") != 1:
-        yield f"lens.encoder_prompt must hold <text> exactly once, not {lens.encoder_prompt!r}"
+        yield f"lens.encoder_prompt must contain <text> exactly once, not {lens.encoder_prompt!r}"
