@@ -8,8 +8,8 @@ Command:   python -m conlens_jax.dump     --config=configs/sums.py
 Hardware:  2 CPU cores, 2 GB of memory.
 Time:      about 10 minutes of CPU time: language model 1.5, lens and control 4.5, evaluation 4.
 Expect:    the language model has every held-out answer right; greedy fve_nrm 0.96, kl_frac_mean
-           0.99; sampled 0.94, 0.98 (one seed). What the text states is often wrong all the same: see the
-           table in docs/evaluation.md.
+           0.99; sampled 0.94, 0.98 (one seed). What the text states is often wrong
+           all the same: see the table in docs/evaluation.md.
 """
 
 from conlens_jax.config import ExperimentConfig, schedule, to_config_dict
