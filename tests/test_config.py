@@ -140,7 +140,12 @@ def test_numbers_were_once_part_of_the_estimators_name(recorded, today, tmp_path
     config = from_config_dict(older)
     assert config == dataclasses.replace(ExperimentConfig(), lens=today)
     assert LensConfig(**updated_lens(older["lens"])) == today  # as a saved lens records it
-    # A run of an older version goes on.
+    # The command line sets every field, so there the old spelling is refused.
+    values = to_config_dict(ExperimentConfig())
+    values.lens.estimator = "rloo=2"
+    with pytest.raises(ConfigError, match="give lens.estimator='rloo' and lens.estimator_samples"):
+        from_config_dict(values.to_dict())
+    # A run of an older version is continued.
     (tmp_path / "checkpoints" / "3" / "state").mkdir(parents=True)
     (tmp_path / "config.json").write_text(json.dumps(older))
     claim_folder(tmp_path, config)

@@ -318,8 +318,8 @@ def _prefix_problems(config: ExperimentConfig) -> Iterator[str]:
         yield f"loss.prefix_share must be at least 0 and below 1, not {share}"
     if share and not config.lens.encoder_prompt.strip().endswith("<text>"):
         yield (
-            f"loss.prefix_share={share} needs a lens.encoder_prompt that ends with <text>: E reads "
-            "every prefix where it ends"
+            f"loss.prefix_share={share} needs a lens.encoder_prompt that ends with <text>: E "
+            "reads the activation at the end of every prefix"
         )
     if share and config.lens.text_len < 2:
         yield f"loss.prefix_share={share} needs lens.text_len of at least 2"
