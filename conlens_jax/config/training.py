@@ -109,4 +109,4 @@ class WandbConfig:
 
     mode: str = "offline"  # or "online", "disabled"
     project: str = "conlens_jax"  # where the run is listed
-    name: str = ""  # of the run; empty: W&B chooses
+    name: str = ""  # of the run; empty: the name of the run folder
