@@ -8,6 +8,7 @@ printed, coloured by how much each explanation changes what the model predicts.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from absl import flags
 
