@@ -1,15 +1,15 @@
 """A second embedded task, whose every variable is known: a lens on a small Llama that adds.
 
 What:      three-digit additions worked out in words; the language model is trained at first use.
-           The full suite then asks whether the text states digits, carries and their count.
+           The full suite then measures whether the text states digits, carries and their count.
 Command:   python -m conlens_jax.dump     --config=configs/sums.py
            python -m conlens_jax.train    --config=configs/sums.py
            python -m conlens_jax.evaluate --checkpoint=runs/sums --suite=full
 Hardware:  2 CPU cores, 2 GB of memory.
 Time:      about 10 minutes of CPU time: language model 1.5, lens and control 4.5, evaluation 4.
 Expect:    the language model has every held-out answer right; greedy fve_nrm 0.96, kl_frac_mean
-           0.99; sampled 0.94, 0.98 (one seed). Of the values that the text states 0.41 are right:
-           docs/evaluation.md has the table.
+           0.99; sampled 0.94, 0.98 (one seed). What the text states is often wrong
+           all the same: see the table in docs/evaluation.md.
 """
 
 from conlens_jax.config import ExperimentConfig, schedule, to_config_dict
@@ -27,10 +27,10 @@ def get_config():
     config.dump.positions_per_sequence = 6
     config.dump.after = 10
 
-    # The tokenizer knows no word of a prompt in plain English; the slot stands alone.
+    # The tokenizer has no words for a prompt in plain English: only the slot.
     config.lens.decoder_prompt = "<embed>"
     config.lens.dual_path = False
-    # A column has 14 tokens; so most windows hold its digit and its carry.
+    # A column has 14 tokens; so most windows contain its digit and its carry.
     config.lens.text_len = 12
     config.warm.before = 2
     config.warm.after = 10

@@ -59,7 +59,12 @@ _ON_POLICY = {
     "loss.mse.start": 1.0,
     **_rate(1e-3),
 }
-_RLOO = {"lens.estimator": "rloo=4", "joint.batch_size": 16, "loss.entropy.start": 0.0}
+_RLOO = {
+    "lens.estimator": "rloo",
+    "lens.estimator_samples": 4,
+    "joint.batch_size": 16,
+    "loss.entropy.start": 0.0,
+}
 _FAST = {**_rate(5e-4), "loss.entropy.start": -1.0, "loss.kl.start": 1.5}
 VARIANTS: dict[str, dict[str, Any]] = {
     "supervised": {},
@@ -82,12 +87,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "loss.text_read": False,
     },
     "reinmax": {"lens.estimator": "reinmax", "loss.tau.start": 1.0},
-    "gumbel-rao 4": {"lens.estimator": "gumbel_rao=4", "loss.tau.start": 1.0},
+    "gumbel-rao 4": {
+        "lens.estimator": "gumbel_rao",
+        "lens.estimator_samples": 4,
+        "loss.tau.start": 1.0,
+    },
     "rloo 4": _RLOO,
     "rloo 4, no anchor": {**_RLOO, "loss.text.start": 0.0},
     "rloo 4, KL to warm": {**_RLOO, "loss.text.start": 0.0, "loss.lm.start": 0.1},
     "rloo 4, fast": {**_RLOO, **_rate(5e-4)},
-    "grpo 4": {**_RLOO, "lens.estimator": "grpo=4"},
+    "grpo 4": {**_RLOO, "lens.estimator": "grpo"},
     "E on D's text": _ON_POLICY,
     "E on D's text, cooler": {**_ON_POLICY, "loss.sample_tau.start": 0.5},
     "E on D's text alone": {**_ON_POLICY, "loss.text_read": False},
@@ -99,7 +108,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "rloo 2, cheap": {
         **_ON_POLICY,
-        "lens.estimator": "rloo=2",
+        "lens.estimator": "rloo",
+        "lens.estimator_samples": 2,
         "loss.text_read": False,
         "loss.mse.start": 2.0,
         "joint.batch_size": 32,

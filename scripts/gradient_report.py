@@ -78,11 +78,12 @@ def report_lens(checkpoint: str) -> None:
     columns = list(next(iter(found.values())))
     rows = [[name, *map(_shown, quality.values())] for name, quality in found.items()]
     console.table(f"on {checkpoint}, {n_draws} draws", ["estimator", *columns], rows)
+    reference = lens_gradients.REFERENCE
     facts = {
         "model": session.model.model_id,
         "rows": _ROWS.value,
         "draws": n_draws,
-        "draws of the reference": f"{n_reference} of {lens_gradients.REFERENCE}",
+        "draws of the reference": f"{n_reference} of {reference.kind}, {reference.samples} samples",
         "lens.history_gradient": session.spec.lens.history_gradient,
     }
     numbers = {

@@ -1,4 +1,4 @@
-"""The configuration: what is refused, how it is said, and the way to a ConfigDict and back."""
+"""The configuration: what is refused, with which message, and the round trip to a ConfigDict."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from conlens_jax.config import (
     ConfigError,
     ExperimentConfig,
+    LensConfig,
     ScheduleConfig,
     constant,
     field_names,
@@ -22,6 +23,7 @@ from conlens_jax.config import (
     unknown_field_message,
     with_changes,
 )
+from conlens_jax.config.older import updated_lens
 from conlens_jax.training.run_folder import claim_folder
 
 
@@ -34,7 +36,7 @@ def problems_of(**changes) -> list[str]:
     return caught.value.problems
 
 
-# --- there and back -----------------------------------------------------------------------------
+# --- round trips --------------------------------------------------------------------------------
 
 
 def test_round_trip_through_config_dict_and_json():
@@ -112,6 +114,42 @@ def test_an_older_run_goes_on_where_add_bos_means_the_same(recorded, asked, path
     else:
         with pytest.raises(ConfigError, match=rf"dump\.add_bos is '{asked}', and was {recorded!r}"):
             claim_folder(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "today"),
+    [
+        (
+            {"estimator": "rloo=2", "history_gradient": "sweeps=3"},
+            LensConfig(
+                estimator="rloo",
+                estimator_samples=2,
+                history_gradient="sweeps",
+                history_sweeps=3,
+            ),
+        ),
+        ({"estimator": "reinmax", "history_gradient": "exact"}, LensConfig(estimator="reinmax")),
+    ],
+    ids=["numbers in the names", "no numbers"],
+)
+def test_numbers_were_once_part_of_the_estimators_name(recorded, today, tmp_path):
+    older = to_json_dict(ExperimentConfig())
+    older["lens"] |= recorded
+    for name in ("estimator_samples", "history_sweeps"):
+        del older["lens"][name]
+    config = from_config_dict(older)
+    assert config == dataclasses.replace(ExperimentConfig(), lens=today)
+    assert LensConfig(**updated_lens(older["lens"])) == today  # as a saved lens records it
+    # The command line sets every field, so there the old spelling is refused.
+    values = to_config_dict(ExperimentConfig())
+    values.lens.estimator = "rloo=2"
+    with pytest.raises(ConfigError, match="give lens.estimator='rloo' and lens.estimator_samples"):
+        from_config_dict(values.to_dict())
+    # A run of an older version is continued.
+    (tmp_path / "checkpoints" / "3" / "state").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    claim_folder(tmp_path, config)
+    assert json.loads((tmp_path / "config.json").read_text()) == to_json_dict(config)
 
 
 def test_floats_written_as_whole_numbers_take_fractions_from_the_command_line():
@@ -193,6 +231,7 @@ AT_LEAST_ONE = (
     *("checkpoint.keep_latest", "mesh.fsdp", "mesh.tensor", "evaluate.batch_size"),
     *("evaluate.bootstrap", "evaluate.kl_horizon", "loss.kl_horizon", "baseline.batch_size"),
     *("baseline.optimizer.accumulate", "baseline.optimizer.max_bad_steps", "lens.lora_rank"),
+    "lens.estimator_samples",
 )
 AT_LEAST_ZERO = (
     *("model.layer", "model.unroll", "corpus.n_documents", "corpus.seed", "embedded.seed"),
@@ -200,6 +239,7 @@ AT_LEAST_ZERO = (
     *("warm.before", "warm.after", "joint.steps", "control.steps", "train.seed"),
     *("train.n_verbose_samples", "checkpoint.keep_best", "mesh.data", "evaluate.rows"),
     *("evaluate.n_examples", "evaluate.seed", "baseline.steps", "lens.input_patches"),
+    "lens.history_sweeps",
 )
 
 
@@ -246,14 +286,24 @@ def test_text_length_is_at_least_one():
         ({"embedded.n_kv_heads": 3}, "embedded.n_heads must be a multiple of embedded.n_kv_heads"),
         ({"embedded.d_model": 130}, "embedded.d_model must be a multiple of embedded.n_heads"),
         ({"model.layer": 4}, "model.layer=4 is out of range"),
-        ({"lens.estimator": "rloo"}, "lens.estimator must be 'straight_through'"),
+        ({"lens.estimator": "other"}, "lens.estimator must be one of straight_through, reinmax"),
+        ({"lens.estimator": "rloo=x"}, "give lens.estimator='rloo' and lens.estimator_samples=x"),
+        (
+            {"lens.estimator": "grpo=2"},
+            "lens.estimator='grpo=2': the number has a field of its own; give "
+            "lens.estimator='grpo' and lens.estimator_samples=2",
+        ),
+        (
+            {"lens.estimator": "rloo", "lens.estimator_samples": 1},
+            "lens.estimator_samples must be at least 2 for lens.estimator='rloo', not 1",
+        ),
         ({"loss.prefix_share": 1.0}, "loss.prefix_share must be at least 0 and below 1"),
         (
             {"loss.prefix_share": 0.5, "lens.encoder_prompt": "<text> so"},
             "needs a lens.encoder_prompt that ends with <text>",
         ),
         (
-            {"loss.sample_tau.start": 0.5, "lens.estimator": "rloo=2"},
+            {"loss.sample_tau.start": 0.5, "lens.estimator": "rloo"},
             "loss.sample_tau must be constant 1",
         ),
         ({"embedded.copy_weight": 0.0}, "embedded.copy_weight must be above 0"),
@@ -263,11 +313,16 @@ def test_text_length_is_at_least_one():
         ({"baseline.steps": 3, "dump.min_position": 6}, "needs dump.min_position ≥ 7"),
         ({"joint.optimizer.accumulate": 3}, "joint.batch_size=64 must be a multiple of"),
         ({"joint.optimizer.accumulate": 64}, "at least 2 where lens.dual_path is on"),
-        ({"lens.decoder_prompt": "no slot"}, "lens.decoder_prompt must hold <embed> exactly once"),
+        (
+            {"lens.decoder_prompt": "no slot"},
+            "lens.decoder_prompt must contain <embed> exactly once",
+        ),
         ({"lens.decoder_prompt": "<embed> <embed>"}, "lens.decoder_prompt"),
-        ({"lens.encoder_prompt": ""}, "lens.encoder_prompt must hold <text> exactly once"),
-        ({"lens.history_gradient": "sweeps=two"}, "lens.history_gradient must be"),
-        ({"lens.history_gradient": "sweeps=-1"}, "lens.history_gradient must be"),
+        ({"lens.encoder_prompt": ""}, "lens.encoder_prompt must contain <text> exactly once"),
+        (
+            {"lens.history_gradient": "sweeps=2"},
+            "give lens.history_gradient='sweeps' and lens.history_sweeps=2",
+        ),
         ({"lens.history_gradient": "full"}, "lens.history_gradient must be"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -280,14 +335,15 @@ def test_shapes_that_do_not_fit_are_named(changes, named):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"dump.min_position": 59},  # the last position with 4 tokens behind it in 64
+        {"dump.min_position": 59},  # the last position with 4 tokens after it in 64
         {"dump.max_position": 59},
         {"dump.max_position": 8},
         {"warm.before": 8, "warm.after": 0},
         {"loss.kl_horizon": 5},
         {"lens.history_gradient": "exact"},
         {"lens.history_gradient": "detached"},
-        {"lens.history_gradient": "sweeps=0"},
+        {"lens.history_gradient": "sweeps", "lens.history_sweeps": 0},
+        {"lens.estimator": "gumbel_rao", "lens.estimator_samples": 1},
         {"joint.optimizer.accumulate": 32},
         {"joint.optimizer.accumulate": 64, "lens.dual_path": False},
         {"corpus.kind": "stdlib", "corpus.n_documents": 0},

@@ -23,8 +23,9 @@ from tiny_lens import (
     tiny_spec,
 )
 
+from conlens_jax.config import LensConfig
 from conlens_jax.lens.decoder import generate, teacher_forced_logits
-from conlens_jax.lens.history import history_sweeps
+from conlens_jax.lens.history import backward_sweeps
 from conlens_jax.lens.spec import decoder_of
 from conlens_jax.models.cache import empty_cache
 from conlens_jax.models.transformer import (
@@ -77,10 +78,9 @@ def oracle(trainable, frozen, activation_BD, noise_BTV, tau, cotangent, history,
     return logits, jnp.argmax(choices, axis=-1), pull(cotangent)
 
 
-def with_history(spec, history_gradient: str):
-    return dataclasses.replace(
-        spec, lens=dataclasses.replace(spec.lens, history_gradient=history_gradient)
-    )
+def with_history(spec, kind: str, sweeps: int = 1):
+    lens = dataclasses.replace(spec.lens, history_gradient=kind, history_sweeps=sweeps)
+    return dataclasses.replace(spec, lens=lens)
 
 
 @functools.cache
@@ -89,7 +89,7 @@ def text_of(name: str):
     return write(trainable, frozen, activation_BD, noise_BTV, spec=spec)
 
 
-def ours(name: str, tau: float, history_gradient: str = "exact"):
+def ours(name: str, tau: float, *history):
     spec, trainable, frozen, activation_BD, noise_BTV, cotangent = case(name)
     return pulled(
         trainable,
@@ -99,7 +99,7 @@ def ours(name: str, tau: float, history_gradient: str = "exact"):
         noise_BTV,
         jnp.float32(tau),
         cotangent,
-        spec=with_history(spec, history_gradient),
+        spec=with_history(spec, *(history or ["exact"])),
     )
 
 
@@ -227,21 +227,22 @@ def test_detached_gradient_takes_the_history_as_a_constant():
 
 def test_each_sweep_comes_closer_to_the_exact_gradient():
     _, _, exact = theirs("untied", 0.5)
-    miss = lambda session: 1 - cosine(ours("untied", 0.5, session)[1], exact)
-    detached, one, two = miss("detached"), miss("sweeps=1"), miss("sweeps=2")
+    miss = lambda *history: 1 - cosine(ours("untied", 0.5, *history)[1], exact)
+    detached, one, two = miss("detached"), miss("sweeps", 1), miss("sweeps", 2)
     assert detached > 1e-3  # the history matters here
     assert one < 0.8 * detached
     assert two < 0.8 * one
-    assert relative_error(ours("untied", 0.5, "sweeps=3")[1], exact) < 1e-5
+    assert relative_error(ours("untied", 0.5, "sweeps", 3)[1], exact) < 1e-5
 
 
 @pytest.mark.parametrize(
-    ("setting_name", "sweeps"),
-    [("exact", 7), ("detached", 0), ("sweeps=0", 0), ("sweeps=2", 2), ("sweeps=12", 7)],
+    ("kind", "asked", "sweeps"),
+    [("exact", 1, 7), ("detached", 1, 0), ("sweeps", 0, 0), ("sweeps", 2, 2), ("sweeps", 12, 7)],
 )
-def test_number_of_sweeps(setting_name, sweeps):
-    assert history_sweeps(setting_name, text_len=8) == sweeps
-    assert history_sweeps(setting_name, text_len=1) == 0
+def test_number_of_sweeps(kind, asked, sweeps):
+    lens = LensConfig(history_gradient=kind, history_sweeps=asked)
+    assert backward_sweeps(lens, text_len=8) == sweeps
+    assert backward_sweeps(lens, text_len=1) == 0
 
 
 def test_gradient_of_a_frozen_base_with_its_own_head_and_recomputed_layers():
@@ -270,7 +271,7 @@ def test_gradient_of_a_frozen_base_with_its_own_head_and_recomputed_layers():
 
 def test_text_of_one_token():
     """There is no history: the gradient is that of the first token of a longer text."""
-    spec = tiny_spec(text_len=1, history_gradient="sweeps=1")
+    spec = tiny_spec(text_len=1, history_gradient="sweeps", history_sweeps=1)
     longer, trainable, frozen, activation_BD, noise_BTV, cotangent = case("untied")
     tau = jnp.float32(1.0)
     text_BT = write(trainable, frozen, activation_BD, noise_BTV[:, :1], spec=spec)

@@ -187,6 +187,17 @@ def test_parts_that_do_not_fit_are_listed(folder, tmp_path):
         conlens_jax.Lens.load(copy)
 
 
+def test_a_lens_that_an_older_version_saved_is_read(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("estimator_samples", "history_sweeps"):
+        del config["lens"][name]
+    config["lens"] |= {"estimator": "rloo=2", "history_gradient": "sweeps=3"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    lens = saved.read_record(tmp_path).lens
+    assert (lens.estimator, lens.estimator_samples) == ("rloo", 2)
+    assert (lens.history_gradient, lens.history_sweeps) == ("sweeps", 3)
+
+
 def test_the_hub_is_asked_for_what_is_needed(lens, folder, monkeypatch):
     calls = []
 

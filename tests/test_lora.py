@@ -194,7 +194,7 @@ def test_no_gradient_of_a_shared_matrix_is_computed():
         results = [line.partition("=")[2].split("{")[0].strip() for line in products]
         return sum(result in ("f32[32,40]", "f32[40,32]") for result in results)
 
-    history = {"history_gradient": "sweeps=1"}
+    history = {"history_gradient": "sweeps", "history_sweeps": 1}
     assert weight_gradients(lora_spec(**history)) == 0
     assert weight_gradients(tiny_spec(**history)) > 0
 

@@ -230,7 +230,7 @@ def test_home_in_every_path_of_a_config(monkeypatch, world):
     with pytest.raises(ConfigError) as error:
         with_changes(world.config, {"run_dir": "~nobody-here/x", "dump.cache_dir": "a\0b"})
     for path in ("my [data]", "a*", "a::b"):
-        with pytest.raises(ConfigError, match=r"corpus\.path=.*for a pattern.*symbolic link"):
+        with pytest.raises(ConfigError, match=r"corpus\.path=.*as a pattern.*symbolic link"):
             with_changes(world.config, {"corpus.kind": "huggingface", "corpus.path": path})
     assert "no such user" in str(error.value) and "NUL" in str(error.value)
 

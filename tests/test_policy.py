@@ -64,7 +64,7 @@ def test_rloo_is_unbiased(group_size):
 
 @functools.cache
 def world(dual_path: bool):
-    spec = tiny_spec(estimator=f"rloo={GROUP}", dual_path=dual_path)
+    spec = tiny_spec(estimator="rloo", estimator_samples=GROUP, dual_path=dual_path)
     loss = LossConfig(mse=constant(0.6), kl=constant(1.7), lm=constant(0.0))
     objective = Objective(loss, WarmConfig(before=3, after=1), spec)
     trainable, frozen = tiny_lens(spec)

@@ -274,7 +274,9 @@ def reading(trainable, frozen, activation_BD, noise_BTV, *, spec):
     "spec",
     [
         lora_spec(),
-        lora_spec("query,down", tied=True, history_gradient="sweeps=2", remat="full"),
+        lora_spec(
+            "query,down", tied=True, history_gradient="sweeps", history_sweeps=2, remat="full"
+        ),
         tiny_spec(
             train_decoder="frozen",
             train_encoder="frozen",

@@ -17,9 +17,9 @@ from conlens_jax.training.state import Stage, init_state, make_step, stage_optim
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-def lens_for(text_len: int, history_gradient: str):
+def lens_for(text_len: int):
     """(trainable, frozen, batch, objective); every term of the loss but the anchor is on."""
-    spec = tiny_spec(text_len=text_len, history_gradient=history_gradient)
+    spec = tiny_spec(text_len=text_len, history_gradient="sweeps", history_sweeps=1)
     trainable, frozen = tiny_lens(spec)
     frozen |= {"warm_decoder": jax.tree.map(jnp.copy, trainable["decoder"])}
     batch = tiny_batch(spec, frozen["original"])
@@ -30,7 +30,7 @@ def lens_for(text_len: int, history_gradient: str):
 def temporary_bytes(text_len: int, *, plain: bool = False) -> int:
     """XLA's temporary memory for the gradient of the joint loss, text and context included; with
     ``plain``, for that of a text written by a pass over everything a token."""
-    trainable, frozen, batch, objective = lens_for(text_len, "sweeps=1")
+    trainable, frozen, batch, objective = lens_for(text_len)
     spec = objective.spec
     noise = jnp.zeros((len(batch.lengths_G), text_len, spec.model.vocab_size))
     weights, tau = {name: jnp.float32(1) for name in TERMS}, jnp.float32(1)
@@ -92,7 +92,7 @@ def test_gradients_of_frozen_matrices_are_not_made(trained):
 
 
 def test_a_step_compiles_once():
-    trainable, frozen, batch, objective = lens_for(4, "sweeps=1")
+    trainable, frozen, batch, objective = lens_for(4)
     config = ExperimentConfig()
     stage = Stage("joint", 10, len(batch.lengths_G), config.joint.optimizer)
     optimizer = stage_optimizer(stage, trainable, stage.batch_size)

@@ -12,7 +12,7 @@ import pytest
 from tiny_lens import BATCH, TEXT_LEN, relative_error, tiny_batch, tiny_lens, tiny_spec
 
 from conlens_jax.config import LossConfig, WarmConfig
-from conlens_jax.config.settings import ScheduleConfig
+from conlens_jax.config.lens import ScheduleConfig
 from conlens_jax.lens import vocabulary
 from conlens_jax.lens.gumbel import drawn_noise, gumbel_noise
 from conlens_jax.lens.objective import TERMS, Objective, joint_loss, prepare
@@ -20,9 +20,9 @@ from conlens_jax.lens.objective import TERMS, Objective, joint_loss, prepare
 VOCAB = 48
 
 
-def joint_step(history_gradient: str = "exact", estimator: str = "straight_through"):
+def joint_step(**lens):
     """(function, its inputs): loss terms and gradient of everything, noise from keys."""
-    spec = tiny_spec(history_gradient=history_gradient, estimator=estimator)
+    spec = tiny_spec(**lens)
     trainable, frozen = tiny_lens(spec)
     frozen |= {"warm_decoder": jax.tree.map(lambda leaf: 1.1 * leaf, trainable["decoder"])}
     loss = LossConfig(text=ScheduleConfig("constant", 1.0))
@@ -40,13 +40,19 @@ def joint_step(history_gradient: str = "exact", estimator: str = "straight_throu
 
 
 @pytest.mark.parametrize(
-    "kind", [{}, {"history_gradient": "sweeps=1"}, {"estimator": "gumbel_rao=2"}], ids=str
+    "lens",
+    [
+        {},
+        {"history_gradient": "sweeps", "history_sweeps": 1},
+        {"estimator": "gumbel_rao", "estimator_samples": 2},
+    ],
+    ids=str,
 )
-def test_chunks_change_no_loss_and_no_gradient(kind, monkeypatch):
-    run, inputs = joint_step(**kind)
+def test_chunks_change_no_loss_and_no_gradient(lens, monkeypatch):
+    run, inputs = joint_step(**lens)
     (total, terms), expected = jax.jit(run)(*inputs)
     monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", BATCH * VOCAB)
-    run, inputs = joint_step(**kind)
+    run, inputs = joint_step(**lens)
     (chunked_total, chunked_terms), gradient = jax.jit(run)(*inputs)
     assert relative_error((chunked_total, chunked_terms), (total, terms)) < 1e-5
     moved = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if np.any(leaf)]

@@ -2,8 +2,8 @@
 
 A config file under ``configs/`` has a ``get_config()`` that returns an
 ``ml_collections.ConfigDict`` made by :func:`to_config_dict`. The entry point applies the command
-line to it and calls :func:`from_config_dict` once. Behind that call there is no ``ConfigDict``:
-the library sees only the dataclasses of ``settings.py``, already validated by ``rules.py``.
+line to it and calls :func:`from_config_dict` once. After that call there is no ``ConfigDict``: the
+library sees only validated dataclasses, with :class:`ExperimentConfig` as the whole.
 """
 
 from __future__ import annotations
@@ -16,35 +16,24 @@ from typing import Any
 
 import ml_collections
 
+from conlens_jax.config.data import GENERATED_CORPORA, CorpusConfig, DataConfig, DumpConfig
+from conlens_jax.config.devices import DistributedConfig, LaunchConfig, MeshConfig, ProfileConfig
+from conlens_jax.config.evaluation import EvaluateConfig
 from conlens_jax.config.fields import field_names, field_types, lookup, unknown_field_message
+from conlens_jax.config.lens import LensConfig, LossConfig, ScheduleConfig, constant, schedule
+from conlens_jax.config.model import EMBEDDED_MODEL, EmbeddedConfig, ModelConfig
+from conlens_jax.config.older import updated
 from conlens_jax.config.rules import config_problems
-from conlens_jax.config.settings import (
-    EMBEDDED_MODEL,
-    GENERATED_CORPORA,
+from conlens_jax.config.settings import ExperimentConfig
+from conlens_jax.config.training import (
     BaselineConfig,
     CheckpointConfig,
     ControlConfig,
-    CorpusConfig,
-    DataConfig,
-    DistributedConfig,
-    DumpConfig,
-    EmbeddedConfig,
-    EvaluateConfig,
-    ExperimentConfig,
     JointConfig,
-    LaunchConfig,
-    LensConfig,
-    LossConfig,
-    MeshConfig,
-    ModelConfig,
     OptimizerConfig,
-    ProfileConfig,
-    ScheduleConfig,
     TrainConfig,
     WandbConfig,
     WarmConfig,
-    constant,
-    schedule,
 )
 from conlens_jax.files.paths import PATH_FIELDS, expanded
 
@@ -89,7 +78,7 @@ __all__ = [
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run; the message lists every problem with its field."""
+    """A configuration that cannot be used; the message lists every problem with its field."""
 
     def __init__(self, problems: list[str]):
         self.problems = problems
@@ -98,18 +87,18 @@ class ConfigError(ValueError):
 
 def to_config_dict(config: ExperimentConfig) -> ml_collections.ConfigDict:
     """The locked ``ConfigDict`` that a config file hands to the command line."""
-    # Built anew, so that a float that was written as 10 is one: a flag keeps the type it finds.
+    # Rebuilt, so that a float written as 10 is a float: a flag keeps the type it finds.
     typed = _build(ExperimentConfig, dataclasses.asdict(config), "", [])
     return ml_collections.ConfigDict(dataclasses.asdict(typed)).lock()
 
 
 def to_json_dict(config: ExperimentConfig) -> dict[str, Any]:
-    """Nested plain values, as ``config.json`` gives them back."""
+    """Nested plain values, as they are read from ``config.json``."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def with_changes(config: ExperimentConfig, changes: Mapping[str, Any]) -> ExperimentConfig:
-    """The config with fields replaced, by names such as ``"loss.kl.start"``.
+    """The config with fields replaced, given by names such as ``"loss.kl.start"``.
 
     Raises:
       ConfigError: as :func:`from_config_dict`.
@@ -126,12 +115,13 @@ def with_changes(config: ExperimentConfig, changes: Mapping[str, Any]) -> Experi
 
 def from_config_dict(values: Mapping[str, Any]) -> ExperimentConfig:
     """Builds and validates the dataclasses; a leading ``~`` of a path becomes the home folder.
+    Recorded configurations of older versions are read too.
 
     Raises:
       ConfigError: unknown fields, wrong types and impossible values, all in one message.
     """
     problems: list[str] = []
-    config = _build(ExperimentConfig, values, "", problems)
+    config = _build(ExperimentConfig, updated(values), "", problems)
     if not problems:
         problems = list(config_problems(config))
     if problems:
@@ -160,7 +150,7 @@ def _build(kind: type, values: Mapping[str, Any], prefix: str, problems: list[st
 
 def _coerce(kind: type, value: Any, dotted: str, problems: list[str]) -> Any:
     if dotted == "dump.add_bos" and str(value).lower() in ("true", "false"):
-        return str(value).lower()  # once a plain bool; so it is in older configs
+        return str(value).lower()  # older configs have a plain bool
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is tuple and isinstance(value, list):  # from JSON

@@ -1,4 +1,4 @@
-"""The dtypes that a model is run in, and how they may be spelled."""
+"""The dtypes that a model can run in, and how they may be spelled."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def run_dtype(value: Any, name: str = "dtype") -> str:
 
 
 def dtype_problem(value: Any, name: str) -> str | None:
-    """Why a field of a config cannot have this dtype, or None. A config is recorded, so only the
-    full names are allowed there."""
+    """Why a field of a config cannot have this dtype, or None. Only the full names are allowed in
+    a config, because it is recorded."""
     if isinstance(value, str) and value in RUN_DTYPES:
         return None
     return _refusal(value, name, _spelled(value))
@@ -44,9 +44,9 @@ def _spelled(value: Any) -> str:
         found = value
     else:
         try:
-            # NumPy takes None for float64.
+            # NumPy reads None as float64.
             found = str(value) if value is None else np.dtype(value).name
-        except TypeError:  # torch's, or no dtype at all
+        except TypeError:  # a dtype of torch, or no dtype
             found = str(value)
     return found.strip().lower().rpartition(".")[2]
 
@@ -56,6 +56,6 @@ def _refusal(value: Any, name: str, spelled: str) -> str:
     if spelled in _HALF:
         message += (
             ": a float16 model file can be read, but activations of large models exceed the range "
-            "of float16 (65504) and become infinite; use bfloat16, which is as small, or float32"
+            "of float16 (65504) and become infinite; use bfloat16, of the same size, or float32"
         )
     return message

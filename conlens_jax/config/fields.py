@@ -12,7 +12,7 @@ from conlens_jax.config.settings import ExperimentConfig
 
 
 def field_names() -> Iterator[str]:
-    """Every dotted field name, for example ``"model.layer"``, and every section's."""
+    """The dotted names of all fields and sections, for example ``"model.layer"``."""
     return iter(field_types())
 
 
@@ -27,14 +27,14 @@ def field_types(kind: type = ExperimentConfig, prefix: str = "") -> dict[str, ty
 
 
 def unknown_field_message(name: str) -> str:
-    """One line that names an unknown field and the valid one nearest to it."""
+    """One line that names an unknown field and the most similar valid one."""
     close = difflib.get_close_matches(name, list(field_names()), n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"unknown config field {name!r}{hint}"
 
 
 def lookup(config: ExperimentConfig, dotted: str) -> Any:
-    """The value of a dotted field name."""
+    """The value of a field or section, by its dotted name."""
     value: Any = config
     for part in dotted.split("."):
         value = getattr(value, part)

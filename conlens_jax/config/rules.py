@@ -1,23 +1,19 @@
-"""Which configurations can be run."""
+"""The rules that a configuration must follow."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 
+from conlens_jax.config.data import GENERATED_CORPORA
+from conlens_jax.config.devices import DistributedConfig, MeshConfig, ProfileConfig
 from conlens_jax.config.dtypes import dtype_problem
-from conlens_jax.config.estimator import ANY_SAMPLE_TAU, parse_estimator
+from conlens_jax.config.estimator import ANY_SAMPLE_TAU, ESTIMATORS, FEWEST_SAMPLES
 from conlens_jax.config.fields import field_names, lookup
-from conlens_jax.config.settings import (
-    EMBEDDED_MODEL,
-    GENERATED_CORPORA,
-    DistributedConfig,
-    ExperimentConfig,
-    LensConfig,
-    MeshConfig,
-    ProfileConfig,
-    ScheduleConfig,
-)
+from conlens_jax.config.lens import LensConfig, ScheduleConfig
+from conlens_jax.config.model import EMBEDDED_MODEL
+from conlens_jax.config.older import NUMBER_FIELDS
+from conlens_jax.config.settings import ExperimentConfig
 from conlens_jax.files.paths import PATH_FIELDS, PATTERN, path_problems
 
 _CHOICES = {
@@ -29,6 +25,8 @@ _CHOICES = {
     "dump.add_bos": ("auto", "true", "false"),
     "lens.train_decoder": ("full", "frozen", "lora"),
     "lens.train_encoder": ("full", "frozen", "lora"),
+    "lens.history_gradient": ("exact", "sweeps", "detached"),
+    "lens.estimator": ESTIMATORS,
     "loss.mse_kind": ("direction", "direction+norm", "raw"),
     "loss.lm_reference": ("text", "prompt", "warm"),
     "wandb.mode": ("disabled", "offline", "online"),
@@ -41,7 +39,7 @@ _AT_LEAST_ONE = (
     *(f"embedded.{name}" for name in ("vocab_size", "steps", "batch_size", "seq_len")),
     *(f"dump.{name}" for name in ("n_samples", "n_validation_samples", "positions_per_sequence")),
     *("dump.batch_size", "dump.rows_per_shard", "lens.text_len", "loss.kl_horizon"),
-    "lens.lora_rank",
+    *("lens.lora_rank", "lens.estimator_samples"),
     *("warm.batch_size", "warm.optimizer.accumulate", "warm.optimizer.max_bad_steps"),
     *(
         "joint.batch_size",
@@ -65,18 +63,18 @@ _AT_LEAST_ZERO = (
     *("mesh.slices", "distributed.num_processes"),
     *(f"evaluate.{name}" for name in ("rows", "n_examples", "seed", "audit_seed", "audit_shift")),
     "embedded.copy_init",
-    "lens.input_patches",
+    *("lens.input_patches", "lens.history_sweeps"),
 )
 
 
 def config_problems(config: ExperimentConfig) -> Iterator[str]:
-    """Every value that cannot be run, each with its field and the fix."""
+    """Every value that cannot be used, with its field and the fix."""
     for name in ("model.dtype", "dump.dtype"):
         if problem := dtype_problem(lookup(config, name), name):
             yield problem
     for name, choices in _CHOICES.items():
         if lookup(config, name) not in choices:
-            yield f"{name} must be one of {', '.join(choices)}, not {lookup(config, name)!r}"
+            yield _choice_problem(name, choices, lookup(config, name))
     for name in _AT_LEAST_ONE:
         if lookup(config, name) < 1:
             yield f"{name} must be at least 1, not {lookup(config, name)}"
@@ -100,6 +98,17 @@ def config_problems(config: ExperimentConfig) -> Iterator[str]:
     yield from _profile_problems(config.profile)
 
 
+def _choice_problem(name: str, choices: tuple[str, ...], value: str) -> str:
+    kind, _, number = value.partition("=")
+    section, _, field = name.rpartition(".")
+    if field in NUMBER_FIELDS and kind in choices and number:  # as older versions spelled it
+        return (
+            f"{name}={value!r}: the number has a field of its own; give {name}={kind!r} and "
+            f"{section}.{NUMBER_FIELDS[field]}={number}"
+        )
+    return f"{name} must be one of {', '.join(choices)}, not {value!r}"
+
+
 def _schedule_problems(name: str, schedule: ScheduleConfig) -> Iterator[str]:
     kinds = ("constant", "linear", "cosine", "exponential")
     if schedule.kind not in kinds:
@@ -113,7 +122,7 @@ def _schedule_problems(name: str, schedule: ScheduleConfig) -> Iterator[str]:
     if name in ("loss.tau", "loss.sample_tau"):
         ends = [schedule.start] if schedule.kind == "constant" else [schedule.start, schedule.end]
         if min(ends) < 0.1:
-            yield f"{name} must be at least 0.1, not {min(ends)}: the gradient explodes below"
+            yield f"{name} must be at least 0.1, not {min(ends)}: the gradient explodes below that"
         if schedule.warmup:
             yield f"{name}.warmup must be 0: a temperature cannot rise from 0"
 
@@ -125,7 +134,7 @@ def _shape_problems(config: ExperimentConfig) -> Iterator[str]:
         yield (
             f"dump.min_position={dump.min_position} and dump.max_position={dump.max_position} must "
             f"be at most {last}: dump.seq_len={dump.seq_len} with dump.after={dump.after} tokens "
-            "behind the position; raise dump.seq_len or lower the positions"
+            "after the position; raise dump.seq_len or lower the positions"
         )
     if 0 < dump.max_position < dump.min_position:
         yield (
@@ -150,15 +159,15 @@ def _shape_problems(config: ExperimentConfig) -> Iterator[str]:
     if needed > dump.after:
         yield (
             f"dump.after={dump.after} must be at least {needed}: warm.after, loss.kl_horizon − 1 "
-            "and evaluate.kl_horizon − 1 read that many true tokens behind the position"
+            "and evaluate.kl_horizon − 1 read that many true tokens after the position"
         )
     if config.corpus.kind in ("text", "jsonl", "parquet", "huggingface") and not config.corpus.path:
         yield f"corpus.path must be given for corpus.kind={config.corpus.kind!r}"
     if config.corpus.kind == "huggingface" and (found := PATTERN.search(config.corpus.path)):
         yield (
-            f"corpus.path={config.corpus.path!r}: the library datasets takes {found[0]!r} in a "
-            "folder's name for a pattern; give corpus.kind='jsonl', 'parquet' or 'text', or a "
-            "symbolic link of another name"
+            f"corpus.path={config.corpus.path!r}: the library datasets treats {found[0]!r} in "
+            "a folder's name as a pattern; give corpus.kind='jsonl', 'parquet' or 'text', or a "
+            "symbolic link with another name"
         )
     if config.corpus.kind in GENERATED_CORPORA and config.corpus.n_documents < 1:
         yield f"corpus.n_documents must be given for corpus.kind={config.corpus.kind!r}"
@@ -210,23 +219,24 @@ def _shared_document_problems(config: ExperimentConfig) -> Iterator[str]:
     if shared > config.dump.positions_per_sequence:
         yield (
             f"joint.rows_per_document={shared} must be at most dump.positions_per_sequence="
-            f"{config.dump.positions_per_sequence}, the rows that a document has"
+            f"{config.dump.positions_per_sequence}, the number of rows per document"
         )
 
 
 def _estimator_problems(config: ExperimentConfig) -> Iterator[str]:
-    try:
-        estimator = parse_estimator(config.lens.estimator)
-    except ValueError as error:
-        yield str(error)
+    kind, samples = config.lens.estimator, config.lens.estimator_samples
+    if kind not in ESTIMATORS:
         return
-    sample_tau = config.loss.sample_tau
-    if estimator.kind not in ANY_SAMPLE_TAU and (sample_tau.kind, sample_tau.start) != (
-        "constant",
-        1.0,
-    ):
+    if 1 <= samples < FEWEST_SAMPLES.get(kind, 1):
         yield (
-            f"loss.sample_tau must be constant 1 for lens.estimator={config.lens.estimator!r}: "
+            f"lens.estimator_samples must be at least {FEWEST_SAMPLES[kind]} for "
+            f"lens.estimator={kind!r}, not {samples}"
+        )
+    sample_tau = config.loss.sample_tau
+    is_one = (sample_tau.kind, sample_tau.start) == ("constant", 1.0)
+    if kind not in ANY_SAMPLE_TAU and not is_one:
+        yield (
+            f"loss.sample_tau must be constant 1 for lens.estimator={kind!r}: "
             f"only {' and '.join(ANY_SAMPLE_TAU)} sample at another temperature"
         )
 
@@ -234,12 +244,12 @@ def _estimator_problems(config: ExperimentConfig) -> Iterator[str]:
 def _mesh_problems(mesh: MeshConfig) -> Iterator[str]:
     if mesh.preset == "multislice" and (mesh.data, mesh.fsdp) != (0, 1):
         yield (
-            "mesh.preset='multislice' says mesh.data and mesh.fsdp (not mesh.tensor); leave them "
+            "mesh.preset='multislice' sets mesh.data and mesh.fsdp (not mesh.tensor); leave them "
             "at 0 and 1, or leave the preset empty"
         )
     elif mesh.preset not in ("", "multislice") and (mesh.data, mesh.fsdp, mesh.tensor) != (0, 1, 1):
         yield (
-            f"mesh.preset={mesh.preset!r} says mesh.data, mesh.fsdp and mesh.tensor; leave them at "
+            f"mesh.preset={mesh.preset!r} sets mesh.data, mesh.fsdp and mesh.tensor; leave them at "
             "0, 1 and 1, or leave the preset empty"
         )
     if mesh.slices and mesh.preset != "multislice":
@@ -283,9 +293,9 @@ def _int8_problems(config: ExperimentConfig) -> Iterator[str]:
     for side in ("decoder", "encoder"):
         if quantise and getattr(config.lens, f"train_{side}") == "full":
             yield (
-                f"lens.train_{side}='full' trains the model's own matrices, which are whole "
-                f"numbers with model.quantise={quantise!r}: set lens.train_{side}='lora', or leave "
-                "model.quantise empty"
+                f"lens.train_{side}='full' trains the model's own matrices, which are "
+                f"integers with model.quantise={quantise!r}: set lens.train_{side}='lora', or "
+                "leave model.quantise empty"
             )
 
 
@@ -308,8 +318,8 @@ def _prefix_problems(config: ExperimentConfig) -> Iterator[str]:
         yield f"loss.prefix_share must be at least 0 and below 1, not {share}"
     if share and not config.lens.encoder_prompt.strip().endswith("<text>"):
         yield (
-            f"loss.prefix_share={share} needs a lens.encoder_prompt that ends with <text>: E reads "
-            "every prefix where it ends"
+            f"loss.prefix_share={share} needs a lens.encoder_prompt that ends with <text>: E "
+            "reads the activation at the end of every prefix"
         )
     if share and config.lens.text_len < 2:
         yield f"loss.prefix_share={share} needs lens.text_len of at least 2"
@@ -317,14 +327,6 @@ def _prefix_problems(config: ExperimentConfig) -> Iterator[str]:
 
 def _prompt_problems(lens: LensConfig) -> Iterator[str]:
     if lens.decoder_prompt.count("<embed>") != 1:
-        yield f"lens.decoder_prompt must hold <embed> exactly once, not {lens.decoder_prompt!r}"
+        yield f"lens.decoder_prompt must contain <embed> exactly once, not {lens.decoder_prompt!r}"
     if lens.encoder_prompt.count("<text>") != 1:
-        yield f"lens.encoder_prompt must hold <text> exactly once, not {lens.encoder_prompt!r}"
-    history = lens.history_gradient
-    if history not in ("exact", "detached") and not (
-        history.startswith("sweeps=") and history[7:].isdigit()
-    ):
-        yield (
-            "lens.history_gradient must be 'exact', 'detached' or 'sweeps=k' with a whole number, "
-            f"not {history!r}"
-        )
+        yield f"lens.encoder_prompt must contain <text> exactly once, not {lens.encoder_prompt!r}"

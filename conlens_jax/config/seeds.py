@@ -1,8 +1,8 @@
-"""Seeds: any whole number is one, and different seeds give different numbers.
+"""Seeds: any integer is a seed, and different seeds give different random numbers.
 
 JAX keeps the last 32 bits of a seed (without 64-bit types) and refuses more than 63 of them; NumPy
-refuses negative ones, and joins the 32-bit words of a seed to those of the numbers beside it. So
-seeds from 0 to 2³² − 1 are used as they are, and any other by a hash of its digits.
+refuses negative seeds, and in a list of seeds concatenates their 32-bit words. So seeds from 0 to
+2³² − 1 are used directly, and any other is replaced by a hash of its digits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _PLAIN = 1 << 32
 
 
 def checked_seed(seed: object, name: str = "seed") -> int:
-    """``seed`` as a Python integer; NumPy's and JAX's whole numbers are taken too.
+    """``seed`` as a Python integer; integers of NumPy and JAX are accepted too.
 
     Raises:
       ValueError: not a whole number.
@@ -54,7 +54,7 @@ def numpy_seed(seed: int) -> int:
       ValueError: not a whole number.
     """
     seed = checked_seed(seed)
-    # The top bit: always more words than NumPy pads a short list of numbers to.
+    # With the top bit set it always has more words than NumPy pads a short list to.
     return seed if 0 <= seed < _PLAIN else int.from_bytes(_digest(seed), "big") | 1 << 127
 
 

@@ -1,1 +1,1 @@
-"""Paths that users give, and files that are written whole or not at all."""
+"""Paths that users give, and atomic writes of files."""

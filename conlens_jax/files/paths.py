@@ -1,4 +1,4 @@
-"""Paths that users write: ``~`` is their home, and what cannot be a place is said at once."""
+"""Paths that users give: ``~`` is their home folder, and unusable paths are refused early."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ PATH_FIELDS = (
     "train.init_from",
     "train.compile_cache",
 )
-"""Fields of the configuration that hold a path; empty means that none was given."""
+"""Fields of the configuration that are paths; empty means that none was given."""
 
 PATTERN = re.compile(r"[*?\[]|::")
-"""What some libraries do not take as a part of a name."""
+"""Patterns, which some libraries do not accept in a name."""
 
-# The storage of checkpoints takes /gs/x for gs://x, whatever is mounted there.
+# Orbax reads /gs/x as gs://x, even where a file system is mounted there.
 _BUCKETS = ("az", "gs", "hf", "s3")
 
 
@@ -32,41 +32,41 @@ def expanded(path: str) -> str:
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """The absolute path that a user's ``path`` means now: later changes of the working folder do
-    not matter. Symbolic links are not followed."""
+    """The absolute path of a user's ``path``, independent of later changes of the working folder.
+    Symbolic links are not followed."""
     return Path(os.path.expanduser(path)).absolute()
 
 
 def path_problems(name: str, path: str) -> Iterator[str]:
     """Why the value of a path field, ``~`` expanded, cannot be a path."""
     if "\0" in path:
-        yield f"{name}={path!r}: a path cannot hold the character NUL"
+        yield f"{name}={path!r}: a path cannot contain the character NUL"
     if path.startswith("~"):
         yield (
-            f"{name}={path!r}: there is no such user; give the whole path, or ./{path} for a "
+            f"{name}={path!r}: there is no such user; give the absolute path, or ./{path} for a "
             "folder of that name"
         )
 
 
 def checkpoint_path_problem(path: str | os.PathLike[str]) -> str | None:
-    """Why checkpoints cannot be kept below ``path``; None where they can."""
+    """Why checkpoints cannot be stored below ``path``; None where they can."""
     place = local_path(path)
-    advice = "choose another folder, or give a symbolic link to it that has another name"
+    advice = "choose another folder, or give a symbolic link with another name"
     if "\\" in str(place):
         return (
-            f"{str(place)!r} has a backslash in its name, which the storage of checkpoints takes "
-            f"for a slash; {advice}"
+            f"{str(place)!r} has a backslash in its name, which the storage of checkpoints reads "
+            f"as a slash; {advice}"
         )
     if len(place.parts) > 1 and place.parts[1] in _BUCKETS:
         return (
-            f"{str(place)!r} begins with /{place.parts[1]}, which the storage of checkpoints takes "
-            f"for {place.parts[1]}://; {advice}"
+            f"{str(place)!r} begins with /{place.parts[1]}, which the storage of checkpoints reads "
+            f"as {place.parts[1]}://; {advice}"
         )
     return None
 
 
 def write_problems(name: str, folder: str | Path) -> Iterator[str]:
-    """Why nothing can be written to a folder, which need not be there yet.
+    """Why nothing can be written to a folder, which need not exist yet.
 
     Args:
       name: the field or flag that names it.
@@ -80,7 +80,7 @@ def write_problems(name: str, folder: str | Path) -> Iterator[str]:
         if not place.is_dir():
             yield f"{name}={str(folder)!r}: {place} is a file, not a folder; choose another"
             return
-        # Permissions alone do not tell: the disk may be read-only, or full.
+        # Permissions are not enough: the disk may be read-only, or full.
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and full disks that are named."""
+"""Atomic writes, and errors that name a full disk."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-# A file system that is full, a quota, and a limit on the size of files.
+# A full file system, a quota, and a limit on the size of files.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def reason_of(error: Exception) -> str:
-    """Why something could not be written, in the system's words: storage libraries report a full
-    disk in the midst of a page of their own."""
+    """The operating system's reason why something could not be written: storage libraries report a
+    full disk in the middle of a long message."""
     text = str(error)
     for number in _FULL:
         if os.strerror(number) in text:
@@ -25,7 +25,7 @@ def reason_of(error: Exception) -> str:
 
 
 def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Writes, syncs and renames; returns the size and the sha256 of what was written."""
+    """Writes a temporary file, syncs and renames it; returns its size and sha256."""
     temporary = path.with_name(path.name + ".tmp")
     digest, size = hashlib.sha256(), 0
     try:
@@ -45,7 +45,7 @@ def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a rename inside ``folder`` survive a power cut."""
+    """Makes a rename in ``folder`` durable."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -55,8 +55,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_whole(path: str | Path, text: str) -> None:
-    """Replaces a text file: a kill or a full disk leaves the old one, never half of the new one.
-    Where ``path`` is a link its target is replaced; a pipe or a device is written to.
+    """Replaces a text file atomically: after a kill or a full disk the old one is still there.
+    If ``path`` is a link, its target is replaced; a pipe or a device is written to.
 
     Raises:
       OSError: it cannot be written; a full disk is named with the file.
@@ -71,8 +71,8 @@ def write_whole(path: str | Path, text: str) -> None:
 
 @contextlib.contextmanager
 def naming_full_disk(path: Path) -> Iterator[None]:
-    """An error of a full disk, which the system reports without a name, names the file, its folder
-    and how much is free there."""
+    """Adds the file, its folder and the free space there to an error of a full disk, which the
+    operating system reports without a name."""
     try:
         yield
     except OSError as error:

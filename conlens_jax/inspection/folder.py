@@ -23,6 +23,7 @@ import safetensors.flax
 import safetensors.numpy
 
 from conlens_jax.config import LensConfig, ModelConfig
+from conlens_jax.config.older import updated_lens
 from conlens_jax.files.paths import local_path
 from conlens_jax.files.whole import naming_full_disk, write_atomically, write_whole
 from conlens_jax.inspection.card import model_card
@@ -192,7 +193,7 @@ def read_record(folder: Path) -> Record:
             model=ModelConfig(**values["model"]),
             model_id=values["model_id"],
             weights_hash=values["weights_hash"],
-            lens=LensConfig(**values["lens"]),
+            lens=LensConfig(**updated_lens(values["lens"])),
             statistics=values["statistics"],
             add_bos=values["add_bos"],
             facts=values["facts"],

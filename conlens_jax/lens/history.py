@@ -4,8 +4,9 @@ The values of :func:`text_states` are those of the parallel pass over the text. 
 state's cotangent also gets the part that comes through the token sampled from that state.
 
 Token t depends only on earlier ones, so one pass over the tokens from the last to the first
-is exact (``lens.history_gradient="exact"``). Cheaper or simpler: ``"sweeps=k"`` takes k
-vector-Jacobian products of the whole pass (T − 1 of them are exact too), ``"detached"`` none.
+is exact (``lens.history_gradient="exact"``). Cheaper or simpler: ``"sweeps"`` takes
+``lens.history_sweeps`` vector-Jacobian products of the whole pass (T − 1 of them are exact too),
+``"detached"`` none.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from conlens_jax.config.estimator import parse_estimator
+from conlens_jax.config import LensConfig
+from conlens_jax.config.estimator import estimator_of
 from conlens_jax.lens.decoder import (
     decoder_head,
     prompt_embeddings,
@@ -40,16 +42,16 @@ from conlens_jax.models.transformer import (
 )
 
 
-def history_sweeps(history_gradient: str, text_len: int) -> int:
-    """How many backward sweeps a setting of ``lens.history_gradient`` asks for.
+def backward_sweeps(lens: LensConfig, text_len: int) -> int:
+    """How many backward sweeps ``lens.history_gradient`` asks for.
 
     The backward system is strictly triangular: T − 1 sweeps solve it exactly.
     """
-    if history_gradient == "exact":
+    if lens.history_gradient == "exact":
         return text_len - 1
-    if history_gradient == "detached":
+    if lens.history_gradient == "detached":
         return 0
-    return min(int(history_gradient.removeprefix("sweeps=")), text_len - 1)
+    return min(lens.history_sweeps, text_len - 1)
 
 
 def text_states(
@@ -98,7 +100,7 @@ def _backward(spec, residuals, state_bar_BTD):
     length = saved.inputs_BSD.shape[2]
     prompt_len = length - (spec.text_len - 1)
     positions_BS = all_positions(len(tokens_BT), length)
-    estimator, head = parse_estimator(spec.lens.estimator), decoder_head(decoder, spec)
+    estimator, head = estimator_of(spec.lens), decoder_head(decoder, spec)
 
     def vjp_of_tokens(history_bar: Array):
         """Cotangents of (head, states) through the tokens sampled from them."""
@@ -120,7 +122,7 @@ def _backward(spec, residuals, state_bar_BTD):
             layers, saved, out_bar, positions_BS, config=spec.model, patch_at=patch_at
         )
 
-    sweeps = history_sweeps(spec.lens.history_gradient, spec.text_len)
+    sweeps = backward_sweeps(spec.lens, spec.text_len)
     total_BTD = state_bar_BTD
     head_bar = zeros_bar(head)
     if spec.lens.history_gradient == "exact" and sweeps:
@@ -160,7 +162,7 @@ def _history_cotangents(residuals, state_bar_BTD: Array, positions_BS: Array, sp
     head, table_VD = decoder_head(decoder, spec), decoder.base["embedding"]
     first = positions_BS.shape[1] - (spec.text_len - 1)
     token_vjp = TokenVjp(decoder.base["layers"], saved, positions_BS, first, spec.model)
-    estimator = parse_estimator(spec.lens.estimator)
+    estimator = estimator_of(spec.lens)
     at = lambda array, index: jax.lax.dynamic_slice_in_dim(array, index, 1, axis=1)
     # One product with B T rows is much faster than T products with B rows: used where it fits.
     one_chunk = chunks_of(*tokens_BT.shape, head.vocab_size) == 1

@@ -25,7 +25,7 @@ from conlens_jax.config.estimator import (
     SCORE_FUNCTION,
     TOKENS_ARE_CONSTANT,
     Estimator,
-    parse_estimator,
+    estimator_of,
 )
 from conlens_jax.lens import original as original_model
 from conlens_jax.lens.batch import Batch
@@ -100,7 +100,7 @@ class Objective:
 
     @property
     def estimator(self) -> Estimator:
-        return parse_estimator(self.spec.lens.estimator)
+        return estimator_of(self.spec.lens)
 
     @property
     def texts_per_row(self) -> int:

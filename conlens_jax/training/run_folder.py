@@ -15,6 +15,7 @@ from conlens_jax.config import (
     lookup,
     to_json_dict,
 )
+from conlens_jax.config.older import updated
 from conlens_jax.files.paths import PATH_FIELDS, expanded, local_path
 from conlens_jax.files.whole import write_whole
 from conlens_jax.models.model import LanguageModel
@@ -68,7 +69,7 @@ def claim_folder(
                     "train.resume=True to continue from them"
                 ]
             )
-        before = json.loads(recorded.read_text(encoding="utf-8"))
+        before = updated(json.loads(recorded.read_text(encoding="utf-8")))
         # Without recorded places, contents cannot be compared: paths must be the same.
         free = (*_FREE, *MOVABLE) if metadata.get("places") else _FREE
         problems = [

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from conlens_jax.config import ConfigError, LossConfig, constant
+from conlens_jax.config.estimator import Estimator
 from conlens_jax.data.device_batches import make_batch
 from conlens_jax.evaluation.report.report_data import HIGHER, LOWER, MetricGroup, MetricRow, Report
 from conlens_jax.lens.batch import Batch
@@ -36,17 +37,17 @@ from conlens_jax.training.run_folder import load_lens
 from conlens_jax.training.session import Session
 
 # Name, estimator, tau.
-Case = tuple[str, str, float]
+Case = tuple[str, Estimator, float]
 CASES: tuple[Case, ...] = (
-    ("straight-through, tau 0.5", "straight_through", 0.5),
-    ("straight-through, tau 1", "straight_through", 1.0),
-    ("straight-through, tau 2", "straight_through", 2.0),
-    ("Gumbel-Rao 4, tau 0.5", "gumbel_rao=4", 0.5),
-    ("Gumbel-Rao 16, tau 0.5", "gumbel_rao=16", 0.5),
-    ("ReinMax, tau 1", "reinmax", 1.0),
-    ("RLOO 4", "rloo=4", 1.0),
+    ("straight-through, tau 0.5", Estimator(), 0.5),
+    ("straight-through, tau 1", Estimator(), 1.0),
+    ("straight-through, tau 2", Estimator(), 2.0),
+    ("Gumbel-Rao 4, tau 0.5", Estimator("gumbel_rao", 4), 0.5),
+    ("Gumbel-Rao 16, tau 0.5", Estimator("gumbel_rao", 16), 0.5),
+    ("ReinMax, tau 1", Estimator("reinmax"), 1.0),
+    ("RLOO 4", Estimator("rloo", 4), 1.0),
 )
-REFERENCE = "rloo=4"
+REFERENCE = Estimator("rloo", 4)
 BLOCKS = 8
 _T_975 = 2.36  # of Student's t with BLOCKS − 1 degrees of freedom
 _ROWS = (
@@ -85,11 +86,16 @@ class Problem:
     weights: dict[str, Float[Array, ""]]
     seed: int = 0
 
-    def with_estimator(self, estimator: str) -> Objective:
+    def with_estimator(self, estimator: Estimator) -> Objective:
         """The objective of the cost alone, without the gradient through another row's Δ, which the
         score function does not have."""
         spec = self.objective.spec
-        lens = dataclasses.replace(spec.lens, estimator=estimator, stop_gradient_delta=True)
+        lens = dataclasses.replace(
+            spec.lens,
+            estimator=estimator.kind,
+            estimator_samples=estimator.samples,
+            stop_gradient_delta=True,
+        )
         return dataclasses.replace(
             self.objective,
             loss=cost_alone(self.objective.loss),
@@ -103,7 +109,7 @@ def cost_alone(loss: LossConfig) -> LossConfig:
 
 
 def draw_blocks(
-    problem: Problem, estimator: str, tau: float, n_draws: int, first_draw: int = 0
+    problem: Problem, estimator: Estimator, tau: float, n_draws: int, first_draw: int = 0
 ) -> Draws:
     """Gradients of D's trained parts, concatenated, in :data:`BLOCKS` blocks.
 
@@ -232,8 +238,8 @@ def measure_lens(
     # Separate draw numbers: a case with the reference's estimator must not share its noise.
     reference = draw_blocks(problem, REFERENCE, 1.0, n_reference, first_draw=2**20)
     return {
-        name: quality(draw_blocks(problem, kind, tau, n_draws), reference)
-        for name, kind, tau in cases
+        name: quality(draw_blocks(problem, estimator, tau, n_draws), reference)
+        for name, estimator, tau in cases
     }
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from conlens_jax.config.estimator import SCORE_FUNCTION, Estimator, parse_estimator
+from conlens_jax.config.estimator import SCORE_FUNCTION, Estimator
 from conlens_jax.config.seeds import random_key
 from conlens_jax.evaluation.report.report_data import HIGHER, LOWER, MetricGroup, MetricRow, Report
 from conlens_jax.evaluation.report.svg import CurveChart, Series
@@ -186,20 +186,20 @@ def quality(draws: np.ndarray, truth: np.ndarray) -> Quality:
 
 # Name, estimator, tau, and the temperature at which the text is sampled.
 CASES = (
-    ("straight-through, tau 0.5", "straight_through", 0.5, 1.0),
-    ("straight-through, tau 1", "straight_through", 1.0, 1.0),
-    ("straight-through, tau 2", "straight_through", 2.0, 1.0),
-    ("straight-through, tau 1, sampled at 0.5", "straight_through", 1.0, 0.5),
-    ("Gumbel-Rao 4, tau 0.5", "gumbel_rao=4", 0.5, 1.0),
-    ("Gumbel-Rao 16, tau 0.5", "gumbel_rao=16", 0.5, 1.0),
-    ("ReinMax, tau 1", "reinmax", 1.0, 1.0),
-    ("RLOO 2", "rloo=2", 1.0, 1.0),
-    ("RLOO 4", "rloo=4", 1.0, 1.0),
-    ("GRPO 4", "grpo=4", 1.0, 1.0),
+    ("straight-through, tau 0.5", Estimator(), 0.5, 1.0),
+    ("straight-through, tau 1", Estimator(), 1.0, 1.0),
+    ("straight-through, tau 2", Estimator(), 2.0, 1.0),
+    ("straight-through, tau 1, sampled at 0.5", Estimator(), 1.0, 0.5),
+    ("Gumbel-Rao 4, tau 0.5", Estimator("gumbel_rao", 4), 0.5, 1.0),
+    ("Gumbel-Rao 16, tau 0.5", Estimator("gumbel_rao", 16), 0.5, 1.0),
+    ("ReinMax, tau 1", Estimator("reinmax"), 1.0, 1.0),
+    ("RLOO 2", Estimator("rloo", 2), 1.0, 1.0),
+    ("RLOO 4", Estimator("rloo", 4), 1.0, 1.0),
+    ("GRPO 4", Estimator("grpo", 4), 1.0, 1.0),
 )
 _TAUS = (0.25, 0.5, 1.0, 2.0, 4.0)
-_SWEPT = (("straight-through", "straight_through"), ("Gumbel-Rao 16", "gumbel_rao=16"))
-_SWEPT += (("ReinMax", "reinmax"),)
+_SWEPT = (("straight-through", Estimator()), ("Gumbel-Rao 16", Estimator("gumbel_rao", 16)))
+_SWEPT += (("ReinMax", Estimator("reinmax")),)
 _ROWS = (
     ("snr", "size of the mean over the spread of one draw", HIGHER),
     ("cosine", "of the mean to the true gradient", HIGHER),
@@ -215,10 +215,10 @@ def measure(n_draws: int, seed: int = 0) -> dict[str, Quality]:
     toy, policy = make_toy(seed)
     return {
         name: quality(
-            draw_gradients(toy, policy, parse_estimator(kind), tau, n_draws, sample_tau=sample_tau),
+            draw_gradients(toy, policy, estimator, tau, n_draws, sample_tau=sample_tau),
             true_gradient(toy, policy, sample_tau),
         )
-        for name, kind, tau, sample_tau in CASES
+        for name, estimator, tau, sample_tau in CASES
     }
 
 
@@ -228,10 +228,9 @@ def build_report(found: dict[str, Quality], n_draws: int, seed: int = 0) -> Repo
     truth = true_gradient(toy, policy)
     swept = {
         name: [
-            quality(draw_gradients(toy, policy, parse_estimator(kind), tau, n_draws), truth)
-            for tau in _TAUS
+            quality(draw_gradients(toy, policy, estimator, tau, n_draws), truth) for tau in _TAUS
         ]
-        for name, kind in _SWEPT
+        for name, estimator in _SWEPT
     }
     charts = [
         CurveChart(title, "log2 tau", label, _series(swept, field))
