@@ -4,7 +4,7 @@ Command:  python scripts/benchmark_dump.py --shape=S --batch=64 --context=64 --p
 Time:     17 seconds on 2 CPU cores.
 
 The dump stops behind block L, so it needs no output head; it keeps ``--positions`` rows a
-document. The limit is its matrix-product FLOPs (``conlens_jax/benchmark/flops.py``) at the rate of
+document. The limit is its matrix-product FLOPs (``conlens_jax/planning/flops.py``) at the rate of
 large matrix products, all measured in one run. Tokenizing and writing are not in it: the log of
 ``python -m conlens_jax.dump`` has the samples/s of the whole.
 
@@ -23,13 +23,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from conlens_jax.benchmark.flops import dump_flops
-from conlens_jax.benchmark.measure import Runner, matmul_rate
-from conlens_jax.benchmark.shapes import SHAPES, shape_workload
+from benchmark.measure import Runner, matmul_rate
+from benchmark.workloads import SHAPES, shape_workload
 from conlens_jax.config import ExperimentConfig
 from conlens_jax.lens.original import capture
 from conlens_jax.models.transformer import forward
 from conlens_jax.parallel.host import keep_freed_memory
+from conlens_jax.planning.flops import dump_flops
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

@@ -5,10 +5,10 @@ Command:  python scripts/benchmark_step.py --shape=S --text-len=8 --batch=32 --c
 Time:     about 4 minutes for S at T = 8 with --unroll=1 on 2 CPU cores, most of it compiling the
           naive step; --no-naive and --phases=none leave parts out.
 
-One run prints, for this implementation and for the naive one (``conlens_jax/benchmark/naive.py``:
+One run prints, for this implementation and for the naive one (``scripts/benchmark/naive.py``:
 the same loss and exact gradient, no cache, no shortcut), the time and XLA's temporary memory of
 every phase as a program of its own and of the whole step; the least matrix-product FLOPs of each
-phase (``conlens_jax/benchmark/flops.py`` has the formula) and the time they take at the rate of
+phase (``conlens_jax/planning/flops.py`` has the formula) and the time they take at the rate of
 large matrix products in the same dtype, measured before and after; and the ratios naive / ours
 and ours / limit. ``step detached`` (or ``step exact``) is our step with that
 ``lens.history_gradient``; ``step`` has what ``--history`` or the config says, by default the exact
@@ -36,8 +36,7 @@ from typing import Any
 
 import jax
 
-from conlens_jax.benchmark.flops import step_flops
-from conlens_jax.benchmark.measure import (
+from benchmark.measure import (
     Measured,
     Runner,
     copy_rate,
@@ -45,7 +44,7 @@ from conlens_jax.benchmark.measure import (
     peak_memory,
     row_rate,
 )
-from conlens_jax.benchmark.phases import (
+from benchmark.phases import (
     decoding,
     naive_phases,
     naive_step,
@@ -53,9 +52,8 @@ from conlens_jax.benchmark.phases import (
     our_step,
     with_history,
 )
-from conlens_jax.benchmark.shapes import (
+from benchmark.workloads import (
     SHAPES,
-    Workload,
     comparable,
     config_workload,
     read_config_file,
@@ -63,6 +61,7 @@ from conlens_jax.benchmark.shapes import (
 )
 from conlens_jax.config import ExperimentConfig, with_changes
 from conlens_jax.parallel.host import keep_freed_memory
+from conlens_jax.planning.flops import Workload, step_flops
 
 MIB = 1 << 20
 

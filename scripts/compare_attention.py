@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conlens_jax.benchmark.measure import Runner
-from conlens_jax.benchmark.shapes import SHAPES, model_shape
+from benchmark.measure import Runner
+from benchmark.workloads import SHAPES, model_shape
 from conlens_jax.models.families import llama
 from conlens_jax.models.param_table import init_params
 from conlens_jax.models.transformer import forward

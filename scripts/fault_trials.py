@@ -33,6 +33,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from conlens_jax import launch
+from conlens_jax.data.cache_writer import PROGRESS_FILE
+from conlens_jax.files.whole import write_whole
+from conlens_jax.parallel.preemption import PREEMPTED
+from conlens_jax.training.checkpoint import all_steps
 from fault_child import FILLER
 from fault_world import (
     LIMIT_SECONDS,
@@ -46,12 +51,6 @@ from fault_world import (
     run_command,
     unreadable_checkpoints,
 )
-
-from conlens_jax import launch
-from conlens_jax.data.cache_writer import PROGRESS_FILE
-from conlens_jax.files.whole import write_whole
-from conlens_jax.parallel.preemption import PREEMPTED
-from conlens_jax.training.checkpoint import all_steps
 
 SMALL_DISK = "48m"
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from conlens_jax.benchmark.shapes import Workload
 from conlens_jax.config import ExperimentConfig
 from conlens_jax.lens.batch import Batch
 from conlens_jax.lens.objective import Objective
@@ -25,6 +24,7 @@ from conlens_jax.models.param_table import Params, abstract_params
 from conlens_jax.models.sharding import param_shardings
 from conlens_jax.models.transformer_config import TransformerConfig
 from conlens_jax.parallel.mesh import batch_sharding
+from conlens_jax.planning.flops import Workload
 from conlens_jax.planning.model_source import PlannedModel
 from conlens_jax.training.session import check_batches, check_context
 from conlens_jax.training.state import (

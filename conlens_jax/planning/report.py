@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from conlens_jax.benchmark.flops import dump_flops, step_flops, supervised_flops
 from conlens_jax.config import MeshConfig
 from conlens_jax.parallel.footprint import count, device_bytes, in_units, total_bytes
 from conlens_jax.parallel.mesh import MESH_PRESETS, abstract_mesh
 from conlens_jax.planning.compiled import compile_step
+from conlens_jax.planning.flops import dump_flops, step_flops, supervised_flops
 from conlens_jax.planning.lens import Plan, make_plan
 from conlens_jax.planning.memory import peak, step_memory
 from conlens_jax.planning.model_source import WordCounter

@@ -28,6 +28,7 @@ from conlens_jax.models.families import llama
 from conlens_jax.models.model import load_model
 from conlens_jax.models.param_table import Params, init_params
 from conlens_jax.models.transformer_config import TransformerConfig
+from conlens_jax.planning.flops import Workload
 
 # Llama's rule for the mlp, 2/3 · 4 d rounded up to a multiple of 256, gives 768 at d = 256.
 SHAPES = {
@@ -44,22 +45,6 @@ SHAPES = {
     ),
 }
 MIN_POSITION = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """One training step's inputs, and what kind of step it is."""
-
-    name: str
-    config: ExperimentConfig
-    objective: Objective
-    trainable: Params
-    frozen: Params
-    batch: Batch
-
-    @property
-    def spec(self) -> LensSpec:
-        return self.objective.spec
 
 
 def model_shape(name: str, max_positions: int, **run: object) -> TransformerConfig:

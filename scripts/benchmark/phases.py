@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from conlens_jax.benchmark import naive
-from conlens_jax.benchmark.measure import Measured, Runner
-from conlens_jax.benchmark.shapes import Workload
+from benchmark import naive
+from benchmark.measure import Measured, Runner
 from conlens_jax.lens.decoder import generate, teacher_forced_logits
 from conlens_jax.lens.encoder import encode_embeddings
 from conlens_jax.lens.gumbel import example_keys, gumbel_noise
@@ -33,6 +32,7 @@ from conlens_jax.lens.objective import (
 from conlens_jax.lens.original import read_context, swapped_logits
 from conlens_jax.lens.spec import decoder_of, encoder_of
 from conlens_jax.models.transformer import embed_tokens, scale_embeddings
+from conlens_jax.planning.flops import Workload
 from conlens_jax.training.optimizer import apply_updates, poison_if_not_finite
 from conlens_jax.training.state import (
     SAMPLING,

@@ -22,11 +22,31 @@ import math
 
 import numpy as np
 
-from conlens_jax.benchmark.shapes import Workload
+from conlens_jax.config import ExperimentConfig
+from conlens_jax.lens.batch import Batch
+from conlens_jax.lens.objective import Objective
+from conlens_jax.lens.spec import LensSpec
 from conlens_jax.models.families import family_of
+from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer_config import TransformerConfig
 
 _KEY_VALUE = ("key", "value")
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """The inputs of a training step, arrays or shapes, and the configuration of the step."""
+
+    name: str
+    config: ExperimentConfig
+    objective: Objective
+    trainable: Params
+    frozen: Params
+    batch: Batch
+
+    @property
+    def spec(self) -> LensSpec:
+        return self.objective.spec
 
 
 @dataclasses.dataclass(frozen=True)
