@@ -106,22 +106,6 @@ def grouped_batch(groups_nk: np.ndarray, batch_size: int, seed: int, step: int) 
     return groups_nk[batch_indices(n_groups, batch_size // size, seed, step)].reshape(-1)
 
 
-def shard_of_batch(indices: np.ndarray, process_index: int, process_count: int) -> np.ndarray:
-    """The part of a global batch that one process reads: consecutive, of equal size.
-
-    Raises:
-      ValueError: the batch cannot be divided evenly, or there is no such process.
-    """
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} must be 0 … {process_count - 1}")
-    if len(indices) % process_count:
-        raise ValueError(
-            f"batch_size={len(indices)} must be a multiple of the {process_count} processes"
-        )
-    size = len(indices) // process_count
-    return indices[process_index * size : (process_index + 1) * size]
-
-
 def pad_tokens(
     token_lists: Sequence[Sequence[int]], seq_len: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -9,8 +9,8 @@ Three layouts are known:
 * the parquet files of natural-language autoencoders: ``activation_vector``, and optionally
   ``token_ids_prefix`` (the context up to and including P) with a ``<file>.nla_meta.yaml`` sidecar.
 
-``A`` and ``A_prime`` are both activations with a context, so they become two rows. Reading is not
-fast; :func:`convert_legacy` turns such a folder into an :class:`ActivationCache` once.
+``A`` and ``A_prime`` are both activations with a context, so they become two rows. Reading is
+slower than from an :class:`ActivationCache`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ from conlens_jax.data.cache import ActivationCache
 from conlens_jax.data.cache_metadata import (
     CacheError,
     CacheMetadata,
-    cache_is_complete,
     check_metadata,
 )
-from conlens_jax.data.cache_writer import CacheWriter
 from conlens_jax.data.legacy_files import (
     TOKEN_COLUMNS,
     Block,
@@ -214,37 +212,14 @@ class LegacyCache:
             yield Places.of(self.rows(np.arange(start, end)))
 
     def check(self, **expected: Any) -> None:
-        """As :meth:`ActivationCache.check`; what the old files do not record is not compared."""
+        """As :meth:`ActivationCache.check`; what the files do not record is not compared.
+
+        Raises:
+          CacheError: a mismatch, or no contexts, without which a lens cannot be trained.
+        """
+        if not self.has_contexts:
+            raise CacheError(
+                f"{self.folder} has no token columns ({', '.join(TOKEN_COLUMNS)}): a lens needs "
+                "the context of every activation; dump again from the texts"
+            )
         check_metadata(self.metadata, str(self.folder), **expected)
-
-
-def convert_legacy(
-    source: LegacyCache,
-    folder: str | Path,
-    metadata: CacheMetadata,
-    rows_per_shard: int = 4096,
-    rows_per_read: int = 512,
-) -> ActivationCache:
-    """Writes an earlier cache in today's format; an interrupted conversion goes on.
-
-    Args:
-      source: the earlier cache.
-      folder: the new cache; returned opened where it is already complete.
-      metadata: usually ``dataclasses.replace(source.metadata, model_id=…, weights_hash=…,
-        tokenizer_hash=…, layer=…)``: what the old files do not record.
-
-    Raises:
-      CacheError: the source has no contexts, or ``folder`` holds something else.
-    """
-    if not source.has_contexts:
-        raise CacheError(
-            f"{source.folder} has no token columns ({', '.join(TOKEN_COLUMNS)}): a lens needs the "
-            "context of every activation; dump again from the texts"
-        )
-    if not cache_is_complete(folder, metadata):
-        writer = CacheWriter(folder, metadata, rows_per_shard)
-        for start in range(writer.rows_written, len(source), rows_per_read):
-            indices = range(start, min(start + rows_per_read, len(source)))
-            writer.append(source.rows(indices), indices)
-        writer.finish()
-    return ActivationCache.open(folder, verify="sizes")

@@ -249,10 +249,5 @@ def _abstract(row: ParamRow, config: TransformerConfig) -> jax.ShapeDtypeStruct 
     return Int8Matrix(values, jax.ShapeDtypeStruct(scale, jnp.float32), dtype)
 
 
-def dims_tree(table: list[ParamRow]) -> Params:
-    """The dimension letters of each parameter, for the partition table."""
-    return build_tree((row.path, row.dims) for row in table)
-
-
 def count_params(table: list[ParamRow], config: TransformerConfig) -> int:
     return sum(math.prod(row.shape(config)) for row in table)

@@ -104,13 +104,13 @@ class Checkpoints:
         for step in all_steps(self.folder):
             if problem := metrics_problem(self.folder / str(step)):
                 raise _damaged(self.folder / str(step), problem)
-        self._policy = _Preserve(keep_latest, keep_best, metric, frozenset(keep_steps))
+        policy = _Preserve(keep_latest, keep_best, metric, frozenset(keep_steps))
         self._manager = _Manager(
             place,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._policy,
+                preservation_policy=policy,
                 # Orbax writes and reads metrics only where this is given; the policy decides.
-                best_fn=self._policy.value,
+                best_fn=policy.value,
                 best_mode="min",
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
@@ -164,22 +164,10 @@ class Checkpoints:
             self._reads_back = False
         return saved
 
-    def latest_step(self) -> int | None:
-        """The newest complete checkpoint, None where there is none."""
-        return max(self.all_steps(), default=None)
-
     def all_steps(self) -> list[int]:
         """The complete checkpoints, in rising order."""
         self.wait()
         return all_steps(self.folder)
-
-    def best_step(self) -> int | None:
-        """The checkpoint with the lowest metric, None where none has a finite one."""
-        self.wait()
-        step = self._manager.best_step()
-        if step is None or math.isinf(self._policy.value(self._manager.metrics(step))):
-            return None
-        return step
 
     def restore(self, step: int | None, template: PyTree) -> tuple[PyTree, dict[str, Any]]:
         """The state and the metadata of a step (None: the newest).
