@@ -1,11 +1,11 @@
-"""Caches of earlier public systems, read through the same interface as ours.
+"""Activation caches of earlier public systems, read through the same interface.
 
 Three layouts are known:
 
-* a folder with one ``.pt`` file a sample: a dict with ``A``, ``input_ids_A``, ``token_pos_A`` and,
-  in most, the same with ``_prime``;
-* ``.pt`` shards that hold lists of such dicts, with or without a ``metadata.json`` that names
-  them (several processes wrote ``rank_0/``, ``rank_1/``, …);
+* a folder with one ``.pt`` file per sample: a dict with ``A``, ``input_ids_A``, ``token_pos_A``
+  and, in most, the same with ``_prime``;
+* ``.pt`` shards with lists of such dicts, with or without a ``metadata.json`` that lists them
+  (several processes wrote ``rank_0/``, ``rank_1/``, …);
 * the parquet files of natural-language autoencoders: ``activation_vector``, and optionally
   ``token_ids_prefix`` (the context up to and including P) with a ``<file>.nla_meta.yaml`` sidecar.
 
@@ -52,13 +52,13 @@ def open_cache(
     pad_id: int | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> ActivationCache | LegacyCache:
-    """Opens a cache of any known layout.
+    """Opens a cache of any supported layout.
 
-    ``pad_id`` is for the earlier ones only, which are read whole whatever ``verify`` and ``share``
-    (see :meth:`ActivationCache.open`) say.
+    ``pad_id`` is used only for legacy layouts, which are always read completely; ``verify`` and
+    ``share`` are those of :meth:`ActivationCache.open`.
 
     Raises:
-      CacheError: nothing there, an unknown layout, or a damaged cache.
+      CacheError: there is no cache, its layout is unknown, or it is damaged.
     """
     folder = local_path(folder)
     if pt_files(folder) or parquet_files(folder):
@@ -68,10 +68,10 @@ def open_cache(
 
 @dataclasses.dataclass
 class _Facts:
-    """What all the files have to agree about, gathered while they are read."""
+    """Properties that all files must share, collected while reading."""
 
     blocks: list[tuple[Block, int]] = dataclasses.field(default_factory=list)
-    widths: dict[int, str] = dataclasses.field(default_factory=dict)  # and where it is met first
+    widths: dict[int, str] = dataclasses.field(default_factory=dict)  # and the first file with it
     with_tokens: set[bool] = dataclasses.field(default_factory=set)
     layers: set[int] = dataclasses.field(default_factory=set)
     seq_len: int = 0
@@ -96,11 +96,11 @@ class _Facts:
 
 
 class LegacyCache:
-    """An earlier public cache behind ``rows(indices)``, ``len`` and ``metadata``.
+    """A legacy cache with the interface of :class:`ActivationCache`.
 
-    ``metadata`` has what the files record: hashes are empty, an unknown layer is -1. The ``.pt``
-    systems captured the *input* of block ``layer_idx`` (``hidden_states[layer_idx]``), which is
-    the output of block ``layer_idx − 1``: ``metadata.layer`` says the latter. Parquet sidecars
+    ``metadata`` contains what the files record: hashes are empty, an unknown layer is -1. The
+    ``.pt`` systems captured the *input* of block ``layer_idx`` (``hidden_states[layer_idx]``); that
+    is the output of block ``layer_idx − 1``, the value of ``metadata.layer``. Parquet sidecars
     already count outputs of blocks.
     """
 
@@ -122,16 +122,16 @@ class LegacyCache:
 
     @classmethod
     def open(cls, folder: str | Path, pad_id: int | None = None) -> LegacyCache:
-        """Reads every file once, to know its rows and that they are whole.
+        """Reads every file once, to count its rows and check them.
 
         Args:
           folder: the folder, or one parquet file.
-          pad_id: the padding token of the dump: trailing ones behind P are then not counted in
+          pad_id: the padding token of the dump: trailing ones after P are not counted in
             ``lengths_N``. Without it every stored token counts as text.
 
         Raises:
-          CacheError: no file of a known layout; or a list of files with missing keys, activations
-            that are not finite (float16 overflows in large models), or unequal widths.
+          CacheError: no file has a supported layout; or files have missing keys, activations that
+            are not finite (float16 overflows in large models), or different widths (all listed).
         """
         folder = local_path(folder)
         paths = pt_files(folder)
@@ -190,7 +190,7 @@ class LegacyCache:
         for index in np.unique(indices):
             number = int(np.searchsorted(self._ends, index, side="right"))
             block = self._read(self._blocks[number])
-            # Counted from the end of the block: the start of the first one is not in _ends.
+            # Counted from the end of the block: _ends does not have the start of the first block.
             found[int(index)] = block[int(index - self._ends[number])]
         rows = [found[int(index)] for index in indices]
         tokens_NS = np.full((len(rows), self.metadata.seq_len), self._pad_id or 0, np.int32)
@@ -207,15 +207,15 @@ class LegacyCache:
         )
 
     def places(self) -> Iterator[Places]:
-        """As :meth:`ActivationCache.places`, block by block; these layouts are read whole."""
+        """Like :meth:`ActivationCache.places`, but every row is read completely."""
         for start, end in itertools.pairwise([0, *self._ends]):
             yield Places.of(self.rows(np.arange(start, end)))
 
     def check(self, **expected: Any) -> None:
-        """As :meth:`ActivationCache.check`; what the files do not record is not compared.
+        """Like :meth:`ActivationCache.check`; what the files do not record is not compared.
 
         Raises:
-          CacheError: a mismatch, or no contexts, without which a lens cannot be trained.
+          CacheError: there is a mismatch, or the files have no contexts.
         """
         if not self.has_contexts:
             raise CacheError(
