@@ -309,7 +309,7 @@ def test_unknown_schema_and_keys(tmp_path):
         ActivationCache.open(folder)
     outside = [{**shard, "file": "../" + shard["file"]} for shard in values["shards"]]
     path.write_text(json.dumps({**values, "shards": outside}))
-    with pytest.raises(CacheError, match="own folder"):
+    with pytest.raises(CacheError, match="directly in the cache folder"):
         ActivationCache.open(folder)
 
 
@@ -371,7 +371,7 @@ def test_failed_writer_refuses_more_rows(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="broken disk"):
             writer.append(rows, range(N_ROWS))
     # Rows appended twice would silently be two rows.
-    with pytest.raises(RuntimeError, match="make a new one"):
+    with pytest.raises(RuntimeError, match="create a new one"):
         writer.append(rows, range(N_ROWS))
 
 
