@@ -1,4 +1,4 @@
-"""Top operations and the time of each phase of a profile; needs no TensorFlow.
+"""Top operations and the time of each phase of a profile, without TensorFlow.
 
 python -m conlens_jax.train --config=configs/quickstart.py --config.profile.steps="(850,855)"
 python scripts/profile_summary.py runs/quickstart/profile/joint

@@ -143,7 +143,7 @@ def step_flops(work: Workload) -> dict[str, float]:
         + heads.backward(head_trained)
         + read_back.backward(full_encoder)
         + 2 * square.backward(lens.train_projections)
-        # E ē of every token (encoder's table) and of all but the last (decoder's table).
+        # E ē of every token (encoder's table) and of all but the last (decoder's).
         + (2 * text_len - 1) * head.total
     )
     if objective.loss.lm_reference == "warm":
@@ -169,8 +169,8 @@ def step_flops(work: Workload) -> dict[str, float]:
 
 
 def supervised_flops(work: Workload) -> dict[str, float]:
-    """FLOPs of a step of the warm start, which is also the anchor term of the joint loss: D writes a
-    window of real text, E reads it."""
+    """FLOPs of a step of the warm start, which is also the anchor term of the joint loss: D writes
+    a window of real text, E reads it."""
     spec, lens = work.spec, work.spec.lens
     rows, text_len = len(work.batch.positions_B), spec.text_len
     prompt = len(spec.decoder_left) + 1 + len(spec.decoder_right)
