@@ -189,15 +189,16 @@ def main() -> None:
         f"{many} bodies of 1.2 MB at once": lambda s: at_once(s, many, as_large_as_may_be),
         f"a body of {size} MiB": lambda s: large(s, size, chunked=False),
         f"a body of {size} MiB in chunks": lambda s: large(s, size, chunked=True),
-        f"20 short ones beside {many} slow clients": lambda s: beside_slow_ones(s, many),
-        f"one after {many} hung up": lambda s: after_those_who_left(s, many),
+        f"20 short requests with {many} slow clients": lambda s: beside_slow_ones(s, many),
+        f"one after {many} disconnected": lambda s: after_those_who_left(s, many),
         "another Host; another Origin": foreign,
     }
     print(
-        "| trial | answers | latency, median / longest | server's peak memory |\n|---|---|---|---|"
+        "| trial | responses | latency, median / longest | server's peak memory |\n"
+        "|---|---|---|---|"
     )
     with served(flags.checkpoint, flags.seconds) as server:
-        print(f"| before any | | | {server.memory('VmHWM'):.0f} MiB |", flush=True)
+        print(f"| before any request | | | {server.memory('VmHWM'):.0f} MiB |", flush=True)
         for name, trial in trials.items():
             server.reset_peak()
             before, answers = server.memory("VmRSS"), trial(server)

@@ -221,7 +221,7 @@ def test_a_shape_is_found_by_hub_id_file_and_folder(tmp_path, folder):
 
 
 def test_a_shape_that_is_nowhere(tmp_path):
-    with pytest.raises(ConfigError, match="--model-config='nowhere'.*no config.json"):
+    with pytest.raises(ConfigError, match="--model-config='nowhere'.*nor a folder with"):
         planned_model(ExperimentConfig(), "nowhere")
     with pytest.raises(ConfigError, match="model.path='./nowhere'"):
         planned_model(config_of("./nowhere"))

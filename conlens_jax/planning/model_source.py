@@ -95,7 +95,7 @@ def _config_file(path: str, revision: str, flag: str) -> Path:
             return file
     name = flag or "model.path"
     if flag or given.is_dir() or path.count("/") > 1 or path.startswith((".", "/", "~")):
-        raise ConfigError([f"{name}={path!r}: not a folder with a config.json, and not a file"])
+        raise ConfigError([f"{name}={path!r}: not a file, nor a folder with a config.json"])
     if shipped.is_file():
         return shipped
     from huggingface_hub import hf_hub_download
