@@ -11,8 +11,8 @@ import collections
 import sys
 from pathlib import Path
 
+from benchmark.profile_reading import phase_of, scopes_of, time_by_operation
 from conlens_jax.config import ConfigError
-from conlens_jax.planning.profile_reading import phase_of, scopes_of, time_by_operation
 from conlens_jax.tracking.console import Console
 
 

@@ -5,7 +5,7 @@
 Without ``--target`` the programs are compiled for CPUs, which needs no further wheels
 (:mod:`conlens_jax.planning.gpu_target`) but takes more memory.
 
-For each count (see :mod:`conlens_jax.planning.scaling`): bytes and FLOPs per device, bytes that a
+For each count (see :mod:`benchmark.scaling`): bytes and FLOPs per device, bytes that a
 device sends per step by each collective, and the seconds that these would take on H100s without
 overlap:
 
@@ -24,9 +24,9 @@ import sys
 import jax
 from absl import flags
 
+from benchmark.scaling import HEADER, report_row
 from conlens_jax import cli
 from conlens_jax.config import ConfigError
-from conlens_jax.planning.scaling import HEADER, report_row
 from conlens_jax.tracking.console import Console
 
 _CONFIG = cli.define_config()

@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmark.collectives import collectives_of
 from conlens_jax.config import MeshConfig
 from conlens_jax.parallel.mesh import make_mesh
-from conlens_jax.planning.collectives import collectives_of
 
 HLO = """
 HloModule jit_f

@@ -1,1 +1,1 @@
-"""What a training step costs, compared with a naive step and with the machine's limit."""
+"""Cost of a training step: measured, profiled, and predicted from compiled programs."""

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import jax
 
+from benchmark.collectives import KINDS
 from conlens_jax.config import ConfigError
-from conlens_jax.planning.collectives import KINDS
 from conlens_jax.training.profile import HLO_FILE
 
 _OP_NAME = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = .*metadata=\{.*?op_name="([^"]*)"', re.M)

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 import jax
 
+from benchmark.collectives import KINDS, Collective, collectives_of
 from conlens_jax.config import ExperimentConfig, MeshConfig
 from conlens_jax.parallel.footprint import in_units
 from conlens_jax.parallel.mesh import make_mesh, mesh_shape, planned_mesh
-from conlens_jax.planning.collectives import KINDS, Collective, collectives_of
 from conlens_jax.planning.compiled import compiled_program, memory_of
 from conlens_jax.planning.flops import step_flops, supervised_flops
 from conlens_jax.planning.gpu_target import target_mesh
