@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="runs/gpu", help="folder for logs and JSON")
     parser.add_argument("--scratch", default="", help="folder for caches; default: inside --out")
-    parser.add_argument("--seconds", type=float, default=540, help="time limit of the whole")
+    parser.add_argument("--seconds", type=float, default=540, help="total time limit")
     parser.add_argument(
         "--only", type=lambda text: text.split(","), default=[], help=f"some of {names}"
     )

@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="S", help="of the random model")
     parser.add_argument("--text", default="", help="text to read; empty: random tokens")
     parser.add_argument("--batch", type=int, default=8, help="rows of random tokens")
-    parser.add_argument("--length", type=int, default=64, help="random tokens of a row")
+    parser.add_argument("--length", type=int, default=64, help="random tokens per row")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

@@ -36,7 +36,7 @@ class TokenVariable:
             states_NT &= matches_NT
         return np.where(states_NT, tokens_NT, NOTHING)
 
-    def says_the_same_as(self, other: TokenVariable) -> bool:
+    def indistinguishable_from(self, other: TokenVariable) -> bool:
         """Whether a text cannot distinguish the two, as with the names of two people."""
         return self.tag == other.tag and np.array_equal(self.values_K, other.values_K)
 
