@@ -90,9 +90,9 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
     }
 )
-"""All values of each attribute, each one word. ``name`` and ``friend`` have the same list, so a name
-does not identify which person is meant; all other values belong to one attribute only, and none is
-an ordinary word of the rules."""
+"""All values of each attribute, each one word. ``name`` and ``friend`` have the same list, so a
+name does not identify which person is meant; all other values belong to one attribute only, and
+none is an ordinary word of the rules."""
 
 _PAIRS = (
     ("little", "small"),
