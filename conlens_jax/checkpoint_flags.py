@@ -1,4 +1,4 @@
-"""The flags that name a checkpoint, and the configuration that its run recorded."""
+"""The flags that select a checkpoint, and the configuration recorded by its run."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ STEP = flags.DEFINE_string("step", "latest", "Checkpoint of a run folder: latest
 
 
 def recorded_config(checkpoint: str) -> ExperimentConfig:
-    """The configuration that a run was made with, but for the processes that it was made in.
+    """The configuration of a run, without its ``distributed`` section.
 
     Raises:
-      ConfigError: the folder is no run.
+      ConfigError: the folder is not a run.
     """
     folder, _ = checkpoint_of(checkpoint)
     file = Path(folder).parent / "config.json"

@@ -1,4 +1,4 @@
-"""What all entry points share: flags, the validated config, and errors on one screen."""
+"""Shared by all entry points: flags, the validated config, and short error messages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from conlens_jax.tracking.console import Console
 from conlens_jax.training.stopped import TrainingStopped
 
 _HELP = re.compile(r"--?(help|helpshort|helpfull|helpxml|\?)(=\w+)?")
-_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the trace of an error.")
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of an error.")
 
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
@@ -43,12 +43,12 @@ def define_config(default: str | None = None) -> flags.FlagHolder:
 def run(
     main: Callable[..., None], *, takes_arguments: bool = False, one_process: bool = False
 ) -> None:
-    """Parses flags and runs ``main``; an error that the user can mend is printed, not traced.
+    """Parses flags and runs ``main``; for errors that the user can fix only the message is printed.
 
-    ``main`` gets the list of arguments that are no flags if it ``takes_arguments``; otherwise there
-    must be none. Flags for several processes are refused where it runs in ``one_process``.
+    If it ``takes_arguments``, ``main`` gets the list of positional arguments; otherwise there must
+    be none. With ``one_process``, flags for several processes are refused.
 
-    Exit codes: 0 done, 2 wrong input, 75 saved after SIGTERM and can go on, 1 anything else.
+    Exit codes: 0 done, 2 wrong input, 75 saved after SIGTERM and can be resumed, 1 anything else.
     """
 
     def guarded(argv: Sequence[str]) -> None:
@@ -56,7 +56,7 @@ def run(
             _fail([f"unexpected argument {argument!r}" for argument in argv[1:]])
         keep_freed_memory()
         sys.unraisablehook = _without_closed_loops
-        # Orbax and JAX narrate at INFO; their warnings and errors stay.
+        # Orbax and JAX log much at INFO; their warnings and errors are shown.
         logging.set_verbosity(logging.WARNING)
         try:
             with leaving_on_sigterm(), stopping_with_others():
@@ -70,7 +70,7 @@ def run(
             _fail(error.problems if isinstance(error, ConfigError) else [str(error)])
 
     shared = ["traceback", "checkpoint"] + ["config"] * ("_CONFIG" in main.__globals__)
-    for name in shared:  # --help shows the flags of the main module, and those named here
+    for name in shared:  # --help shows the flags of the main module and these
         if name in flags.FLAGS:
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     problems = _unknown_overrides(sys.argv[1:])
@@ -82,18 +82,18 @@ def run(
 
 
 def _without_closed_loops(unraisable: sys.UnraisableHookArgs) -> None:
-    """On a full disk the first of a checkpoint's writes to fail ends the event loop that the others
-    report to, each with a trace; the error itself is told elsewhere."""
+    """On a full disk the first failing write of a checkpoint closes the event loop of the others,
+    which then each print a traceback; the error itself is raised elsewhere."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-    """absl's own answer to a value of the wrong type is a page of usage."""
+    """Parses flags; absl alone would print a page of usage for a value of the wrong type."""
     try:
         return flags.FLAGS(argv)
     except SystemExit:
-        if any(map(_HELP.fullmatch, argv[1:])):  # absl shows it, and exits with 1
+        if any(map(_HELP.fullmatch, argv[1:])):  # absl prints the help and exits with 1
             leave(0)
         raise
     except (flags.Error, TypeError, ValueError) as error:
@@ -101,7 +101,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def _wrong_value(message: str) -> str:
-    """absl's message, or a better one where it is about a field of the config."""
+    """absl's message, or a better one for a field of the config."""
     override = re.match(r"Unknown command line flag '(config\.[\w.]+)'", message)
     if override:
         return f"--{override[1]} changes a field of a config file: give --config=<file> too"
@@ -124,17 +124,17 @@ def load_config(holder: flags.FlagHolder) -> ExperimentConfig:
 
 
 def start(config: ExperimentConfig) -> Console:
-    """Joins the other processes of the run, if there are any; only the first one's console prints.
+    """Connects to the other processes of the run, if any; only the console of the first one prints.
 
     Raises:
-      ProcessError: they do not meet.
+      ProcessError: they cannot connect.
     """
     start_processes(config.distributed)
     return Console(enabled=is_first())
 
 
 def _unknown_overrides(arguments: Sequence[str]) -> list[str]:
-    """ml_collections answers an unknown field with a trace; we name the nearest one."""
+    """A problem with the nearest known name for each unknown field of the config."""
     known = set(field_names())
     problems = []
     for argument in arguments:
@@ -145,7 +145,7 @@ def _unknown_overrides(arguments: Sequence[str]) -> list[str]:
 
 
 def _process_flags(arguments: Sequence[str]) -> list[str]:
-    """The flags for several processes, each as a problem."""
+    """A problem for each flag for several processes."""
     flags_given = [re.match(r"--?config\.distributed\.\w+", argument) for argument in arguments]
     return [f"{flag[0]}: this command runs in one process" for flag in flags_given if flag]
 

@@ -1,6 +1,6 @@
 """Corpus → activation cache: python -m conlens_jax.dump --config=configs/quickstart.py
 
-A dump that was stopped goes on behind its last whole shard when the same command is given again.
+The same command resumes an interrupted dump after its last complete shard.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """Checkpoint → metrics and report: python -m conlens_jax.evaluate --checkpoint=runs/quickstart
 
-``--checkpoint`` is a run folder or one checkpoint in it; ``--step`` chooses one of a run folder. A
-run that was moved is found with the model and the cache that it records, or that were moved with
-it; ``--cache_dir`` says where else the cache is. The configuration is the run's own unless
-``--config`` gives another one; with ``--config`` alone its ``run_dir`` is evaluated.
-``--suite=full`` adds the audit, baselines, truth, interventions and best of K to the metrics
-(docs/evaluation.md); ``--suite=interventions`` the interventions alone. Several processes need
-``--config``, whose fields say how they meet.
+``--checkpoint`` is a run folder or one checkpoint in it; ``--step`` selects one of a run folder.
+For a run that was moved the recorded model and cache are used, or those that were moved with it;
+``--cache_dir`` sets another cache. The configuration is the run's own unless ``--config`` is given;
+with ``--config`` alone its ``run_dir`` is evaluated. ``--suite=full`` adds the audit, baselines,
+truth, interventions and best of K to the metrics (docs/evaluation.md); ``--suite=interventions``
+only the interventions. Several processes need ``--config``, with its fields ``distributed``.
 """
 
 from __future__ import annotations
@@ -17,9 +16,7 @@ from absl import flags
 
 from conlens_jax import cli
 from conlens_jax.checkpoint_flags import CHECKPOINT, STEP, recorded_config
-from conlens_jax.config import (
-    ConfigError,
-)
+from conlens_jax.config import ConfigError
 from conlens_jax.evaluation.run import evaluate_run
 from conlens_jax.files.paths import local_path
 from conlens_jax.parallel.processes import is_first
@@ -29,9 +26,9 @@ from conlens_jax.training.session import open_session
 
 _CONFIG = cli.define_config()
 SUITE = flags.DEFINE_enum(
-    "suite", None, ("basic", "full", "interventions"), "In place of evaluate.suite."
+    "suite", None, ("basic", "full", "interventions"), "Overrides evaluate.suite."
 )
-_CACHE_DIR = flags.DEFINE_string("cache_dir", None, "In place of dump.cache_dir.")
+_CACHE_DIR = flags.DEFINE_string("cache_dir", None, "Overrides dump.cache_dir.")
 
 
 def main() -> None:

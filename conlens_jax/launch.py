@@ -1,12 +1,12 @@
-"""Several processes on one machine, to try a distributed run out:
+"""Starts several processes on one machine, to try out a distributed run:
 
     python -m conlens_jax.launch --processes=2 --devices=4 -- \\
         conlens_jax.train --config=configs/quickstart.py
 
-Each process has ``--devices`` virtual CPU devices. Behind ``--`` stand a module and its flags;
-those that tell a process which one it is are added. A process that fails ends the others, which get
-``--grace`` seconds to say why they stop; SIGTERM and Ctrl-C are passed on to all of them. The exit
-code is that of the first process that did not end with 0.
+Each process has ``--devices`` virtual CPU devices. After ``--`` come a module and its flags; the
+flags with the number of each process are added. If a process fails, the others are killed after
+``--grace`` seconds, in which they can print why they stop; SIGTERM and Ctrl-C are forwarded to all
+processes. The exit code is that of the first process that failed.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         own, command = own[:cut], own[cut + 1 :]
     parser = argparse.ArgumentParser(prog="conlens_jax.launch")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--devices", type=int, default=4, help="virtual CPU devices a process")
-    parser.add_argument("--grace", type=float, default=30.0, help="seconds before the others end")
+    parser.add_argument("--devices", type=int, default=4, help="virtual CPU devices per process")
+    parser.add_argument(
+        "--grace", type=float, default=30.0, help="seconds before the others are killed"
+    )
     flags = parser.parse_args(own)
     if flags.processes < 1 or flags.devices < 1:
         parser.error("--processes and --devices must be at least 1")
     if not command:
-        parser.error("give the command behind --, such as: -- conlens_jax.train --config=…")
+        parser.error("give the command after --, such as: -- conlens_jax.train --config=…")
     return flags, command
 
 
@@ -69,7 +71,7 @@ def start(
 
 
 def wait(running: Sequence[subprocess.Popen], grace: float) -> int:
-    """Waits for all; ends those that still run ``grace`` seconds after one has failed."""
+    """Waits for all; kills those that still run ``grace`` seconds after one has failed."""
     first_failure, deadline = 0, float("inf")
     while None in [process.poll() for process in running]:  # polls every one of them
         failed = [process.returncode for process in running if process.returncode]
@@ -93,13 +95,13 @@ def main(arguments: Sequence[str]) -> int:
     flags, command = parse(arguments)
     running = start(command, flags.processes, flags.devices)
 
-    def pass_on(number: int, _: object) -> None:
+    def forward(number: int, _: object) -> None:
         for process in running:
             if process.poll() is None:
                 process.send_signal(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
+        signal.signal(number, forward)
     return wait(running, flags.grace)
 
 

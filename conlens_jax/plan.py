@@ -1,11 +1,11 @@
-"""What a run will take, without weights: python -m conlens_jax.plan --config=configs/lens_simple.py
+"""What a run will need, without weights: python -m conlens_jax.plan --config=configs/lens_simple.py
 
-From a config.json alone: parameters, bytes of each device, FLOPs of a step; with ``--compile``
-XLA's own memory analysis of the real train steps. ``model.path`` may be the hub id of a model in
-``third_party/model_configs``, any other hub id (its config.json is fetched), a folder, or
-``"embedded"``; ``--model-config`` gives a file instead. The mesh needs no devices, see
-:func:`~conlens_jax.parallel.mesh.planned_mesh`. ``--compile`` is for virtual CPU devices; with
-``--target=h100`` for GPUs, which need not be there either (but two wheels must).
+From a config.json alone: parameters, bytes per device, FLOPs per step; with ``--compile`` also
+XLA's memory analysis of the real train steps. ``model.path`` may be the hub id of a model in
+``third_party/model_configs``, any other hub id (its config.json is downloaded), a folder, or
+``"embedded"``; ``--model-config`` sets a file instead. The mesh needs no devices, see
+:func:`~conlens_jax.parallel.mesh.planned_mesh`. ``--compile`` compiles for virtual CPU devices, or
+with ``--target=h100`` for GPUs, which need not be present (but two wheels are needed).
 """
 
 from __future__ import annotations

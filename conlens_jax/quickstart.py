@@ -1,4 +1,4 @@
-"""The whole way on the embedded model and stories: python -m conlens_jax.quickstart
+"""The whole pipeline on the embedded model and stories: python -m conlens_jax.quickstart
 
 Trains the small language model at first use, dumps activations, trains a lens with its control,
 evaluates it, and prints the path of the report. Nothing is downloaded.

@@ -1,9 +1,9 @@
 """Many runs of a config: python -m conlens_jax.sweep --config=… --sweep=configs/sweeps/joint.yaml
 
-Trains ``--trials`` runs in ``<run_dir>/sweep/0``, ``1`` … one after the other, where ``<run_dir>``
-is the config's, and prints them, the best first; ``<run_dir>/sweep/trials.jsonl`` has the same
-table. The same command goes on where it was stopped. The sweep file is W&B's form, and
-``wandb sweep`` takes it too.
+Trains ``--trials`` runs one after another in ``<run_dir>/sweep/0``, ``1``, …, with the config's
+``run_dir``, and prints them sorted, best first; ``<run_dir>/sweep/trials.jsonl`` has the same
+table. The same command resumes a stopped sweep. The sweep file has the format of W&B, so
+``wandb sweep`` accepts it too.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from conlens_jax.training.sweep import read_sweep, result_of, trial_config, tria
 
 _CONFIG = cli.define_config()
 _SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, such as configs/sweeps/joint.yaml.")
-_TRIALS = flags.DEFINE_integer("trials", 0, "How many runs; 0: all of a grid.", lower_bound=0)
-_SEED = flags.DEFINE_integer("sweep_seed", 0, "Of a random search.", lower_bound=0)
+_TRIALS = flags.DEFINE_integer("trials", 0, "Number of runs; 0: the whole grid.", lower_bound=0)
+_SEED = flags.DEFINE_integer("sweep_seed", 0, "Seed of a random search.", lower_bound=0)
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
         raise ConfigError(["--sweep is missing; for example --sweep=configs/sweeps/joint.yaml"])
     config, sweep = cli.load_config(_CONFIG), read_sweep(_SWEEP.value)
     folder = local_path(config.run_dir) / "sweep"
-    # Every trial is checked before the first one begins.
+    # Every trial is checked before the first one starts.
     chosen = trials(sweep, _TRIALS.value, _SEED.value)
     configs = [
         trial_config(config, values, folder / str(number)) for number, values in enumerate(chosen)
@@ -50,7 +50,7 @@ def main() -> None:
     sign = -1 if sweep.maximize else 1
     last = lambda value: math.inf if math.isnan(value) else sign * value
     results.sort(key=lambda result: last(result[sweep.metric]))
-    console.table("trials, the best first", list(results[0]), [list(r.values()) for r in results])
+    console.table("trials, best first", list(results[0]), [list(r.values()) for r in results])
 
 
 if __name__ == "__main__":

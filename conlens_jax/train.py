@@ -1,7 +1,7 @@
 """Activation cache → lens: python -m conlens_jax.train --config=configs/quickstart.py
 
-A run that was stopped goes on from its last checkpoint when the same command is given again. With
-``--config.launch.dry_run=true`` the steps are compiled from shapes alone and their memory is said.
+The same command resumes a stopped run from its last checkpoint. ``--config.launch.dry_run=true``
+compiles the steps from shapes alone and prints their memory.
 """
 
 from __future__ import annotations

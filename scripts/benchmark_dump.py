@@ -1,12 +1,12 @@
-"""How fast the dump reads M: its forward pass, the whole model's, and the machine's limit.
+"""Speed of the dump: its forward pass, that of the whole model, and the machine's limit.
 
 Command:  python scripts/benchmark_dump.py --shape=S --batch=64 --context=64 --positions=4
 Time:     17 seconds on 2 CPU cores.
 
-The dump stops behind block L, so it needs no output head; it keeps ``--positions`` rows a
-document. The limit is its matrix-product FLOPs (``conlens_jax/benchmark/flops.py``) at the rate of
-large matrix products, all measured in one run. Tokenizing and writing are not in it: the log of
-``python -m conlens_jax.dump`` has the samples/s of the whole.
+The dump stops after block L, so it needs no output head; it keeps ``--positions`` rows per
+document. The limit is its matrix-product FLOPs (``conlens_jax/planning/flops.py``) at the rate of
+large matrix products, all measured in one run. Tokenisation and writing are not included: the log
+of ``python -m conlens_jax.dump`` has the samples/s of the whole dump.
 
 Measured with the command above (fp32, L = 3 of 6 layers, 216 GFLOP/s): dump 1,346 samples/s, limit
 1,941; the whole model 767, a ratio of 1.75.
@@ -23,13 +23,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from conlens_jax.benchmark.flops import dump_flops
-from conlens_jax.benchmark.measure import Runner, matmul_rate
-from conlens_jax.benchmark.shapes import SHAPES, shape_workload
+from benchmark.measure import Runner, matmul_rate
+from benchmark.workloads import SHAPES, shape_workload
 from conlens_jax.config import ExperimentConfig
 from conlens_jax.lens.original import capture
 from conlens_jax.models.transformer import forward
 from conlens_jax.parallel.host import keep_freed_memory
+from conlens_jax.planning.flops import dump_flops
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -84,11 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="S")
     parser.add_argument("--batch", type=int, default=64, help="documents of a batch")
-    parser.add_argument("--context", type=int, default=64, help="S, tokens of a document")
-    parser.add_argument("--positions", type=int, default=4, help="rows of a document")
+    parser.add_argument("--context", type=int, default=64, help="S, tokens per document")
+    parser.add_argument("--positions", type=int, default=4, help="rows per document")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--unroll", type=int, default=0, help="model.unroll")
-    parser.add_argument("--repeat", type=int, default=5, help="the best of so many runs counts")
+    parser.add_argument("--repeat", type=int, default=5, help="number of runs; the best counts")
     parser.add_argument("--json", default="", help="file for all numbers")
     return parser
 

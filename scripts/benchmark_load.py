@@ -1,11 +1,11 @@
-"""Loads a model folder of a few GB onto a mesh of virtual devices: time, and host memory.
+"""Time and host memory of loading a model folder of a few GB onto a mesh of virtual devices.
 
     python scripts/benchmark_load.py --gigabytes=2.2 --devices=8 --fsdp=4 --tensor=2
 
-The folder (Llama shape, random bf16 weights, several safetensors with an index) is made in a
-temporary place and removed. Loading runs in a child process, so that its peak memory is its own.
-On a CPU the arrays themselves are host memory: they are taken off, and what is left is what loading
-needs beside them. Plain reading of the same files, in the same run, is the limit for the rate.
+The folder (Llama shape, random bf16 weights, several safetensors with an index) is temporary.
+Loading runs in a child process, to measure its peak memory. On a CPU the arrays themselves are in
+host memory; they are subtracted, which leaves the additional memory of loading. Plain reading of
+the same files, in the same run, is the limit for the rate.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--quantise", choices=("", "int8"), default="")
     parser.add_argument("--chunk-mib", type=int, default=64)
-    parser.add_argument("--folder", type=Path, help="load this folder instead of making one")
+    parser.add_argument("--folder", type=Path, help="load this folder instead of creating one")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.child:
@@ -68,7 +68,7 @@ def run_child(folder: Path) -> None:
 
 
 def write_folder(folder: Path, gigabytes: float) -> None:
-    """As many layers as make so many bytes."""
+    """A shape with as many layers as fit the size."""
     sizes = {n: folder_bytes(n) for n in (1, 2)}
     n_layers = 1 + math.ceil((gigabytes * 1e9 - sizes[1]) / (sizes[2] - sizes[1]))
     values = SHAPE | {"num_hidden_layers": n_layers}
@@ -116,7 +116,7 @@ def load(flags: argparse.Namespace) -> None:
 
     files = weight_files(flags.folder)
     n_bytes = sum(file.stat().st_size for file in files)
-    read_plainly(files)  # now all of it is in the page cache, for both
+    read_plainly(files)  # now all files are in the page cache, for both measurements
     plain_seconds = min(read_plainly(files) for _ in range(2))
     largest = max(tensor.stop - tensor.start for tensor in TensorFiles(flags.folder).values())
     mesh = make_mesh(MeshConfig(fsdp=flags.fsdp, tensor=flags.tensor))
@@ -137,7 +137,7 @@ def load(flags: argparse.Namespace) -> None:
     print(f"folder            {n_bytes / 1e9:8.2f} GB in {len(files)} files")
     print(f"largest tensor    {largest / MIB:8.0f} MiB, chunks of {flags.chunk_mib} MiB")
     print(f"arrays            {arrays / 1e9:8.2f} GB on {mesh.size} devices {dict(mesh.shape)}")
-    print(f"peak beside them  {beside / MIB:8.0f} MiB = {beside / largest:.2f} × largest tensor")
+    print(f"peak above them   {beside / MIB:8.0f} MiB = {beside / largest:.2f} × largest tensor")
     print(f"loading           {seconds:8.2f} s = {n_bytes / seconds / 1e9:.2f} GB/s")
     print(f"CPU time of it    {cpu:8.2f} s")
     print(f"plain reading     {plain_seconds:8.2f} s = {n_bytes / plain_seconds / 1e9:.2f} GB/s")
@@ -145,7 +145,7 @@ def load(flags: argparse.Namespace) -> None:
 
 
 def read_plainly(files: list[Path]) -> float:
-    """Seconds to read all files once, each into memory of its own."""
+    """Seconds to read all files once into memory."""
     started = time.perf_counter()
     for file in files:
         np.fromfile(file, np.uint8)

@@ -1,15 +1,15 @@
-"""What a dump reads of long documents: time and memory against their size.
+"""Time and memory of reading contexts from long documents, by their size.
 
 Command:  python scripts/benchmark_long_documents.py --megabytes=1,8,32 --documents=4
 Time:     20 seconds on 2 CPU cores.
 
-Writes documents of so many megabytes each to a .jsonl file, and reads from them the contexts that
-a dump would keep (``seq_len`` tokens each), in a process of its own for each size. ``--whole`` does
-the same by tokenising the documents to their end, as comparison.
+Writes documents of each size to a .jsonl file, and reads the contexts that a dump would keep
+(``seq_len`` tokens each), in a separate process for each size. For comparison, ``--whole``
+tokenises the whole documents.
 
-Measured on 2 CPU cores that were busy with other work, 4 documents a size: 1 MB 0.25 s and 6 MB of
-memory; 8 MB 1.5 s and 33 MB; 32 MB 5.2 s and 161 MB: the memory is that of one document as it is
-read. To their end: 1 MB 8.2 s and 195 MB, 8 MB 69 s and 1,338 MB.
+Measured on 2 busy CPU cores, 4 documents per size: 1 MB 0.25 s and 6 MB of memory; 8 MB 1.5 s and
+33 MB; 32 MB 5.2 s and 161 MB: the memory is that of one document. With ``--whole``: 1 MB 8.2 s and
+195 MB, 8 MB 69 s and 1,338 MB.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = _parser().parse_args(arguments)
     results = []
     for size in map(float, options.megabytes.split(",")):
-        # A process of its own: the largest memory of a process never becomes less.
+        # A separate process: the peak memory of a process never decreases.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             task = (size, options.documents, options.seq_len, options.whole)
             results.append(pool.apply(_measure, task))
         print(
-            "{megabytes:g} MB a document: {seconds:.2f} s and {memory_mb:.0f} MB above the "
+            "{megabytes:g} MB per document: {seconds:.2f} s and {memory_mb:.0f} MB above the "
             "start for {documents} documents".format(**results[-1])
         )
     if options.json:
@@ -57,7 +57,7 @@ def _measure(megabytes: float, documents: int, seq_len: int, whole: bool) -> dic
         corpus = open_corpus(
             CorpusConfig(kind="jsonl", path=folder, n_documents=0, validation_fraction=1e-9)
         )
-        # One short text first, so that what is loaded once is not counted.
+        # One short text first, so that one-time loading is not counted.
         first_tokens(tokenizer.encode_batch, ["a text"], seq_len)
         before, started = _largest_memory(), time.perf_counter()
         kept = [
@@ -98,9 +98,9 @@ def _largest_memory() -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", default="1,8,32", help="sizes of a document, by commas")
+    parser.add_argument("--megabytes", default="1,8,32", help="document sizes, comma-separated")
     parser.add_argument("--documents", type=int, default=4, help="documents of each size")
-    parser.add_argument("--seq_len", type=int, default=64, help="tokens that are kept of each")
+    parser.add_argument("--seq_len", type=int, default=64, help="tokens to keep of each")
     parser.add_argument("--whole", action="store_true", help="tokenise to the end")
     parser.add_argument("--json", default="", help="file for all numbers")
     return parser

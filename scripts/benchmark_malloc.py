@@ -1,9 +1,9 @@
-"""What keep_freed_memory() is worth: the embedded model's gradient step with and without it.
+"""Effect of keep_freed_memory(): the embedded model's gradient step with and without it.
 
 Command:  python scripts/benchmark_malloc.py
 
-Each variant runs in a process of its own, since the setting cannot be taken back; the two alternate
-and the best of the repetitions counts. On 2 CPU cores the ratio was 1.2 to 1.3.
+Each variant runs in a separate process, since the setting cannot be undone; the two alternate, and
+the best of the repetitions counts. On 2 CPU cores the ratio was 1.2 to 1.3.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
         from conlens_jax.parallel.host import keep_freed_memory
 
         if variant == "keep" and not keep_freed_memory():
-            raise SystemExit("this C library does not take the settings")
+            raise SystemExit("this C library does not support the settings")
         print(*seconds_per_step())
         return
     best = {}
@@ -73,7 +73,9 @@ def main() -> None:
             measured = tuple(float(value) for value in out.split())
             best[variant] = min(best.get(variant, measured), measured)
     for variant, (wall, system) in best.items():
-        print(f"{variant:8} {wall * 1000:6.0f} ms a step, {system * 1000:4.0f} ms system CPU time")
+        print(
+            f"{variant:8} {wall * 1000:6.0f} ms per step, {system * 1000:4.0f} ms system CPU time"
+        )
     print(f"ratio    {best['default'][0] / best['keep'][0]:.2f}")
 
 

@@ -1,24 +1,22 @@
-"""What a joint training step costs: each phase, the plainest implementation, the machine's limit.
+"""Cost of a joint training step: each phase, a naive implementation, and the machine's limit.
 
 Command:  python scripts/benchmark_step.py --shape=S --text-len=8 --batch=32 --context=64
           python scripts/benchmark_step.py --config=configs/quickstart.py
 Time:     about 4 minutes for S at T = 8 with --unroll=1 on 2 CPU cores, most of it compiling the
-          naive step; --no-naive and --phases=none leave parts out.
+          naive step; --no-naive and --phases=none skip parts.
 
-One run prints, for this implementation and for the naive one (``conlens_jax/benchmark/naive.py``:
-the same loss and exact gradient, no cache, no shortcut), the time and XLA's temporary memory of
-every phase as a program of its own and of the whole step; the least matrix-product FLOPs of each
-phase (``conlens_jax/benchmark/flops.py`` has the formula) and the time they take at the rate of
-large matrix products in the same dtype, measured before and after; and the ratios naive / ours
-and ours / limit. ``step detached`` (or ``step exact``) is our step with that
-``lens.history_gradient``; ``step`` has what ``--history`` or the config says, by default the exact
-one, which is also that of the naive step. The rate of products with one token of each text, weights
-read for few rows, is printed too: decoding cannot be faster than that.
+It prints, for this implementation and for the naive one (``scripts/benchmark/naive.py``: the same
+loss and exact gradient, without cache or optimisations), the time and XLA's temporary memory of
+each phase as a separate program and of the whole step; the least matrix-product FLOPs of each phase
+(formula in ``conlens_jax/planning/flops.py``) and the time they take at the rate of large matrix
+products in the same dtype, measured before and after; and the ratios naive / ours and ours / limit.
+``step detached`` (or ``step exact``) is our step with that ``lens.history_gradient``; ``step`` uses
+``--history`` or the config, by default exact, as in the naive step. The rate of products with one
+token of each text, which read the weights for few rows, is printed too, as a limit of decoding.
 
 Shapes S (d 256, 6 layers, mlp 768, V 4,096), M (GPT-2 small's sizes in the Llama family), 1B, 8B
-(Llama 3) and tiny have random weights and L in the middle; ``--config`` takes model, lens and loss
-of a config file. Nothing else may run on the machine meanwhile: beside a test run the step took
-twice as long.
+(Llama 3) and tiny have random weights and L in the middle; ``--config`` uses model, lens and loss
+of a config file. Run nothing else on the machine: during a test run the step took twice as long.
 
 Measured: see ``scripts/README.md``.
 """
@@ -36,8 +34,7 @@ from typing import Any
 
 import jax
 
-from conlens_jax.benchmark.flops import step_flops
-from conlens_jax.benchmark.measure import (
+from benchmark.measure import (
     Measured,
     Runner,
     copy_rate,
@@ -45,7 +42,7 @@ from conlens_jax.benchmark.measure import (
     peak_memory,
     row_rate,
 )
-from conlens_jax.benchmark.phases import (
+from benchmark.phases import (
     decoding,
     naive_phases,
     naive_step,
@@ -53,9 +50,8 @@ from conlens_jax.benchmark.phases import (
     our_step,
     with_history,
 )
-from conlens_jax.benchmark.shapes import (
+from benchmark.workloads import (
     SHAPES,
-    Workload,
     comparable,
     config_workload,
     read_config_file,
@@ -63,6 +59,7 @@ from conlens_jax.benchmark.shapes import (
 )
 from conlens_jax.config import ExperimentConfig, with_changes
 from conlens_jax.parallel.host import keep_freed_memory
+from conlens_jax.planning.flops import Workload, step_flops
 
 MIB = 1 << 20
 
@@ -104,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     result["limit_seconds"] = result["least_flops"]["total"] / rate
     result["ratios"] = {"ours / limit": ours["step"].seconds / result["limit_seconds"]}
     if "decode" in ours:
-        # Every token reads the decoder's weights once, whatever the number of rows.
+        # Every token reads the decoder's weights once, for any number of rows.
         read_bytes = work.spec.text_len * parameter_bytes(work)
         result["ratios"]["decode: weight bytes read / copy rate"] = (
             read_bytes / ours["decode"].seconds / bandwidth
@@ -123,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def parameter_bytes(work: Workload) -> int:
-    """Of the frozen model: its matrices, without the embedding that is only looked up."""
+    """Bytes of the frozen model, without an embedding that is only looked up."""
     params = work.frozen["original"]
     looked_up = 0 if work.spec.model.tied_embeddings else params["embedding"].nbytes
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - looked_up
@@ -164,9 +161,9 @@ def report(result: dict[str, Any]) -> str:
     work, rate, least = result["workload"], result["matmul_flops_per_s"], result["least_flops"]
     lines = [
         ", ".join(f"{name} {value}" for name, value in work.items()),
-        f"matrix products: {rate / 1e9:.1f} GFLOP/s; of a token of each text with one matrix after "
-        f"another: {result['row_flops_per_s'] / 1e9:.1f}",
-        f"copies: {result['copy_bytes_per_s'] / 1e9:.0f} GB/s, read and written",
+        f"matrix products: {rate / 1e9:.1f} GFLOP/s; with one token of each text: "
+        f"{result['row_flops_per_s'] / 1e9:.1f}",
+        f"copies: {result['copy_bytes_per_s'] / 1e9:.0f} GB/s, reads and writes",
         *([f"peak memory: {result['peak_bytes'] / 2**30:.1f} GiB"] if result["peak_bytes"] else []),
         "",
         "| phase | ms | temp MiB | least GFLOP | limit ms | ms / limit | naive ms | temp MiB |",
@@ -190,7 +187,7 @@ def report(result: dict[str, Any]) -> str:
     for side in ("ours", "naive"):
         if "forward" in result[side]:
             kept = result[side]["forward"]["output_bytes"] or 0
-            lines.append(f"{side}: forward hands {kept / MIB:.0f} MiB on to backward")
+            lines.append(f"{side}: forward keeps {kept / MIB:.0f} MiB for backward")
     lines += ["", *(f"{name}: {value:.2f}" for name, value in result["ratios"].items())]
     return "\n".join(lines)
 
@@ -214,7 +211,7 @@ def _description(work: Workload) -> dict[str, Any]:
         "T": spec.text_len,
         "batch": len(work.batch.positions_B),
         "context": work.batch.tokens_GS.shape[1],
-        "rows a document": work.batch.rows_per_document,
+        "rows per document": work.batch.rows_per_document,
         "mean P": float(work.batch.positions_B.mean()),
         "L": spec.layer,
         "horizon": work.objective.loss.kl_horizon,
@@ -238,23 +235,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text-len", type=int, help="T; without --config 8")
     parser.add_argument("--batch", type=int, help="rows; without --config 32")
     parser.add_argument("--context", type=int, help="S; without --config 64")
-    parser.add_argument("--rows-per-document", type=int, help="rows that share a context; else 1")
+    parser.add_argument(
+        "--rows-per-document", type=int, help="rows that share a context; default 1"
+    )
     parser.add_argument("--train", choices=("full", "lora", "frozen"), help="both clones")
     parser.add_argument("--history", help="lens.history_gradient of our step; default: config's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--unroll", type=int, help="model.unroll of both implementations")
     parser.add_argument("--remat", choices=("none", "products", "full"))
     parser.add_argument("--attention", choices=("xla", "cudnn"), help="model.attention")
-    parser.add_argument("--repeat", type=int, default=3, help="the best of so many runs counts")
-    parser.add_argument("--json", default="", help="file for all numbers")
+    parser.add_argument("--repeat", type=int, default=3, help="number of runs; the best counts")
+    parser.add_argument("--json", default="", help="file for all results")
     parser.add_argument(
         "--phases",
         choices=("all", "none", "decode"),
         default="all",
-        help="each phase too (all), the whole steps alone (none), or decoding and our step alone",
+        help="all phases (all), only the whole steps (none), or only decoding and our step",
     )
     parser.add_argument(
-        "--no-naive", dest="naive", action="store_false", help="this implementation alone"
+        "--no-naive", dest="naive", action="store_false", help="only this implementation"
     )
     return parser
 

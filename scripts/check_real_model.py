@@ -1,16 +1,16 @@
-"""Is a real checkpoint the same function here as in transformers?
+"""Compares a real checkpoint with transformers.
 
 Command:  python scripts/check_real_model.py EleutherAI/pythia-160m
           python scripts/check_real_model.py path/to/folder --dtype=bfloat16
 Needs:    internet for a hub id (or the model in the hub's cache), torch, and memory for the model
-          in fp32; the two are not in memory at the same time.
+          in fp32; the two models are not in memory at the same time.
 
-On fixed prompts it compares the residual stream at the input of every block, the logits, and what
-greedy decoding writes. The table says for each prompt the largest error of a state (over that
-layer's largest number) and of a logit, the KL from transformers' prediction to ours in nats (mean
-and largest over positions), how often the most probable token is the same, and how many of the
-greedily written tokens agree before the first that does not. transformers runs in fp32 whatever
-``--dtype`` is. Exit code 1 where a KL is above ``--max-kl``.
+On fixed prompts it compares the residual stream at the input of every block, the logits, and greedy
+decoding. The table has for each prompt the largest error of a state (relative to that layer's
+largest value) and of a logit, the KL from transformers' prediction to ours in nats (mean and
+maximum over positions), how often the most probable token agrees, and how many greedy tokens agree
+before the first difference. transformers always runs in fp32. Exit code 1 if a KL is above
+``--max-kl``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ MAX_KL = {"float32": 1e-5, "bfloat16": 5e-2}
 
 
 class Outputs(NamedTuple):
-    """Of one prompt: states [n, S, D] at the input of each block, logits [S, V], new tokens."""
+    """Results for one prompt: states [n, S, D] at the input of each block, logits [S, V], new
+    tokens."""
 
     states: np.ndarray
     logits: np.ndarray
@@ -74,7 +75,7 @@ def run_transformers(folder, prompts: list[list[int]]) -> list[Outputs]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None  # a sentence that ends would hide what follows
+    model.generation_config.eos_token_id = None  # an end token would stop the comparison
     outputs = []
     for prompt in prompts:
         tokens = torch.tensor([prompt])
@@ -82,7 +83,7 @@ def run_transformers(folder, prompts: list[list[int]]) -> list[Outputs]:
             result = model(tokens, output_hidden_states=True, use_cache=False)
             settings: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
             written = model.generate(tokens, pad_token_id=0, **settings)
-        # The last of transformers' states is behind the final norm.
+        # The last of transformers' states is after the final norm.
         states = torch.cat(result.hidden_states[:-1]).float().numpy()
         new = written[0, len(prompt) :].numpy()
         outputs.append(Outputs(states, result.logits[0].float().numpy(), new))
@@ -101,7 +102,7 @@ def run_ours(folder, prompts: list[list[int]], dtype: str) -> list[Outputs]:
 
 
 def compare(tokens: list[int], theirs: Outputs, ours: Outputs) -> dict[str, float]:
-    """The columns of the table for one prompt."""
+    """The table columns for one prompt."""
     log_p, log_q = (log_softmax(each.logits.astype(np.float64)) for each in (theirs, ours))
     kl_S = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
     error_n = np.abs(ours.states - theirs.states).max(axis=(1, 2))
@@ -118,7 +119,7 @@ def compare(tokens: list[int], theirs: Outputs, ours: Outputs) -> dict[str, floa
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis, in the logits' own precision."""
+    """Over the last axis, in the dtype of the logits."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 

@@ -1,11 +1,11 @@
-"""cuDNN's flash attention (model.attention="cudnn") against the plain path, on a GPU.
+"""Compares cuDNN's flash attention (model.attention="cudnn") with the plain path, on a GPU.
 
 Command:  python scripts/compare_attention.py --shape=1B --layers=4 --lengths 256 1025 4096
 
 For each length: the relative error of the logits and of the gradient of the embeddings in bfloat16
-with either kind of attention, against the plain path in float32 with full-precision products; and
-the time of a forward and backward pass with either. The two errors should be alike: the kernel is
-then as right as bfloat16 allows. Random weights, ragged padding on both sides.
+with each kind of attention, against the plain path in float32 with full-precision products; and the
+time of a forward and backward pass with each. The two errors should be similar: then the kernel is
+as exact as bfloat16 allows. Random weights, ragged padding on both sides.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conlens_jax.benchmark.measure import Runner
-from conlens_jax.benchmark.shapes import SHAPES, model_shape
+from benchmark.measure import Runner
+from benchmark.workloads import SHAPES, model_shape
 from conlens_jax.models.families import llama
 from conlens_jax.models.param_table import init_params
 from conlens_jax.models.transformer import forward
@@ -89,10 +89,10 @@ def compare(options: argparse.Namespace, length: int) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="1B")
-    parser.add_argument("--layers", type=int, default=4, help="of the shape's; fp32 must fit too")
+    parser.add_argument("--layers", type=int, default=4, help="number of layers; fp32 must fit too")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1025, 4096])
-    parser.add_argument("--repeat", type=int, default=5, help="the best of so many runs counts")
+    parser.add_argument("--repeat", type=int, default=5, help="number of runs; the best counts")
     parser.add_argument("--json", default="", help="file for all numbers")
     return parser
 

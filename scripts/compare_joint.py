@@ -1,12 +1,12 @@
-"""Which joint stage is worth its compute: one warm start, the same CPU-seconds, several seeds.
+"""Compares joint stages from one warm start, with the same CPU-seconds and several seeds.
 
 Command:  python scripts/compare_joint.py --run=runs/quickstart --seeds=3
-Time:     on 2 CPU cores about a minute a variant and seed, at the default budget.
+Time:     on 2 CPU cores about a minute per variant and seed, at the default budget.
 
 Every variant starts from the run's warm start and trains until the budget is spent (CPU-seconds of
-the process on a CPU, wall-clock seconds elsewhere; compilation apart). The seed changes the rows
+the process on a CPU, wall-clock seconds elsewhere; without compilation). The seed changes the rows
 and the noise. The row ``supervised`` is the matched-compute control: the warm start's objective.
-Printed: mean over the seeds ± half of the 95 % t-interval, on the run's held-out rows.
+It prints the mean over seeds ± half of the 95 % t-interval, on the run's held-out rows.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from conlens_jax.training.session import Session, open_session
 from conlens_jax.training.state import Stage, init_state, make_step, stage_optimizer
 
 TIMED_STEPS = 16
-T_975 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)  # of Student's t, by n − 1
+T_975 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)  # quantiles of Student's t, by n − 1
 SCORES = ("fve_nrm", "kl_frac", "sampled_fve_nrm", "sampled_kl_frac", "nll_text")
 
 
@@ -50,11 +50,11 @@ def _rate(value: float) -> dict[str, float]:
     return {f"{name}.start": value, f"{name}.end": value / 10}
 
 
-# E learns to read D's own text; D goes on with the warm start's objective.
+# E is trained on D's own text; D continues with the warm start's objective.
 _ON_POLICY = {
     "lens.estimator": "detached",
     "loss.entropy.start": 0.0,
-    "loss.lm.start": 0.0,  # it would need D's pass over its own text, and the warm decoder's
+    "loss.lm.start": 0.0,  # it would need passes of D and of the warm decoder over D's text
     "loss.kl.start": 0.0,
     "loss.mse.start": 1.0,
     **_rate(1e-3),
@@ -127,7 +127,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What all variants share."""
+    """Inputs shared by all variants."""
 
     session: Session
     caches: tuple[Any, Any]
@@ -182,7 +182,7 @@ def train(bench: Bench, name: str, changes: dict[str, Any], budget: float, seeds
     def compiled(steps: int):
         stage = Stage("control" if supervised else "joint", steps, batch_size, optimizer_config)
         optimizer = stage_optimizer(stage, bench.start, n_rows)
-        # The step donates its state, and the start is needed again.
+        # The step donates its state; the initial state is needed again.
         state = init_state(jax.tree.map(jnp.copy, bench.start), optimizer)
         step = make_step(stage, objective, optimizer, seed=config.train.seed, n_rows=n_rows)
         return step.lower(state, bench.frozen, read(0, 0)).compile(), optimizer
@@ -220,11 +220,13 @@ def summary(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", default="runs/quickstart", help="run folder with a warm start")
-    parser.add_argument("--budget", type=float, default=0, help="seconds; 0: the joint stage's own")
+    parser.add_argument(
+        "--budget", type=float, default=0, help="seconds; 0: that of the joint stage"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", default=",".join(VARIANTS).replace(", ", "; "))
     parser.add_argument("--set", nargs="*", default=[], metavar="field=number")
-    parser.add_argument("--out", default="", help="JSON lines, one a variant and seed")
+    parser.add_argument("--out", default="", help="JSON-lines file, one line per variant and seed")
     arguments = parser.parse_args()
     keep_freed_memory()
     run = Path(arguments.run)
@@ -233,7 +235,7 @@ def main() -> None:
     budget = arguments.budget
     budget = budget or read_metadata(run / "checkpoints", warm + joint)["train_seconds"]
     common = {name: float(value) for name, value in (item.split("=") for item in arguments.set)}
-    print(f"budget {budget:.0f} s a run\n\n| variant | steps | " + " | ".join(SCORES) + " |")
+    print(f"budget {budget:.0f} s per run\n\n| variant | steps | " + " | ".join(SCORES) + " |")
     print("|---|---|" + "---|" * len(SCORES))
     at_start = bench.scores(bench.start)
     print("| warm start | | " + " | ".join(f"{at_start[name]:.3f}" for name in SCORES) + " |")

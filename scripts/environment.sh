@@ -1,13 +1,13 @@
-# Sourced by the other scripts: makes the checkout's own environment in .venv, once, and puts its
-# python first on the PATH. PYTHON chooses the interpreter; an argument names the extras, such as
-# "test" or "cuda13".
+# Sourced by the other scripts: creates the environment of this checkout in .venv, once, and puts its
+# python first on the PATH. PYTHON sets the interpreter; an argument sets the extras, such as "test" or
+# "cuda13".
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras="${1:-}"
 stamp=".venv/.installed-${extras:-base}"
 if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
   python="${PYTHON:-python3}"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "Python 3.11 or newer is needed, and '$python' is none; set PYTHON to one" >&2
+    echo "Python 3.11 or newer is needed, and '$python' is older; set PYTHON" >&2
     exit 1
   }
   [ -e .venv/bin/python ] || "$python" -m venv .venv

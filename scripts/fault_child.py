@@ -1,11 +1,10 @@
-"""Runs one command of conlens_jax and strikes at a chosen moment: what fault_trials.py starts.
+"""Runs one command of conlens_jax and injects a fault at a given event; used by fault_trials.py.
 
     python scripts/fault_child.py '{"kind": "kill", "event": 12}' conlens_jax.train --config=…
 
-Moments are counted in *events*: what the process does to files below the folder of the trial
-(open for writing, rename, remove, make a folder), as Python's audit hooks report them. An event is
-the moment just before the operation. So a strike can be placed inside a save, and the same numbers
-strike at the same place again.
+*Events* are file operations below the folder of the trial (open for writing, rename, remove, create
+a folder), reported by Python's audit hooks right before the operation. So a fault can be placed
+inside a save, and the same event number gives the same place again.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ _PAGE = 4096
 
 
 class Striker:
-    """Counts events and does, once, what the fault says.
+    """Counts events and injects the fault once.
 
     The fault is a dictionary: ``kind``; ``root``, the folder whose events count; ``event`` (the
-    number of the event to strike at, from 1) or ``match`` (a pattern of the paths that count) with
-    ``nth``; ``page_left``: only where the file's last page has fewer bytes left than these, so that
-    a line that is appended needs a new one; ``delay``, seconds from the event to the strike;
-    ``path``, the file or folder that is struck. Without ``event`` and ``match`` it only counts.
+    number of the event, from 1) or ``match`` (a pattern of the paths that count) with ``nth``;
+    ``page_left``: only if the last page of the file has fewer free bytes, so that an appended line
+    needs a new page; ``delay``, seconds from the event to the fault; ``path``, the damaged file or
+    folder. Without ``event`` and ``match`` it only counts.
     """
 
     def __init__(self, fault: dict[str, Any]):
@@ -63,7 +62,7 @@ class Striker:
             self._strike()
 
     def _path(self, name: str, arguments: tuple) -> str | None:
-        """The path of an event; None where it is not one that counts."""
+        """The path of an event; None if it does not count."""
         if name == "open":
             path, mode, flags = arguments
             writes = flags & (os.O_WRONLY | os.O_RDWR) if mode is None else set(mode) & set("wax+")
@@ -100,7 +99,7 @@ def _page_ends(path: str, page_left: int) -> bool:
 
 
 def fill(folder: Path) -> None:
-    """Leaves not one byte on the file system of a folder."""
+    """Fills the file system of a folder."""
     with open(folder / FILLER, "ab", buffering=0) as file:
         for size in (1 << 20, 4096, 1):
             try:
@@ -111,7 +110,7 @@ def fill(folder: Path) -> None:
 
 
 def alter(file: Path) -> None:
-    """Turns over a byte in the last quarter of a file, in place."""
+    """Flips a byte in the last quarter of a file, in place."""
     with open(file, "r+b") as stream:
         stream.seek(file.stat().st_size * 7 // 8)
         byte = stream.read(1)[0]

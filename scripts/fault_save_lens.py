@@ -1,4 +1,4 @@
-"""Saves a lens as a folder, with every number of its decoder moved: what fault_trials.py strikes.
+"""Saves a lens as a folder, with every decoder weight changed; used by fault_trials.py.
 
 python -m fault_save_lens <run folder> <lens folder> <number to add>
 """

@@ -1,20 +1,20 @@
-"""What a fault costs: kills, full disks, damaged shards, no network. How often, and what was lost.
+"""Cost of faults: kills, full disks, damaged shards, no network. How often, and what was lost.
 
 Command:  python scripts/fault_trials.py --folder=/tmp/faults
           --only=kill,term (of kill, term, disk, shard, wandb, processes), --kills=100, --seed=0
 Time:     about half an hour on 2 CPU cores, most of it the 100 kills.
 
-Every trial runs the real commands on a tiny config and a model trained on the spot, is struck at a
-moment that the seed decides, and is run again without a fault. Counted are: trials; *lost*: more
-was done again than since the last save but one (a save that is still being written in the
-background does not count yet), or a checkpoint that is listed cannot be read; *stuck*: the same
-command did not finish afterwards; *other bits*: losses, arrays of the last checkpoints, caches or
-metrics.json are not those of an undisturbed run; *unclear*: it ended with a trace, a crash, or
-without naming what it was about. Exit code 1 if any of these is not 0. ``results.json`` in the
-folder has them too, with a line for each trial that went wrong.
+Every trial runs the real commands on a tiny config and a freshly trained model, with a fault at a
+moment chosen by the seed, and then again without a fault. Counted are: trials; *lost*: more was
+repeated than since the second-to-last save (a save still being written in the background does not
+count), or a listed checkpoint cannot be read; *stuck*: the same command did not finish afterwards;
+*other bits*: losses, arrays of the last checkpoints, caches or metrics.json differ from those of an
+undisturbed run; *unclear*: it ended with a traceback, a crash, or without naming the cause. Exit
+code 1 if any of these is not 0. ``results.json`` in the folder has them too, with a line for each
+failed trial.
 
-A full disk is a tmpfs of 48 MB, mounted for the trial (root); without root it is a limit on the
-size of files, which fails in the same places with another message.
+A full disk is a tmpfs of 48 MB, mounted for the trial (root); without root it is a limit on file
+sizes, which fails in the same places with another message.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from conlens_jax import launch
+from conlens_jax.data.cache_writer import PROGRESS_FILE
+from conlens_jax.files.whole import write_whole
+from conlens_jax.parallel.preemption import PREEMPTED
+from conlens_jax.training.checkpoint import all_steps
 from fault_child import FILLER
 from fault_world import (
     LIMIT_SECONDS,
@@ -47,18 +52,12 @@ from fault_world import (
     unreadable_checkpoints,
 )
 
-from conlens_jax import launch
-from conlens_jax.data.cache_writer import PROGRESS_FILE
-from conlens_jax.files.whole import write_whole
-from conlens_jax.parallel.preemption import PREEMPTED
-from conlens_jax.training.checkpoint import all_steps
-
 SMALL_DISK = "48m"
 
 
 @dataclasses.dataclass
 class Row:
-    """A line of the table; ``problems`` tells what went wrong in which trial."""
+    """A row of the table; ``problems`` lists what went wrong in each trial."""
 
     fault: str
     trials: int = 0
@@ -83,7 +82,7 @@ class Trials:
         self.world, self.rng, self.rows = world, random.Random(seed), {}
 
     def row(self, fault: str) -> Row:
-        """The row of a fault; what is known so far is written down, since the whole is long."""
+        """The row of a fault; the results so far are saved, since all trials take long."""
         self.write()
         return self.rows.setdefault(fault, Row(fault))
 
@@ -92,7 +91,7 @@ class Trials:
         write_whole(self.world.root / "results.json", json.dumps(results, indent=1) + "\n")
 
     def finish(self, row: Row, trial: str, folder: Path, stage: str, *more: str) -> None:
-        """Runs the command again without a fault, and compares what it gives."""
+        """Runs the command again without a fault, and compares the results."""
         ended = self.world.run(stage, folder, None, *more)
         if ended.code:
             row.count("stuck", trial, f"exit code {ended.code}: {ended.printed[-500:]}")
@@ -124,7 +123,8 @@ class Trials:
                     self.finish(killed, trial, folder, stage)
 
     def _kill(self, stage: str) -> dict[str, Any]:
-        """Three of four within 20 ms of a file operation, so during saves; the others any time."""
+        """Three of four within 20 ms of a file operation, so during saves; the others at any
+        time."""
         if self.rng.random() < 0.75:
             delay = self.rng.choice([0.0, self.rng.uniform(0, 0.02)])
             event = self.rng.randint(1, self.world.events[stage])
@@ -154,7 +154,7 @@ class Trials:
     def terms(self, count: int) -> None:
         """During one quickstart, at any file operation: between the stages too."""
         row, total = self.row("SIGTERM in a quickstart"), sum(self.world.events.values())
-        # Of the first operations of a stage and of its last ones there are few, so they are named.
+        # The first and last operations of a stage are few, so they are chosen explicitly.
         named = [
             "*/cache/validation.partial",
             "*/run/config.json*",
@@ -175,7 +175,7 @@ class Trials:
     # --- full disk -------------------------------------------------------------------------------
 
     def disks(self) -> None:
-        """Each writer once, at the moment when it opens its file."""
+        """Each writer once, when it opens its file."""
         for name, stage, match, details, names in (
             ("cache shard", "dump", "*/shard-00002*.tmp", {}, "shard-00002"),
             ("dump's progress", "dump", "*/progress.json.tmp", {"nth": 3}, "progress.json"),
@@ -204,30 +204,31 @@ class Trials:
         self._disk_of_a_saved_lens()
 
     def _disk_of_programs(self) -> None:
-        """Programs that cannot be kept are compiled anew: nothing stops."""
+        """Programs that cannot be cached are compiled again: nothing stops."""
         row = self.row("full disk: compile cache")
         with SmallDisk(self.world.root) as (disk, kind):
             folder = self.world.begin("disk", "dump")
             kept = {"JAX_COMPILATION_CACHE_DIR": str(disk / "compiled")}
             fault = {"kind": kind, "match": "*-cache", "root": str(disk), "path": str(disk)}
             if kind != "fill":
-                return  # a limit on files would hit the dump as well
+                return  # a limit on file sizes would affect the dump as well
             row.trials += 1
             ended = self.world.run("dump", folder, fault, **kept)
             (disk / FILLER).unlink(missing_ok=True)
-            # With train.compile_cache what was cut is removed; the environment's name is JAX's own.
+            # With train.compile_cache truncated files are removed; the environment variable is
+            # JAX's.
             more = f"--config.train.compile_cache={disk / 'compiled'}"
             again = self.world.run("dump", self.world.begin("disk", "dump"), None, more)
             for one in (ended, again):
                 if one.code or "Traceback" in one.printed:
                     row.count("unclear", "programs", f"code {one.code}: {one.printed[-800:]}")
             if "Error reading persistent" in again.printed:
-                row.count("unclear", "programs", f"cut programs stay: {again.printed[-800:]}")
+                row.count("unclear", "programs", f"truncated programs stay: {again.printed[-800:]}")
             for problem in differences(folder, self.world.whole, ("dump",)):
                 row.count("other_bits", "programs", problem)
 
     def _disk_of_a_saved_lens(self) -> None:
-        """A lens that is saved over an older one: the old one stays whole."""
+        """A lens saved over an older one: the old one stays complete."""
         row = self.row("full disk: saved lens")
         with SmallDisk(self.world.root) as (disk, kind):
             self._save_lens(disk / "new", disk, {"kind": "none"}, 1.0)
@@ -241,7 +242,7 @@ class Trials:
                 (disk / FILLER).unlink(missing_ok=True)
                 found = _contents(disk / "lens")
                 if found != (before if ended.code else after):
-                    row.count("lost", match, "neither the old lens nor the new one is there")
+                    row.count("lost", match, "neither the old lens nor the new one exists")
                 if not ended.code or not ended.is_clear:
                     row.count("unclear", match, f"code {ended.code}: {ended.printed[-800:]}")
 
@@ -254,7 +255,7 @@ class Trials:
     # --- shards ----------------------------------------------------------------------------------
 
     def shards(self) -> None:
-        """A shard that is cut or altered in place while training reads it."""
+        """A shard that is truncated or altered in place while training reads it."""
         for kind in ("cut", "alter"):
             row = self.row(f"shard {kind} while training")
             for match in ("*/run/metrics.jsonl", "*/checkpoints/28.orbax*"):
@@ -297,8 +298,8 @@ class Trials:
     # --- several processes -----------------------------------------------------------------------
 
     def processes(self) -> None:
-        """Two processes, one of them killed or asked to stop; then two that finish. Their sums are
-        those of two devices, so the undisturbed run is one of two processes too."""
+        """Two processes, one of them killed or asked to stop; then two that finish. The undisturbed
+        run also has two processes, since sums over two devices differ."""
         whole = self.world.root / "whole-of-two"
         shutil.rmtree(whole, ignore_errors=True)
         codes, printed, _ = self._two(whole, None)
@@ -358,7 +359,7 @@ class Trials:
 
 
 class SmallDisk:
-    """A small file system for a trial, and what to do to it: fill it, or limit its files."""
+    """A small file system for a trial, to be filled, or with limited file sizes."""
 
     def __init__(self, root: Path):
         self.folder = root / "small"
@@ -383,7 +384,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 
 def _rows_repeated(folder: Path) -> int:
-    """Rows in shard files that a resumed dump will write again."""
+    """Rows in shard files that a resumed dump writes again."""
     repeated = 0
     for partial in (folder / "cache").glob("*.partial"):
         progress = partial / PROGRESS_FILE
@@ -393,7 +394,7 @@ def _rows_repeated(folder: Path) -> int:
 
 
 def _steps_repeated(folder: Path) -> tuple[str, int]:
-    """The stage that was killed, and how many of its logged steps a resumed run does again."""
+    """The stage that was killed, and how many of its logged steps a resumed run repeats."""
     for part in ("run/control", "run"):
         logged = [dict(record) for record in losses(folder / part)]
         steps = [record for record in logged if "loss" in record]
@@ -421,7 +422,7 @@ def main() -> int:
     parser.add_argument("--terms", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unmounts what is mounted
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unmounts the file system
     world = World(flags.folder)
     trials = Trials(world, flags.seed)
     kinds: dict[str, Callable[[], None]] = {
@@ -434,7 +435,7 @@ def main() -> int:
     }
     chosen = flags.only.split(",")
     if unknown := set(chosen) - kinds.keys():
-        parser.error(f"--only: {', '.join(sorted(unknown))}; known are {', '.join(kinds)}")
+        parser.error(f"--only: {', '.join(sorted(unknown))}; known faults are {', '.join(kinds)}")
     print(f"one undisturbed run; a command that runs for {LIMIT_SECONDS} s counts as stuck")
     world.make_whole()
     for kind in chosen:

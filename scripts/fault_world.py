@@ -1,4 +1,4 @@
-"""A tiny run that costs seconds, its undisturbed result, and how another one differs from that."""
+"""A tiny run that takes seconds, its undisturbed result, and comparisons with it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ SAVE_EVERY, ROWS_PER_SHARD = 4, 48
 STAGES = ("dump", "train", "evaluate")
 LIMIT_SECONDS = 240
 
-# Every step is logged, so that runs can be compared step by step; the control has a length of its
-# own, since compute time, which pays for it otherwise, is never the same twice.
+# Every step is logged, so that runs can be compared step by step; the control has a fixed length,
+# since its default, by compute time, varies.
 SETTINGS: dict[str, Any] = {
     "model.layer": 1,
     "model.unroll": 1,
@@ -70,7 +70,7 @@ SETTINGS: dict[str, Any] = {
     "evaluate.n_examples": 2,
     "evaluate.kl_horizon": 2,
 }
-# Compiling is nearly all the time of a tiny run; every program is compiled once for all trials.
+# Compilation dominates a tiny run; every program is compiled once for all trials.
 _QUICK = {
     "JAX_PLATFORMS": "cpu",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
@@ -81,7 +81,7 @@ _QUICK = {
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How a command ended, what it printed, and after how long."""
+    """How a command ended, what it printed, and how long it took."""
 
     code: int
     printed: str
@@ -89,7 +89,7 @@ class Ended:
 
     @property
     def is_clear(self) -> bool:
-        """Whether an error is told in words, not as a trace or a crash."""
+        """Whether an error is reported in words, not as a traceback or a crash."""
         return self.code in (1, 2, 75) and "Traceback" not in self.printed
 
 
@@ -124,8 +124,8 @@ class World:
         return self.root / "whole"
 
     def make_whole(self) -> None:
-        """Runs the three commands undisturbed, twice: compiled programs are there the second time,
-        which is measured. What an earlier call has left in the folder is taken."""
+        """Runs the three commands undisturbed, twice: the second time, with compiled programs, is
+        measured. Results of an earlier call in the folder are reused."""
         counts = {stage: self.root / f"{stage}.json" for stage in STAGES}
         if all(count.exists() for count in counts.values()):
             self._read_counts(counts)
@@ -151,7 +151,7 @@ class World:
             self.events[stage], self.seconds[stage] = counted["events"], counted["seconds"]
 
     def begin(self, name: str, stage: str, folder: Path | None = None) -> Path:
-        """A new folder that holds what comes before a stage."""
+        """A new folder with the results before a stage."""
         folder = folder or self.root / "trials" / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -191,7 +191,7 @@ class World:
         *more: str,
         **environment: str,
     ) -> Ended:
-        """One command, with a fault of :mod:`fault_child`; killed where it hangs."""
+        """Runs one command, with a fault of :mod:`fault_child`; killed if it hangs."""
         fault = {"kind": "none", "root": str(folder), **(fault or {})}
         command = [sys.executable, "-m", "fault_child", json.dumps(fault)]
         command += self.arguments(stage, folder, *more)
@@ -199,7 +199,7 @@ class World:
 
 
 def run_command(command: list[str], environment: dict[str, str]) -> Ended:
-    """Runs to its end, or for ``LIMIT_SECONDS``; code 124 then."""
+    """Runs to the end, or for ``LIMIT_SECONDS``; then the code is 124."""
     started = time.monotonic()
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -214,11 +214,12 @@ def run_command(command: list[str], environment: dict[str, str]) -> Ended:
     return Ended(code, printed, time.monotonic() - started)
 
 
-# --- what a run holds ----------------------------------------------------------------------------
+# --- contents of a run ---------------------------------------------------------------------------
 
 
 def differences(found: Path, expected: Path, stages: tuple[str, ...] = STAGES) -> list[str]:
-    """Where two folders of a trial differ in what they computed; empty where not in one bit."""
+    """Where the results in two folders of a trial differ; empty if they are equal to the last
+    bit."""
     problems = []
     if "dump" in stages and _hashes(found / "cache") != _hashes(expected / "cache"):
         problems.append("the caches differ")
@@ -235,7 +236,7 @@ def differences(found: Path, expected: Path, stages: tuple[str, ...] = STAGES) -
 
 
 def losses(run: Path) -> list[tuple]:
-    """Everything that ``metrics.jsonl`` says, but for the times."""
+    """The content of ``metrics.jsonl``, without times."""
     file = run / "metrics.jsonl"
     if not file.exists():
         return []
@@ -247,13 +248,13 @@ def losses(run: Path) -> list[tuple]:
 
 
 def unreadable_checkpoints(folder: Path) -> list[str]:
-    """The checkpoints that :func:`all_steps` lists and that cannot be read."""
+    """The checkpoints listed by :func:`all_steps` that cannot be read."""
     found = []
     for part in (folder / "run", folder / "run/control"):
         for step in all_steps(part / "checkpoints"):
             try:
                 arrays(part / "checkpoints", step)
-            except Exception as error:  # whatever the storage raises, it is not whole
+            except Exception as error:  # any error means that it is damaged
                 found.append(f"{part.name} {step}: {str(error).splitlines()[0][:120]}")
     return found
 

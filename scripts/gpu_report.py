@@ -1,11 +1,11 @@
-"""Everything that a GPU has to show, in one command that ends within its time.
+"""All checks and benchmarks on a GPU, in one command with a time limit.
 
 Command:  python scripts/gpu_report.py --out=runs/gpu --seconds=540
           python scripts/gpu_report.py --out=runs/gpu --only=step-1B,attention
 
-Each check is a process of its own with a time limit; one that fails or is cut does not stop the
-rest. Every log and JSON file lies in ``--out``; the last lines are a table of what passed, and the
-tables that the checks printed. Nothing is downloaded, and neither wandb nor datasets is needed.
+Each check is a separate process with a time limit; one that fails or is stopped does not stop the
+rest. All logs and JSON files are in ``--out``; the last lines are a table of outcomes and the
+tables printed by the checks. Nothing is downloaded, and neither wandb nor datasets is needed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STEP_8B = (
     "scripts/benchmark_step.py --shape=8B --text-len=32 --batch=64 --context=256 "
     "--dtype=bfloat16 --unroll=1 --remat=full --train=lora --no-naive"
 )
-# Files whose tests need no mesh of 8 devices. Products in full fp32, as the oracles have it.
+# Files whose tests need no mesh of 8 devices. Products in full fp32, like the oracles.
 TESTS = (
     "-m pytest -q -x --maxfail=20 -p no:cacheprovider tests/test_transformer.py "
     "tests/test_decoder.py tests/test_estimators.py tests/test_lens_parts.py "
@@ -39,7 +39,7 @@ TESTS = (
 
 @dataclass(frozen=True)
 class Check:
-    """A command and how long it may take, in seconds."""
+    """A command and its time limit in seconds."""
 
     name: str
     command: str
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(check: Check, log: Path, seconds: float, out: Path, scratch: Path) -> str:
-    """Runs one check with its output in ``log``; "passed", "failed (code)" or "cut after …"."""
+    """Runs one check with output to ``log``; "passed", "failed (code)" or "stopped after …"."""
     words = check.command.format(out=out, scratch=scratch).split()
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
@@ -113,7 +113,7 @@ def run(check: Check, log: Path, seconds: float, out: Path, scratch: Path) -> st
                 check=False,
             ).returncode
         except subprocess.TimeoutExpired:
-            return f"cut after {seconds:.0f} s"
+            return f"stopped after {seconds:.0f} s"
     return f"failed ({code})" if code else "passed"
 
 
@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="runs/gpu", help="folder for logs and JSON")
     parser.add_argument("--scratch", default="", help="folder for caches; default: inside --out")
-    parser.add_argument("--seconds", type=float, default=540, help="time limit of the whole")
+    parser.add_argument("--seconds", type=float, default=540, help="total time limit")
     parser.add_argument(
         "--only", type=lambda text: text.split(","), default=[], help=f"some of {names}"
     )

@@ -19,8 +19,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
-from studies import lens_gradients
-from studies.toy_gradients import build_report, measure
 
 from conlens_jax import cli
 from conlens_jax.checkpoint_flags import CHECKPOINT, recorded_config
@@ -34,6 +32,8 @@ from conlens_jax.tracking.console import Console
 from conlens_jax.training.preflight import check_files
 from conlens_jax.training.run_folder import checkpoint_of
 from conlens_jax.training.session import open_session
+from studies import lens_gradients
+from studies.toy_gradients import build_report, measure
 
 _OUT = flags.DEFINE_string("out", "runs/gradient_report", "Folder for the report.")
 _DRAWS = flags.DEFINE_integer("draws", 100_000, "Draws per estimator.", lower_bound=2)

@@ -1,12 +1,12 @@
-"""What int8 weights do to a model's predictions: error of the logits and KL, against fp32 and bf16.
+"""Effect of int8 weights on predictions: error of the logits and KL, against fp32 and bf16.
 
     python scripts/int8_error.py                     a random model of Llama shape
     python scripts/int8_error.py --model=FOLDER      a model folder (or hub id) and its tokenizer
     python scripts/int8_error.py --shape=M --seed=1
 
-The tokens are random ones, or those of ``--text``. KL is the mean over positions, in nats, from the
-fp32 model's prediction to that of the others; top-1 is how often the likeliest token is the same.
-bf16 is there for scale: what is no worse than that costs nothing.
+The tokens are random, or those of ``--text``. KL is the mean over positions, in nats, from the fp32
+model's prediction to the other; top-1 is how often the most probable token agrees. bf16 is shown
+for scale.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def compare(exact: np.ndarray, other: np.ndarray) -> dict[str, float]:
 
 
 def matrix_bytes(model: LanguageModel, int8: LanguageModel) -> int:
-    """Bytes of those matrices that are int8 in the other model."""
+    """Bytes of the matrices that are int8 in the other model."""
     is_int8 = lambda node: isinstance(node, Int8Matrix)
     sizes = jax.tree.map(
         lambda like, node: is_int8(like) * sum(leaf.nbytes for leaf in jax.tree.leaves(node)),
@@ -87,7 +87,7 @@ def matrix_bytes(model: LanguageModel, int8: LanguageModel) -> int:
 
 
 def random_folder(folder: Path, shape: str, seed: int) -> Path:
-    """Initial weights of a wider spread than usual: at that, a model predicts next to nothing."""
+    """Random weights of larger variance than usual, for less uniform predictions."""
     values = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 4}
     config = config_from_hf(values | SHAPES[shape] | {"initializer_range": 0.06})
     params = init_params(family_of(config).param_table(config), config, random_key(seed))
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="S", help="of the random model")
     parser.add_argument("--text", default="", help="text to read; empty: random tokens")
     parser.add_argument("--batch", type=int, default=8, help="rows of random tokens")
-    parser.add_argument("--length", type=int, default=64, help="random tokens of a row")
+    parser.add_argument("--length", type=int, default=64, help="random tokens per row")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

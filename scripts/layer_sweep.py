@@ -1,10 +1,10 @@
-"""What each layer's activations are like, to choose model.layer by: R, norms, and M's need of them.
+"""Statistics of each layer's activations, to choose model.layer: R, norms, and M's use of them.
 
 Command:  python scripts/layer_sweep.py --run=runs/quickstart
 Time:     25 CPU-seconds on the quickstart, most of them compilation; no training.
 
-A layer whose 1 − R² is small is flagged: nearly all its activations point one way, so a cosine
-close to 1 says nothing there. A layer with a small KL of the mean is one that M does not read at P.
+A layer with a small 1 − R² is flagged: nearly all its activations point in one direction, so a
+cosine close to 1 means nothing. If the KL of the mean is small, M does not read the layer at P.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HEADER = ["layer", "R", "1 − R²", "median norm", "outliers", "KL of mean", "K
 
 
 def row_of(found: LayerStatistics) -> list[str]:
-    """A line of the table."""
+    """A row of the table."""
     return [
         str(found.layer),
         f"{found.resultant:.3f}",

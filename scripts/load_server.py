@@ -1,10 +1,10 @@
-"""What many, large, slow and vanishing clients do to the explorer's server.
+"""Loads the explorer's server with many, large, slow and disconnecting clients.
 
     python scripts/load_server.py --checkpoint=runs/quickstart
 
-Starts ``python -m conlens_jax.explore`` on a free port of this machine, asks it alone, and prints a
-table: the answers by status, their latency, and the server's peak memory in each trial (Linux; the
-peak is reset between trials). Bounded in number and time.
+Starts ``python -m conlens_jax.explore`` on a free local port and prints a table: responses by
+status, their latency, and the server's peak memory in each trial (Linux; the peak is reset between
+trials). Number of requests and time are bounded.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from pathlib import Path
 HOST = "127.0.0.1"
 WORDS = "the cat saw one red fox and two blue owl then a small dog ran home".split()
 Answer = tuple[int, float]
-"""Status (0: the connection ended without one) and seconds until the answer's last byte."""
+"""Status (0: the connection ended without one) and seconds until the last byte."""
 
 
 class Server:
-    """The process and how it is asked."""
+    """The server process, and requests to it."""
 
     def __init__(self, process: subprocess.Popen, port: int, seconds: int):
         self.process, self.port, self.seconds = process, port, seconds
@@ -44,14 +44,14 @@ class Server:
         )
 
     def send(self, method: str, path: str, pieces, size: int | None, **headers: str) -> Answer:
-        """``size`` None: in chunks, whose length is not said before."""
+        """``size`` None: chunked, without a Content-Length."""
         length = "Transfer-Encoding: chunked" if size is None else f"Content-Length: {size}"
         named = {"Host": HOST, "Content-Type": "application/json", "Connection": "close", **headers}
         lines = [f"{method} {path} HTTP/1.1", length, *(f"{n}: {v}" for n, v in named.items())]
         began, found = time.monotonic(), b""
         with self.connect() as connection, contextlib.suppress(OSError):
             connection.sendall("\r\n".join([*lines, "", ""]).encode())
-            with contextlib.suppress(OSError):  # the answer may be there before all is sent
+            with contextlib.suppress(OSError):  # the response may come before all is sent
                 for piece in pieces:
                     connection.sendall(piece)
             while piece := connection.recv(65536):
@@ -129,7 +129,7 @@ def as_large_as_may_be(server: Server, number: int) -> Answer:
 
 
 def beside_slow_ones(server: Server, many: int) -> list[Answer]:
-    """Short requests, while others have sent half a head, half a body, or do not read."""
+    """Short requests, while others have sent part of a head or body, or do not read."""
     halves = (
         b"POST /api/tokens HTTP/1.1\r\nHost: 127",
         b"POST /api/tokens HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{",
@@ -141,7 +141,7 @@ def beside_slow_ones(server: Server, many: int) -> list[Answer]:
 
 
 def after_those_who_left(server: Server, many: int) -> list[Answer]:
-    """The next explanation, when many have hung up after the first byte of theirs."""
+    """An explanation after many clients have disconnected after their first byte."""
 
     def leave(server: Server, number: int) -> Answer:
         content = json.dumps({"text": text_of(number), "temperature": 0, "stream": True}).encode()
@@ -189,15 +189,16 @@ def main() -> None:
         f"{many} bodies of 1.2 MB at once": lambda s: at_once(s, many, as_large_as_may_be),
         f"a body of {size} MiB": lambda s: large(s, size, chunked=False),
         f"a body of {size} MiB in chunks": lambda s: large(s, size, chunked=True),
-        f"20 short ones beside {many} slow clients": lambda s: beside_slow_ones(s, many),
-        f"one after {many} hung up": lambda s: after_those_who_left(s, many),
+        f"20 short requests with {many} slow clients": lambda s: beside_slow_ones(s, many),
+        f"one after {many} disconnected": lambda s: after_those_who_left(s, many),
         "another Host; another Origin": foreign,
     }
     print(
-        "| trial | answers | latency, median / longest | server's peak memory |\n|---|---|---|---|"
+        "| trial | responses | latency, median / longest | server's peak memory |\n"
+        "|---|---|---|---|"
     )
     with served(flags.checkpoint, flags.seconds) as server:
-        print(f"| before any | | | {server.memory('VmHWM'):.0f} MiB |", flush=True)
+        print(f"| before any request | | | {server.memory('VmHWM'):.0f} MiB |", flush=True)
         for name, trial in trials.items():
             server.reset_peak()
             before, answers = server.memory("VmRSS"), trial(server)

@@ -1,4 +1,4 @@
-"""Top operations and the time of each phase of a profile; needs no TensorFlow.
+"""Top operations and the time of each phase of a profile, without TensorFlow.
 
 python -m conlens_jax.train --config=configs/quickstart.py --config.profile.steps="(850,855)"
 python scripts/profile_summary.py runs/quickstart/profile/joint
@@ -11,8 +11,8 @@ import collections
 import sys
 from pathlib import Path
 
+from benchmark.profile_reading import phase_of, scopes_of, time_by_operation
 from conlens_jax.config import ConfigError
-from conlens_jax.planning.profile_reading import phase_of, scopes_of, time_by_operation
 from conlens_jax.tracking.console import Console
 
 

@@ -1,20 +1,20 @@
-"""How a step grows with the devices, from compiled programs: no devices are needed.
+"""How a step scales with the number of devices, from compiled programs: no devices are needed.
 
     python scripts/scaling_report.py --config=configs/llama3_1_8b_8xh100.py --target=h100
 
-Without ``--target`` the programs are XLA's for CPUs, which need no further wheels
-(:mod:`conlens_jax.planning.gpu_target`) but take more memory.
+Without ``--target`` the programs are compiled for CPUs, which needs no further wheels
+(:mod:`conlens_jax.planning.gpu_target`) but takes more memory.
 
-For each count (see :mod:`conlens_jax.planning.scaling`): bytes and FLOPs of a device, bytes that it
-sends by each collective in a step, and the seconds that these numbers would take on H100s if
-nothing overlapped:
+For each count (see :mod:`benchmark.scaling`): bytes and FLOPs per device, bytes that a
+device sends per step by each collective, and the seconds that these would take on H100s without
+overlap:
 
     compute      FLOPs / 400e12
     NVLink       bytes within 8 devices / 450e9
     InfiniBand   bytes between slices / 50e9
 
-They are predictions from counts. FLOPs are the least that the step needs. Compiling takes minutes
-for each count of devices; a row is printed as soon as it is known.
+They are predictions from counts. FLOPs are the minimum for the step. Compilation takes minutes per
+device count; each row is printed as soon as it is known.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ import sys
 import jax
 from absl import flags
 
+from benchmark.scaling import HEADER, report_row
 from conlens_jax import cli
 from conlens_jax.config import ConfigError
-from conlens_jax.planning.scaling import HEADER, report_row
 from conlens_jax.tracking.console import Console
 
 _CONFIG = cli.define_config()
-DEVICES = flags.DEFINE_list("devices", "1,2,4,8,64,512".split(","), "Counts, with commas between.")
+DEVICES = flags.DEFINE_list(
+    "devices", "1,2,4,8,64,512".split(","), "Device counts, comma-separated."
+)
 STAGE = flags.DEFINE_enum("stage", "joint", ["warm", "joint"], "Whose step.")
-TARGET = flags.DEFINE_string("target", "", "Compile for this GPU, which need not be there: h100.")
+TARGET = flags.DEFINE_string("target", "", "Compile for this GPU, which need not be present: h100.")
 
 
 def main() -> None:

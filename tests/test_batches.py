@@ -13,7 +13,6 @@ from conlens_jax.data.batches import (
     batch_indices,
     pad_tokens,
     prefetch,
-    shard_of_batch,
     steps_per_epoch,
 )
 
@@ -77,17 +76,6 @@ def test_bad_batches():
         batch_indices(8, 0, 0, 0)
     with pytest.raises(ValueError, match="must not be negative"):
         batch_indices(8, 2, 0, -1)
-
-
-def test_processes_share_a_batch():
-    indices = batch_indices(64, 12, 0, 1)
-    parts = [shard_of_batch(indices, process, 3) for process in range(3)]
-    assert [len(part) for part in parts] == [4, 4, 4]
-    assert np.array_equal(np.concatenate(parts), indices)
-    with pytest.raises(ValueError, match="batch_size=12 must be a multiple of the 5"):
-        shard_of_batch(indices, 0, 5)
-    with pytest.raises(ValueError, match="process_index=3"):
-        shard_of_batch(indices, 3, 3)
 
 
 def test_pad_tokens():

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from tiny_lens import flat, relative_error, tiny_batch, tiny_lens, tiny_noise, tiny_spec
 
-from conlens_jax.benchmark.flops import causal, dump_flops, stack_cost, step_flops
-from conlens_jax.benchmark.naive import naive_loss
-from conlens_jax.benchmark.shapes import comparable, shape_workload
+from benchmark.naive import naive_loss
+from benchmark.workloads import comparable, shape_workload
 from conlens_jax.config import ExperimentConfig, LossConfig, WarmConfig, constant
 from conlens_jax.lens.objective import Objective, joint_loss, prepare
+from conlens_jax.planning.flops import causal, dump_flops, stack_cost, step_flops
 
 WEIGHTS = {"lm": 0.5, "kl": 1.0, "mse": 2.0, "entropy": 0.3, "text": 0.0}
 SCRIPTS = Path(__file__).parent.parent / "scripts"

@@ -305,11 +305,11 @@ def test_unknown_schema_and_keys(tmp_path):
     with pytest.raises(CacheError, match="unknown key 'layers'; missing key 'layer'"):
         ActivationCache.open(folder)
     path.write_text(json.dumps({**values, "n_rows": N_ROWS + 1}))
-    with pytest.raises(CacheError, match="n_rows=24, its shards hold 23"):
+    with pytest.raises(CacheError, match="n_rows=24, but its shards contain 23"):
         ActivationCache.open(folder)
     outside = [{**shard, "file": "../" + shard["file"]} for shard in values["shards"]]
     path.write_text(json.dumps({**values, "shards": outside}))
-    with pytest.raises(CacheError, match="own folder"):
+    with pytest.raises(CacheError, match="directly in the cache folder"):
         ActivationCache.open(folder)
 
 
@@ -371,7 +371,7 @@ def test_failed_writer_refuses_more_rows(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="broken disk"):
             writer.append(rows, range(N_ROWS))
     # Rows appended twice would silently be two rows.
-    with pytest.raises(RuntimeError, match="make a new one"):
+    with pytest.raises(RuntimeError, match="create a new one"):
         writer.append(rows, range(N_ROWS))
 
 
@@ -391,7 +391,7 @@ def test_append_rejects_rows_that_do_not_fit(tmp_path):
         "activations are 6 wide",
         "contexts are 8 long",
         "1 rows have a position outside",
-        "2 rows hold activations that are not finite",
+        "2 rows have activations that are not finite",
         "2 cursors for 3 rows",
     ):
         assert part in str(caught.value)
@@ -404,7 +404,7 @@ def test_overflow_of_bfloat16_is_an_error(tmp_path):
     rows = make_rows(3)
     largest = np.full_like(rows.activations_ND, np.finfo(np.float32).max)
     writer = CacheWriter(tmp_path / "cache", make_metadata(dtype="bfloat16"), PER_SHARD)
-    with pytest.raises(ValueError, match="3 rows hold activations that are not finite"):
+    with pytest.raises(ValueError, match="3 rows have activations that are not finite"):
         writer.append(dataclasses.replace(rows, activations_ND=largest), range(3))
 
 

@@ -306,13 +306,13 @@ def first_document(**values):
     ("kind", "name", "content", "message"),
     [
         ("jsonl", "a.jsonl", '{"text": "x"}\n{"text": \n', r"a\.jsonl, line 2: not valid JSON"),
-        ("jsonl", "a.jsonl", '["text"]\n', r"a\.jsonl, line 1: a JSON object is needed, not list"),
+        ("jsonl", "a.jsonl", '["text"]\n', r"a\.jsonl, line 1: must be a JSON object, not list"),
         ("jsonl", "a.jsonl", '{"b": 1, "a": 2}\n', r"corpus\.text_field='text'.*columns are a, b"),
-        ("jsonl", "a.jsonl", '{"text": 1}\n', r"line 1: corpus\.text_field='text' holds int"),
+        ("jsonl", "a.jsonl", '{"text": 1}\n', r"line 1: corpus\.text_field='text' is int"),
         ("jsonl", "a.jsonl", "\n\n", r"empty: corpus\.path="),
         ("text", "a.txt", " \n\n", r"empty: corpus\.path="),
         ("text", "a.txt", b"caf\xe9", r"a\.txt, line 1: not UTF-8 \(byte 4, 0xe9"),
-        ("parquet", "a.parquet", "no parquet", r"a\.parquet is not a parquet file"),
+        ("parquet", "a.parquet", "no parquet", r"a\.parquet is not a readable parquet file"),
         ("huggingface", "a.jsonl", '{"b": 1, "a": 2}\n', r"corpus\.text_field='text'.* a, b"),
     ],
 )
@@ -330,7 +330,7 @@ def test_parquet_columns_of_all_files_in_one_message(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": [1]}), tmp_path / "c.parquet")
     with pytest.raises(CorpusError) as error:
         first_document(kind="parquet", path=str(tmp_path))
-    for part in ("corpus.text_field", "a.parquet", "body", "b.parquet", "title", "holds int64"):
+    for part in ("corpus.text_field", "a.parquet", "body", "b.parquet", "title", "is int64"):
         assert part in str(error.value)
 
 

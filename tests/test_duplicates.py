@@ -115,7 +115,7 @@ def test_a_split_of_nothing_but_copies_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("\n\n".join(["the same"] * 50))
     corpus = open_corpus(CorpusConfig(kind="text", path=str(tmp_path), validation_fraction=0.2))
     assert len(list(corpus.documents("train"))) > 30
-    with pytest.raises(CorpusError, match=r"validation split \(\d+ are copies of texts on the"):
+    with pytest.raises(CorpusError, match=r"validation split \(\d+ are copies of texts in the"):
         list(corpus.documents("validation"))
 
 

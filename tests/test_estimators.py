@@ -5,17 +5,14 @@ from __future__ import annotations
 import functools
 import math
 
-import gradient_report
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
-from studies.lens_gradients import BLOCKS, REFERENCE, Draws, Problem, draw_blocks
-from studies.lens_gradients import quality as lens_quality
-from studies.toy_gradients import VOCAB, draw_gradients, make_toy, quality, true_gradient
 from tiny_lens import relative_error, text_logits, tiny_batch, tiny_lens, tiny_noise, tiny_spec
 
+import gradient_report
 from conlens_jax.config import LossConfig, WarmConfig
 from conlens_jax.config.estimator import Estimator
 from conlens_jax.lens.decoder import decoder_head, forced_states, generate
@@ -23,6 +20,9 @@ from conlens_jax.lens.estimators import condition_on_token, conditional_gumbel, 
 from conlens_jax.lens.gumbel import straight_through_embed
 from conlens_jax.lens.objective import TERMS, Objective
 from conlens_jax.lens.spec import decoder_of
+from studies.lens_gradients import BLOCKS, REFERENCE, Draws, Problem, draw_blocks
+from studies.lens_gradients import quality as lens_quality
+from studies.toy_gradients import VOCAB, draw_gradients, make_toy, quality, true_gradient
 
 DRAWS = 40_000
 

@@ -12,12 +12,11 @@ import shutil
 from pathlib import Path
 from unittest import mock
 
-import gradient_report
 import pytest
 from absl import flags
 from pipeline import CHECKPOINT_EVERY, LAST_STEP, WARM_STEPS, open_world, quiet_console
-from studies import lens_gradients
 
+import gradient_report
 from conlens_jax.config import ConfigError
 from conlens_jax.evaluation import run
 from conlens_jax.evaluation.run import evaluate_run
@@ -27,6 +26,7 @@ from conlens_jax.tracking.records import read_metrics
 from conlens_jax.training.checkpoint import CheckpointError
 from conlens_jax.training.loop import train_lens
 from conlens_jax.training.session import open_caches, training_reference
+from studies import lens_gradients
 
 PREFIXES = ("", "warm_", "control_")
 # What a run must report, with the ends of its interval, for each of its lenses.

@@ -317,7 +317,7 @@ def test_corpus_smaller_than_asked_for_is_said_and_works(world, tmp_path):
     printed = dump(session)
     found = len(ActivationCache.open(tmp_path / "cache" / "train"))
     assert 192 < found < 5_000
-    assert f"the corpus gave only {found} of 5000 rows" in printed
+    assert f"the corpus has only {found} of 5000 rows" in printed
     assert "found=" in dump(session)  # and the shorter cache is this config's cache
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 from tiny_lens import relative_error, tiny_batch, tiny_lens, tiny_noise, tiny_spec
 
-from conlens_jax.benchmark.naive import naive_loss
+from benchmark.naive import naive_loss
 from conlens_jax.config import LossConfig, WarmConfig, constant
 from conlens_jax.lens.objective import Objective, joint_loss, prepare
 

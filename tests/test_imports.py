@@ -14,7 +14,7 @@ ROOT = Path(conlens_jax.__file__).parent
 # A folder may import those before it. The entry points, which lie in no folder, import any.
 ORDER = (
     "files config parallel tracking models lens corpora data embedded measurement training "
-    "evaluation inspection nla explorer benchmark planning"
+    "evaluation inspection nla explorer planning"
 ).split()
 MODULES = {
     ".".join(("conlens_jax", *file.relative_to(ROOT).with_suffix("").parts)): file

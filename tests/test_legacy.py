@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conlens_jax.data.cache import ActivationCache, CacheError
-from conlens_jax.data.legacy import LegacyCache, convert_legacy, open_cache
+from conlens_jax.data.cache import CacheError
+from conlens_jax.data.legacy import LegacyCache, open_cache
 
 D_MODEL, PAD = 4, 50
 
@@ -249,39 +248,10 @@ def test_parquet_problems(tmp_path):
     assert "c.parquet: activation_vector has lengths ['1', '2']" in str(caught.value)
 
 
-def test_parquet_without_tokens_is_read_but_not_converted(tmp_path):
+def test_parquet_without_tokens_is_read_but_not_trained_on(tmp_path):
     write_parquet(tmp_path / "a.parquet", {"doc_id": ["a"] * 5})
     cache = open_cache(tmp_path / "a.parquet")
     assert cache.rows([3]).activations_ND[0, 0] == 30.0
     assert cache.rows([3]).lengths_N.tolist() == [0]
     with pytest.raises(CacheError, match="no token columns"):
-        convert_legacy(cache, tmp_path / "new", cache.metadata)
-
-
-# --- conversion ---------------------------------------------------------------------------------
-
-
-def test_convert(tmp_path, monkeypatch):
-    torch = pytest.importorskip("torch")
-    write_shards(torch, tmp_path / "old")
-    source = open_cache(tmp_path / "old", pad_id=PAD)
-    metadata = dataclasses.replace(source.metadata, weights_hash="w", tokenizer_hash="t")
-    with monkeypatch.context() as patch:
-        real = LegacyCache.rows
-
-        def interrupted(self, indices):
-            if 6 in indices:
-                raise KeyboardInterrupt
-            return real(self, indices)
-
-        patch.setattr(LegacyCache, "rows", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            convert_legacy(source, tmp_path / "new", metadata, rows_per_shard=4, rows_per_read=2)
-    convert_legacy(source, tmp_path / "new", metadata, rows_per_shard=4, rows_per_read=2)
-    cache = open_cache(tmp_path / "new")
-    assert isinstance(cache, ActivationCache)
-    assert [shard.rows for shard in cache.metadata.shards] == [4, 4, 2]
-    assert (cache.metadata.weights_hash, cache.metadata.layer) == ("w", 5)
-    assert_rows(cache.rows(range(10)), list(range(10)), seq_len=3)
-    # A second call finds the cache and opens it.
-    assert len(convert_legacy(source, tmp_path / "new", metadata)) == 10
+        cache.check(layer=cache.metadata.layer)

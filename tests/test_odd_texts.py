@@ -133,11 +133,11 @@ def test_the_choice_is_checked_and_old_names_stay():
     [
         ('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", ["nested too deeply"]),
         ('{"n": ' + "7" * 5_000 + ', "text": "x"}', ["not valid JSON", "4300 digits"]),
-        ('{"text": ["a", "list"]}', ["corpus.text_field='text' holds list", "another column"]),
-        ('{"text": true}', ["holds bool"]),
+        ('{"text": ["a", "list"]}', ["corpus.text_field='text' is list", "another column"]),
+        ('{"text": true}', ["is bool"]),
         ('{"body": "x"}', ["no column corpus.text_field='text'", "the columns are body"]),
         ("text,label", ["not valid JSON", "CSV", "corpus.kind=huggingface"]),
-        ('"only a text"', ["a JSON object is needed, not str"]),
+        ('"only a text"', ["must be a JSON object, not str"]),
     ],
 )
 def test_rows_that_cannot_be_read(line, parts, tmp_path):
@@ -166,7 +166,7 @@ def test_parquet_columns_of_every_kind(tmp_path):
     for field in ("plain", "large", "dictionary", "with.dot"):
         assert read("parquet", tmp_path, text_field=field) == ["one", "two", "one"]
     for field, held in (("nested", "struct<"), ("list", "list<"), ("bytes", "binary")):
-        refused("parquet", tmp_path, f"text_field={field!r} holds {held}", text_field=field)
+        refused("parquet", tmp_path, f"text_field={field!r} is {held}", text_field=field)
 
 
 def test_a_damaged_parquet_file(tmp_path):
@@ -203,7 +203,7 @@ def test_a_broken_archive(suffix, tmp_path):
     file = tmp_path / f"a.txt{suffix}"
     write(file, os.urandom(50_000).hex().encode())
     file.write_bytes(file.read_bytes()[:-100])
-    refused("text", tmp_path, f"a.txt{suffix} is damaged", "fetch it again")
+    refused("text", tmp_path, f"a.txt{suffix} is damaged", "download it again")
     file.write_bytes(b"this was never packed")
     refused("text", tmp_path, f"a.txt{suffix} is damaged, or is not")
 
@@ -305,7 +305,7 @@ def own_datasets_cache(tmp_path_factory, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "parts"),
     [
-        ('{"text": "cut', ["a.jsonl, line 3", "not valid JSON", "mend"]),
+        ('{"text": "cut', ["a.jsonl, line 3", "not valid JSON", "fix"]),
         ('{"text": "cut \\ud83d"}', ["a.jsonl, line 3", "surrogate", "encoding_errors"]),
         ('{"text": ' + "[" * 100_000, ["a.jsonl, line 3", "nested too deeply"]),
     ],

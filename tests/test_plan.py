@@ -221,7 +221,7 @@ def test_a_shape_is_found_by_hub_id_file_and_folder(tmp_path, folder):
 
 
 def test_a_shape_that_is_nowhere(tmp_path):
-    with pytest.raises(ConfigError, match="--model-config='nowhere'.*no config.json"):
+    with pytest.raises(ConfigError, match="--model-config='nowhere'.*nor a folder with"):
         planned_model(ExperimentConfig(), "nowhere")
     with pytest.raises(ConfigError, match="model.path='./nowhere'"):
         planned_model(config_of("./nowhere"))
@@ -275,7 +275,7 @@ def test_command_compiles(folder):
         *(f"--config.{name}={value}" for name, value in settings.items()),
     )
     assert done.returncode == 0, done.stderr
-    assert "= peak" in done.stdout and "memory of each device, warm" in done.stdout
+    assert "= peak" in done.stdout and "memory per device, warm" in done.stdout
 
 
 def test_command_compiles_for_gpus_that_are_not_there(folder):
@@ -290,7 +290,7 @@ def test_command_compiles_for_gpus_that_are_not_there(folder):
 
 def test_command_refuses():
     assert_refused(
-        run("plan", "--config=configs/quickstart.py", "--target=abacus"), "known are h100"
+        run("plan", "--config=configs/quickstart.py", "--target=abacus"), "known targets are h100"
     )
     assert_refused(
         run("plan", "--config=configs/quickstart.py", "--model-config=nowhere"),

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from pipeline import WARM_STEPS, open_world
 
-from conlens_jax.config import ConfigError, from_config_dict
-from conlens_jax.planning.profile_reading import (
+from benchmark.profile_reading import (
     EXCHANGE,
     Event,
     own_times,
@@ -18,6 +17,7 @@ from conlens_jax.planning.profile_reading import (
     scopes_of,
     time_by_operation,
 )
+from conlens_jax.config import ConfigError, from_config_dict
 from conlens_jax.training.loop import train_lens
 
 ROOT = Path(__file__).parents[1]

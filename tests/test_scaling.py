@@ -8,11 +8,11 @@ import pytest
 from test_plan import config_of
 from tiny_models import write_tiny_folder
 
+from benchmark.collectives import Collective
+from benchmark.scaling import flops_of, plan_for, seconds_of
 from conlens_jax.config import MeshConfig
 from conlens_jax.parallel.footprint import device_bytes
-from conlens_jax.planning.collectives import Collective
 from conlens_jax.planning.memory import step_memory
-from conlens_jax.planning.scaling import flops_of, plan_for, seconds_of
 
 COUNTS = (1, 2, 4, 8)
 

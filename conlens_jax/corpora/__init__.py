@@ -1,1 +1,1 @@
-"""Where text comes from: generators whose content is known, files, datasets."""
+"""Corpora: generated text with known content, local files, and datasets."""

@@ -1,9 +1,8 @@
-"""Where text comes from: one interface over all kinds of corpora.
+"""The common interface of all corpora.
 
-A corpus is an ordered list of documents. The index of a document never changes, so "go on at
-document 1,234" means the same in every run, and the hold-out is a property of the index alone.
-Only a copy of an earlier text is left out where the earlier one is on the other side
-(:mod:`~conlens_jax.corpora.duplicates`).
+A corpus is an ordered list of documents. The index of a document never changes, so every run can
+resume at document 1,234, and the split depends on the index alone. Only a copy of an earlier text
+is left out if the earlier one is in the other split (:mod:`~conlens_jax.corpora.duplicates`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ SPLITS = ("train", "validation")
 
 
 class CorpusError(ValueError):
-    """A corpus that cannot be read; the message names the config field or the file."""
+    """The corpus cannot be read; the message names the config field or the file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +27,12 @@ class Document:
     """One text.
 
     Attributes:
-      index: the place in the corpus, from 0. Empty texts keep their index but are never yielded.
+      index: position in the corpus, from 0. Empty texts have an index but are never yielded.
       text: the text itself.
-      attributes: what the generator decided the text is about; empty for real text.
-      nats: −ln probability of all choices that made the text; None for real text.
-      given: the beginning of the text that decides all attributes, as the task of a sum does;
-        empty where each attribute is known only once the text has mentioned it.
+      attributes: values that the generator chose for the text; empty for real text.
+      nats: −ln probability of all choices in the text; None for real text.
+      given: the beginning of the text if it determines all attributes, such as the task of a sum;
+        empty if each attribute is known only after the text has mentioned it.
     """
 
     index: int
@@ -47,30 +46,30 @@ class Corpus(Protocol):
     """Documents in a fixed order, divided into ``"train"`` and ``"validation"``.
 
     Attributes:
-      name: what it is called in reports.
-      notes: what the user should know of it before it is read, one line each.
+      name: its name in reports.
+      notes: messages for the user before it is read, one line each.
     """
 
     name: str
     notes: tuple[str, ...]
 
     def description(self) -> dict[str, Any]:
-        """Plain values that say which text this is, for the metadata of a cache."""
+        """Plain values that identify the text, for the metadata of a cache."""
         ...
 
     def documents(
         self, split: str, start: int = 0, tally: Tally | None = None
     ) -> Iterator[Document]:
-        """The documents of a split with ``index >= start``, by increasing index.
+        """The documents of a split with ``index >= start``, by ascending index.
 
-        No text of a split has a copy in the other one. Documents before ``start`` are read too
-        where they decide that.
+        No text of a split has a copy in the other one. Documents before ``start`` are read too if
+        that is needed to find copies.
 
         Args:
-          tally: counts what is read, while it is read.
+          tally: updated while documents are read.
 
         Raises:
-          CorpusError: an unknown split, or nothing to read in it.
+          CorpusError: the split is unknown or empty.
         """
         ...
 
@@ -78,8 +77,7 @@ class Corpus(Protocol):
 def is_held_out(seed: int, index: int, fraction: float) -> bool:
     """Whether document ``index`` belongs to validation.
 
-    A hash of the index, not a random stream: the answer does not depend on how many documents
-    were read before.
+    It depends on a hash of the index, not on a random stream, and so not on the documents before.
     """
     digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2.0**64
@@ -94,10 +92,10 @@ def check_split(split: str) -> None:
 def without_copies(
     documents: Iterable[Document], config: CorpusConfig, split: str, start: int, tally: Tally
 ) -> Iterator[Document]:
-    """The documents of a split with ``index >= start``, by the hash of their index.
+    """The documents of a split with ``index >= start``; the hash of the index determines the split.
 
     Args:
-      documents: all of them, from index 0 on.
+      documents: all documents, from index 0.
     """
     seen, wanted = SeenTexts(), split == "validation"
     for document in documents:
@@ -116,8 +114,8 @@ def without_copies(
 def described(config: CorpusConfig) -> dict[str, Any]:
     """The section ``corpus``, for :meth:`Corpus.description`.
 
-    A field that came later stands in it only where it is not at its default: caches and embedded
-    models that were made before it keep their names.
+    A field that was added later is included only if it is not at its default, so that older caches
+    and embedded models keep their names.
     """
     values = dataclasses.asdict(config)
     if config.encoding_errors == "error":
@@ -127,17 +125,17 @@ def described(config: CorpusConfig) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class IndexedCorpus:
-    """A corpus made of a reader of ``(index, text)`` pairs.
+    """A corpus based on a reader of ``(index, text)`` pairs.
 
     Attributes:
-      name: what it is called in reports.
+      name: its name in reports.
       config: the section ``corpus`` of the configuration.
-      read: ``read(split, start)`` gives ``(index, text)`` with ``index >= start``, increasing.
+      read: ``read(split, start)`` yields ``(index, text)`` with ``index >= start``, ascending.
         It ignores ``split`` unless ``has_own_validation``.
-      details: facts about the source that the configuration does not hold.
-      has_own_validation: the source keeps validation apart, so that no document is held out. What
-        is also in validation is then left out of training, for which all of validation is read.
-      notes: what the user should know of it before it is read, one line each.
+      details: facts about the source that are not in the configuration.
+      has_own_validation: the source has its own validation split, so no document is held out.
+        Texts that are also in validation are left out of training, which reads all of validation.
+      notes: messages for the user before it is read, one line each.
     """
 
     name: str
@@ -154,8 +152,8 @@ class IndexedCorpus:
     def documents(
         self, split: str, start: int = 0, tally: Tally | None = None
     ) -> Iterator[Document]:
-        """See :class:`Corpus`; ``corpus.n_documents`` counts both splits together, except where
-        validation is a split of its own (then it limits each)."""
+        """See :class:`Corpus`; ``corpus.n_documents`` limits both splits together, or each split if
+        the source has its own validation split."""
         check_split(split)
         return self._documents(split, start, Tally() if tally is None else tally)
 
@@ -176,7 +174,7 @@ class IndexedCorpus:
         for index, text in self.read(split, start):
             if limit and index >= limit:
                 break
-            # Not strip(): it would copy a long text.
+            # strip() would copy a long text.
             if text and not text.isspace():
                 yield Document(index, text)
 
@@ -196,14 +194,14 @@ class IndexedCorpus:
     def _nothing_message(self, split: str, tally: Tally) -> str:
         if tally.read:
             return nothing_in_split(self.config, f"documents of corpus {self.name}", split, tally)
-        return f"corpus {self.name} is empty: corpus.path={self.config.path!r} holds no text"
+        return f"corpus {self.name} is empty: corpus.path={self.config.path!r} contains no text"
 
 
 def nothing_in_split(config: CorpusConfig, what: str, split: str, tally: Tally) -> str:
-    """The message for a split without a document, though there are some in the corpus."""
-    copies = f" ({tally.left_out} are copies of texts on the other side)" if tally.left_out else ""
+    """The message for an empty split of a corpus that has documents."""
+    copies = f" ({tally.left_out} are copies of texts in the other split)" if tally.left_out else ""
     if config.validation_split:
-        fix = f"corpus.validation_split={config.validation_split!r} must hold other texts"
+        fix = f"corpus.validation_split={config.validation_split!r} must contain other texts"
     else:
         fix = (
             f"change corpus.validation_fraction={config.validation_fraction} or corpus.seed, or "

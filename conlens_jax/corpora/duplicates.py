@@ -1,8 +1,8 @@
-"""Copies of a text: counted, and never on both sides of the split.
+"""Duplicate texts: counted, and never in both splits.
 
-Two texts are copies where they differ in white space only. The first one decides: a later copy on
-the other side of the split is left out, one on the same side stays. So a corpus without copies is
-split by the index alone, and what was read does not change when documents are added at the end.
+Two texts are copies if they differ only in white space. A copy of an earlier text is left out if
+the earlier one is in the other split, and kept if it is in the same split. So a corpus without
+copies is split by the index alone, and appending documents does not change those before.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _LARGEST_TABLE = 1 << 16
 
 @dataclasses.dataclass
 class Tally:
-    """What the reading of a corpus met so far, both sides of the split together.
+    """Counts of the documents read so far, in both splits together.
 
     Attributes:
       read: documents that are not empty.
-      copies: those among them that are copies of an earlier one.
-      left_out: copies that would have stood on the other side of the split.
+      copies: those that are copies of an earlier one.
+      left_out: copies that were left out because the first text is in the other split.
     """
 
     read: int = 0
@@ -32,22 +32,22 @@ class Tally:
 
 
 class SeenTexts:
-    """Hashes of the texts so far, each with the side that its first text is on: 8 bytes a text.
+    """Hashes of the texts so far, each with the split of its first text: 8 bytes per text.
 
-    63 bits of the hash are kept: among ten million texts, two different ones are taken for copies
-    with a probability of one in 200,000.
+    63 bits of the hash are kept: among ten million texts, the probability that two different ones
+    are taken for copies is one in 200,000.
     """
 
     def __init__(self):
-        # New hashes go to a table; when that is full, they are sorted into the array.
+        # New hashes go into a table, which is merged into the sorted array when it is full.
         self._recent: dict[int, bool] = {}
         self._sorted = np.zeros(0, np.uint64)
 
     def first_side(self, text: str, held_out: bool) -> bool | None:
-        """Whether the first copy of ``text`` was held out; None, and noted, if this is the first.
+        """Whether the first copy of ``text`` was held out; None, and recorded, if this is it.
 
         Args:
-          held_out: the side of this one.
+          held_out: whether this one is in the validation split.
         """
         key = text_hash(text) & ~1
         side = self._recent.get(key)
@@ -68,10 +68,10 @@ class SeenTexts:
 
 
 def text_hash(text: str) -> int:
-    """64 bits of the words of a text, whatever white space is between and around them."""
+    """A hash of 64 bits of the words of a text, independent of white space."""
     digest = hashlib.blake2b(digest_size=8)
     begun = gap = False
-    # Piece by piece: the words of a long text, as a list, would take many times its memory.
+    # In pieces: a list of the words of a long text would take many times its memory.
     for start in range(0, len(text), _CHARACTERS_AT_ONCE):
         piece = text[start : start + _CHARACTERS_AT_ONCE]
         words = " ".join(piece.split())

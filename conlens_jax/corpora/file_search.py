@@ -1,4 +1,4 @@
-"""Which files ``corpus.path`` means, and which ones beside them are left out."""
+"""Finds the files of ``corpus.path``, and lists the others in the same folder."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _NAMED = 3
 
 
 def find_files(path: str, *suffixes: str) -> list[Path]:
-    """The files that ``corpus.path`` means: a file, all files below a folder whose names end in one
-    of ``suffixes``, or a glob (``**`` allowed), sorted. A path that exists is never a glob.
+    """The files of ``corpus.path``, sorted: a file, all files below a folder whose names end in one
+    of ``suffixes``, or a glob (``**`` allowed). A path that exists is never treated as a glob.
 
     Raises:
       CorpusError: there is no such file.
@@ -35,7 +35,7 @@ def find_files(path: str, *suffixes: str) -> list[Path]:
         looked_for = "file matching"
     else:
         raise CorpusError(f"corpus.path={path!r} does not exist")
-    # Pipes and devices have no end, or none that can be read twice.
+    # Pipes and devices are endless, or cannot be read twice.
     files = [file for file in found if file.is_file()]
     if not files:
         raise CorpusError(f"there is no {looked_for} corpus.path={path!r}")
@@ -43,7 +43,7 @@ def find_files(path: str, *suffixes: str) -> list[Path]:
 
 
 def left_out_note(path: str, files: Sequence[Path]) -> tuple[str, ...]:
-    """A line about the files of a folder that are not read; nothing where there are none."""
+    """A line that lists the files of a folder that are not read; empty if all are."""
     if not Path(path).is_dir():
         return ()
     read = set(files)
@@ -59,17 +59,17 @@ def left_out_note(path: str, files: Sequence[Path]) -> tuple[str, ...]:
 
 
 def files_below(folder: str) -> list[Path]:
-    """Everything below a folder that is not a folder.
+    """All files below a folder.
 
-    Links to folders are followed, but none is read twice, and none that leads back to where the
-    search began or above it.
+    Links to folders are followed, but no folder is read twice, and links to the root of the search
+    or above it are skipped.
 
     Raises:
-      CorpusError: a folder that cannot be listed.
+      CorpusError: a folder cannot be listed.
     """
     root, seen, files = os.path.realpath(folder), set(), []
     tops = [str(folder)]
-    for top in tops:  # grows: links come after all that lies in the folder itself
+    for top in tops:  # grows: links are followed after the folder itself
         for here, folders, names in os.walk(top, onerror=_refuse):
             real = os.path.realpath(here)
             if real in seen:
@@ -90,7 +90,7 @@ def _refuse(error: OSError) -> None:
 
 
 def _matching(pattern: str) -> list[Path]:
-    """The files that a glob matches. glob's own ``**`` follows links in circles, for ever."""
+    """The files that a glob matches. The ``**`` of :mod:`glob` would follow cyclic links."""
     parts = Path(pattern).parts
     if "**" not in parts:
         return list(map(Path, glob.glob(pattern)))
@@ -105,7 +105,7 @@ def _matching(pattern: str) -> list[Path]:
 
 
 def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
-    """As glob does: ``**`` is any number of folders, and hidden names must be asked for."""
+    """As in glob: ``**`` is any number of folders; hidden names match only patterns with a dot."""
     if not patterns:
         return not names
     if patterns[0] == "**":

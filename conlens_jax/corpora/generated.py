@@ -1,9 +1,9 @@
-"""Corpora that a generator writes: the content of every text is known, and so is its entropy.
+"""Corpora written by a generator: the content of every text is known, and so is its entropy.
 
-A generator draws what a text is about (its variables) and then writes it. Every choice is counted,
-so the mean of ``nats`` is an upper bound on the entropy of a document in nats (an upper bound,
-because two ways through a generator can end in the same text), and no model can beat the entropy
-on average.
+A generator draws the values of a text's variables and then writes the text. Every choice is
+counted, so the mean of ``nats`` is an upper bound on the entropy of a document in nats (an upper
+bound, because different choices can give the same text), and no model can beat the entropy on
+average.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DRAWS_AT_ONCE = 96
 
 
 class Chooser:
-    """Uniform choices from one random stream, and the −ln probability of all of them.
+    """Uniform choices from one random stream, with the −ln probability of all of them.
 
     Attributes:
       nats: the sum of ``ln(number of options)`` over the choices so far.
@@ -44,9 +44,9 @@ class Chooser:
         self._draws: list[float] = []
 
     def pick(self, options: Sequence[_T]) -> _T:
-        """One of the options, each as likely as the others."""
+        """One of the options, all equally likely."""
         if not self._draws:
-            # One call for many numbers: a numpy call for each choice would cost most of the time.
+            # One NumPy call for many numbers: a call for each choice would dominate the time.
             self._draws = self._rng.random(_DRAWS_AT_ONCE).tolist()
         self.nats += math.log(len(options))
         return options[int(self._draws.pop() * len(options))]
@@ -54,12 +54,12 @@ class Chooser:
 
 @dataclasses.dataclass(frozen=True)
 class Variable:
-    """A quantity that a generator decides for each document, and how a text states its value.
+    """A quantity that a generator chooses for each document, and how a text states its value.
 
     Attributes:
-      values: the words that it can be.
-      tag: the words right in front of the value that say which variable is meant. Empty where the
-        value alone does, because no other variable and no plain word looks like it.
+      values: its possible values, each a word.
+      tag: the words right before the value that identify the variable. Empty if the value alone
+        identifies it, because no other variable or plain word has the same values.
     """
 
     values: tuple[str, ...]
@@ -68,15 +68,15 @@ class Variable:
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """What writes the documents of a corpus.
+    """Writes the documents of a corpus.
 
     Attributes:
       kind: its name in ``corpus.kind``.
-      document: ``document(seed, index)``, the same one wherever and whenever it is asked for. Its
-        ``attributes`` have the names of ``variables``.
-      variables: by name, what each document decides.
-      synonyms: a word and the one that is written just as often in its place, both ways.
-      rules: everything that decides what is written, as text: other rules are another corpus.
+      document: ``document(seed, index)``, a pure function. Its ``attributes`` have the names of
+        ``variables``.
+      variables: by name.
+      synonyms: pairs of words that are equally likely in the same place, in both directions.
+      rules: everything that determines the texts, as a string to be hashed.
     """
 
     kind: str

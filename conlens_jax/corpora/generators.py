@@ -1,4 +1,4 @@
-"""The generators there are, by the ``corpus.kind`` that asks for them."""
+"""All generators, by ``corpus.kind``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text from Hugging Face datasets: of the hub, or a local folder of data files."""
+"""Text from Hugging Face datasets: from the hub, or a local folder of data files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from conlens_jax.corpora.file_search import files_below
 from conlens_jax.corpora.text_files import JSONL_SUFFIXES, json_rows, parsed
 from conlens_jax.corpora.text_lines import missing_column, open_bytes, valid_text
 
-# Far fewer than what pyarrow can read; Python's own reader then decides.
+# Far fewer than pyarrow can read; rows with more are checked with Python's json.
 _MANY_BRACKETS = 500
 
 
@@ -22,7 +22,7 @@ def open_huggingface(config: CorpusConfig) -> IndexedCorpus:
     ``datasets.load_dataset`` accepts.
 
     Raises:
-      CorpusError: the dataset, its split or the text column is not there.
+      CorpusError: the dataset, its split or the text column does not exist.
     """
     _refuse_deep_rows(config)
     datasets = {"train": _load(config, config.split, "corpus.split")}
@@ -59,7 +59,7 @@ def _load(config: CorpusConfig, split: str, field: str) -> Any:
         return datasets.load_dataset(
             config.path, config.name or None, split=split, streaming=config.streaming
         )
-    except Exception as error:  # of pyarrow, of the network, of the hub and of datasets itself
+    except Exception as error:  # from pyarrow, the network, the hub or datasets itself
         raise CorpusError(
             f"cannot open the dataset corpus.path={config.path!r}, corpus.name={config.name!r}, "
             f"{field}={split!r}: {_reason(error, config)}"
@@ -81,12 +81,12 @@ def _rows(dataset: Any, start: int, config: CorpusConfig, split: str) -> Iterato
 
 
 def _reason(error: Exception, config: CorpusConfig) -> str:
-    """What went wrong, from the error and what caused it, and what to do about it."""
+    """What went wrong, from the error and its causes, and what to do about it."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
     texts = [str(part).strip() or type(part).__name__ for part in chain]
-    # The last one is where it began; what datasets says of it is often only that it failed.
+    # The last one is the root cause; the message of datasets is often only that it failed.
     reason = "; ".join(dict.fromkeys(itertools.chain(texts[:1], texts[-1:])))
     return f"{reason}. {_advice(error, reason, config)}"
 
@@ -95,7 +95,7 @@ def _advice(error: Exception, reason: str, config: CorpusConfig) -> str:
     kinds, text = {kind.__name__ for kind in type(error).__mro__}, reason.lower()
     if "scripts are no longer supported" in text or "trust_remote_code" in text:
         return (
-            "A dataset's own program is never run: use its parquet files (most datasets of the hub "
+            "A dataset's own code is never run: use its parquet files (most datasets of the hub "
             "have them in the revision refs/convert/parquet), or convert it, and read that folder"
         )
     if "gated" in text or "401" in text or "403" in text:
@@ -106,29 +106,29 @@ def _advice(error: Exception, reason: str, config: CorpusConfig) -> str:
         return "corpus.split and corpus.validation_split must be among its splits"
     if "offline" in text or kinds & {"ConnectionError", "OfflineModeIsEnabled", "Timeout"}:
         return (
-            "The hub cannot be reached: unset HF_HUB_OFFLINE, or fetch the dataset where there is "
-            "a network and give its folder as corpus.path"
+            "The hub cannot be reached: unset HF_HUB_OFFLINE, or download the dataset on a machine "
+            "with a network and set corpus.path to its folder"
         )
     if "UnicodeDecodeError" in kinds:
         return "Read local files with their own corpus.kind: it names the row, and can replace it"
     if "DatasetNotFoundError" in kinds or "FileNotFoundError" in kinds:
         return "Check corpus.path: the id of a dataset (owner/name), or a folder of data files"
-    return _bad_line(config) or "Mend or remove that row, or choose another dataset"
+    return _bad_line(config) or "Fix or remove that row, or choose another dataset"
 
 
 def _bad_line(config: CorpusConfig) -> str:
-    """The first line of a local folder's jsonl files that cannot be read, in words."""
+    """The error of the first unreadable line in the jsonl files of a local folder."""
     for file in _json_files(config):
         try:
             for _ in json_rows(file, config):
                 pass
         except CorpusError as error:
-            return f"With corpus.kind='jsonl' this is: {error}"
+            return f"With corpus.kind='jsonl' the error is: {error}"
     return ""
 
 
 def _refuse_deep_rows(config: CorpusConfig) -> None:
-    """A row that is nested too deeply ends the process inside pyarrow, without a message."""
+    """Refuses rows that are nested so deeply that pyarrow would crash."""
     for file in _json_files(config):
         try:
             with open_bytes(file) as stream:

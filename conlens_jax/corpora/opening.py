@@ -1,4 +1,4 @@
-"""The corpus that a config names, of any kind."""
+"""Opens the corpus of a config."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from conlens_jax.corpora.generators import GENERATORS
 def open_corpus(config: CorpusConfig) -> Corpus:
     """The corpus that ``config.kind`` names.
 
-    Files and columns are checked here; that there is any text at all, when the reading starts.
+    Files and columns are checked here; whether there is any text, when reading starts.
 
     Raises:
-      CorpusError: an unknown kind, or a path, column or split that is not there.
+      CorpusError: the kind is unknown, or a path, column or split does not exist.
     """
     openers: dict[str, Callable[[CorpusConfig], Corpus]] = {
         **{

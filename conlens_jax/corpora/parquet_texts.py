@@ -1,4 +1,4 @@
-"""Texts of a column of parquet files."""
+"""Text from a column of parquet files."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _ROWS_AT_ONCE = 1024
 
 
 def check_columns(files: list[Path], field: str) -> None:
-    """Raises CorpusError where a file has no column of that name, or it holds no text."""
+    """Raises CorpusError if a file has no column of that name, or the column is not text."""
     problems = []
     for file in files:
         with _opened(file) as parquet:
             schema = parquet.schema_arrow
         if field not in schema.names:
             problems.append(missing_column(field, schema.names, str(file)))
-        elif not _holds_text(schema.field(field).type):
+        elif not _is_text(schema.field(field).type):
             problems.append(
-                f"{file}: corpus.text_field={field!r} holds {schema.field(field).type}, not text"
+                f"{file}: corpus.text_field={field!r} is {schema.field(field).type}, not text"
             )
     if problems:
         raise CorpusError("\n".join(problems))
 
 
-def _holds_text(kind: Any) -> bool:
+def _is_text(kind: Any) -> bool:
     from pyarrow import types
 
     if types.is_dictionary(kind):
@@ -44,14 +44,14 @@ def rows(file: Path, config: CorpusConfig) -> Iterator[str]:
 
     before = 0
     with _opened(file) as parquet:
-        # A text column can hold much more than a row has on average: few rows at once.
+        # Few rows at once: texts can be long.
         batches = parquet.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[config.text_field])
         while True:
             try:
                 batch = next(batches, None)
             except (pyarrow.ArrowException, OSError) as error:
                 raise CorpusError(
-                    f"{file}, after row {before}: the file is damaged ({error}); fetch it again"
+                    f"{file}, after row {before}: the file is damaged ({error}); download it again"
                 ) from error
             if batch is None:
                 return
@@ -68,7 +68,7 @@ def _texts(column: Any, before: int, file: Path, encoding_errors: str) -> Iterat
 
 
 def _decoded(column: Any, before: int, file: Path, encoding_errors: str) -> Iterator[str | None]:
-    """Row by row, so that the row can be named."""
+    """Decodes row by row, to name the row in the error."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(column.type):
@@ -90,6 +90,6 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         parquet = pyarrow.parquet.ParquetFile(file)
     except (pyarrow.ArrowException, OSError) as error:
-        raise CorpusError(f"{file} is not a parquet file that can be read ({error})") from error
+        raise CorpusError(f"{file} is not a readable parquet file ({error})") from error
     with parquet:
         yield parquet

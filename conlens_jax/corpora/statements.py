@@ -1,4 +1,4 @@
-"""The variables of a generated corpus in tokens: where a text states a value of one."""
+"""The variables of a generated corpus as tokens: where a text states the value of one."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class TokenVariable:
     """A :class:`~conlens_jax.corpora.generated.Variable` in the tokens of a model.
 
     Attributes:
-      values_K: int32 ids of the values, those that are one token.
-      tag: ids of the tokens right in front of a value that say which variable is meant.
+      values_K: int32 ids of the values that are a single token.
+      tag: ids of the tokens right before a value that identify the variable.
     """
 
     values_K: np.ndarray
     tag: tuple[int, ...] = ()
 
     def stated(self, tokens_NT: np.ndarray) -> np.ndarray:
-        """The value's id at every place where a text states one, :data:`NOTHING` elsewhere;
-        [N, T]. A value whose tag is cut off by the beginning of the text is none."""
+        """The value's id at every position that states one, :data:`NOTHING` elsewhere; [N, T].
+        A value whose tag is cut off by the beginning of the text does not count."""
         states_NT = np.isin(tokens_NT, self.values_K)
         length = tokens_NT.shape[1]
         for back, token in enumerate(reversed(self.tag), start=1):
@@ -36,16 +36,16 @@ class TokenVariable:
             states_NT &= matches_NT
         return np.where(states_NT, tokens_NT, NOTHING)
 
-    def says_the_same_as(self, other: TokenVariable) -> bool:
-        """Whether a text cannot tell the two apart, as with the names of two people."""
+    def indistinguishable_from(self, other: TokenVariable) -> bool:
+        """Whether a text cannot distinguish the two, as with the names of two people."""
         return self.tag == other.tag and np.array_equal(self.values_K, other.values_K)
 
 
 def token_variables(
     variables: Mapping[str, Variable], tokenizer: Tokenizer
 ) -> dict[str, TokenVariable]:
-    """By name. Values that are not one token are left out, and so is a variable without any value
-    left, or whose tag has a word that the tokenizer does not know."""
+    """By name. Values of several tokens are left out, and so are variables without any value left,
+    or whose tag has a word that the tokenizer does not know."""
     found = {}
     for name, variable in variables.items():
         ids = [known_ids(word, tokenizer) for word in variable.values]
@@ -57,6 +57,6 @@ def token_variables(
 
 
 def known_ids(word: str, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of a word; none where the tokenizer does not know it."""
+    """The tokens of a word; empty if the tokenizer does not know it."""
     ids = tokenizer.encode(word)
     return [] if tokenizer.unk_id in ids else ids

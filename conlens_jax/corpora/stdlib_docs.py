@@ -1,7 +1,7 @@
-"""Real text that every machine has: the documentation strings of Python's standard library.
+"""Real text that is on every machine: the docstrings of Python's standard library.
 
-Source files are parsed, never imported. The text depends on the Python version, which therefore
-stands in the description of the corpus.
+Source files are parsed, not imported. The text depends on the Python version, which is therefore
+part of the corpus's description.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionD
 
 
 def open_stdlib(config: CorpusConfig) -> IndexedCorpus:
-    """The documentation strings of the running Python; ``corpus.path`` is not used."""
+    """The docstrings of the running Python; ``corpus.path`` is not used."""
     root = Path(sysconfig.get_paths()["stdlib"])
     if not any(source_files(root)):
         raise CorpusError(
@@ -50,10 +50,10 @@ def _enumerated(root: Path, start: int) -> Iterator[tuple[int, str]]:
 
 
 def docstrings(root: Path) -> Iterator[str]:
-    """The documentation strings under ``root`` with at least ``MIN_CHARACTERS`` characters.
+    """The docstrings in ``root`` with at least ``MIN_CHARACTERS`` characters.
 
-    Files in the order of :func:`source_files`, strings by their place in the file. A text
-    that was there before is left out, so that the same text cannot stand in both splits.
+    Files are in the order of :func:`source_files`, docstrings by line. Repeated texts are left out,
+    so that no text is in both splits.
     """
     seen: set[str] = set()
     for path in source_files(root):
@@ -64,26 +64,26 @@ def docstrings(root: Path) -> Iterator[str]:
 
 
 def source_files(root: Path) -> Iterator[Path]:
-    """The Python files of a library without tests, demos and installed packages: those
-    of a folder by name, then those of its subfolders by name."""
+    """The Python files of a library without tests, demos and installed packages: those of a folder
+    by name, then those of its subfolders by name."""
     for folder, subfolders, names in os.walk(root):
-        # Changed in place: os.walk goes down only into what is left, in this order.
+        # Modified in place: os.walk then visits only these, in this order.
         subfolders[:] = sorted(set(subfolders) - _SKIPPED_FOLDERS)
         yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
 
 
-# Cached: a dump reads the corpus once a split, and parsing takes most of the time.
+# Cached: a dump reads the corpus once per split, and parsing takes most of the time.
 @functools.lru_cache(maxsize=4096)
 def _docstrings_of_file(path: Path) -> tuple[str, ...]:
     try:
         with warnings.catch_warnings():
-            # Old escapes in somebody else's source are not this program's problem.
+            # The sources contain invalid escapes.
             warnings.simplefilter("ignore")
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
-        # Templates and deliberately broken examples carry the suffix .py too.
+        # Templates and deliberately broken examples also end in .py.
         return ()
-    # ast.walk goes by depth; by line is the order of reading. A module has no line.
+    # ast.walk goes by depth; sorted by line instead. A module has no line.
     nodes = [node for node in ast.walk(tree) if isinstance(node, _WITH_DOCSTRING)]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
     texts = (normalised(ast.get_docstring(node, clean=False) or "") for node in nodes)
@@ -91,9 +91,9 @@ def _docstrings_of_file(path: Path) -> tuple[str, ...]:
 
 
 def normalised(docstring: str) -> str:
-    """The text without common indentation; running text of a paragraph on one line.
+    """The text without common indentation, and each paragraph on one line.
 
-    Paragraphs that hold indented lines, list items or examples keep their lines.
+    Paragraphs with indented lines, list items or examples keep their lines.
     """
     paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(docstring))
     return "\n\n".join(_normalised_paragraph(part) for part in paragraphs if part.strip())

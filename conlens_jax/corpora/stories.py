@@ -1,8 +1,8 @@
-"""Short English stories from a seeded grammar: text whose content is known.
+"""Short English stories from a seeded grammar: text with known content.
 
-Each story is drawn from :mod:`conlens_jax.corpora.story_grammar`. What it is about (its attributes)
-is drawn first, uniformly; then the grammar tells it, and comes back to the attributes several
-sentences later, so that a language model has to carry them over many tokens.
+Each story is drawn from :mod:`conlens_jax.corpora.story_grammar`. Its attributes are drawn first,
+uniformly; the grammar then mentions them again several sentences later, so that a language model
+has to carry them over many tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SYNONYMS = grammar.SYNONYMS
 
 
 def story(seed: int, index: int) -> Document:
-    """Story ``index`` of the corpus ``seed``: the same text wherever and whenever it is asked for.
+    """Story ``index`` of the corpus ``seed``, a pure function of the two.
 
     Words and punctuation are separated by single spaces, all in lower case.
     """
@@ -54,7 +54,7 @@ def _expand(
 
 
 def _with_articles(words: list[str]) -> list[str]:
-    """The words with ``a`` turned into ``an`` before a vowel sound."""
+    """Replaces ``a`` by ``an`` before a vowel sound."""
     return [
         "an" if word == "a" and grammar.starts_with_vowel_sound(words[i + 1]) else word
         for i, word in enumerate(words)

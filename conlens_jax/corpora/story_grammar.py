@@ -1,10 +1,10 @@
 """The grammar of the stories: attributes, synonyms, and rules.
 
-A rule is a name in capitals and its alternatives, one a line, all equally likely. Inside an
-alternative a word in capitals is another rule or an attribute, any other word stands for itself,
-and ``a`` becomes ``an`` where it must. Some rules have one form for each class of an attribute,
-chosen by :func:`bindings`: ``PLOT`` and ``MORAL`` follow from the event, ``TROUBLE`` and
-``DELIGHT`` from the mood, ``SKY`` from the weather, ``AT`` from the place.
+A rule is a name in capitals and its alternatives, one per line, all equally likely. In an
+alternative a word in capitals is another rule or an attribute, any other word is literal, and ``a``
+becomes ``an`` where needed. Some rules have one form for each class of an attribute, chosen by
+:func:`bindings`: ``PLOT`` and ``MORAL`` depend on the event, ``TROUBLE`` and ``DELIGHT`` on the
+mood, ``SKY`` on the weather, ``AT`` on the place.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
     }
 )
-"""All values an attribute can have, each one word. ``name`` and ``friend`` share one list, so a
-name tells that a person is meant, not which of the two; all other values belong to one attribute
-only, and none is an ordinary word of the rules."""
+"""All values of each attribute, each one word. ``name`` and ``friend`` have the same list, so a
+name does not identify which person is meant; all other values belong to one attribute only, and
+none is an ordinary word of the rules."""
 
 _PAIRS = (
     ("little", "small"),
@@ -116,7 +116,7 @@ _PAIRS = (
 SYNONYMS: Mapping[str, str] = MappingProxyType(
     {word: other for pair in _PAIRS for word, other in (pair, pair[::-1])}
 )
-"""A word and the one that the grammar writes just as often in its place, in both directions."""
+"""Pairs of words that are equally likely in the same place, in both directions."""
 
 _RULE_TEXT = """
 STORY
@@ -522,7 +522,7 @@ def _parse(text: str) -> dict[str, tuple[tuple[str, ...], ...]]:
     return {name: tuple(alternatives) for name, alternatives in rules.items()}
 
 
-# Both words of a pair stand for one rule, that writes one of the two.
+# Both words of a pair are replaced by a rule that writes one of the two.
 _SYMBOL_OF_WORD = {word: "|".join(pair) for pair in _PAIRS for word in pair}
 
 RULES: Mapping[str, tuple[tuple[str, ...], ...]] = MappingProxyType(
@@ -532,8 +532,8 @@ RULES: Mapping[str, tuple[tuple[str, ...], ...]] = MappingProxyType(
 
 
 def bindings(attributes: Mapping[str, str]) -> dict[str, str]:
-    """What the symbols that depend on the attributes of a story stand for: a word, or the name of
-    the rule that fits the mood, the event, or the weather."""
+    """The replacement of each symbol that depends on a story's attributes: a word, or the name of
+    the rule for the mood, the event, or the weather."""
     event = _CLASS_OF_EVENT[attributes["event"]]
     mood = _CLASS_OF_MOOD[attributes["mood"]]
     return {
@@ -555,12 +555,12 @@ def _pronouns(name: str, prefix: str) -> dict[str, str]:
 
 
 def starts_with_vowel_sound(word: str) -> bool:
-    """Whether ``an`` stands before the word (among the words of this grammar)."""
+    """Whether the word takes ``an`` (for the words of this grammar)."""
     return word[0] in "aeiou" or word == "honest"
 
 
 def words() -> frozenset[str]:
-    """Every word and punctuation mark that a story can hold."""
+    """Every word and punctuation mark that a story can contain."""
     symbols: Iterable[str] = {
         symbol for rule in RULES.values() for alternative in rule for symbol in alternative
     }

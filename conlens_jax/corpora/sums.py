@@ -1,15 +1,15 @@
-"""Additions worked out in words: text that can state each digit, each carry and their count.
+"""Additions worked out in words: text that states each digit, each carry and their count.
 
     add 5 5 4 , 9 6 9 . 4 and 9 is 13 , ones 3 , tens carry 1 . 5 plus 6 is 12 , tens 2 , …
     so with 3 carries : hundreds 5 , tens 2 , ones 3 .
 
-Two numbers of three digits are drawn uniformly. Behind the task nothing is left to chance but a few
-synonyms: a model that can add predicts every digit of the result, every carry, and how many
-carries there were. A carry is written once, at the end of its column, and must then be kept in
-mind: the next column adds it without a word.
+Two numbers of three digits are drawn uniformly. After the task only a few synonyms are random: a
+model that can add predicts every digit of the result, every carry, and the number of carries. A
+carry is written once, at the end of its column, and must then be remembered: the next column adds
+it without mentioning it.
 
-A column's total is written out because the embedded model does not learn the digits otherwise:
-without it, after 800 steps it wrote every carry right (from the digit and the column) and the
+A column's total is written out because otherwise the embedded model does not learn the digits:
+without it, after 800 steps it wrote every carry correctly (from the digit and the column) and the
 digits at chance.
 """
 
@@ -38,7 +38,7 @@ VARIABLES: Mapping[str, Variable] = MappingProxyType(
         "carries": Variable(_DIGITS[: N_DIGITS + 1], ("with",)),
     }
 )
-"""Digits of the result, the carry into each place, and how many carries there were."""
+"""Digits of the result, the carry into each place, and the number of carries."""
 
 _PAIRS = (("add", "sum"), ("plus", "and"), ("so", "thus"))
 

@@ -1,7 +1,7 @@
 """Text from local files: .txt and .jsonl (plain, .gz or .zst) and .parquet.
 
-All readers give ``(index, text)`` pairs in a fixed order: files by sorted path, then rows by their
-place in the file. A row without text keeps its index, so that indices do not depend on content.
+All readers yield ``(index, text)`` pairs in a fixed order: files by sorted path, then rows in
+order. A row without text keeps its index, so that indices do not depend on content.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ TEXT_SUFFIXES, JSONL_SUFFIXES = (
 
 
 def open_text(config: CorpusConfig) -> IndexedCorpus:
-    """Text files: paragraphs, separated by blank lines, are the documents."""
+    """Text files; the documents are paragraphs, separated by blank lines."""
     read_file = functools.partial(_paragraphs, encoding_errors=config.encoding_errors)
     return _open_files(config, TEXT_SUFFIXES, read_file)
 
 
 def open_jsonl(config: CorpusConfig) -> IndexedCorpus:
-    """One JSON object a line; ``corpus.text_field`` holds the text."""
+    """One JSON object per line; the text is in ``corpus.text_field``."""
     return _open_files(config, JSONL_SUFFIXES, functools.partial(json_rows, config=config))
 
 
@@ -69,7 +69,7 @@ def _paragraphs(file: Path, encoding_errors: str) -> Iterator[str]:
 
 
 def json_rows(file: Path, config: CorpusConfig) -> Iterator[str]:
-    """The texts of a file with one JSON object a line."""
+    """The texts of a file with one JSON object per line."""
     field = config.text_field
     for number, line in enumerate(lines(file, config.encoding_errors), start=1):
         if line.isspace():
@@ -77,23 +77,23 @@ def json_rows(file: Path, config: CorpusConfig) -> Iterator[str]:
         where = f"{file}, line {number}"
         row = parsed(line, where)
         if not isinstance(row, dict):
-            raise CorpusError(f"{where}: a JSON object is needed, not {type(row).__name__}")
+            raise CorpusError(f"{where}: must be a JSON object, not {type(row).__name__}")
         if field not in row:
             raise CorpusError(missing_column(field, row, where))
         yield valid_text(row[field], field, where, config.encoding_errors)
 
 
 def parsed(line: str, where: str) -> object:
-    """The value of a line of JSON. Raises CorpusError where it cannot be read."""
+    """The value of a line of JSON. Raises CorpusError if it is not valid."""
     try:
-        # Files that were put together from several have byte order marks inside.
+        # Concatenated files have byte order marks inside.
         return json.loads(line.lstrip("\ufeff"))
     except RecursionError:
         raise CorpusError(
-            f"{where}: its JSON is nested too deeply to be read; leave out that field of the row"
+            f"{where}: its JSON is nested too deeply to be read; remove that field of the row"
         ) from None
-    except ValueError as error:  # also a whole number of more digits than Python reads
+    except ValueError as error:  # also an integer with more digits than Python reads
         raise CorpusError(
-            f"{where}: not valid JSON ({error}); each line must be one object. Remove or mend the "
+            f"{where}: not valid JSON ({error}); each line must be one object. Remove or fix the "
             "line (CSV, and a JSON array over many lines: corpus.kind=huggingface, with a folder)"
         ) from error

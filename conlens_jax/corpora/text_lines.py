@@ -1,6 +1,6 @@
-"""Lines of text files, plain or compressed, and what is wrong with text that is not valid Unicode.
+"""Lines of text files, plain or compressed, and errors about text that is not valid Unicode.
 
-Every error names the file, the line, the reason and what to do about it.
+Every error names the file, the line, the reason and the fix.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 from conlens_jax.corpora.corpus import CorpusError
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-"""Suffixes of the compressed files that are read like plain ones, with pyarrow's names."""
+"""Suffixes of supported compressed files, with pyarrow's names of the formats."""
 
-_REPLACE_HINT = ", or set corpus.encoding_errors=replace, which puts U+FFFD in its place"
+_REPLACE_HINT = ", or set corpus.encoding_errors=replace, which replaces it by U+FFFD"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # The longer mark first: UTF-32's begins with UTF-16's.
 _OTHER_MARKS = {
@@ -31,13 +31,13 @@ _BYTES_LOOKED_AT = 4096
 
 
 def lines(file: Path, encoding_errors: str = "error", hint: str = _REPLACE_HINT) -> Iterator[str]:
-    """The lines of a UTF-8 file, with their ends as ``\\n``; a byte order mark is dropped.
+    """The lines of a UTF-8 file, ending in ``\\n``; a byte order mark is dropped.
 
-    ``hint`` ends the message about bytes that are not UTF-8.
+    ``hint`` is appended to the message about bytes that are not UTF-8.
 
     Raises:
-      CorpusError: another encoding, a broken archive, a file that cannot be read; and bytes that
-        are not UTF-8 where ``encoding_errors`` is ``"error"``.
+      CorpusError: the file has another encoding, is a damaged archive or cannot be read, or has
+        bytes that are not UTF-8 and ``encoding_errors`` is ``"error"``.
     """
     errors = "replace" if encoding_errors == "replace" else "strict"
     try:
@@ -56,7 +56,7 @@ def lines(file: Path, encoding_errors: str = "error", hint: str = _REPLACE_HINT)
 
 @contextlib.contextmanager
 def open_bytes(file: Path) -> Iterator[BinaryIO]:
-    """The content of a file, decompressed where its name says so."""
+    """The content of a file, decompressed according to its suffix."""
     compression = COMPRESSIONS.get(file.suffix)
     if compression is None:
         with file.open("rb") as stream:
@@ -64,7 +64,7 @@ def open_bytes(file: Path) -> Iterator[BinaryIO]:
         return
     import pyarrow
 
-    # pyarrow's streams have no lines of their own.
+    # pyarrow's streams cannot be read by lines.
     with (
         pyarrow.input_stream(str(file), compression=compression) as packed,
         io.BufferedReader(packed) as stream,
@@ -75,19 +75,19 @@ def open_bytes(file: Path) -> Iterator[BinaryIO]:
 def _check_encoding(file: Path, stream: BinaryIO) -> None:
     start = stream.read(_BYTES_LOOKED_AT)
     marked = [name for mark, name in _OTHER_MARKS.items() if start.startswith(mark)]
-    # Without a mark, letters of UTF-16 are valid UTF-8: every second byte is a NUL.
+    # Without a mark, ASCII letters in UTF-16 are valid UTF-8: every second byte is NUL.
     halves = [start[first::2] for first in (0, 1)]
     if not marked and any(half.count(0) > 0.4 * len(half) for half in halves if half):
         marked = ["UTF-16 or UTF-32"]
     if marked:
         raise CorpusError(
-            f"{file} is {marked[0]}, and UTF-8 is read: convert it, for example with "
+            f"{file} is {marked[0]}, but must be UTF-8: convert it, for example with "
             f"iconv -f {marked[0].split()[0]} -t UTF-8"
         )
 
 
 def _first_bad_line(file: Path, hint: str) -> str:
-    """Reads the file again: the decoder only knows a place in its buffer."""
+    """Reads the file again: the decoder only reports a position in its buffer."""
     with open_bytes(file) as stream:
         for number, line in enumerate(stream, start=1):
             try:
@@ -98,7 +98,7 @@ def _first_bad_line(file: Path, hint: str) -> str:
 
 
 def bad_bytes_message(where: str, error: UnicodeDecodeError, hint: str = _REPLACE_HINT) -> str:
-    """What is wrong with bytes that are not UTF-8."""
+    """The message about bytes that are not UTF-8."""
     byte = error.object[error.start]
     return (
         f"{where}: not UTF-8 (byte {error.start + 1}, 0x{byte:02x}: {error.reason}); convert it, "
@@ -108,7 +108,9 @@ def bad_bytes_message(where: str, error: UnicodeDecodeError, hint: str = _REPLAC
 
 def _unreadable_message(file: Path, error: OSError) -> str:
     if file.suffix in COMPRESSIONS and error.errno is None:
-        return f"{file} is damaged, or is not {COMPRESSIONS[file.suffix]} ({error}); fetch it again"
+        return (
+            f"{file} is damaged, or is not {COMPRESSIONS[file.suffix]} ({error}); download it again"
+        )
     return f"{file} cannot be read ({error.strerror or error})"
 
 
@@ -116,17 +118,17 @@ def valid_text(value: Any, field: str, where: str, encoding_errors: str) -> str:
     """The text of a row; null counts as an empty text.
 
     Raises:
-      CorpusError: it is not text; or it has half a surrogate pair, as JSON can write it
-        (``\\ud83d``), which no tokenizer reads, and ``encoding_errors`` is ``"error"``.
+      CorpusError: it is not text; or it has an unpaired surrogate, which JSON can contain
+        (``\\ud83d``) but no tokenizer reads, and ``encoding_errors`` is ``"error"``.
     """
     if value is None:
         return ""
     if not isinstance(value, str):
         raise CorpusError(
-            f"{where}: corpus.text_field={field!r} holds {type(value).__name__}, not text; name "
-            "another column, or write the text of each row into one"
+            f"{where}: corpus.text_field={field!r} is {type(value).__name__}, not text; choose "
+            "another column, or store the text of each row as a string"
         )
-    if value.isascii():  # known without looking at the characters
+    if value.isascii():  # O(1)
         return value
     found = _SURROGATE.search(value)
     if found is None:
@@ -135,13 +137,13 @@ def valid_text(value: Any, field: str, where: str, encoding_errors: str) -> str:
         return _SURROGATE.sub("\ufffd", value)
     raise CorpusError(
         f"{where}: character {found.start() + 1} of corpus.text_field={field!r} is "
-        f"\\u{ord(found[0]):04x}, half a surrogate pair, which is no text; mend the row"
+        f"\\u{ord(found[0]):04x}, an unpaired surrogate, which is not text; fix the row"
         f"{_REPLACE_HINT}"
     )
 
 
 def missing_column(field: str, columns: Any, where: str) -> str:
-    """The message for a row or file without the column of the text."""
+    """The message for a row or file without the text column."""
     return (
         f"{where}: there is no column corpus.text_field={field!r}; "
         f"the columns are {', '.join(sorted(map(str, columns))) or '(none)'}"

@@ -1,1 +1,1 @@
-"""Text, tokenizers, and the activation cache."""
+"""Rows of activations with their contexts: extraction, the activation cache, batches."""

@@ -1,7 +1,7 @@
-"""Which rows a training step reads, and reading them ahead.
+"""The rows of each training step, and prefetching.
 
-The order is a pure function of (seed, step): a resumed run reads the rows that the uninterrupted
-one would have read, on any number of processes.
+The order is a pure function of (seed, step): a resumed run reads the rows that an uninterrupted
+run would have read, on any number of processes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from conlens_jax.data.rows import RowSource
 
 Item = TypeVar("Item")
 
-# Keeps this stream of random numbers apart from others that are keyed by the same seed.
+# Separates this stream of random numbers from others with the same seed.
 _PURPOSE = 0x0DE2
 
 
@@ -27,7 +27,7 @@ def steps_per_epoch(n_rows: int, batch_size: int) -> int:
     """Whole batches in one pass over the rows.
 
     Raises:
-      ValueError: there is not one whole batch.
+      ValueError: there are fewer rows than one batch.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
@@ -41,23 +41,23 @@ def steps_per_epoch(n_rows: int, batch_size: int) -> int:
 
 @functools.lru_cache(maxsize=2)
 def _epoch_order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
-    # Sorting raw Philox output, not Generator.permutation: NumPy guarantees that the raw stream
-    # stays the same over versions, and not the permutation.
+    # Sorting raw Philox output instead of Generator.permutation: NumPy guarantees that the raw
+    # stream is the same in all versions, but not the permutation.
     sequence = np.random.SeedSequence([numpy_seed(seed), epoch, _PURPOSE])
     raw = np.random.Philox(sequence).random_raw(n_rows)
     order = np.argsort(raw, kind="stable")
-    order.flags.writeable = False  # it is shared through the cache
+    order.flags.writeable = False  # shared through lru_cache
     return order
 
 
 def batch_indices(n_rows: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     """The rows of step ``step`` (0-based), int64 of shape ``[batch_size]``.
 
-    Every epoch is a new permutation of all rows, keyed by (seed, epoch); the incomplete batch at
-    its end is dropped.
+    Every epoch is a new permutation of all rows, keyed by (seed, epoch); an incomplete last batch
+    is dropped.
 
     Raises:
-      ValueError: ``batch_size`` above ``n_rows``, or a negative seed or step.
+      ValueError: ``batch_size`` is above ``n_rows``, or the seed or step is negative.
     """
     per_epoch = steps_per_epoch(n_rows, batch_size)
     if step < 0 or seed < 0:
@@ -68,9 +68,9 @@ def batch_indices(n_rows: int, batch_size: int, seed: int, step: int) -> np.ndar
 
 
 def document_groups(documents_N: np.ndarray, size: int) -> np.ndarray:
-    """Rows that share a document, ``size`` neighbours at a time; int64 of shape ``[n, size]``.
+    """Groups of ``size`` consecutive rows of the same document; int64 of shape ``[n, size]``.
 
-    A document's last rows that do not fill a group are left out.
+    The last rows of a document that do not fill a group are dropped.
     """
     new = np.flatnonzero(np.diff(documents_N, prepend=documents_N[:1] - 1))
     counts = np.diff(new, append=len(documents_N))
@@ -86,7 +86,7 @@ def read_groups(cache: RowSource, size: int) -> np.ndarray:
     """:func:`document_groups` of a whole cache; single rows where ``size`` is 1.
 
     Raises:
-      ValueError: no document has so many rows.
+      ValueError: no document has that many rows.
     """
     if size == 1:
         return np.arange(len(cache))[:, None]
@@ -94,38 +94,22 @@ def read_groups(cache: RowSource, size: int) -> np.ndarray:
     groups_nk = document_groups(documents_N, size)
     if not len(groups_nk):
         raise ValueError(
-            f"joint.rows_per_document={size}: no document of the cache has so many rows; lower it "
-            "or dump again with a larger dump.positions_per_sequence"
+            f"joint.rows_per_document={size}: no document of the cache has that many rows; lower "
+            "it or dump again with a larger dump.positions_per_sequence"
         )
     return groups_nk
 
 
 def grouped_batch(groups_nk: np.ndarray, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """The rows of a step, whole groups one behind the other; see :func:`batch_indices`."""
+    """The rows of a step, as whole groups; see :func:`batch_indices`."""
     n_groups, size = groups_nk.shape
     return groups_nk[batch_indices(n_groups, batch_size // size, seed, step)].reshape(-1)
-
-
-def shard_of_batch(indices: np.ndarray, process_index: int, process_count: int) -> np.ndarray:
-    """The part of a global batch that one process reads: consecutive, of equal size.
-
-    Raises:
-      ValueError: the batch cannot be divided evenly, or there is no such process.
-    """
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} must be 0 … {process_count - 1}")
-    if len(indices) % process_count:
-        raise ValueError(
-            f"batch_size={len(indices)} must be a multiple of the {process_count} processes"
-        )
-    size = len(indices) // process_count
-    return indices[process_index * size : (process_index + 1) * size]
 
 
 def pad_tokens(
     token_lists: Sequence[Sequence[int]], seq_len: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Contexts of unequal length as one array: longer ones are cut, shorter ones padded right.
+    """Contexts of unequal length as one array: truncated or right-padded to ``seq_len``.
 
     Returns:
       ``tokens_NS`` int32 and ``lengths_N`` int32 (tokens that are not padding).
@@ -144,8 +128,8 @@ def prefetch(
 ) -> Iterator[tuple[int, Item]]:
     """Yields ``(step, read(step))`` in order, reading up to ``depth`` steps ahead in one thread.
 
-    An exception of ``read`` is raised at its own step, after the steps before it. Closing the
-    generator (or leaving it by an exception) waits for the read that runs and ends the thread.
+    An exception in ``read`` is raised at its step, after the steps before it were yielded. Closing
+    the generator (or an exception in it) waits for the running read and ends the thread.
 
     Raises:
       ValueError: ``depth`` below 1.

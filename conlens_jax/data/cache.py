@@ -1,10 +1,10 @@
 """The activation cache: raw activations with their contexts, on disk.
 
 A finished cache is a folder with ``metadata.json`` and equal-sized shards
-``shard-00000.safetensors``, … (the last may be shorter). While it is written it is called
-``<folder>.partial``; the name changes only when everything is there, so a folder without that
-ending is always whole. A shard is written to a temporary name, synced and renamed, and
-``progress.json`` follows it: an interrupted dump goes on behind its last whole shard.
+``shard-00000.safetensors``, … (the last may be shorter). It is written as ``<folder>.partial`` and
+renamed at the end, so a folder without that suffix is always complete. Each shard is written to a
+temporary name, synced and renamed, then ``progress.json`` is updated: an interrupted dump resumes
+after its last complete shard.
 
 Activations are stored as float32 or bfloat16, never float16: the residual stream of large models
 exceeds float16's range (65504).
@@ -44,7 +44,7 @@ __all__ = [
 
 
 class ActivationCache:
-    """A finished cache; rows are read from memory-mapped shards. Make it with :meth:`open`."""
+    """A finished cache, created by :meth:`open`. Rows are read from memory-mapped shards."""
 
     def __init__(
         self, folder: Path, metadata: CacheMetadata, stamps: Sequence[tuple[int, ...] | None]
@@ -53,7 +53,7 @@ class ActivationCache:
         self.metadata = metadata
         self._ends = np.cumsum([shard.rows for shard in metadata.shards])
         self._maps: dict[int, Rows] = {}
-        self._stamps = list(stamps)  # of the shards when they were verified
+        self._stamps = list(stamps)  # of each shard when it was verified
 
     @classmethod
     def open(
@@ -67,20 +67,20 @@ class ActivationCache:
         Args:
           folder: the folder with ``metadata.json``.
           verify: True also reads every shard and compares its sha256; ``"sizes"`` or False only
-            looks whether all shards are there with their right sizes.
-          share: (i, n): of n readers that each do their share of ``verify=True``, this is the i-th,
-            from 0. It reads every n-th shard.
+            checks that all shards exist with the right sizes.
+          share: (i, n): with ``verify=True`` the work is shared by n readers; this is reader i,
+            from 0, which reads every n-th shard.
 
         Raises:
-          CacheError: no finished cache, an unknown schema version, or shards that are missing,
-            truncated or altered: all of them in one message.
+          CacheError: there is no finished cache, its schema version is unknown, or shards are
+            missing, truncated or altered (all are listed).
         """
         folder = local_path(folder)
         path = folder / METADATA_FILE
         if not path.is_file():
             partial = folder.with_name(folder.name + ".partial")
             hint = (
-                "its dump was interrupted: run the same dump command again, it goes on from there"
+                "its dump was interrupted: run the same dump command again to resume it"
                 if partial.is_dir()
                 else "run conlens_jax.dump first or change dump.cache_dir"
             )
@@ -95,7 +95,9 @@ class ActivationCache:
         ]
         n_rows = sum(shard.rows for shard in metadata.shards)
         if n_rows != metadata.n_rows or not n_rows:
-            problems.append(f"{METADATA_FILE}: n_rows={metadata.n_rows}, its shards hold {n_rows}")
+            problems.append(
+                f"{METADATA_FILE}: n_rows={metadata.n_rows}, but its shards contain {n_rows}"
+            )
         if problems:
             raise CacheError(
                 f"{folder} is damaged; restore these files, or delete the folder and dump again:\n"
@@ -107,14 +109,14 @@ class ActivationCache:
         return self.metadata.n_rows
 
     def rows(self, indices: np.ndarray | Sequence[int]) -> Rows:
-        """The rows at ``indices``, in that order; activations as float32.
+        """The rows at ``indices``, in that order; activations are float32.
 
         Raises:
-          ValueError: an index outside ``0 … len − 1``.
-          CacheError: a shard was cut or altered since the cache was opened.
+          ValueError: an index is outside ``0 … len − 1``.
+          CacheError: a shard was truncated or altered since the cache was opened.
         """
         indices = checked_indices(indices, len(self))
-        # Ascending reads touch every page once, whatever order the batch wants.
+        # Reading in ascending order touches every page once.
         order = np.argsort(indices, kind="stable")
         ordered = indices[order]
         shard_of = np.searchsorted(self._ends, ordered, side="right")
@@ -124,7 +126,7 @@ class ActivationCache:
         for number in shard_numbers:
             first_row = self._ends[number] - self.metadata.shards[number].rows
             parts.append(self._shard(number).take(ordered[shard_of == number] - first_row))
-        self._check_unchanged(shard_numbers)  # neither while they were read
+        self._check_unchanged(shard_numbers)  # nor did they change during the read
         rows = Rows.concatenate(parts) if parts else self._shard(0).take(indices)
         rows = rows.take(np.argsort(order))
         return dataclasses.replace(rows, activations_ND=rows.activations_ND.astype(np.float32))
@@ -136,29 +138,30 @@ class ActivationCache:
             yield Places.of(self._shard(number))
 
     def _check_unchanged(self, numbers: Sequence[int]) -> None:
-        """Shards are verified once, when the cache is opened, and then read for days. Beyond the
-        end of a file that was cut a mapped read ends the process, and altered rows would be
-        trained on. So a file that is touched is verified again.
+        """Verifies again each shard whose file was modified after the cache was opened.
+
+        A memory-mapped read beyond the end of a truncated file would kill the process, and altered
+        rows would be trained on.
 
         Raises:
-          CacheError: it is not what it was.
+          CacheError: a shard changed.
         """
         problems = []
         for number in numbers:
             shard = self.metadata.shards[number]
             stamp = shard_stamp(self.folder / shard.file)
-            # A cache that is removed altogether stays readable where it is mapped.
+            # A file that was deleted stays readable while it is mapped.
             if stamp == self._stamps[number] or (stamp is None and number in self._maps):
                 continue
             if problem := shard_problem(self.folder, shard, with_hash=True):
                 problems.append(problem)
             else:
-                self._maps.pop(number, None)  # written anew, perhaps as another file
+                self._maps.pop(number, None)  # rewritten with the same content
                 self._stamps[number] = stamp
         if problems:
             raise CacheError(
                 f"{self.folder} was damaged while it was read; restore these files and run the "
-                "same command again, which goes on from the last checkpoint:\n"
+                "same command again, which resumes from the last checkpoint:\n"
                 + "\n".join(f"  - {problem}" for problem in problems)
             )
 
@@ -171,7 +174,7 @@ class ActivationCache:
             if found != stated:
                 raise CacheError(
                     f"{self.folder / shard.file} has (rows, d_model, seq_len) = {found}, "
-                    f"{METADATA_FILE} says {stated}; dump again"
+                    f"but {METADATA_FILE} has {stated}; dump again"
                 )
             self._maps[number] = rows
         return self._maps[number]
@@ -185,7 +188,7 @@ class ActivationCache:
         layer: int | None = None,
         d_model: int | None = None,
     ) -> None:
-        """Raises :class:`CacheError` where the cache is not of this model, tokenizer and layer;
+        """Raises :class:`CacheError` if the cache is of another model, tokenizer or layer;
         see :func:`check_metadata`."""
         check_metadata(
             self.metadata,

@@ -1,4 +1,4 @@
-"""What an activation cache says about itself, and whether it is the one that is wanted."""
+"""Metadata of an activation cache, and whether it matches the requested settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from conlens_jax.files.paths import local_path
 SCHEMA_VERSION = 1
 METADATA_FILE = "metadata.json"
 
-# What a setting is called where the user can change it.
+# Where the user changes each setting.
 _CONFIG_NAMES = {
     "model_id": "model.path",
     "weights_hash": "model.path (hash of the weights)",
@@ -30,12 +30,12 @@ _CONFIG_NAMES = {
 
 
 class CacheError(ValueError):
-    """A cache that cannot be used as it is; the message lists every problem and the fix."""
+    """The cache cannot be used; the message lists every problem and its fix."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One shard file. ``cursor`` is the caller's mark of the shard's last row."""
+    """One shard file. ``cursor`` is the caller's cursor of the last row in it."""
 
     file: str
     rows: int
@@ -46,14 +46,14 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheMetadata:
-    """What a cache holds. All but ``n_rows`` and ``shards`` are settings, known before the dump.
+    """Contents of a cache. All but ``n_rows`` and ``shards`` are settings, known before the dump.
 
     Attributes:
-      model_id: the model's name; weights_hash and tokenizer_hash say what it really was.
+      model_id: the model's name; weights_hash and tokenizer_hash identify its content.
       layer: 0-based block whose output the activations are.
       dtype: ``"float32"`` or ``"bfloat16"``, of the activations on disk.
-      corpus, dump: settings that decide which rows there are, as plain JSON values. Leave out
-        what does not change the rows (a folder's name, say): a difference stops the resume.
+      corpus, dump: settings that determine the rows, as plain JSON values. Leave out settings that
+        do not change the rows (such as a folder's name): a difference prevents resuming.
     """
 
     model_id: str
@@ -90,7 +90,7 @@ class CacheMetadata:
         version = values.get("schema_version") if isinstance(values, dict) else None
         if version != SCHEMA_VERSION:
             raise CacheError(
-                f"{source} has schema_version {version!r}, this version of conlens_jax reads "
+                f"{source} has schema_version {version!r}, but this version of conlens_jax reads "
                 f"{SCHEMA_VERSION}: dump again, or read it with the version that wrote it"
             )
         names = {field.name for field in dataclasses.fields(cls)}
@@ -105,10 +105,10 @@ class CacheMetadata:
         return cls(**{**values, "shards": shards})
 
     def differences(self, asked: CacheMetadata) -> list[str]:
-        """One line for every setting in which this cache is not the ``asked`` one."""
+        """One line for each setting that differs from ``asked``."""
         found, wanted = _flat_settings(self), _flat_settings(asked)
         if self.weights_hash and self.weights_hash == asked.weights_hash:
-            # The same weights under another folder's name are the same model.
+            # The same weights in a folder with another name are the same model.
             del found["model_id"], wanted["model_id"]
         absent = "nothing"
         return [
@@ -120,7 +120,7 @@ class CacheMetadata:
 
 
 def to_plain(value: Any) -> Any:
-    """``json.dumps`` default: NumPy scalars as Python numbers."""
+    """``default`` of ``json.dumps``: NumPy scalars become Python numbers."""
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"{value!r} cannot be written as JSON")
@@ -135,11 +135,11 @@ def _flat_settings(metadata: CacheMetadata) -> dict[str, Any]:
 
 
 def cache_is_complete(folder: str | Path, metadata: CacheMetadata) -> bool:
-    """Whether ``folder`` already is the finished cache of these settings.
+    """Whether ``folder`` is a finished cache with these settings.
 
     Raises:
-      CacheError: the folder is a cache of other settings, or something else altogether. It is
-        never overwritten.
+      CacheError: the folder is a cache with other settings, or not a cache. It is never
+        overwritten.
     """
     folder = local_path(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -165,13 +165,13 @@ def raise_on_other_settings(folder: Path, found: CacheMetadata, asked: CacheMeta
 
 
 def check_metadata(metadata: CacheMetadata, folder: str, **expected: Any) -> None:
-    """Compares a cache's metadata with what the caller runs (None: not compared).
+    """Compares a cache's metadata with the caller's settings (None: not compared).
 
-    Equal weight hashes settle the model, whatever it is called. Fields that an older cache does
-    not record (empty, or a negative layer) are not compared.
+    Equal weight hashes mean the same model, even under another name. Fields that an older cache
+    does not record (empty, or a negative layer) are not compared.
 
     Raises:
-      CacheError: a list of every mismatch and the fix.
+      CacheError: there are mismatches; all are listed, with the fix.
     """
     if expected.get("weights_hash") and metadata.weights_hash == expected["weights_hash"]:
         expected.pop("model_id", None)

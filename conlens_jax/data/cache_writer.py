@@ -1,4 +1,4 @@
-"""Writing an activation cache, shard by shard, so that an interrupted dump can go on."""
+"""Writes an activation cache shard by shard, so that an interrupted dump can resume."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ PROGRESS_FILE = "progress.json"
 
 
 class CacheWriter:
-    """Writes a cache shard by shard, and goes on where an interrupted one stopped.
+    """Writes a cache shard by shard, and resumes an interrupted one.
 
     Rows are kept in memory until a shard is full. After a restart with the same settings
-    ``rows_written`` and ``cursor`` say where to go on: ``cursor`` is what the caller gave with
-    the last safe row (``None``: begin at the beginning), so the next row wanted is the one
-    behind it.
+    ``rows_written`` and ``cursor`` tell where to resume: ``cursor`` is the one the caller passed
+    with the last saved row (``None``: start from the beginning), so the next row is the one after
+    it.
 
         writer = CacheWriter(folder, metadata, rows_per_shard=4096)
-        for rows, cursors in dump_behind(writer.cursor):
+        for rows, cursors in dump_after(writer.cursor):
             writer.append(rows, cursors)
         writer.finish()
 
     Raises:
-      CacheError: ``folder`` is already finished (ask :func:`cache_is_complete` first), or
-        ``<folder>.partial`` was begun with other settings.
+      CacheError: ``folder`` is already finished (see :func:`cache_is_complete`), or
+        ``<folder>.partial`` has other settings.
     """
 
     def __init__(self, folder: str | Path, metadata: CacheMetadata, rows_per_shard: int):
@@ -66,17 +66,17 @@ class CacheWriter:
 
     @property
     def rows_written(self) -> int:
-        """Rows in whole shards: what an interruption cannot take away."""
+        """Rows in complete shards, which an interruption does not lose."""
         return sum(shard.rows for shard in self._shards)
 
     @property
     def rows_appended(self) -> int:
-        """``rows_written`` and the rows still in memory."""
+        """``rows_written`` plus the rows still in memory."""
         return self.rows_written + len(self._pending_cursors)
 
     @property
     def cursor(self) -> Any:
-        """The cursor of the last row in a whole shard, or None."""
+        """The cursor of the last row in a complete shard, or None."""
         return self._shards[-1].cursor if self._shards else None
 
     def _resume(self) -> None:
@@ -87,38 +87,38 @@ class CacheWriter:
             raise_on_other_settings(self.partial, found, self.metadata)
             if progress["rows_per_shard"] != self.rows_per_shard:
                 raise CacheError(
-                    f"{self.partial} was begun with dump.rows_per_shard="
+                    f"{self.partial} was started with dump.rows_per_shard="
                     f"{progress['rows_per_shard']}, not {self.rows_per_shard}; use that number, "
                     "delete the folder or change dump.cache_dir"
                 )
             for shard in found.shards:
                 problem = shard_problem(self.partial, shard, with_hash=True)
                 if problem:
-                    # What follows a damaged shard is dumped again: shards hold consecutive rows.
+                    # Shards contain consecutive rows: those after a damaged one are dumped again.
                     logging.getLogger(__name__).warning(
-                        "%s: %s; the dump goes on from there", self.partial, problem
+                        "%s: %s; the dump resumes from there", self.partial, problem
                     )
                     break
                 self._shards.append(shard)
-        # Leftovers of a kill between two renames would otherwise stay in the finished cache.
+        # Files left by a kill between two renames must not stay in the finished cache.
         known = {shard.file for shard in self._shards}
         for path in [*self.partial.glob("*.tmp"), *self.partial.glob("shard-*.safetensors")]:
             if path.name not in known:
                 path.unlink()
 
     def append(self, rows: Rows, cursors: Sequence[Any]) -> None:
-        """Adds rows, and writes every shard that they fill.
+        """Appends rows, and writes every shard that becomes full.
 
         Args:
-          rows: N rows; activations of either dtype, stored as ``metadata.dtype``.
-          cursors: N JSON values (for example document indices), each the mark of its row.
+          rows: N rows; activations are stored as ``metadata.dtype``.
+          cursors: N JSON values (for example document indices), one for each row.
 
         Raises:
-          ValueError: rows that do not fit the metadata, or activations that are not finite.
-          OSError: the disk is full; whole shards are safe, and a new writer goes on behind them.
+          ValueError: rows do not match the metadata, or activations are not finite.
+          OSError: the disk is full; complete shards are safe, and a new writer resumes after them.
         """
         self._raise_if_closed()
-        with np.errstate(over="ignore"):  # reported below, with the rows that it concerns
+        with np.errstate(over="ignore"):  # reported below, with the rows
             stored_ND = rows.activations_ND.astype(ACTIVATION_DTYPES[self.metadata.dtype])
         rows = dataclasses.replace(rows, activations_ND=stored_ND)
         problems = list(_row_problems(rows, self.metadata))
@@ -132,10 +132,10 @@ class CacheWriter:
             self._write_full_shards()
 
     def finish(self) -> CacheMetadata:
-        """Writes the rows still in memory and ``metadata.json``, then gives the folder its name.
+        """Writes the rows still in memory and ``metadata.json``, then renames the folder.
 
         Raises:
-          CacheError: there is not one row.
+          CacheError: there are no rows.
           OSError: the disk is full.
         """
         self._raise_if_closed()
@@ -143,7 +143,7 @@ class CacheWriter:
             raise CacheError(f"{self.folder}: no rows; is the corpus empty or its texts too short?")
         shards = list(self._shards)
         if self._pending_cursors:
-            # Not recorded in progress.json: a resumed dump must not go on behind a short shard.
+            # Not recorded in progress.json: a resumed dump must not continue after a short shard.
             rows = Rows.concatenate(self._pending)
             shards.append(self._write_shard(rows, self._pending_cursors[-1]))
         finished = dataclasses.replace(
@@ -159,8 +159,8 @@ class CacheWriter:
     def _raise_if_closed(self) -> None:
         if self._closed:
             raise RuntimeError(
-                "this CacheWriter is finished or has failed; make a new one, which goes on behind "
-                "the last whole shard"
+                "this CacheWriter is finished or has failed; create a new one, which resumes after "
+                "the last complete shard"
             )
 
     def _write_full_shards(self) -> None:
@@ -172,7 +172,7 @@ class CacheWriter:
             self._shards.append(shard)
         n_left = len(rows) % self.rows_per_shard
         rest = rows.take(slice(len(rows) - n_left, None))
-        # A copy, or the few rows left would keep the whole batch in memory.
+        # A copy: a view would keep the whole batch in memory.
         self._pending = [Rows.concatenate([rest])] if n_left else []
         self._pending_cursors = self._pending_cursors[len(rows) - n_left :]
 
@@ -204,7 +204,7 @@ class CacheWriter:
                 error.errno,
                 f"no space left for {self.partial / name}: {self.rows_written} rows in "
                 f"{len(self._shards)} shards are safe; free some space and run the same command "
-                "again, it goes on from there",
+                "again to resume",
             ) from error
 
 
@@ -221,6 +221,6 @@ def _row_problems(rows: Rows, metadata: CacheMetadata) -> Iterable[str]:
     finite_N = np.isfinite(rows.activations_ND).all(axis=1)
     if not finite_N.all():
         yield (
-            f"{(~finite_N).sum()} rows hold activations that are not finite; run the model in "
+            f"{(~finite_N).sum()} rows have activations that are not finite; run the model in "
             "float32 or bfloat16"
         )

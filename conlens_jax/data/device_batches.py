@@ -1,4 +1,4 @@
-"""Rows of a cache, put on the devices as the batch of a step."""
+"""Puts rows of a cache on the devices as the batch of a step."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def make_batch(
     first_example: int = 0,
     rows_per_document: int = 1,
 ) -> Batch:
-    """Rows on the device, filled up to ``batch_size`` by repeating the last one.
+    """Rows on the devices, padded to ``batch_size`` by repeating the last one.
 
     Raises:
-      ValueError: ``rows_per_document`` neighbours are not of one document.
+      ValueError: a group of ``rows_per_document`` rows is not from one document.
     """
     here = np.minimum(local_rows(sharding, batch_size), len(rows) - 1)
     return _on_devices(
@@ -31,7 +31,7 @@ def make_batch(
 def read_batch(
     source: RowSource, indices_B: np.ndarray, sharding: Sharding, rows_per_document: int = 1
 ) -> Batch:
-    """:func:`make_batch` of rows that each process reads for its own devices alone."""
+    """Like :func:`make_batch`; each process reads only the rows for its own devices."""
     here = local_rows(sharding, len(indices_B))
     rows = source.rows(indices_B[here])
     return _on_devices(rows, here, sharding, len(indices_B), rows_per_document)
@@ -40,19 +40,19 @@ def read_batch(
 def _on_devices(
     rows: Rows, examples: np.ndarray, sharding: Sharding, batch_size: int, rows_per_document: int
 ) -> Batch:
-    """A batch from this process's part of it, with the rows' numbers in the whole."""
+    """A batch from this process's part of it; ``examples`` are indices into the whole batch."""
     if np.any(
         rows.documents_N != np.repeat(rows.documents_N[::rows_per_document], rows_per_document)
     ):
-        raise ValueError(f"every {rows_per_document} rows must be of one document")
+        raise ValueError(f"each group of {rows_per_document} rows must be from one document")
     put = lambda array: on_devices(array, sharding, batch_size)
-    a_document = lambda array: on_devices(
+    put_per_document = lambda array: on_devices(
         array[::rows_per_document], sharding, batch_size // rows_per_document
     )
     return Batch(
         put(np.asarray(rows.activations_ND, np.float32)),
-        a_document(rows.tokens_NS),
-        a_document(rows.lengths_N),
+        put_per_document(rows.tokens_NS),
+        put_per_document(rows.lengths_N),
         put(rows.positions_N),
         put(examples.astype(np.int32)),
     )

@@ -1,11 +1,10 @@
-"""Corpus → activation cache: read documents, run M up to block L, keep rows.
+"""Corpus → activation cache: read documents, run M up to block L, store rows.
 
-A row is one position of one document. Which positions are drawn depends on the seed and the
-document alone, and batches are made of the same documents after an interruption, so a dump that
-was interrupted ends with the same bytes as one that was not.
+A row is one position of one document. The positions depend only on the seed and the document, and
+a resumed dump forms the same batches, so it ends with the same bytes as an uninterrupted one.
 
-Several processes share M's devices and its work. Each reads the whole corpus, puts its part of a
-batch of documents on its own devices, and gets back the rows of all; the first one writes them.
+With several processes each reads the whole corpus, puts its part of a batch of documents on its own
+devices, and receives the rows of all; only the first process writes them.
 """
 
 from __future__ import annotations
@@ -49,13 +48,13 @@ _CHARACTERS_AT_ONCE = 1 << 22
 def dump_activations(
     config: ExperimentConfig, model: LanguageModel, spec: LensSpec, mesh: Mesh, console: Console
 ) -> Path:
-    """Writes ``train`` and ``validation`` below ``dump.cache_dir``; goes on where it stopped.
+    """Writes ``train`` and ``validation`` in ``dump.cache_dir``; resumes an interrupted dump.
 
     Raises:
-      ValueError: settings that do not fit, a corpus without a usable document, or a cache that is
-        there already with other settings.
-      OSError: the disk is full; what is written is safe.
-      Preempted: SIGTERM; whole shards are safe.
+      ValueError: settings do not fit, the corpus has no usable document, or the cache already
+        exists with other settings.
+      OSError: the disk is full; complete shards are safe.
+      Preempted: SIGTERM; complete shards are safe.
     """
     check_batch("dump.batch_size", config.dump.batch_size, mesh)
     corpus = open_corpus(config.corpus)
@@ -63,7 +62,7 @@ def dump_activations(
         console.line("dump", note=note)
     root = local_path(config.dump.cache_dir)
     wanted = {"train": config.dump.n_samples, "validation": config.dump.n_validation_samples}
-    with watching_for_sigterm(f"the cache {root} is whole; the same command goes on") as stops:
+    with watching_for_sigterm(f"the cache {root} is complete; the same command continues") as stops:
         for split in SPLITS:
             metadata = _metadata(config, model, corpus, split)
             writer = SharedWriter(root / split, metadata, config.dump.rows_per_shard)
@@ -81,7 +80,7 @@ def _metadata(
     settings = dataclasses.asdict(config.dump)
     settings["add_bos"] = model.tokenizer.adds_bos(config.dump.add_bos)
     for name in ("cache_dir", "seq_len", "dtype", "seed", "rows_per_shard"):
-        settings.pop(name)  # recorded apart, or without influence on the rows
+        settings.pop(name)  # recorded separately, or without influence on the rows
     return CacheMetadata(
         model_id=model.model_id,
         weights_hash=model.weights_hash,
@@ -118,8 +117,8 @@ def _dump_split(
                 break
             if stops():
                 raise Preempted(
-                    f"SIGTERM: the whole shards of {writer.folder}.partial are safe; the same "
-                    "command goes on behind them"
+                    f"SIGTERM: the complete shards of {writer.folder}.partial are safe; the same "
+                    "command resumes after them"
                 )
     if writer.rows_appended == 0:
         raise CorpusError(extractor.nothing_message())
@@ -127,7 +126,7 @@ def _dump_split(
         console.line(
             "dump",
             split=split,
-            note=f"the corpus gave only {writer.rows_appended} of {wanted} rows",
+            note=f"the corpus has only {writer.rows_appended} of {wanted} rows",
         )
     writer.finish()
     console.line(
@@ -160,7 +159,7 @@ class Extractor:
         self._capture = functools.partial(_capture_at, spec=spec)
 
     def batches(self, cursor: Any) -> Iterator[tuple[Rows, list[Any]]]:
-        """Rows from behind ``cursor`` on, which is [first document of the batch, row in it]."""
+        """Rows after ``cursor``, which is [first document of the batch, row in the batch]."""
         start, skip = (cursor[0], cursor[1] + 1) if cursor else (0, 0)
         documents = self._usable(start)
         while batch := list(itertools.islice(documents, self.config.batch_size)):
@@ -170,8 +169,8 @@ class Extractor:
             skip = 0
 
     def tokens_of(self, wanted: int) -> Iterator[Rows]:
-        """The first ``wanted`` rows, document batch by document batch, with activations of width
-        0: nothing runs through M."""
+        """The first ``wanted`` rows, by batches of documents, with activations of width 0: M does
+        not run."""
         documents, room = self._usable(0), wanted
         while room > 0 and (batch := list(itertools.islice(documents, self.config.batch_size))):
             rows = self._draw(batch)[0].take(slice(room))
@@ -188,20 +187,20 @@ class Extractor:
                 return
 
     def copies(self) -> dict[str, int]:
-        """For the log: copies of earlier texts among all documents read so far, those of the other
-        split included, and how many were left out as they would have stood in both."""
+        """For the log: duplicate texts among all documents read so far, in both splits, and how
+        many were left out because the other split has the same text."""
         return {"duplicates": self.tally.copies, "duplicates_left_out": self.tally.left_out}
 
     def nothing_message(self) -> str:
         return (
-            f"corpus.path={self.corpus.name!r}: none of the {self.read} documents of the "
+            f"corpus.path={self.corpus.name!r}: none of the {self.read} documents in the "
             f"{self.split} split is long enough: a row needs dump.min_position="
             f"{self.config.min_position} + 1 + dump.after={self.config.after} tokens; lower "
             "dump.min_position or choose longer documents"
         )
 
     def _usable(self, start: int) -> Iterator[tuple[int, list[int]]]:
-        """Documents with room for at least one position: index and tokens of the context."""
+        """Index and context tokens of each document that is long enough for one position."""
         config = self.config
         encode = functools.partial(self.model.tokenizer.encode_batch, add_bos=config.add_bos)
         for chunk in _chunks(self.corpus.documents(self.split, start, self.tally)):
@@ -215,7 +214,7 @@ class Extractor:
                     self.too_short += 1
 
     def _draw(self, batch: list[tuple[int, list[int]]]) -> tuple[Rows, np.ndarray]:
-        """Rows without activations, and each row's document as an index into the batch."""
+        """Rows without activations, and the index of each row's document in the batch."""
         config = self.config
         tokens_BS, lengths_B = pad_tokens(
             [tokens for _, tokens in batch], config.seq_len, self.model.tokenizer.pad_id
@@ -235,7 +234,7 @@ class Extractor:
         return rows, row_of
 
     def _captured(self, rows: Rows, row_of: np.ndarray) -> Rows:
-        """The rows of one batch of documents with their activations; M reads a document once."""
+        """The rows of a batch of documents with their activations; M reads each document once."""
         size, per_document = self.config.batch_size, self.config.positions_per_sequence
         documents, first = np.unique(row_of, return_index=True)
         number = np.arange(len(row_of)) - first[row_of]
@@ -244,7 +243,7 @@ class Extractor:
         padding = ((0, size - len(documents)), (0, 0))
         tokens_BS = np.pad(rows.tokens_NS[first], padding)
         lengths_B = np.pad(rows.lengths_N[first], padding[0])
-        # Otherwise rows would be written with other tokens than their activations come from.
+        # Otherwise tokens would not belong to their activations.
         check_same("text in the corpus", tokens_BS.tobytes())
         here = local_rows(self.sharding, size)
         activations_BkD = self._capture(
@@ -258,7 +257,7 @@ class Extractor:
         return dataclasses.replace(rows, activations_ND=activations_ND)
 
     def _positions(self, document: int, length: int) -> np.ndarray:
-        """Distinct random positions in the valid range, in rising order."""
+        """Distinct random positions in the valid range, ascending."""
         config = self.config
         last = length - 1 - config.after
         if config.max_position:
@@ -270,7 +269,7 @@ class Extractor:
 
 
 def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Documents to tokenise at once: many, but no more text than fits into memory easily."""
+    """Documents to tokenise at once, limited by their number and total length."""
     chunk, characters = [], 0
     for document in documents:
         chunk.append(document)

@@ -1,16 +1,16 @@
-"""Caches of earlier public systems, read through the same interface as ours.
+"""Activation caches of earlier public systems, read through the same interface.
 
 Three layouts are known:
 
-* a folder with one ``.pt`` file a sample: a dict with ``A``, ``input_ids_A``, ``token_pos_A`` and,
-  in most, the same with ``_prime``;
-* ``.pt`` shards that hold lists of such dicts, with or without a ``metadata.json`` that names
-  them (several processes wrote ``rank_0/``, ``rank_1/``, …);
+* a folder with one ``.pt`` file per sample: a dict with ``A``, ``input_ids_A``, ``token_pos_A``
+  and, in most, the same with ``_prime``;
+* ``.pt`` shards with lists of such dicts, with or without a ``metadata.json`` that lists them
+  (several processes wrote ``rank_0/``, ``rank_1/``, …);
 * the parquet files of natural-language autoencoders: ``activation_vector``, and optionally
   ``token_ids_prefix`` (the context up to and including P) with a ``<file>.nla_meta.yaml`` sidecar.
 
-``A`` and ``A_prime`` are both activations with a context, so they become two rows. Reading is not
-fast; :func:`convert_legacy` turns such a folder into an :class:`ActivationCache` once.
+``A`` and ``A_prime`` are both activations with a context, so they become two rows. Reading is
+slower than from an :class:`ActivationCache`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ from conlens_jax.data.cache import ActivationCache
 from conlens_jax.data.cache_metadata import (
     CacheError,
     CacheMetadata,
-    cache_is_complete,
     check_metadata,
 )
-from conlens_jax.data.cache_writer import CacheWriter
 from conlens_jax.data.legacy_files import (
     TOKEN_COLUMNS,
     Block,
@@ -54,13 +52,13 @@ def open_cache(
     pad_id: int | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> ActivationCache | LegacyCache:
-    """Opens a cache of any known layout.
+    """Opens a cache of any supported layout.
 
-    ``pad_id`` is for the earlier ones only, which are read whole whatever ``verify`` and ``share``
-    (see :meth:`ActivationCache.open`) say.
+    ``pad_id`` is used only for legacy layouts, which are always read completely; ``verify`` and
+    ``share`` are those of :meth:`ActivationCache.open`.
 
     Raises:
-      CacheError: nothing there, an unknown layout, or a damaged cache.
+      CacheError: there is no cache, its layout is unknown, or it is damaged.
     """
     folder = local_path(folder)
     if pt_files(folder) or parquet_files(folder):
@@ -70,10 +68,10 @@ def open_cache(
 
 @dataclasses.dataclass
 class _Facts:
-    """What all the files have to agree about, gathered while they are read."""
+    """Properties that all files must share, collected while reading."""
 
     blocks: list[tuple[Block, int]] = dataclasses.field(default_factory=list)
-    widths: dict[int, str] = dataclasses.field(default_factory=dict)  # and where it is met first
+    widths: dict[int, str] = dataclasses.field(default_factory=dict)  # and the first file with it
     with_tokens: set[bool] = dataclasses.field(default_factory=set)
     layers: set[int] = dataclasses.field(default_factory=set)
     seq_len: int = 0
@@ -98,11 +96,11 @@ class _Facts:
 
 
 class LegacyCache:
-    """An earlier public cache behind ``rows(indices)``, ``len`` and ``metadata``.
+    """A legacy cache with the interface of :class:`ActivationCache`.
 
-    ``metadata`` has what the files record: hashes are empty, an unknown layer is -1. The ``.pt``
-    systems captured the *input* of block ``layer_idx`` (``hidden_states[layer_idx]``), which is
-    the output of block ``layer_idx − 1``: ``metadata.layer`` says the latter. Parquet sidecars
+    ``metadata`` contains what the files record: hashes are empty, an unknown layer is -1. The
+    ``.pt`` systems captured the *input* of block ``layer_idx`` (``hidden_states[layer_idx]``); that
+    is the output of block ``layer_idx − 1``, the value of ``metadata.layer``. Parquet sidecars
     already count outputs of blocks.
     """
 
@@ -124,16 +122,16 @@ class LegacyCache:
 
     @classmethod
     def open(cls, folder: str | Path, pad_id: int | None = None) -> LegacyCache:
-        """Reads every file once, to know its rows and that they are whole.
+        """Reads every file once, to count its rows and check them.
 
         Args:
           folder: the folder, or one parquet file.
-          pad_id: the padding token of the dump: trailing ones behind P are then not counted in
+          pad_id: the padding token of the dump: trailing ones after P are not counted in
             ``lengths_N``. Without it every stored token counts as text.
 
         Raises:
-          CacheError: no file of a known layout; or a list of files with missing keys, activations
-            that are not finite (float16 overflows in large models), or unequal widths.
+          CacheError: no file has a supported layout; or files have missing keys, activations that
+            are not finite (float16 overflows in large models), or different widths (all listed).
         """
         folder = local_path(folder)
         paths = pt_files(folder)
@@ -192,7 +190,7 @@ class LegacyCache:
         for index in np.unique(indices):
             number = int(np.searchsorted(self._ends, index, side="right"))
             block = self._read(self._blocks[number])
-            # Counted from the end of the block: the start of the first one is not in _ends.
+            # Counted from the end of the block: _ends does not have the start of the first block.
             found[int(index)] = block[int(index - self._ends[number])]
         rows = [found[int(index)] for index in indices]
         tokens_NS = np.full((len(rows), self.metadata.seq_len), self._pad_id or 0, np.int32)
@@ -209,42 +207,19 @@ class LegacyCache:
         )
 
     def places(self) -> Iterator[Places]:
-        """As :meth:`ActivationCache.places`, block by block; these layouts are read whole."""
+        """Like :meth:`ActivationCache.places`, but every row is read completely."""
         for start, end in itertools.pairwise([0, *self._ends]):
             yield Places.of(self.rows(np.arange(start, end)))
 
     def check(self, **expected: Any) -> None:
-        """As :meth:`ActivationCache.check`; what the old files do not record is not compared."""
+        """Like :meth:`ActivationCache.check`; what the files do not record is not compared.
+
+        Raises:
+          CacheError: there is a mismatch, or the files have no contexts.
+        """
+        if not self.has_contexts:
+            raise CacheError(
+                f"{self.folder} has no token columns ({', '.join(TOKEN_COLUMNS)}): a lens needs "
+                "the context of every activation; dump again from the texts"
+            )
         check_metadata(self.metadata, str(self.folder), **expected)
-
-
-def convert_legacy(
-    source: LegacyCache,
-    folder: str | Path,
-    metadata: CacheMetadata,
-    rows_per_shard: int = 4096,
-    rows_per_read: int = 512,
-) -> ActivationCache:
-    """Writes an earlier cache in today's format; an interrupted conversion goes on.
-
-    Args:
-      source: the earlier cache.
-      folder: the new cache; returned opened where it is already complete.
-      metadata: usually ``dataclasses.replace(source.metadata, model_id=…, weights_hash=…,
-        tokenizer_hash=…, layer=…)``: what the old files do not record.
-
-    Raises:
-      CacheError: the source has no contexts, or ``folder`` holds something else.
-    """
-    if not source.has_contexts:
-        raise CacheError(
-            f"{source.folder} has no token columns ({', '.join(TOKEN_COLUMNS)}): a lens needs the "
-            "context of every activation; dump again from the texts"
-        )
-    if not cache_is_complete(folder, metadata):
-        writer = CacheWriter(folder, metadata, rows_per_shard)
-        for start in range(writer.rows_written, len(source), rows_per_read):
-            indices = range(start, min(start + rows_per_read, len(source)))
-            writer.append(source.rows(indices), indices)
-        writer.finish()
-    return ActivationCache.open(folder, verify="sizes")

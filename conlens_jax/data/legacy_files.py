@@ -1,4 +1,4 @@
-"""Reading single files of earlier activation caches; see :mod:`conlens_jax.data.legacy`."""
+"""Reads single files of legacy activation caches; see :mod:`conlens_jax.data.legacy`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _MAX_PROBLEMS_SHOWN = 20
 
 @dataclasses.dataclass(frozen=True)
 class LegacyRow:
-    """One activation as an earlier cache stored it.
+    """One activation of a legacy cache.
 
     Attributes:
       activation_D: float32.
-      tokens: int32, without padding; empty where the file has no tokens.
-      layer: 0-based block whose output it is; -1 where the file does not say.
+      tokens: int32, without padding; empty if the file has no tokens.
+      layer: 0-based block whose output it is; -1 if the file does not record it.
     """
 
     activation_D: np.ndarray
@@ -38,19 +38,19 @@ class LegacyRow:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """What is read at once: a ``.pt`` file, or one row group of a parquet file."""
+    """A unit of reading: a ``.pt`` file, or one row group of a parquet file."""
 
     path: Path
     group: int | None = None
 
 
 def pt_files(folder: Path) -> list[Path]:
-    """All ``.pt`` files of a folder and of the folders in it."""
+    """All ``.pt`` files in a folder and its subfolders."""
     return sorted(folder.rglob("*.pt"))
 
 
 def parquet_files(folder: Path) -> list[Path]:
-    """The parquet files of a folder; or the file itself."""
+    """The parquet files in a folder, or the file itself."""
     if folder.is_file() and folder.suffix == ".parquet":
         return [folder]
     return sorted(folder.glob("*.parquet"))
@@ -67,7 +67,7 @@ def parquet_blocks(paths: Iterable[Path]) -> Iterator[Block]:
 
 
 def raise_problems(folder: Path, problems: Sequence[str]) -> None:
-    """Raises one :class:`CacheError` for all problems, if there are any."""
+    """Raises one :class:`CacheError` that lists all problems, if there are any."""
     if problems:
         shown = [f"  - {problem}" for problem in problems[:_MAX_PROBLEMS_SHOWN]]
         if len(problems) > len(shown):
@@ -79,12 +79,12 @@ def recorded_by_shards(folder: Path, paths: Iterable[Path]) -> dict[str, Any]:
     """The settings in the ``metadata.json`` of ``.pt`` shards, if there is one.
 
     Raises:
-      CacheError: shards that it names are missing.
+      CacheError: listed shards are missing.
     """
     if not (folder / METADATA_FILE).is_file():
         return {}
     content = json.loads((folder / METADATA_FILE).read_text())
-    # Several processes wrote folders of their own, but only the bare names into this file.
+    # Each process wrote to its own folder, but recorded only file names.
     present = {path.name for path in paths}
     missing = [
         f"{shard['name']}: named in {METADATA_FILE} but missing"
@@ -118,7 +118,7 @@ def recorded_by_sidecar(path: Path) -> dict[str, Any]:
             extraction = {**content, **(content.get("extraction") or {})}
             if extraction.get("norm") not in (None, "none"):
                 raise CacheError(
-                    f"{sidecar} says norm: {extraction['norm']!r}; a lens needs raw activations "
+                    f"{sidecar} has norm: {extraction['norm']!r}; a lens needs raw activations "
                     "(norm: none)"
                 )
             return {
@@ -134,8 +134,8 @@ def read_block(block: Block, pad_id: int | None) -> list[LegacyRow]:
     """The rows of one block.
 
     Raises:
-      CacheError: with the file's name: it cannot be loaded, keys are missing, positions lie
-        outside their context, or activations are not finite.
+      CacheError: the file cannot be loaded, keys are missing, positions are outside their
+        context, or activations are not finite; the file is named.
     """
     is_pt = block.path.suffix == ".pt"
     rows = list(_pt_rows(block.path, pad_id) if is_pt else _parquet_rows(block))
@@ -156,7 +156,7 @@ def _load_pt(path: Path) -> list[Mapping[str, Any]]:
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    # torch has no common class for "not one of my files", "cut off" and "holds unsafe objects".
+    # torch has no common class for wrong, truncated and unsafe files.
     except Exception as error:
         raise CacheError(f"{path.name}: torch.load(weights_only=True) failed: {error}") from error
     samples = content if isinstance(content, list) else [content]
@@ -176,7 +176,7 @@ def _pt_rows(path: Path, pad_id: int | None) -> Iterator[LegacyRow]:
                 problems.append(f"sample {number} lacks {', '.join(missing)}")
                 continue
             activation, tokens, position = (sample[key] for key in keys)
-            # By way of torch's float(): NumPy cannot read a torch bfloat16.
+            # torch's float() first: NumPy cannot read a torch bfloat16.
             activation_D = activation.detach().float().numpy()
             tokens = np.asarray(tokens, np.int32).reshape(-1)
             position = int(position)
@@ -198,13 +198,13 @@ def _pt_rows(path: Path, pad_id: int | None) -> Iterator[LegacyRow]:
 def _without_padding(tokens: np.ndarray, position: int, pad_id: int | None) -> np.ndarray:
     if pad_id is None:
         return tokens
-    # P itself stays even where it is the padding token (often the end-of-text token).
+    # P itself is kept even if it is the padding token (often the end-of-text token).
     true = np.flatnonzero(tokens != pad_id)
     return tokens[: max(position, true[-1] if true.size else 0) + 1]
 
 
 def _hash(content: bytes) -> int:
-    """A document id where the files have none: the same context gives the same id."""
+    """A document id for files without one: the same context has the same id."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
 
 
@@ -248,7 +248,7 @@ def _parquet_rows(block: Block) -> Iterator[LegacyRow]:
 
 
 def _vectors(column: Any, block: Block) -> np.ndarray:
-    """A column of equally long lists as float32 ``[N, D]``, without a Python object a number."""
+    """A column of equally long lists as float32 ``[N, D]``, without Python objects."""
     import pyarrow.compute as pc
 
     widths = set(pc.list_value_length(column).unique().to_pylist())

@@ -22,13 +22,13 @@ class Rows:
 
     Attributes:
       activations_ND: the raw residual stream at position P, float32 or bfloat16.
-      tokens_NS: int32, the context, right-padded, with the true tokens behind P.
+      tokens_NS: int32, the context, right-padded, including the true tokens after P.
       positions_N: int32, P, 0-based.
-      lengths_N: int32, tokens of the context that are not padding.
-      documents_N: int64, the document a row comes from (rows of one document are not independent).
+      lengths_N: int32, number of tokens that are not padding.
+      documents_N: int64, document of each row (rows of one document are not independent).
 
     Raises:
-      ValueError: wrong shapes or dtypes, all in one message.
+      ValueError: shapes or dtypes are wrong (all are listed).
     """
 
     activations_ND: np.ndarray
@@ -67,7 +67,7 @@ class Rows:
 
     @staticmethod
     def concatenate(parts: Sequence[Rows]) -> Rows:
-        """The rows of all parts, one behind the other."""
+        """The rows of all parts, in order."""
         return Rows(
             *(
                 np.concatenate([getattr(part, field.name) for part in parts])
@@ -78,7 +78,7 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where N rows lie, as in :class:`Rows`, without contexts and activations: 16 bytes a row."""
+    """Positions, lengths and documents of N rows, as in :class:`Rows`: 16 bytes per row."""
 
     positions_N: np.ndarray
     lengths_N: np.ndarray
@@ -90,9 +90,9 @@ class Places:
 
 
 class RowSource(Protocol):
-    """Where rows come from: a cache on disk, a corpus, or memory.
+    """A source of rows: a cache on disk, a corpus, or memory.
 
-    ``places`` are those of all rows, in order and in pieces.
+    ``places`` yields positions, lengths and documents of all rows, in order.
     """
 
     def __len__(self) -> int: ...
@@ -101,7 +101,7 @@ class RowSource(Protocol):
 
 
 def checked_indices(indices: np.ndarray | Sequence[int], n_rows: int) -> np.ndarray:
-    """``indices`` as int64, one axis, all in ``0 … n_rows − 1``; else ValueError."""
+    """``indices`` as a one-dimensional int64 array; ValueError unless all in ``0 … n_rows − 1``."""
     array = np.asarray(indices)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise ValueError(f"row indices must be a list of whole numbers, not {array.dtype}")

@@ -1,4 +1,4 @@
-"""Shard files of the activation cache: safetensors, written whole or not at all."""
+"""Shard files of the activation cache, in the safetensors format."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SAFETENSORS_DTYPES = {
 
 
 def shard_chunks(rows: Rows) -> list[bytes | memoryview]:
-    """The safetensors file of ``rows``, in pieces: header, then every array's bytes.
+    """The safetensors file of ``rows``, in chunks: the header, then the bytes of each array.
 
-    The header is made here and not by the library, so that the same rows always give the same
-    bytes. Activations come last, which keeps the integers aligned whatever ``N·D`` is.
+    The header is built here and not by the library, so that the same rows always give the same
+    bytes. Activations come last, which keeps the integers aligned for any ``N·D``.
     """
     codes = {dtype: code for code, dtype in _SAFETENSORS_DTYPES.items()}
     names = [field.name for field in dataclasses.fields(Rows)]
@@ -48,7 +48,7 @@ def shard_chunks(rows: Rows) -> list[bytes | memoryview]:
 def shard_problem(folder: Path, shard: Shard, with_hash: bool) -> str | None:
     path = folder / shard.file
     if Path(shard.file).name != shard.file:
-        return f"{shard.file}: a shard must lie in the cache's own folder"
+        return f"{shard.file}: a shard must be directly in the cache folder"
     if not path.is_file():
         return f"{shard.file}: missing"
     size = path.stat().st_size
@@ -62,8 +62,8 @@ def shard_problem(folder: Path, shard: Shard, with_hash: bool) -> str | None:
 
 
 def shard_stamp(path: Path) -> tuple[int, ...] | None:
-    """What changes when a file does, without reading it: inode, size and time; None where there is
-    none."""
+    """Inode, size and modification time, to detect changes without reading the file; None if it
+    does not exist."""
     try:
         found = path.stat()
     except OSError:
@@ -72,7 +72,7 @@ def shard_stamp(path: Path) -> tuple[int, ...] | None:
 
 
 def map_shard(path: Path) -> Rows:
-    """The arrays of a shard as views of the memory-mapped file; nothing is read yet."""
+    """The arrays of a shard as views of the memory-mapped file, read on access."""
     data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8:start].tobytes())

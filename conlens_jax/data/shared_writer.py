@@ -1,7 +1,7 @@
-"""A cache that several processes fill together: each has all rows, the first one writes them.
+"""A cache filled by several processes: each has all rows, only the first process writes them.
 
-Activations are small beside the model's work on them, so that every process may hold a batch of
-them, and one writer makes the files of a dump in one process.
+Activations are small compared with the model's work, so every process can keep a batch of them,
+and the files are those of a dump in one process.
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ from conlens_jax.parallel.processes import broadcast_from_first, check_same
 
 
 class SharedWriter:
-    """A :class:`CacheWriter` in the first process; the others know how far it is.
+    """A :class:`CacheWriter` in the first process; the others follow its progress.
 
     Attributes:
-      complete: the cache was there already, whole; there is nothing to write.
-      rows_before: rows in whole shards that an interrupted dump left.
-      cursor: of the last of these; None: begin at the beginning.
-      rows_appended: ``rows_before`` and the rows appended since.
+      complete: the finished cache already exists; there is nothing to write.
+      rows_before: rows in complete shards of an interrupted dump.
+      cursor: of the last of these; None: start from the beginning.
+      rows_appended: ``rows_before`` plus the rows appended since.
 
     Raises:
       CacheError: see :class:`CacheWriter`.
-      ProcessError: the processes want different caches, or the first one failed.
+      ProcessError: the processes have different settings, or the first one failed.
     """
 
     def __init__(self, folder: Path, metadata: CacheMetadata, rows_per_shard: int):
         check_same("model, corpus or setting of the dump", metadata.to_json().encode())
         self.folder = folder
         self._writer: CacheWriter | None = None
-        begun = broadcast_from_first(lambda: self._begin(metadata, rows_per_shard))
-        self.complete = begun is None
-        self.rows_before, self.cursor = begun or (0, None)
+        resumed = broadcast_from_first(lambda: self._start(metadata, rows_per_shard))
+        self.complete = resumed is None
+        self.rows_before, self.cursor = resumed or (0, None)
         self.rows_appended = self.rows_before
 
-    def _begin(self, metadata: CacheMetadata, rows_per_shard: int) -> tuple[int, Any] | None:
+    def _start(self, metadata: CacheMetadata, rows_per_shard: int) -> tuple[int, Any] | None:
         if cache_is_complete(self.folder, metadata):
             return None
         self._writer = CacheWriter(self.folder, metadata, rows_per_shard)
         return self._writer.rows_written, self._writer.cursor
 
     def append(self, rows: Rows, cursors: list[Any]) -> None:
-        """See :meth:`CacheWriter.append`; every process gives the same rows."""
+        """See :meth:`CacheWriter.append`; every process passes the same rows."""
         self.rows_appended += len(rows)
         if self._writer is not None:
             self._writer.append(rows, cursors)
 
     def finish(self) -> None:
-        """See :meth:`CacheWriter.finish`; returns when the cache is there."""
+        """See :meth:`CacheWriter.finish`; returns when the cache is finished."""
 
         def finish() -> None:
             assert self._writer is not None

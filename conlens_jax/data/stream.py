@@ -1,7 +1,7 @@
-"""Rows straight from the corpus: no activations on disk (``data.source=stream``).
+"""Rows directly from the corpus, without activations on disk (``data.source=stream``).
 
 They are the rows that a dump with the same settings would write, in the same order. Only tokens and
-positions are kept; activations are captured where they are used
+positions are kept; activations are captured when they are used
 (:func:`conlens_jax.lens.batch.with_activations`).
 """
 
@@ -23,9 +23,9 @@ from conlens_jax.tracking.console import Console
 
 
 class TokenStream:
-    """Training rows whose activations have the width 0; otherwise as an activation cache.
+    """Training rows with activations of width 0; otherwise like an activation cache.
 
-    Contexts are kept once a document, so that the rows of a document cost one context.
+    Each document's context is stored once and shared by its rows.
     """
 
     def __init__(self, extractor: Extractor, wanted: int):
@@ -94,12 +94,12 @@ def open_stream(
     mesh: Mesh,
     console: Console | None = None,
 ) -> tuple[TokenStream, CapturedRows]:
-    """The training and the validation rows of ``dump``'s settings.
+    """The training and validation rows for the settings in ``dump``.
 
-    ``console`` gets a line about copies of texts.
+    The number of duplicate texts is printed to ``console``.
 
     Raises:
-      ValueError: a corpus without a usable document in one of its splits.
+      ValueError: a split of the corpus has no usable document.
     """
     corpus = open_corpus(config.corpus)
     extractor = lambda split: Extractor(config.dump, model, spec, mesh, corpus, split)

@@ -1,4 +1,4 @@
-"""Whether a model has learnt a task whose answers are known: how many of them it gets right."""
+"""Accuracy of a model on a task with known answers."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def answer_statistics(
     variables: Iterable[TokenVariable],
     documents: Sequence[Document],
 ) -> dict[str, float]:
-    """M's top prediction at every place where a document states a value that its task decides.
+    """Accuracy of M's top predictions at the positions that state a value determined by the task.
 
     Args:
-      documents: each with what is ``given`` in it; they are read whole.
+      documents: each with its ``given``; they are read completely.
 
     Returns:
-      ``answers_right``, the share of the values, and ``exact_answers``, the share of the documents
-      with every value right.
+      ``answers_right``, the fraction of correct values, and ``exact_answers``, the fraction of
+      documents with all values correct.
     """
     encoded = tokenizer.encode_batch([document.text for document in documents], add_bos=True)
     tokens_NS, _ = pad_tokens(encoded, max(map(len, encoded)), tokenizer.pad_id)
     given = tokenizer.encode_batch([document.given for document in documents], add_bos=True)
-    behind_NS = np.arange(tokens_NS.shape[1]) >= np.array([[len(ids)] for ids in given])
-    stated_NS = np.any([v.stated(tokens_NS) != NOTHING for v in variables], axis=0) & behind_NS
+    after_NS = np.arange(tokens_NS.shape[1]) >= np.array([[len(ids)] for ids in given])
+    stated_NS = np.any([v.stated(tokens_NS) != NOTHING for v in variables], axis=0) & after_NS
     predict = jax.jit(functools.partial(_top_predictions, model=model))
     pieces = [tokens_NS[i : i + _BATCH] for i in range(0, len(tokens_NS), _BATCH)]
     predicted_NS = np.concatenate([np.asarray(predict(params, piece)) for piece in pieces])

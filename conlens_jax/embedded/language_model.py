@@ -1,7 +1,7 @@
-"""The embedded language model: a small Llama trained on the chosen corpus at first use.
+"""The embedded language model: a small Llama, trained on the configured corpus at first use.
 
-It is saved as an ordinary Hugging Face folder, so that from then on nothing is special about it.
-The folder's name carries a hash of everything that made the model; a second run finds it.
+It is saved as an ordinary Hugging Face folder and then treated like any other model. The folder's
+name has a hash of all settings that determine the model, so later runs find it.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ from conlens_jax.tracking.console import Console
 
 STATISTICS_FILE = "training.json"
 RARE = 0.005
-"""A token that makes up less than this share of the corpus is rare."""
-_FORMAT = 2  # raised whenever the same settings would give another model
+"""A token with a smaller share of the corpus is rare."""
+_FORMAT = 2  # to be raised when the same settings would give another model
 
 
 def cache_root(config: EmbeddedConfig) -> Path:
-    """Where embedded models are kept, outside any checkout."""
+    """The folder of embedded models, outside any checkout."""
     chosen = config.cache_dir or os.environ.get("CONLENS_CACHE") or "~/.cache/conlens_jax"
     return local_path(chosen)
 
 
 def ensure_language_model(config: ExperimentConfig, console: Console) -> Path:
-    """The folder of the embedded model, trained now if it is not there yet."""
+    """The folder of the embedded model, which is trained now if it does not exist yet."""
     recipe = {
         "format": _FORMAT,
         "corpus": open_corpus(config.corpus).description(),
@@ -82,7 +82,7 @@ def ensure_language_model(config: ExperimentConfig, console: Console) -> Path:
     statistics = train_language_model(config.corpus, config.embedded, building, console)
     text = json.dumps({"recipe": recipe, **statistics}, indent=2) + "\n"
     (building / STATISTICS_FILE).write_text(text, encoding="utf-8")
-    if not (folder / "config.json").exists():  # another process may have been faster
+    if not (folder / "config.json").exists():  # another process may have finished first
         building.rename(folder)
     console.line("model", saved=folder)
     return folder
@@ -94,10 +94,10 @@ def train_language_model(
     """Trains tokenizer and model, and writes them to ``folder``.
 
     Returns:
-      ``lm_loss``: nats per token on held-out documents (the end-of-document token is not part of
-      it), and for a generated corpus ``generator_entropy``: the nats per token that the generator
-      itself spent on the same documents, the least that any model can reach. Where the beginning
-      of a document decides the rest (a sum), also how many values the model predicts right, see
+      ``lm_loss``: nats per token on held-out documents (without the end-of-document token), and for
+      a generated corpus ``generator_entropy``: the generator's own nats per token on the same
+      documents, a lower bound for any model. If the beginning of a document determines the rest (a
+      sum), also the accuracy of the values, see
       :func:`~conlens_jax.embedded.answers.answer_statistics`.
     """
     started = time.time()
@@ -167,7 +167,7 @@ def _train_tokenizer(
 
 
 def embedded_shape(config: EmbeddedConfig, vocab_size: int) -> TransformerConfig:
-    """The shape that the settings of the embedded model ask for."""
+    """The shape of the embedded model."""
     return TransformerConfig(
         family=llama.MODEL_TYPE,
         vocab_size=vocab_size,
@@ -184,15 +184,14 @@ def embedded_shape(config: EmbeddedConfig, vocab_size: int) -> TransformerConfig
 
 
 def copying_init(config: TransformerConfig, seed: int, strength: float) -> Params:
-    """Random parameters from which copying an earlier word is a small step.
+    """Random parameters from which copying an earlier word is quickly learned.
 
-    Carrying a word through a story takes three things at once: attention that finds it, values
-    that carry it, and an output head that knows it. From independent random matrices none of them
-    helps alone, and a small model stays for thousands of steps where it does not copy. Here the
-    output head begins as the embedding's transpose, and every attention layer as
-    ``strength`` times the identity from what is attended to to the residual stream (its head
-    subspaces are orthonormal), so that only *where to look* has to be learnt. 0: plain random
-    parameters.
+    Copying a word needs three things at once: attention that finds it, values that carry it, and an
+    output head that recognises it. With independent random matrices none of them helps alone, and a
+    small model does not copy for thousands of steps. Here the output head is initialised as the
+    transpose of the embedding, and every attention layer maps the attended state to the residual
+    stream by ``strength`` times the identity (its head subspaces are orthonormal), so that only
+    *where to look* has to be learned. 0: plain random parameters.
     """
     params = init_params(llama.param_table(config), config, random_key(seed))
     if not strength:
@@ -212,10 +211,10 @@ def copying_init(config: TransformerConfig, seed: int, strength: float) -> Param
 
 
 class _TokenRows:
-    """Training rows: whole documents, and for a part of them a crop that begins in the middle.
+    """Training rows: whole documents, and for some of them a crop that starts in the middle.
 
-    The crops let the model read a fragment on its own, as it will read explanations; a large
-    model knows fragments anyway.
+    The crops teach the model to read fragments, such as explanations; a large model can do so
+    anyway.
     """
 
     def __init__(self, tokenizer: Tokenizer, documents: list[Document], config: EmbeddedConfig):
@@ -249,7 +248,7 @@ def _token_losses(
     model: TransformerConfig,
     smoothing: float,
 ) -> tuple[Float[Array, "B s"], Float[Array, "B s"]]:
-    """Cross-entropy of every next token, and 1.0 where there is one (not padding)."""
+    """Cross-entropy of every next token, and a weight: 1.0, or 0.0 for padding."""
     logits = forward(params, tokens_BS[:, :-1], config=model)
     targets = tokens_BS[:, 1:]
     loss = (1 - smoothing) * cross_entropy(logits, targets)
@@ -260,7 +259,7 @@ def _token_losses(
 
 
 def seen_before(tokens_BS: Int[Array, "B S"]) -> Bool[Array, "B s"]:
-    """Of every next token: whether it already stands earlier in its row."""
+    """Whether each next token already occurs earlier in its row."""
     earlier = jnp.tri(tokens_BS.shape[1] - 1, dtype=bool)
     same = tokens_BS[:, None, :-1] == tokens_BS[:, 1:, None]
     return jnp.any(same & earlier, axis=-1)
@@ -281,7 +280,7 @@ def _make_step(
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, opt_state, tokens_BS, lengths_B, copy_weight):
         loss, grads = jax.value_and_grad(mean_loss)(params, tokens_BS, lengths_B, copy_weight)
-        # optax mixes its int32 counters with floats, which strict promotion refuses.
+        # optax mixes its int32 counters with floats, which strict promotion does not allow.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
@@ -296,7 +295,7 @@ def _statistics(
     documents: list[Document],
     config: EmbeddedConfig,
 ) -> dict[str, float]:
-    """Loss on documents that fit the context whole, so that it can stand beside the entropy."""
+    """Loss on documents that fit into the context, to be comparable with the entropy."""
     encoded = tokenizer.encode_batch([document.text for document in documents], add_bos=True)
     whole = [i for i, ids in enumerate(encoded) if len(ids) <= config.seq_len]
     kept = whole or range(len(encoded))

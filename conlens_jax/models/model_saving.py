@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from conlens_jax.files.whole import write_whole
 from conlens_jax.models.families import family_of
 from conlens_jax.models.param_table import Params, leaf
 from conlens_jax.models.transformer_config import TransformerConfig
@@ -110,6 +111,4 @@ def _unfinished(folder: Path, part: int) -> Path:
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-    unfinished = file.with_name(file.name + _UNFINISHED)
-    unfinished.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    unfinished.rename(file)
+    write_whole(file, json.dumps(values, indent=2) + "\n")

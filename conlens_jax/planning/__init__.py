@@ -1,1 +1,1 @@
-"""What a run will take, from shapes alone: no weights, no devices."""
+"""What a run will need, from shapes alone: no weights, no devices."""

@@ -1,4 +1,4 @@
-"""The plan of a config on the console: what ``conlens_jax.plan`` and a dry run both do."""
+"""Prints the plan of a config, for ``conlens_jax.plan`` and dry runs."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from conlens_jax.tracking.console import Console
 def show_plan(
     config: ExperimentConfig, model_config: str = "", *, compiled: bool, target: str = ""
 ) -> None:
-    """Prints what is known without weights and devices. Before the first use of JAX: a plan never
-    asks for an accelerator.
+    """Prints what is known without weights and devices. To be called before the first use of JAX: a
+    plan never initialises an accelerator.
 
     Args:
       model_config: a config.json instead of ``model.path``.
       compiled: also compile the train steps, for virtual devices.
-      target: for GPUs of this kind instead, which need not be there.
+      target: compile for GPUs of this kind instead, which need not be present.
     """
     mesh, devices = planned_mesh(config.mesh)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
     if target:
-        on = target_mesh(target, mesh, devices)
+        run_mesh = target_mesh(target, mesh, devices)
     else:
-        on = make_mesh(mesh) if compiled else abstract_mesh(mesh, devices)
+        run_mesh = make_mesh(mesh) if compiled else abstract_mesh(mesh, devices)
     print_plan(
-        make_plan(config, planned_model(config, model_config), on),
+        make_plan(config, planned_model(config, model_config), run_mesh),
         Console(sys.stdout),
         compiled=compiled,
     )

@@ -1,10 +1,10 @@
-"""XLA's own memory analysis of the real train step, compiled from shapes.
+"""XLA's memory analysis of the real train step, compiled from shapes.
 
 The step is compiled for virtual CPU devices in the mesh of the run, or for GPUs
 (:mod:`conlens_jax.planning.gpu_target`). On a CPU XLA multiplies bfloat16 matrices as float32, may
-keep such copies of the weights, and fuses less: for Llama-3.2-1B in bfloat16, trained in full on 8
-devices along fsdp, temporary memory was 1.9 GiB (warm start) and 4.8 GiB (joint) for CPUs, 0.7 GiB
-and 1.8 GiB for H100s.
+keep float32 copies of the weights, and fuses less: for Llama-3.2-1B in bfloat16, trained in full on
+8 devices along fsdp, temporary memory was 1.9 GiB (warm start) and 4.8 GiB (joint) for CPUs, 0.7
+GiB and 1.8 GiB for H100s.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from conlens_jax.training.state import Stage
 
 @dataclasses.dataclass(frozen=True)
 class CompiledMemory:
-    """Bytes of one device for a compiled step, and the seconds that compiling took.
+    """Bytes per device of a compiled step, and the seconds of compilation.
 
-    What the step does not look at is no argument of it, although the run keeps it.
+    Inputs that the step does not use are not counted as arguments, although the run keeps them.
     """
 
     arguments: int
@@ -33,7 +33,7 @@ class CompiledMemory:
 
     @property
     def peak(self) -> int:
-        """Outputs that take the place of a donated argument are counted once."""
+        """Outputs that reuse the memory of a donated argument are counted once."""
         return self.arguments + self.temporary + self.outputs - self.aliased
 
 
@@ -47,14 +47,14 @@ def compiled_program(plan: Plan, stage: Stage) -> jax.stages.Compiled:
 
 
 def memory_of(compiled: jax.stages.Compiled, seconds: float) -> CompiledMemory:
-    """What the compiler says of a program's memory.
+    """The compiler's memory analysis of a program.
 
     Raises:
-      ValueError: the backend does not tell it.
+      ValueError: the backend has no memory analysis.
     """
     analysis = compiled.memory_analysis()
     if analysis is None:
-        raise ValueError(f"--compile: the backend {jax.default_backend()!r} tells no memory")
+        raise ValueError(f"--compile: the backend {jax.default_backend()!r} has no memory analysis")
     return CompiledMemory(
         analysis.argument_size_in_bytes,
         analysis.temp_size_in_bytes,
@@ -68,7 +68,7 @@ def compile_step(plan: Plan, stage: Stage) -> CompiledMemory:
     """Compiles a stage's step; ``plan.mesh`` must have devices.
 
     Raises:
-      ValueError: the backend does not tell its memory.
+      ValueError: the backend has no memory analysis.
     """
     started = time.perf_counter()
     compiled = compiled_program(plan, stage)

@@ -1,8 +1,8 @@
-"""A mesh of GPUs that are not there, for compiling: XLA's GPU compiler needs no GPU.
+"""A mesh of GPUs that are not present, for compilation: XLA's GPU compiler needs no GPU.
 
-It comes in two wheels beside JAX. Autotuning, which would need a device, is switched off, and with
-it Triton's matrix products, whose tiles it chooses (products are cuBLAS calls then); the memory
-figures are those of the real compiler all the same.
+The compiler is in two wheels besides JAX. Autotuning, which would need a device, is switched off,
+and so are Triton's matrix products, whose tiles it chooses (cuBLAS is used instead); the memory
+figures are still those of the real compiler.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ TARGETS = {"h100": _H100}
 
 
 def target_mesh(target: str, config: MeshConfig, devices: int) -> Mesh:
-    """The run's mesh on so many GPUs of a kind of :data:`TARGETS`, eight to a host.
+    """The mesh of the run on ``devices`` GPUs of a kind of :data:`TARGETS`, eight per host.
 
     To be called before anything is compiled: it switches autotuning off.
 
     Raises:
-      ConfigError: no such target, no compiler for it, or a mesh that hosts cannot be filled with.
+      ConfigError: the target is unknown, its compiler is missing, or the devices do not fill hosts.
     """
     if target not in TARGETS:
-        raise ConfigError([f"--target={target!r}: known are {', '.join(TARGETS)}"])
+        raise ConfigError([f"--target={target!r}: known targets are {', '.join(TARGETS)}"])
     if not _has_compiler():
         raise ConfigError(
             [
                 f"--target={target} needs XLA's GPU compiler (not a GPU): "
-                "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt, of JAX's own version"
+                "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt, in the version of JAX"
             ]
         )
     if devices > _DEVICES_PER_HOST and devices % _DEVICES_PER_HOST:
@@ -88,5 +88,5 @@ def _has_compiler() -> bool:
     plugins = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
     try:
         return any(importlib.util.find_spec(plugin) for plugin in plugins)
-    except ModuleNotFoundError:  # there is no jax_plugins at all
+    except ModuleNotFoundError:  # there is no jax_plugins package
         return False

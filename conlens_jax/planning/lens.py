@@ -1,6 +1,6 @@
-"""A run as shapes: the lens, its train state and its batches, each leaf with where it lies.
+"""A run as shapes: the lens, its train state and its batches, with shardings.
 
-The same functions make them as in training (:func:`~conlens_jax.lens.spec.init_lens`,
+They are created by the same functions as in training (:func:`~conlens_jax.lens.spec.init_lens`,
 :func:`~conlens_jax.training.state.init_state`), evaluated on shapes alone.
 """
 
@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from conlens_jax.benchmark.shapes import Workload
 from conlens_jax.config import ExperimentConfig
 from conlens_jax.lens.batch import Batch
 from conlens_jax.lens.objective import Objective
@@ -25,6 +24,7 @@ from conlens_jax.models.param_table import Params, abstract_params
 from conlens_jax.models.sharding import param_shardings
 from conlens_jax.models.transformer_config import TransformerConfig
 from conlens_jax.parallel.mesh import batch_sharding
+from conlens_jax.planning.flops import Workload
 from conlens_jax.planning.model_source import PlannedModel
 from conlens_jax.training.session import check_batches, check_context
 from conlens_jax.training.state import (
@@ -41,12 +41,12 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A lens on a mesh, before anything of it exists.
+    """The shapes of a lens on a mesh.
 
     Attributes:
-      model: whose shape it is.
-      mesh: with devices (then it can be compiled for them) or abstract.
-      trainable, frozen: of the lens, ``jax.ShapeDtypeStruct`` with shardings.
+      model: the model, without weights.
+      mesh: with devices (which allows compiling) or abstract.
+      trainable, frozen: the lens, as ``jax.ShapeDtypeStruct`` with shardings.
     """
 
     config: ExperimentConfig
@@ -61,7 +61,7 @@ class Plan:
         return self.objective.spec
 
     def frozen_in(self, stage: Stage) -> Params:
-        """The joint stage keeps the decoder of the warm start as a reference."""
+        """The frozen parts in a stage: the joint stage keeps the warm decoder as a reference."""
         if stage.supervised:
             return self.frozen
         return {**self.frozen, "warm_decoder": self.trainable["decoder"]}
@@ -72,7 +72,7 @@ class Plan:
         return on_mesh(state, self.spec.model, self.mesh)
 
     def batch(self, stage: Stage) -> Batch:
-        """A step's rows; without activations where the step captures them itself."""
+        """The rows of a step; without activations if the step captures them itself."""
         rows, contexts = stage.batch_size, stage.batch_size // stage.rows_per_document
         width = 0 if self.config.data.source == "stream" else self.spec.model.d_model
         sharding = batch_sharding(self.mesh)
@@ -86,7 +86,7 @@ class Plan:
         )
 
     def step(self, stage: Stage) -> Step:
-        """The jitted train step of the run itself."""
+        """The jitted train step of the run."""
         n_rows = self.config.dump.n_samples
         return make_step(
             stage,
@@ -98,7 +98,7 @@ class Plan:
         )
 
     def workload(self, stage: Stage) -> Workload:
-        """For the FLOP counts: positions spread evenly over the range that the dump takes."""
+        """For the FLOP counts, with positions spread evenly over the range of the dump."""
         dump = self.config.dump
         last = dump.max_position or dump.seq_len - 1 - dump.after
         positions = np.linspace(dump.min_position, last, stage.batch_size).round().astype(np.int32)
@@ -108,18 +108,19 @@ class Plan:
 
 
 def make_plan(config: ExperimentConfig, model: PlannedModel, mesh: Mesh | AbstractMesh) -> Plan:
-    """Checks what training checks before it starts, and makes the shapes.
+    """Checks what training checks before it starts, and builds the shapes.
 
     Raises:
-      ValueError: a batch, context, layer, prompt or dimension that does not fit the model or the
-        mesh.
+      ValueError: a batch, context, layer, prompt or dimension does not fit the model or the mesh.
     """
     check_batches(config, mesh)
     check_context(config, model.shape, model.name)
     spec = make_spec(model.shape, config.model.layer, config.lens, model.tokenizer)
     table = family_of(model.shape).param_table(model.shape)
     original = jax.tree.map(
-        _lying, abstract_params(table, model.shape), param_shardings(table, model.shape, mesh)
+        _with_sharding,
+        abstract_params(table, model.shape),
+        param_shardings(table, model.shape, mesh),
     )
     trainable, frozen = jax.eval_shape(
         lambda original: init_lens(original, spec, np.zeros(model.shape.d_model), 1.0), original
@@ -132,9 +133,9 @@ def make_plan(config: ExperimentConfig, model: PlannedModel, mesh: Mesh | Abstra
 
 
 def on_mesh(tree: PyTree, model: TransformerConfig, mesh: Mesh | AbstractMesh) -> PyTree:
-    """Shapes of a lens or its train state, lying as training has them lie."""
-    return jax.tree.map(_lying, tree, lens_shardings(tree, model, mesh))
+    """Shapes of a lens or its train state, with the shardings of training."""
+    return jax.tree.map(_with_sharding, tree, lens_shardings(tree, model, mesh))
 
 
-def _lying(leaf: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,23 +1,21 @@
-"""Bytes on each device during a training step: counted for what is stored, estimated for the rest.
+"""Bytes per device during a training step: exact for what is stored, estimated for the rest.
 
-What is stored between steps is exact. What a step makes on its way depends on the compiler; the
-estimates say what they count, and ``--compile`` asks XLA. With b = bytes of a number in the
-model's dtype, rows and dimensions those of one device (rows over ``data`` and ``fsdp``; heads and
-mlp over ``tensor``), a layer keeps for each token of its backward pass
+Arrays stored between steps are exact. Temporary memory depends on the compiler; the estimates state
+what they count, and ``--compile`` uses XLA's analysis. With b bytes per number in the model's
+dtype, and rows and dimensions of one device (rows over ``data`` and ``fsdp``; heads and mlp over
+``tensor``), a layer keeps for each token of its backward pass
 
     remat=full       b D                                              its input
     remat=products   b (3 D + H X + 2 K X + 2 F)                      and every matrix product
     remat=none       b (6 D + 3 H X + 3 K X + 4 F) + 8 H keys         and all between them
 
-where 8 H keys are attention's scores and weights in fp32, and F is the width of all experts that a
-token goes through. The peak is in the backward pass or in the optimizer, whichever takes more: they
-do not take it at the same time.
+where 8 H keys are attention's scores and weights in fp32, and F is the total width of a token's
+experts. The peak is the larger of the backward pass and the optimizer, which do not overlap.
 
 Against XLA's temporary memory on 8 CPU devices (Llama-3.2-1B, float32, remat=full, 64 rows, T = 8,
 trained in full), in GiB, XLA / here: along data 15.3 / 15.3 (warm start) and 16.5 / 15.3 (joint),
-along fsdp 1.9 / 3.0 and 3.6 / 3.0, fsdp 2 × tensor 4 2.0 / 2.0 and 2.7 / 2.0. Where activations are
-most of it, XLA takes up to fsdp times as much as is said here: left to itself it splits them along
-D and not by rows.
+along fsdp 1.9 / 3.0 and 3.6 / 3.0, fsdp 2 × tensor 4 2.0 / 2.0 and 2.7 / 2.0. Where activations
+dominate, XLA uses up to fsdp times this estimate: by default it splits them along D, not rows.
 """
 
 from __future__ import annotations
@@ -34,13 +32,13 @@ _FP32 = 4
 
 
 class Part(NamedTuple):
-    """Some bytes of every device.
+    """One part of the memory of each device.
 
     Attributes:
       name: what they are.
       n_bytes: how many.
       how: how they are counted.
-      phase: ``"stored"`` (there between steps too, and exact), ``"backward"`` or ``"optimizer"``.
+      phase: ``"stored"`` (kept between steps, exact), ``"backward"`` or ``"optimizer"``.
     """
 
     name: str
@@ -50,7 +48,7 @@ class Part(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """A pass with gradient: rows and tokens through layers."""
+    """A differentiated pass of rows and tokens through layers."""
 
     name: str
     rows: int
@@ -65,7 +63,7 @@ def step_memory(plan: Plan, stage: Stage) -> list[Part]:
 
 
 def peak(parts: list[Part]) -> float:
-    """What is stored, and the larger of the two phases of a step."""
+    """What is stored, plus the larger of the two phases of a step."""
     of = lambda phase: sum(part.n_bytes for part in parts if part.phase == phase)
     return of("stored") + max(of("backward"), of("optimizer"))
 
@@ -78,12 +76,12 @@ def _stored(plan: Plan, stage: Stage) -> list[Part]:
         ("frozen parts of the lens", others, "projections, prompts, statistics"),
         ("trained weights", state.params, "decoder and encoder"),
         ("optimizer state", state.opt_state, "Adam's moments, fp32"),
-        ("lens as the stage began", plan.trainable, "a copy that the run keeps"),
+        ("lens at the start of the stage", plan.trainable, "a copy that the run keeps"),
         ("batch", plan.batch(stage), "contexts and activations"),
     ]
     if plan.config.baseline.steps:
         encoder = plan.trainable["encoder"]
-        parts.append(("encoder for the baseline", encoder, "as it was at first, kept till then"))
+        parts.append(("encoder for the baseline", encoder, "its initial state, kept until then"))
     return [Part(name, device_bytes(tree), how, "stored") for name, tree, how in parts]
 
 
@@ -104,11 +102,11 @@ def _made(plan: Plan, stage: Stage) -> list[Part]:
             f"kept for the backward pass ({', '.join(each.name for each in passes)}), "
             f"remat={plan.spec.model.remat}",
         ),
-        Part("logits", _logits(plan, stage), "fp32, those that are there at once"),
+        Part("logits", _logits(plan, stage), "fp32, those in memory at the same time"),
     ]
     if not stage.supervised:
         parts += [
-            Part("context", _context(plan, stage), "keys and values above layer L, each row's"),
+            Part("context", _context(plan, stage), "keys and values above layer L, for each row"),
             Part("decode cache", decode_cache(plan, stage), "keys and values of D's text"),
         ]
     return parts
@@ -129,7 +127,7 @@ def passes_of(plan: Plan, stage: Stage) -> list[Pass]:
     upper = spec.model.n_layers - spec.layer - 1
     if plan.objective.uses("kl") and upper:
         keys = config.dump.seq_len + horizon
-        passes.append(Pass("M behind the swap", rows * group, horizon, upper, keys))
+        passes.append(Pass("M after the swap", rows * group, horizon, upper, keys))
     if plan.objective.uses("text"):
         passes.append(write._replace(name="D, anchor"))
         if config.loss.text_read:
@@ -146,7 +144,7 @@ def decode_cache(plan: Plan, stage: Stage) -> float:
 
 
 def _context(plan: Plan, stage: Stage) -> float:
-    """Nothing where the loss has no KL, or nothing lies above layer L."""
+    """Zero if the loss has no KL, or no layer is above L."""
     if not plan.objective.uses("kl"):
         return 0.0
     spec = plan.spec
@@ -172,8 +170,8 @@ def _kept(plan: Plan, each: Pass) -> float:
 
 
 def _logits(plan: Plan, stage: Stage) -> float:
-    """Those of the text, as many as :func:`~conlens_jax.lens.vocabulary.chunks_of` says, four
-    arrays of them (D's, the reference's, noise, gradient); and those of both of M's passes."""
+    """Four arrays for the text (D's logits, the reference's, noise, gradient), in chunks by
+    :func:`~conlens_jax.lens.vocabulary.chunks_of`; and the logits of both passes of M."""
     spec, group = plan.spec, plan.objective.texts_per_row
     rows, vocab = stage.batch_size // stage.optimizer.accumulate, spec.model.vocab_size
     chunks = chunks_of(rows * group, spec.text_len, vocab)
@@ -184,8 +182,8 @@ def _logits(plan: Plan, stage: Stage) -> float:
 
 
 def _gathered(plan: Plan) -> float:
-    """A table [V, D] that is read, and where one is trained a gradient that is summed, are whole
-    along ``fsdp``: the batches that look rows up and are multiplied by them are split over it."""
+    """A table [V, D] in use, and the summed gradient of a trained one, are gathered along ``fsdp``,
+    since the batches that look up its rows or are multiplied by it are split over ``fsdp``."""
     if plan.mesh.shape["fsdp"] == 1:
         return 0.0
     model = plan.spec.model
@@ -194,7 +192,7 @@ def _gathered(plan: Plan) -> float:
 
 
 def _keys_and_values(plan: Plan) -> float:
-    """Bytes of a token in one layer of a cache."""
+    """Bytes per token and layer of a cache."""
     model = plan.spec.model
     return 2 * model.n_kv_heads * model.head_dim * _itemsize(plan) / plan.mesh.shape["tensor"]
 

@@ -1,4 +1,4 @@
-"""The shape of a model from a config.json alone, wherever it lies."""
+"""The shape of a model from a config.json alone."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from conlens_jax.models.tokenizer import Tokenizer
 from conlens_jax.models.transformer_config import TransformerConfig
 
 SHIPPED = Path(__file__).parents[2] / "third_party" / "model_configs"
-"""Shapes of real models, where the package runs from a checkout."""
+"""Configs of real models, if the package runs from a checkout."""
 
 
 class WordCounter:
-    """Stands in for a tokenizer that is not there: a token for each word and each mark, which is
-    what a prompt of common words is for most tokenizers."""
+    """Replaces a missing tokenizer: one token per word and punctuation mark, which is right for a
+    prompt of common words with most tokenizers."""
 
     bos_id = 0
     unk_id = None
@@ -33,9 +33,9 @@ class PlannedModel(NamedTuple):
     """A model without its weights.
 
     Attributes:
-      name: what it is called in the report.
-      source: where its shape is from.
-      shape: run as the config says.
+      name: its name in the report.
+      source: the source of its shape.
+      shape: with the settings of the config.
       tokenizer: the folder's, or a :class:`WordCounter`.
     """
 
@@ -49,11 +49,11 @@ def planned_model(config: ExperimentConfig, model_config: str = "") -> PlannedMo
     """Finds the config.json of ``config.model``, or reads the file (or folder) ``model_config``.
 
     ``model.path`` may be ``"embedded"``, a folder or a config.json, or a hub id: then its file in
-    ``third_party/model_configs`` is read where there is one, and else the hub's, that one file.
+    ``third_party/model_configs`` is read if there is one, otherwise config.json is downloaded.
 
     Raises:
       ConfigError: there is no such file.
-      ValueError: the file holds what this port cannot honour.
+      ValueError: the file has settings that are not supported.
     """
     path = model_config or config.model.path
     if path == EMBEDDED_MODEL:
@@ -68,7 +68,7 @@ def planned_model(config: ExperimentConfig, model_config: str = "") -> PlannedMo
 
 
 def _shape_of(file: Path) -> TransformerConfig:
-    """By the weights beside it too, if they are all there: a head of their own is memory."""
+    """Also considers the weights in the folder, if they are complete: a separate head is memory."""
     if file.name == "config.json":
         with contextlib.suppress(ValueError):
             return read_config(file.parent)
@@ -95,18 +95,18 @@ def _config_file(path: str, revision: str, flag: str) -> Path:
             return file
     name = flag or "model.path"
     if flag or given.is_dir() or path.count("/") > 1 or path.startswith((".", "/", "~")):
-        raise ConfigError([f"{name}={path!r}: there is no config.json, and it is no such file"])
+        raise ConfigError([f"{name}={path!r}: not a file, nor a folder with a config.json"])
     if shipped.is_file():
         return shipped
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(path, "config.json", revision=revision or None))
-    except Exception as error:  # the hub client raises many kinds; all mean the same to the user
+    except Exception as error:  # the hub client raises many kinds, which mean the same to the user
         raise ConfigError(
             [
-                f"{name}={path!r}: not a folder, not a name of third_party/model_configs, and the "
-                f"hub did not give its config.json ({type(error).__name__}); give the file itself "
-                "with --model-config=path/to/config.json"
+                f"{name}={path!r}: not a folder, not a name of third_party/model_configs, and its "
+                f"config.json could not be downloaded ({type(error).__name__}); give the file with "
+                "--model-config=path/to/config.json"
             ]
         ) from error

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from conlens_jax.benchmark.flops import dump_flops, step_flops, supervised_flops
 from conlens_jax.config import MeshConfig
 from conlens_jax.parallel.footprint import count, device_bytes, in_units, total_bytes
 from conlens_jax.parallel.mesh import MESH_PRESETS, abstract_mesh
 from conlens_jax.planning.compiled import compile_step
+from conlens_jax.planning.flops import dump_flops, step_flops, supervised_flops
 from conlens_jax.planning.lens import Plan, make_plan
 from conlens_jax.planning.memory import peak, step_memory
 from conlens_jax.planning.model_source import WordCounter
@@ -16,30 +16,30 @@ from conlens_jax.training.state import Stage, stages_of
 
 
 def print_plan(plan: Plan, console: Console, *, compiled: bool = False) -> None:
-    """Everything that is known without weights; with ``compiled`` also what XLA says."""
+    """Prints everything known without weights; with ``compiled`` also XLA's analysis."""
     model, mesh = plan.model, plan.mesh
     shape = "×".join(str(mesh.shape[axis]) for axis in mesh.axis_names)
     console.line("model", name=model.name, shape_from=model.source, dtype=model.shape.dtype)
     console.line("mesh", devices=mesh.size, data_fsdp_tensor=shape)
     if isinstance(model.tokenizer, WordCounter):
-        console.line("prompts", counted="a token for each word, as there is no tokenizer.json")
+        console.line("prompts", counted="one token per word, as there is no tokenizer.json")
     console.table("model", *model_table(plan))
     console.table("lens", *parameter_table(plan.trainable, plan.frozen, plan.spec))
     stages = [stage for stage in stages_of(plan.config) if stage.steps]
     for stage in stages:
         parts = step_memory(plan, stage)
         rows = [[part.name, part.phase, in_units(part.n_bytes), part.how] for part in parts]
-        rows.append(["peak, estimated", "", in_units(peak(parts)), "stored and the larger phase"])
-        title = f"memory of each device, {stage.name}, {stage.batch_size} rows a step"
+        rows.append(["peak, estimated", "", in_units(peak(parts)), "stored plus the larger phase"])
+        title = f"memory per device, {stage.name}, {stage.batch_size} rows per step"
         console.table(title, ["part", "phase", "bytes", "how it is counted"], rows)
-        console.table(f"compute of a step, {stage.name}", *flops_table(plan, stage))
-    console.table("on other meshes: stored on each device", *meshes_table(plan))
+        console.table(f"compute per step, {stage.name}", *flops_table(plan, stage))
+    console.table("on other meshes: stored per device", *meshes_table(plan))
     if compiled:
-        console.table("compiled by XLA, bytes of each device", *compiled_table(plan, stages))
+        console.table("compiled by XLA, bytes per device", *compiled_table(plan, stages))
 
 
 def model_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
-    """Parameters of the original by part."""
+    """Parameters of the original model by part."""
     original = plan.frozen["original"]
     parts = {name: part for name, part in original.items() if name != "layers"}
     parts[f"{plan.spec.model.n_layers} layers"] = original["layers"]
@@ -52,7 +52,7 @@ def model_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
 
 
 def flops_table(plan: Plan, stage: Stage) -> tuple[list[str], list[list[str]]]:
-    """The least matrix-product FLOPs of a step, over all devices."""
+    """The least matrix-product FLOPs per step, over all devices."""
     work = plan.workload(stage)
     if stage.supervised:
         found = supervised_flops(work)
@@ -69,7 +69,7 @@ def flops_table(plan: Plan, stage: Stage) -> tuple[list[str], list[list[str]]]:
 
 
 def meshes_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
-    """What is stored between the steps of the joint stage on each of :data:`MESH_PRESETS`."""
+    """Bytes stored between steps of the joint stage on each of :data:`MESH_PRESETS`."""
     rows = []
     for name, mesh in MESH_PRESETS.items():
         rows.append([name, _axes(mesh), _stored_on(plan, mesh)])
@@ -77,7 +77,7 @@ def meshes_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
 
 
 def _stored_on(plan: Plan, mesh: MeshConfig) -> str:
-    """Bytes, or why the model does not go onto this mesh."""
+    """Bytes, or why the model does not fit this mesh."""
     devices = mesh.data * mesh.fsdp * mesh.tensor
     try:
         other = make_plan(plan.config, plan.model, abstract_mesh(mesh, devices))

@@ -1,4 +1,4 @@
-"""What a run says: one structured line an event, a progress bar, tables and blocks of text."""
+"""Console output of a run: one structured line per event, progress bars, tables and text blocks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _EVENT_WIDTH = 10
 
 
 def format_value(value: Any) -> str:
-    """A number in four significant digits, whole numbers in full, text quoted where needed.
+    """Floats with four significant digits, integers in full, text quoted if needed.
 
-    Scalars of NumPy and JAX are treated like Python's.
+    Scalars of NumPy and JAX are formatted like Python's.
     """
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()
@@ -35,7 +35,7 @@ def format_value(value: Any) -> str:
 
 
 def format_fields(fields: Mapping[str, Any]) -> str:
-    """``name=value`` pairs in a row."""
+    """``name=value`` pairs, separated by spaces."""
     return " ".join(f"{name}={format_value(value)}" for name, value in fields.items())
 
 
@@ -47,13 +47,13 @@ def format_seconds(seconds: float) -> str:
 
 
 class Console:
-    """Prints to one stream; lines and a live progress bar do not disturb each other.
+    """Prints to one stream; lines do not break a live progress bar.
 
     Args:
       stream: where to print; None is the standard error stream.
-      interactive: whether progress is a live bar. None: where the stream is a terminal.
-      enabled: False prints nothing, for all processes but the first.
-      seconds_between_lines: without a bar, progress is a plain line this often at most.
+      interactive: whether progress is a live bar. None: if the stream is a terminal.
+      enabled: False prints nothing; used in all processes but the first.
+      seconds_between_lines: without a bar, the minimum time between lines of progress.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Console:
         self._print(f"{clock} {event:<{_EVENT_WIDTH}} {format_fields(fields)}".rstrip())
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A fixed-width table; columns that hold only numbers are aligned to the right."""
+        """A fixed-width table; columns of numbers are right-aligned."""
         cells = [[_cell(value) for value in row] for row in rows]
         columns = list(zip(header, *cells, strict=True))
         widths = [max(map(len, column)) for column in columns]
@@ -98,9 +98,9 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, total: int, label: str, *, initial: int = 0) -> Iterator[Progress]:
-        """Shows how far ``total`` steps have come, ``initial`` of them done before.
+        """Shows the progress of ``total`` steps, of which ``initial`` are already done.
 
-        The bar is removed at the end; a last line with the time it took stays.
+        At the end the bar is replaced by a line with the elapsed time.
         """
         progress = Progress(
             self,
@@ -125,13 +125,13 @@ class Console:
 
     def _print(self, text: str) -> None:
         if self._enabled:
-            # tqdm.write takes a live bar off the screen for the time of the line.
+            # tqdm.write clears a live bar, prints the line, and redraws the bar.
             tqdm.write(text, file=self._stream)
             self._stream.flush()
 
 
 class Progress:
-    """Made by :meth:`Console.progress`."""
+    """Created by :meth:`Console.progress`."""
 
     def __init__(
         self,
@@ -147,11 +147,11 @@ class Progress:
         self._total, self._label, self._initial = total, label, initial
         self._done = initial
         self._values: dict[str, Any] = {}
-        self._started = self._said = time.monotonic()
+        self._started = self._printed = time.monotonic()
         self._seconds_between_lines = seconds_between_lines
 
     def update(self, n: int = 1, /, **values: Any) -> None:
-        """``n`` more steps are done; ``values`` (losses) replace those of the same name."""
+        """Adds ``n`` finished steps; ``values`` (such as losses) replace those of the same name."""
         self._done += n
         self._values.update(values)
         if not self._bar.disable:
@@ -160,14 +160,14 @@ class Progress:
             self._bar.update(n)
             return
         now = time.monotonic()
-        if now - self._said >= self._seconds_between_lines and self._done < self._total:
-            self._said = now
+        if now - self._printed >= self._seconds_between_lines and self._done < self._total:
+            self._printed = now
             seconds = (now - self._started) / max(self._done - self._initial, 1)
             left = format_seconds(seconds * (self._total - self._done))
             self._console.line(self._label, done=self._fraction(), left=left, **self._values)
 
     def close(self) -> None:
-        """Removes the bar and says how far it came."""
+        """Removes the bar and prints the final progress."""
         self._bar.close()
         took = format_seconds(time.monotonic() - self._started)
         self._console.line(self._label, done=self._fraction(), took=took, **self._values)

@@ -1,4 +1,4 @@
-"""Files of records in the run folder: one JSON object a line."""
+"""JSON-lines files in the run folder."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from conlens_jax.files.whole import naming_full_disk, write_whole
 
 
 class MetricsFile:
-    """``metrics.jsonl`` or its like: one JSON object a line, on disk as soon as it is written.
+    """A file like ``metrics.jsonl``: one JSON object per line, flushed after each record.
 
-    Every record has ``step`` and ``time`` (Unix seconds). Values that are not finite are written
-    as null, since JSON has no NaN.
+    Every record has ``step`` and ``time`` (Unix seconds). Values that are not finite are written as
+    null, since JSON has no NaN.
 
     Args:
-      path: appended to; its folder is made. A last line torn by a kill is removed.
-      enabled: False writes nothing, for all processes but the first.
+      path: appended to; its folder is created. A partial last line, left by a kill, is removed.
+      enabled: False writes nothing; used in all processes but the first.
     """
 
     def __init__(self, path: str | Path, *, enabled: bool = True):
@@ -31,7 +31,7 @@ class MetricsFile:
         self._enabled = enabled
         if enabled:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if _has_torn_line(self.path):
+            if _has_partial_line(self.path):
                 self._rewrite(read_metrics(self.path))
 
     def write(self, step: int, **values: Any) -> None:
@@ -43,7 +43,7 @@ class MetricsFile:
             file.write(json_line(record))
 
     def truncate_after(self, step: int) -> None:
-        """Drops the records of steps after ``step``, those that a resumed run will write anew."""
+        """Drops the records of steps after ``step``, which a resumed run writes again."""
         if self._enabled and self.path.exists():
             self._rewrite([record for record in read_metrics(self.path) if record["step"] <= step])
 
@@ -52,12 +52,12 @@ class MetricsFile:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line torn by a kill is left out.
+    """The records of a metrics file; a partial last line, left by a kill, is ignored.
 
     Raises:
-      ValueError: another line is not JSON.
+      ValueError: any other line is not JSON.
     """
-    # What follows the last newline is empty, or torn.
+    # After the last newline there is nothing, or a partial line.
     lines = local_path(path).read_bytes().split(b"\n")[:-1]
     records = []
     for number, line in enumerate(lines, start=1):
@@ -70,7 +70,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def _has_torn_line(path: Path) -> bool:
+def _has_partial_line(path: Path) -> bool:
     if not path.exists() or path.stat().st_size == 0:
         return False
     with path.open("rb") as file:
@@ -79,12 +79,12 @@ def _has_torn_line(path: Path) -> bool:
 
 
 def json_line(record: Mapping[str, Any]) -> str:
-    """A record as a line of its own; NaN and infinities, which JSON does not know, are null."""
+    """A record as one line; NaN and infinities, which JSON does not have, become null."""
     return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:
-    """JSON's own types: scalars of NumPy and JAX become Python's, NaN and infinities null."""
+    """JSON types: scalars of NumPy and JAX become Python numbers, NaN and infinities null."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Weights & Biases, as a guest of the training."""
+"""Weights & Biases; its errors never stop the training."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from conlens_jax.files.whole import write_whole
 from conlens_jax.tracking.console import Console
 
 RUN_ID = "wandb_id.txt"
-"""The file of a run folder that names its run."""
+"""The file in a run folder with the id of its W&B run."""
 FINISH_SECONDS = 300.0
-"""How long the end of a run waits for uploads."""
+"""Maximum time to wait for uploads at the end of a run."""
 
 
 class WandbRun:
-    """A Weights & Biases run that can fail without failing the training.
+    """A Weights & Biases run whose failures do not stop the training.
 
-    The environment's ``WANDB_MODE`` wins over ``config.mode``. With ``"disabled"`` wandb is never
-    imported. Whatever goes wrong (not installed, not logged in, no network) is said in one line on
-    the console, and tracking is off from there on. The run's id is kept in
-    ``run_dir/wandb_id.txt``, so a resumed training goes on in the same run, and so does the
-    evaluation; an agent of a sweep gives the id in ``WANDB_RUN_ID``. The files of the offline mode
-    are in ``run_dir/wandb``.
+    The environment variable ``WANDB_MODE`` overrides ``config.mode``. With ``"disabled"`` wandb is
+    never imported. On any error (not installed, not logged in, no network) one line is printed and
+    tracking is switched off. The run's id is stored in ``run_dir/wandb_id.txt``, so a resumed
+    training and the evaluation continue the same run; a sweep agent sets the id in
+    ``WANDB_RUN_ID``. The files of offline mode are in ``run_dir/wandb``.
 
     Args:
-      config_dict: the whole configuration, shown beside the run.
-      enabled: False does nothing, for all processes but the first.
+      config_dict: the whole configuration, shown with the run.
+      enabled: False does nothing; used in all processes but the first.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class WandbRun:
     def histogram(
         self, name: str, counts: Sequence[int], edges: Sequence[float], step: int
     ) -> None:
-        """A histogram that is counted already, at an optimizer step."""
+        """A histogram given by its counts, at an optimizer step."""
 
         def log_histogram() -> None:
             import wandb
@@ -87,12 +86,12 @@ class WandbRun:
             self._attempt(log_histogram)
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Numbers about the whole run."""
+        """Summary values of the run."""
         if self._run is not None:
             self._attempt(lambda: self._run.summary.update(dict(values)))
 
     def artifact(self, kind: str, files: Sequence[Path]) -> None:
-        """Files that belong to the run, as an artifact ``<kind>-<run id>``."""
+        """Files of the run, as an artifact ``<kind>-<run id>``."""
 
         def log_artifact() -> None:
             import wandb
@@ -106,7 +105,7 @@ class WandbRun:
             self._attempt(log_artifact)
 
     def finish(self) -> None:
-        """Ends the run; wandb writes what is left at the latest when the process exits."""
+        """Ends the run; wandb uploads the rest when the process exits, at the latest."""
         if self._run is not None:
             self._attempt(lambda: self._run.finish())
             self._run = None
@@ -117,7 +116,7 @@ class WandbRun:
         import wandb
 
         if mode == "online" and not wandb.api.api_key:
-            # Without this wandb would ask on the terminal and hold the training up.
+            # Without this wandb would prompt on the terminal and block the training.
             raise RuntimeError("no login; run `wandb login`, or set wandb.mode to 'offline'")
         run_dir.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
@@ -129,26 +128,26 @@ class WandbRun:
             config=dict(config_dict),
             mode=mode,
             settings=wandb.Settings(
-                silent=True, console="off", init_timeout=30, **_patience(wandb)
+                silent=True, console="off", init_timeout=30, **_finish_timeout(wandb)
             ),
         )
-        # A resumed run writes steps of before the kill again, which wandb's own step forbids.
+        # A resumed run logs some steps again, which wandb's built-in step forbids.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def _attempt(self, action: Callable[[], None]) -> None:
         try:
             action()
-        # Tracking is a guest of the training: no error of its many kinds may end the run.
+        # No error in tracking may stop the run.
         except Exception as error:
             self._run = None
             self._console.line("wandb", warning=f"tracking is off: {error or type(error).__name__}")
 
 
-def _patience(wandb: Any) -> dict[str, float]:
-    """How long the end of a run waits for uploads. Without a limit, and where the network is gone,
-    wandb tries for days; what is not uploaded stays in the run folder, for ``wandb sync``. Older
-    versions have no such setting."""
+def _finish_timeout(wandb: Any) -> dict[str, float]:
+    """The setting for the wait at the end of a run. Without a limit wandb retries for days if the
+    network is down; what is not uploaded stays in the run folder, for ``wandb sync``. Older
+    versions do not have this setting."""
     known = getattr(wandb.Settings, "model_fields", {})
     return {"finish_timeout": FINISH_SECONDS} if "finish_timeout" in known else {}
 

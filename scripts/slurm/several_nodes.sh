@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Several nodes of 8 GPUs, one process a GPU; each node is a slice: parameters are split over its
-# GPUs (mesh.tensor of them share heads, fsdp the rest), and only gradients cross the network.
+# Several nodes of 8 GPUs, one process per GPU. Each node is a slice: parameters are sharded over its
+# GPUs (along mesh.tensor and fsdp), and only gradients cross the network.
 #   mkdir -p logs && sbatch --nodes=4 scripts/slurm/several_nodes.sh --config=configs/llama3_3_70b_8xh100.py
-# mesh.tensor is the config's; its preset gives way.
+# mesh.tensor is that of the config; its preset is overridden.
 #SBATCH --job-name=conlens
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

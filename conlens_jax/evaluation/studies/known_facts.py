@@ -80,7 +80,9 @@ class KnownFacts:
         claims_NA, right_NA = np.zeros(self.truth_NA.shape), np.zeros(self.truth_NA.shape)
         variables = list(self.variables.values())
         for index, variable in enumerate(variables):
-            alike = [i for i, other in enumerate(variables) if variable.says_the_same_as(other)]
+            alike = [
+                i for i, other in enumerate(variables) if variable.indistinguishable_from(other)
+            ]
             if alike[0] != index:
                 continue
             stated_NT = variable.stated(texts_NT)

@@ -1,8 +1,8 @@
-"""Every phase of a joint step as a program of its own, and the step as it really is.
+"""Each phase of a joint step as a separate program, and the whole step.
 
-In the step all phases are one program, which XLA may fuse and schedule as it likes; so their sum
-need not be the step's time. ``forward`` is the differentiated pass with everything it keeps for
-the backward pass, ``backward`` what then remains, ``gradient`` the two in one program.
+In the step all phases are one program, which XLA fuses and schedules, so the sum of the phases is
+not the step's time. ``forward`` is the differentiated pass, including the residuals for the
+backward pass, ``backward`` the rest, ``gradient`` the two in one program.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from conlens_jax.benchmark import naive
-from conlens_jax.benchmark.measure import Measured, Runner
-from conlens_jax.benchmark.shapes import Workload
+from benchmark import naive
+from benchmark.measure import Measured, Runner
 from conlens_jax.lens.decoder import generate, teacher_forced_logits
 from conlens_jax.lens.encoder import encode_embeddings
 from conlens_jax.lens.gumbel import Purpose, example_keys, gumbel_noise
@@ -33,6 +32,7 @@ from conlens_jax.lens.objective import (
 from conlens_jax.lens.original import read_context, swapped_logits
 from conlens_jax.lens.spec import decoder_of, encoder_of
 from conlens_jax.models.transformer import embed_tokens, scale_embeddings
+from conlens_jax.planning.flops import Workload
 from conlens_jax.training.optimizer import apply_updates, poison_if_not_finite
 from conlens_jax.training.state import (
     Stage,
@@ -129,7 +129,7 @@ def our_phases(work: Workload, runner: Runner) -> Phases:
 
 
 def decoding(work: Workload, runner: Runner) -> Phases:
-    """Noise and decoding alone, of this implementation."""
+    """Only noise and decoding of this implementation."""
     found = {}
     _timed_decoding(work, _timer(runner, found))
     return found
@@ -147,7 +147,7 @@ def _timed_decoding(work: Workload, timed: Callable[..., Any]) -> tuple[jax.Arra
 
 
 def naive_phases(work: Workload, runner: Runner) -> Phases:
-    """The same for the plainest form; its D and E run for a and for a'."""
+    """Phases of the naive step, whose D and E run for a and for a'."""
     spec, objective = work.spec, work.objective
     trainable, frozen, batch = work.trainable, work.frozen, work.batch
     original, found = frozen["original"], {}
@@ -194,7 +194,7 @@ def naive_phases(work: Workload, runner: Runner) -> Phases:
 
 
 def our_step(work: Workload, runner: Runner) -> Measured:
-    """The whole step alone, as ``make_step`` compiles it."""
+    """Only the whole step, as compiled by ``make_step``."""
     stage, size = stage_of(work), len(work.batch.positions_B)
     optimizer = stage_optimizer(stage, work.trainable, size)
     seed = work.config.train.seed
@@ -203,7 +203,7 @@ def our_step(work: Workload, runner: Runner) -> Measured:
 
 
 def naive_step(work: Workload, runner: Runner) -> Measured:
-    """The whole step alone, with the same noise, optimizer and guard against bad numbers."""
+    """Only the whole naive step, with the same noise, optimizer and check for NaN."""
     stage, size = stage_of(work), len(work.batch.positions_B)
     optimizer = stage_optimizer(stage, work.trainable, size)
 
@@ -225,13 +225,13 @@ def naive_step(work: Workload, runner: Runner) -> Measured:
 
 
 def _measured_step(step, optimizer, work: Workload, runner: Runner) -> Measured:
-    # The step donates its state; the workload's own weights are needed again.
+    # The step donates its state; the workload's weights are needed again.
     state = init_state(jax.tree.map(jnp.copy, work.trainable), optimizer)
     return runner.measure_step(step, state, work.frozen, work.batch)
 
 
 def _timer(runner: Runner, found: Phases) -> Callable[..., Any]:
-    """``timed(name, function, *inputs)`` measures a phase and gives its outputs."""
+    """``timed(name, function, *inputs)`` measures a phase and returns its outputs."""
 
     def timed(name, function, *inputs):
         outputs, found[name] = runner.measure(function, *inputs)

@@ -1,7 +1,7 @@
-"""What the devices of a compiled step say to each other, read from its HLO text.
+"""Communication between the devices of a compiled step, read from its HLO text.
 
-A collective inside a loop counts as often as the loop runs (``known_trip_count``). Bytes are those
-that one device sends, by ring algorithms: with g devices in a group and n bytes of result,
+A collective in a loop counts once per iteration (``known_trip_count``). Bytes are those sent by one
+device with ring algorithms: with g devices in a group and n bytes of result,
 
     all-gather, all-to-all   n (g − 1) / g
     reduce-scatter           n (g − 1)
@@ -43,9 +43,9 @@ class Collective:
 
     Attributes:
       kind: one of :data:`KINDS`.
-      times: how often it runs in a step.
-      n_bytes: what a device sends each time.
-      group: the devices of one group, by number.
+      times: how often it runs per step.
+      n_bytes: bytes that a device sends each time.
+      group: the numbers of the devices in one group.
     """
 
     kind: str
@@ -59,8 +59,8 @@ class Collective:
 
 
 def collectives_of(hlo: str) -> list[Collective]:
-    """Every collective of a compiled program (``compiled.as_text()``) with more than one device in
-    its groups."""
+    """Every collective of a compiled program (``compiled.as_text()``) whose groups have more than
+    one device."""
     computations, entry = _computations(hlo)
     found = []
 
@@ -108,8 +108,8 @@ def _called(rest: str) -> Iterator[str]:
 
 
 def _result_bytes(shape: str, opcode: str) -> float:
-    """A ``-start`` carries its operand beside its result; the result is no smaller, or (of a
-    reduction) of the same size."""
+    """The shape of a ``-start`` has its operand as well as its result; the result is at least as
+    large."""
     sizes = [
         math.prod(int(size) for size in dims.split(",") if size) * jnp.dtype(_dtype(kind)).itemsize
         for kind, dims in _SHAPE.findall(shape)
@@ -145,7 +145,7 @@ def _group(rest: str) -> tuple[int, ...]:
         return _numbers(listed[1])
     if pair := _PAIRS.search(rest):
         return int(pair[1]), int(pair[2])
-    raise ValueError(f"collectives: no groups of devices that can be read in {rest[:200]!r}")
+    raise ValueError(f"collectives: cannot read the groups of devices in {rest[:200]!r}")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -153,14 +153,14 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _iota(dims: str, order: str | None) -> np.ndarray:
-    """Devices by number, in the shape ``dims``, its dimensions put in another order."""
+    """Device numbers in the shape ``dims``, with its dimensions transposed to ``order``."""
     devices = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
     return devices.transpose(_numbers(order)) if order else devices
 
 
 def _mesh_group(axes: str, dims: str | None, order: str | None, parts: str) -> tuple[int, ...]:
     """The first group of ``mesh['a'=2,'b'=4] {'b'}``; ``'b':(2)2`` is the part of size 2 of an axis
-    that has 2 before it. The mesh's devices may be in another order (``device_ids``)."""
+    after a part of size 2. The devices of the mesh may be in another order (``device_ids``)."""
     sizes = {name: int(size) for name, size in _MESH_AXIS.findall(axes)}
     within = {}
     for name, before, size in _MESH_PART.findall(parts):

@@ -1,9 +1,9 @@
-"""The joint step in its plainest form: what the cheap one is measured, and held, against.
+"""A naive joint step, the reference for correctness and cost.
 
-The same loss and the same exact gradient, without any of the shortcuts: no cache (each token is
-written by a pass over the whole prefix), everything differentiated where it stands (tokens are
-one-hot vectors ``hard + soft − stop_gradient(soft)``), the other activation a' sent through D and E
-by itself, and a swap that runs the whole context again, logits at every position.
+It has the same loss and the same exact gradient, without optimisations: no cache (each token is
+written by a pass over the whole prefix), autodiff through everything (tokens are one-hot vectors
+``hard + soft − stop_gradient(soft)``), separate passes through D and E for the other activation a',
+and a swap that runs the whole context again, with logits at every position.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def write_text(
     *,
     spec: LensSpec,
 ) -> tuple[Float[Array, "B T V"], Float[Array, "B T V"]]:
-    """(logits, straight-through one-hot tokens), one pass over the whole prefix a token."""
+    """(logits, straight-through one-hot tokens), with one pass over the whole prefix per token."""
     table_VD = decoder.base["embedding"]
     patches = slot_patches(decoder, activation_BD, spec)
     x_BsD = prompt_embeddings(decoder, activation_BD, spec)
@@ -84,7 +84,7 @@ def round_trip(
 
 
 def contexts_of(batch: Batch) -> tuple[Array, Array]:
-    """(tokens, mask) [B, S]: every row with a context of its own."""
+    """(tokens, mask) [B, S], with the context repeated for every row."""
     each = lambda array: jnp.repeat(array, batch.rows_per_document, axis=0)
     return each(batch.tokens_GS), each(batch.mask_GS)
 
@@ -98,7 +98,7 @@ def target_logits(original: Params, batch: Batch, *, spec: LensSpec) -> Float[Ar
 def swapped_logits(
     original: Params, batch: Batch, vector_BD: Float[Array, "B D"], *, spec: LensSpec
 ) -> Float[Array, "B S V"]:
-    """M's logits over the whole context, run again with the vector at P."""
+    """M's logits over the whole context, computed again with the vector at P."""
     tokens_BS, mask_BS = contexts_of(batch)
     x_BSD = capture(original, tokens_BS, mask_BS, spec=spec)
     rows = jnp.arange(len(vector_BD))
@@ -118,11 +118,11 @@ def naive_loss(
     *,
     objective: Objective,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The value of ``joint_loss`` for the dual path and the straight-through estimator, everything
-    inside; differentiated, its gradient through the sampled history is the exact one."""
+    """The value of ``joint_loss`` for the dual path and the straight-through estimator, including
+    sampling; its gradient through the sampled history is exact."""
     spec, original = objective.spec, frozen["original"]
-    there = round_trip(trainable, frozen, batch.activation_BD, noise_BTV, tau, spec)
-    reconstruction_BD, logits_BTV, text_BT = there
+    decoded = round_trip(trainable, frozen, batch.activation_BD, noise_BTV, tau, spec)
+    reconstruction_BD, logits_BTV, text_BT = decoded
     shift = batch.rows_per_document
     other_BD = jnp.roll(batch.activation_BD, shift, axis=0)
     other_noise_BTV = jnp.roll(noise_BTV, shift, axis=0)
@@ -156,7 +156,7 @@ def loss_terms(
     *,
     objective: Objective,
 ) -> dict[str, Array]:
-    """Every term; the KL at P..P+h−1 is picked from logits of the whole context."""
+    """All terms; the KL at P..P+h−1 is taken from the logits of the whole context."""
     rows_B1 = jnp.arange(target_BSV.shape[0])[:, None]
     window_Bh = batch.positions_B[:, None] + jnp.arange(objective.loss.kl_horizon)
     kl_Bh = kl_divergence(target_BSV[rows_B1, window_Bh], swapped_BSV[rows_B1, window_Bh])

@@ -1,4 +1,4 @@
-"""What is measured: a model shape with random weights (or a model's folder), a lens, a batch."""
+"""Workloads: a model shape with random weights (or a model folder), a lens and a batch."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ from conlens_jax.models.families import llama
 from conlens_jax.models.model import load_model
 from conlens_jax.models.param_table import Params, init_params
 from conlens_jax.models.transformer_config import TransformerConfig
+from conlens_jax.planning.flops import Workload
 
 # Llama's rule for the mlp, 2/3 · 4 d rounded up to a multiple of 256, gives 768 at d = 256.
 SHAPES = {
     "tiny": dict(d_model=32, n_layers=3, n_heads=2, d_mlp=64, vocab_size=96, tied=False),
     "S": dict(d_model=256, n_layers=6, n_heads=4, d_mlp=768, vocab_size=4096, tied=False),
-    # GPT-2 small's sizes, and like it with tied embeddings; a gated mlp has 1.5 times the weights.
+    # GPT-2 small's sizes with tied embeddings; a gated mlp has 1.5 times the weights.
     "M": dict(d_model=768, n_layers=12, n_heads=12, d_mlp=3072, vocab_size=50_257, tied=True),
     # Llama 3.2 1B and Llama 3.1 8B.
     "1B": dict(
@@ -46,24 +47,8 @@ SHAPES = {
 MIN_POSITION = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """One training step's inputs, and what kind of step it is."""
-
-    name: str
-    config: ExperimentConfig
-    objective: Objective
-    trainable: Params
-    frozen: Params
-    batch: Batch
-
-    @property
-    def spec(self) -> LensSpec:
-        return self.objective.spec
-
-
 def model_shape(name: str, max_positions: int, **run: object) -> TransformerConfig:
-    """A shape of :data:`SHAPES`; ``run`` are fields that say how it is run (dtype, unroll …)."""
+    """A shape of :data:`SHAPES`; ``run`` are fields such as dtype and unroll."""
     values = SHAPES[name]
     return TransformerConfig(
         family=llama.MODEL_TYPE,
@@ -81,9 +66,9 @@ def model_shape(name: str, max_positions: int, **run: object) -> TransformerConf
 
 
 def comparable(config: ExperimentConfig) -> tuple[ExperimentConfig, list[str]]:
-    """The config without what the naive step does not have, and which fields that changed.
+    """The config without features that the naive step lacks, and the names of changed fields.
 
-    KL, MSE and the LM term are all switched on where their weight is zero.
+    The KL, MSE and LM terms are enabled if their weight is zero.
     """
     changes: dict[str, object] = {
         "lens.estimator": "straight_through",
@@ -109,13 +94,13 @@ def shape_workload(
     batch: int,
     context: int,
 ) -> Workload:
-    """Random weights in a shape; L is the middle layer."""
-    model = model_shape(shape, context, **_how_it_runs(config))
+    """A workload with random weights; L is the middle layer."""
+    model = model_shape(shape, context, **_run_fields(config))
     layer = model.n_layers // 2
     return _random_workload(shape, config, model, layer, batch=batch, context=context)
 
 
-def _how_it_runs(config: ExperimentConfig) -> dict[str, object]:
+def _run_fields(config: ExperimentConfig) -> dict[str, object]:
     return {name: getattr(config.model, name) for name in ("dtype", "unroll", "remat", "attention")}
 
 
@@ -128,7 +113,7 @@ def _random_workload(
     batch: int,
     context: int,
 ) -> Workload:
-    """Random weights; prompts are as long as the default ones."""
+    """Random weights; the prompts have the length of the default ones."""
     # "<bos> Short explanation of <embed>:" and "<bos> <text>", as ids.
     spec = LensSpec(
         model=model,
@@ -146,17 +131,17 @@ def _random_workload(
 
 
 def config_workload(path: str, config: ExperimentConfig, *, batch: int, context: int) -> Workload:
-    """The model and lens of a config file; the embedded model's shape gets random weights."""
+    """The model and lens of a config file; the embedded model has random weights."""
     if config.model.path == EMBEDDED_MODEL:
         model = dataclasses.replace(
-            embedded_shape(config.embedded, config.embedded.vocab_size), **_how_it_runs(config)
+            embedded_shape(config.embedded, config.embedded.vocab_size), **_run_fields(config)
         )
         layer = config.model.layer
         return _random_workload(path, config, model, layer, batch=batch, context=context)
     loaded = load_model(
         config.model.path,
         revision=config.model.revision,
-        **_how_it_runs(config),
+        **_run_fields(config),
     )
     spec = make_spec(loaded.config, config.model.layer, config.lens, loaded.tokenizer)
     return _workload(path, config, spec, loaded.params, batch, context)
@@ -166,7 +151,7 @@ def read_config_file(path: str) -> ExperimentConfig:
     """The validated settings of a config file.
 
     Raises:
-      ConfigError: the file is not there, or has no ``get_config()``.
+      ConfigError: the file does not exist, or has no ``get_config()``.
     """
     if not Path(path).is_file():
         raise ConfigError([f"--config={path!r}: there is no such file"])
@@ -191,7 +176,7 @@ def _workload(
     if context <= first + after:
         raise ConfigError(
             [f"context length {context} is too short: positions begin at {first}, and {after} "
-             "tokens are read behind them"]
+             "tokens are read after them"]
         )  # fmt: skip
     rng = np.random.default_rng(0)
     shared = config.joint.rows_per_document
@@ -205,7 +190,7 @@ def _workload(
     mean_D = np.asarray(jnp.mean(activation_BD, axis=0))
     scale = float(jnp.std(activation_BD - mean_D))
     trainable, frozen = init_lens(original, spec, mean_D, scale)
-    # The step donates what it trains; the reference stays.
+    # The step donates the trained weights; the reference is kept.
     frozen |= {"warm_decoder": jax.tree.map(jnp.copy, trainable["decoder"])}
     batch = Batch(
         activation_BD,

@@ -1,18 +1,18 @@
-"""The least matrix-product FLOPs a joint step needs, phase by phase (m×k by k×n: 2 m k n).
+"""The least matrix-product FLOPs of a joint step, by phase (m×k by k×n: 2 m k n).
 
-With W the weights of a layer's matrices, W_kv those of its key and value, H X the attention's
-width, a stack of n layers over s new tokens costs
+With W the number of weights in a layer's matrices, W_kv those of its key and value, H X the width
+of attention, a stack of n layers over s new tokens costs
 
     2 [(n − 1) s W + s W_kv + r (W − W_kv)]  +  4 H X [(n − 1) q + q_r]
 
-where r of the tokens are read at its end (the last layer of the others ends with key and value),
-q counts pairs of a query and a key that it may see, and q_r those of the r read tokens. Nothing
-behind P + h − 1 is needed. Backward, the gradient to the inputs costs as much as the forward pass,
-that of trained weights as much again; attention's backward is twice its forward. The history's
-gradient costs nothing further: token by token from the last to the first, one backward pass is
-exact. ``re-forward`` is counted, since text is sampled first and differentiated second; work that
-is no matrix product (softmax over the vocabulary, noise, optimizer) is not. Adapters of low rank
-and input patches are left out. Of a mixture of experts the chosen ones are counted.
+where r of the tokens are needed at its end (the last layer computes only key and value for the
+others), q is the number of pairs of a query and a visible key, and q_r that of the r needed tokens.
+Nothing after P + h − 1 is needed. In the backward pass, the gradient of the inputs costs as much as
+the forward pass, and that of trained weights as much again; attention's backward costs twice its
+forward. The gradient through the history costs nothing more: token by token from the last to the
+first, one backward pass is exact. ``re-forward`` is counted, since text is first sampled and then
+differentiated; work other than matrix products (softmax over the vocabulary, noise, optimizer) is
+not, nor are low-rank adapters and input patches. In a mixture of experts only active experts count.
 """
 
 from __future__ import annotations
@@ -22,16 +22,36 @@ import math
 
 import numpy as np
 
-from conlens_jax.benchmark.shapes import Workload
+from conlens_jax.config import ExperimentConfig
+from conlens_jax.lens.batch import Batch
+from conlens_jax.lens.objective import Objective
+from conlens_jax.lens.spec import LensSpec
 from conlens_jax.models.families import family_of
+from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer_config import TransformerConfig
 
 _KEY_VALUE = ("key", "value")
 
 
 @dataclasses.dataclass(frozen=True)
+class Workload:
+    """The inputs of a training step, arrays or shapes, and the configuration of the step."""
+
+    name: str
+    config: ExperimentConfig
+    objective: Objective
+    trainable: Params
+    frozen: Params
+    batch: Batch
+
+    @property
+    def spec(self) -> LensSpec:
+        return self.objective.spec
+
+
+@dataclasses.dataclass(frozen=True)
 class Cost:
-    """FLOPs: of products with weights, and of attention's products."""
+    """FLOPs of products with weights, and of attention's products."""
 
     weights: float = 0.0
     attention: float = 0.0
@@ -74,12 +94,12 @@ def stack_cost(
 
 
 def causal(first: float, count: float) -> float:
-    """Pairs of ``count`` tokens with all keys up to their own, ``first`` keys before them."""
+    """Query-key pairs of ``count`` tokens in causal attention, after ``first`` earlier tokens."""
     return count * first + count * (count + 1) / 2
 
 
 def text_cost(config: TransformerConfig, n_layers: int, prompt: int, text: int, read: int) -> Cost:
-    """One row of ``prompt + text`` tokens, of which the last ``read`` are read at the end."""
+    """One row of ``prompt + text`` tokens; only the outputs of the last ``read`` are needed."""
     length = prompt + text
     pairs, unread = causal(0, length), causal(0, length - read)
     return stack_cost(config, n_layers, length, pairs, read, pairs - unread)
@@ -106,7 +126,7 @@ def step_flops(work: Workload) -> dict[str, float]:
         length, read_tokens = max(rows_before) + horizon, horizon * len(rows_before)
         whole = causal(0, length)
         windows = sum(causal(first, horizon) for first in rows_before)
-        # The layers above read all of what is below them; without any, only the windows are read.
+        # Layers above L read the whole context; without any, only the windows are needed.
         read = (length, whole) if upper else (read_tokens, windows)
         context += stack_cost(config, layer + 1, length, whole, *read)
         context += stack_cost(config, upper, length, whole, read_tokens, windows)
@@ -123,7 +143,7 @@ def step_flops(work: Workload) -> dict[str, float]:
         + heads.backward(head_trained)
         + read_back.backward(full_encoder)
         + 2 * square.backward(lens.train_projections)
-        # E ē of every token (encoder's table) and of those with a successor (decoder's table).
+        # E ē of every token (encoder's table) and of all but the last (decoder's).
         + (2 * text_len - 1) * head.total
     )
     if objective.loss.lm_reference == "warm":
@@ -149,8 +169,8 @@ def step_flops(work: Workload) -> dict[str, float]:
 
 
 def supervised_flops(work: Workload) -> dict[str, float]:
-    """FLOPs of a step of the warm start, which is also the joint loss's anchor: D writes a window
-    of real text, E reads it."""
+    """FLOPs of a step of the warm start, which is also the anchor term of the joint loss: D writes
+    a window of real text, E reads it."""
     spec, lens = work.spec, work.spec.lens
     rows, text_len = len(work.batch.positions_B), spec.text_len
     prompt = len(spec.decoder_left) + 1 + len(spec.decoder_right)
@@ -173,7 +193,7 @@ def supervised_flops(work: Workload) -> dict[str, float]:
 
 
 def dump_flops(work: Workload) -> dict[str, float]:
-    """FLOPs of a batch of the dump (to the output of block L), and of the whole forward pass."""
+    """FLOPs of a batch of the dump (up to the output of block L), and of a full forward."""
     config, layer = work.spec.model, work.spec.layer
     rows, length = work.batch.tokens_GS.shape
     pairs = causal(0, length)

@@ -1,8 +1,8 @@
-"""Time by operation and by phase, from a profile and the program that ran in it.
+"""Time by operation and by phase, from a profile and the program that was profiled.
 
 A profile has lines (threads of a CPU, streams of a GPU) of events; those with the statistic
-``hlo_op`` are operations of the program. A loop's event holds those of its body: what is counted is
-an event's own time, without the events inside it.
+``hlo_op`` are operations of the program. The event of a loop contains those of its body, so only an
+event's own time is counted, without the events inside it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import jax
 
+from benchmark.collectives import KINDS
 from conlens_jax.config import ConfigError
-from conlens_jax.planning.collectives import KINDS
 from conlens_jax.training.profile import HLO_FILE
 
 _OP_NAME = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = .*metadata=\{.*?op_name="([^"]*)"', re.M)
@@ -28,7 +28,7 @@ EXCHANGE = "between devices"
 
 
 class Event(NamedTuple):
-    """An operation that ran: its name in the program, start and end in nanoseconds."""
+    """An executed operation: its name in the program, start and end in nanoseconds."""
 
     name: str
     start: float
@@ -62,7 +62,7 @@ def _operations(line) -> Iterator[Event]:
 
 
 def own_times(events: Iterable[Event]) -> Iterator[tuple[str, float]]:
-    """Each event's time without that of the events inside it."""
+    """The time of each event without that of the events inside it."""
     around: list[list] = []  # [event, time of the events inside]
     for event in sorted(events, key=lambda e: (e.start, -e.end)):
         while around and around[-1][0].end <= event.start:
@@ -80,14 +80,14 @@ def _closed(around: list[list]) -> tuple[str, float]:
 
 
 def scopes_of(folder: Path) -> dict[str, str]:
-    """The path of names (``jax.named_scope``) of each operation, from the program beside the
+    """The scope (path of ``jax.named_scope``) of each operation, from the program stored with the
     profile."""
     return dict(_OP_NAME.findall((folder / HLO_FILE).read_text(encoding="utf-8")))
 
 
 def phase_of(scope: str, operation: str = "") -> str:
-    """The outermost phase of a path of names; its gradient is a phase of its own. What devices
-    exchange is one phase: XLA merges the sums of many, and names them after one of these."""
+    """The outermost phase of a scope; its gradient is a separate phase. Communication between
+    devices is one phase: XLA merges the sums of many operations and names them after one."""
     if operation.startswith(KINDS):
         return EXCHANGE
     for part in scope.split("/"):

@@ -1,4 +1,4 @@
-"""Time and memory of compiled programs, and the rate of matrix products on this machine."""
+"""Time and memory of compiled programs, and rates of matrix products and copies."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ MATRIX_SIZES = {"cpu": (1024, 2048, 3072), "gpu": (4096, 8192), "tpu": (4096, 81
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Of one program.
+    """Measurements of one program.
 
     Attributes:
-      seconds: best of the repetitions, the first run apart.
-      temp_bytes: XLA's temporary memory (None where the backend does not tell).
-      output_bytes: what it hands on, for a forward pass its residuals too.
-      compile_seconds: tracing and compiling it.
+      seconds: the best of the repetitions, without the first run.
+      temp_bytes: XLA's temporary memory (None if the backend has no memory analysis).
+      output_bytes: bytes of its outputs, which include the residuals of a forward pass.
+      compile_seconds: time of tracing and compilation.
     """
 
     seconds: float
@@ -32,12 +32,12 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Runner:
-    """How programs are compiled and run: the best of ``repeat`` runs counts."""
+    """Compiles and times programs; the best of ``repeat`` runs counts."""
 
     repeat: int
 
     def measure(self, function: Callable, *inputs: Any) -> tuple[Any, Measured]:
-        """``function`` as a program of its own; (its outputs, what it took)."""
+        """Jits and times ``function``; returns (outputs, measurements)."""
         compiled, compiling = self._compiled(jax.jit(function), *inputs)
         outputs = jax.block_until_ready(compiled(*inputs))
         seconds = []
@@ -48,7 +48,7 @@ class Runner:
         return outputs, Measured(min(seconds), *memory_of(compiled), compiling)
 
     def measure_step(self, step: Callable, state: Any, *inputs: Any) -> Measured:
-        """A jitted step that donates its state and returns (new state, anything)."""
+        """Times a jitted step that donates its state and returns (new state, anything)."""
         compiled, compiling = self._compiled(step, state, *inputs)
         state, _ = jax.block_until_ready(compiled(state, *inputs))
         seconds = []
@@ -73,8 +73,8 @@ def memory_of(compiled: jax.stages.Compiled) -> tuple[int | None, int | None]:
 
 
 def row_rate(dtype: str, rows: int, width: int, repeat: int) -> float:
-    """FLOP/s of products of ``rows`` vectors with a row of matrices [width, 4 width]: what one
-    token of each text can reach, where weights are read for few rows."""
+    """FLOP/s of products of ``rows`` vectors with a sequence of matrices [width, 4 width]: the
+    limit of decoding, which reads the weights for few rows."""
     count = 8
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = (rows, width), (count, width, 4 * width), (count, 4 * width, width)
@@ -99,7 +99,7 @@ def row_rate(dtype: str, rows: int, width: int, repeat: int) -> float:
 
 
 def copy_rate(repeat: int) -> float:
-    """Bytes/s of scaling a large array, read and written, counting both."""
+    """Bytes/s of scaling a large array, counting both reads and writes."""
     size = (1 << 30) if jax.default_backend() == "gpu" else (1 << 27)
     scale = jax.jit(lambda x: x * 0.5)
     x = jnp.ones(size // 4, jnp.float32)
@@ -113,14 +113,14 @@ def copy_rate(repeat: int) -> float:
 
 
 def peak_memory() -> int | None:
-    """The most bytes of the first device that were in use so far; None where it does not count."""
+    """Peak bytes in use on the first device so far; None if the backend does not record it."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def matmul_rate(dtype: str, repeat: int) -> float:
-    """FLOP/s of the best of several large square products in ``dtype``.
+    """The best FLOP/s of several large square products in ``dtype``.
 
-    With JAX's default precision, as the model's own products: on a GPU fp32 may mean TF32.
+    At JAX's default precision, like the model's products: on a GPU fp32 may be TF32.
     """
     best = 0.0
     multiply = jax.jit(jnp.matmul)

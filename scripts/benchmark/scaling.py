@@ -1,8 +1,8 @@
-"""How a step grows with the devices, from compiled programs.
+"""How a step scales with the number of devices, from compiled programs.
 
-The rows of a device stay the same (weak scaling): the config's batch is that of 8 devices, and so
-is its mesh. Fewer devices have shorter axes, ``fsdp`` before ``tensor``; more are slices of 8, with
-``data`` over them.
+The rows per device are constant (weak scaling): batch and mesh of the config are those for 8
+devices. With fewer devices the axes shrink, ``fsdp`` before ``tensor``; more devices are slices of
+8, with ``data`` across them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 import jax
 
-from conlens_jax.benchmark.flops import step_flops, supervised_flops
+from benchmark.collectives import KINDS, Collective, collectives_of
 from conlens_jax.config import ExperimentConfig, MeshConfig
 from conlens_jax.parallel.footprint import in_units
 from conlens_jax.parallel.mesh import make_mesh, mesh_shape, planned_mesh
-from conlens_jax.planning.collectives import KINDS, Collective, collectives_of
 from conlens_jax.planning.compiled import compiled_program, memory_of
+from conlens_jax.planning.flops import step_flops, supervised_flops
 from conlens_jax.planning.gpu_target import target_mesh
 from conlens_jax.planning.lens import Plan, make_plan
 from conlens_jax.planning.model_source import planned_model
@@ -37,10 +37,10 @@ HEADER = [
 def report_row(
     config: ExperimentConfig, devices: int, stage_name: str, target: str = ""
 ) -> list[str]:
-    """One device count; all numbers are one device's.
+    """The row of one device count; all numbers are per device.
 
     Args:
-      target: for GPUs of this kind (:mod:`~conlens_jax.planning.gpu_target`), not CPU devices.
+      target: GPUs of this kind (:mod:`~conlens_jax.planning.gpu_target`) instead of CPU devices.
     """
     plan, stage = plan_for(config, devices, stage_name, target)
     compiled = compiled_program(plan, stage)
@@ -66,7 +66,7 @@ def report_row(
 def plan_for(
     config: ExperimentConfig, devices: int, stage_name: str, target: str = ""
 ) -> tuple[Plan, Stage]:
-    """The config on so many devices, with as many rows each as on 8."""
+    """The config on ``devices`` devices, with the same rows per device as on 8."""
     inside = min(devices, SLICE)
     *_, tensor = mesh_shape(*planned_mesh(config.mesh))
     tensor = min(tensor, inside)
@@ -77,15 +77,15 @@ def plan_for(
         mesh=mesh,
         warm=dataclasses.replace(config.warm, batch_size=grown(config.warm.batch_size)),
         joint=dataclasses.replace(config.joint, batch_size=grown(config.joint.batch_size)),
-        # These programs are not compiled here; any batch that the mesh divides will do.
+        # These programs are not compiled here: any batch that the mesh divides.
         dump=dataclasses.replace(config.dump, batch_size=devices),
         evaluate=dataclasses.replace(config.evaluate, batch_size=devices),
     )
     if target:
-        on = target_mesh(target, mesh, devices)
+        run_mesh = target_mesh(target, mesh, devices)
     else:
-        on = make_mesh(mesh, jax.devices()[:devices])
-    plan = make_plan(config, planned_model(config), on)
+        run_mesh = make_mesh(mesh, jax.devices()[:devices])
+    plan = make_plan(config, planned_model(config), run_mesh)
     return plan, next(stage for stage in stages_of(config) if stage.name == stage_name)
 
 
@@ -95,7 +95,7 @@ def flops_of(plan: Plan, stage: Stage) -> float:
 
 
 def seconds_of(found: Sequence[Collective]) -> tuple[float, float]:
-    """On NVLink and on InfiniBand: a group within one slice, or across."""
+    """Seconds on NVLink (groups within one slice) and on InfiniBand (groups across slices)."""
     seconds = [0.0, 0.0]
     for each in found:
         across = len({device // SLICE for device in each.group}) > 1

@@ -1,0 +1,1 @@
+"""Cost of a training step: measured, profiled, and predicted from compiled programs."""
