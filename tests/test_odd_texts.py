@@ -386,3 +386,15 @@ def test_the_text_of_a_pipe():
 def test_half_a_character_is_no_text_for_a_lens(text):
     with pytest.raises(ValueError, match=r"character 5 of the text is '.ud83d'"):
         token_lists(text, None, add_bos=True)
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_a_relative_path_outlives_a_change_of_folder(tmp_path, monkeypatch, kind):
+    (tmp_path / "texts").mkdir()
+    content = "one\n\ntwo\n" if kind == "text" else '{"text": "one"}\n{"text": "two"}\n'
+    (tmp_path / "texts" / ("a.txt" if kind == "text" else "a.jsonl")).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    config = CorpusConfig(kind=kind, path="texts", validation_fraction=0.0)
+    corpus = open_corpus(config)
+    monkeypatch.chdir("/")
+    assert [document.text for document in corpus.documents("train")] == ["one", "two"]

@@ -48,8 +48,11 @@ def _open_files(
 ) -> IndexedCorpus:
     files = find_files(config.path, *suffixes)
 
+    # A relative path still means the same files after the process changes its folder.
+    absolute = [file.absolute() for file in files]
+
     def read(split: str, start: int) -> Iterator[tuple[int, str]]:
-        texts = itertools.chain.from_iterable(read_file(file) for file in files)
+        texts = itertools.chain.from_iterable(read_file(file) for file in absolute)
         return itertools.islice(enumerate(texts), start, None)
 
     return IndexedCorpus(
