@@ -84,9 +84,9 @@ def test_newest_best_and_named_steps_stay_across_a_restart(tmp_path):
             return checkpoints.all_steps(), best_step(tmp_path, "validation_loss")
 
     # Newest 3 and 4, best 2 and 3.
-    assert save([1, 2, 3, 4]) == [2, 3, 4]
+    assert save([1, 2, 3, 4]) == ([2, 3, 4], 2)
     # Newest 7 and 8, best 2 and 6, named 3. NaN and a missing metric (4, 7) are not good.
-    assert save([5, 6, 7, 8]) == [2, 3, 6, 7, 8]
+    assert save([5, 6, 7, 8]) == ([2, 3, 6, 7, 8], 2)
     assert all_steps(tmp_path) == [2, 3, 6, 7, 8]
 
 
@@ -304,7 +304,7 @@ def test_the_first_checkpoint_is_read_back(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_storage, "stored_arrays", altered)
     with (
         Checkpoints(tmp_path, keep_latest=3, keep_best=0) as checkpoints,
-        pytest.raises(CheckpointError, match=r"cannot be read back: params\.a came back other"),
+        pytest.raises(CheckpointError, match=r"cannot be read back: params\.a came back different"),
     ):
         checkpoints.save(1, STATE, {})
     # Only the first: a folder that has been read is a folder that can be.

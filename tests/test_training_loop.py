@@ -526,7 +526,7 @@ def test_truncated_shard_is_refused(world, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"dump__after": 20, "evaluate__kl_horizon": 15}, "fewer than 14 tokens behind"),
+        ({"dump__after": 20, "evaluate__kl_horizon": 15}, "fewer than 14 tokens after"),
         ({"dump__min_position": 20, "warm__before": 15, "lens__text_len": 16}, "warm.before=15"),
         ({"warm__batch_size": 200}, "batch_size=200 is larger than the 192 rows"),
     ],
