@@ -79,7 +79,7 @@ def generate(
         return choose_token(head.logits(x_BD), keys_B, temperature, top_p)
 
     def is_stop(token_B: Array) -> Bool[Array, "B"]:
-        return jnp.any(token_B[:, None] == stop_e, axis=1)
+        return jnp.any(token_B[:, None] == stop_e[None], axis=1)
 
     def continues(carry) -> Bool[Array, ""]:
         step, _, _, ended_B, _ = carry
@@ -100,7 +100,7 @@ def generate(
         )
         token_B = jnp.where(ended_B, token_B, choose(x_B1D[:, 0], step))
         # All slots from here on, so that an ended row repeats its stop token to the end.
-        written_BT = jnp.where(jnp.arange(slots) >= step, token_B[:, None], written_BT)
+        written_BT = jnp.where(jnp.arange(slots)[None] >= step, token_B[:, None], written_BT)
         return step + 1, written_BT, token_B, ended_B | is_stop(token_B), cache
 
     first_B = choose(x_BSD[rows_B, last_B], jnp.int32(0))
