@@ -248,7 +248,8 @@ def test_scaled_noise_samples_at_that_temperature():
     """What loss.sample_tau does: the noise is multiplied by it."""
     logits = jnp.asarray([1.0, 0.0, -1.0])
     noise = 2.0 * jax.random.gumbel(jax.random.key(0), (20_000, 3), jnp.float32)
-    counted = np.bincount(np.asarray(jnp.argmax(logits[None] + noise, axis=-1)), minlength=3) / 20_000
+    tokens = jnp.argmax(logits[None] + noise, axis=-1)
+    counted = np.bincount(np.asarray(tokens), minlength=3) / 20_000
     np.testing.assert_allclose(counted, jax.nn.softmax(logits / 2.0), atol=0.015)
 
 

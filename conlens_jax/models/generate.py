@@ -100,7 +100,7 @@ def generate(
         )
         token_B = jnp.where(ended_B, token_B, choose(x_B1D[:, 0], step))
         # All slots from here on, so that an ended row repeats its stop token to the end.
-        written_BT = jnp.where(jnp.arange(slots)[None] >= step, token_B[:, None], written_BT)
+        written_BT = jnp.where(jnp.arange(slots) >= step, token_B[:, None], written_BT)
         return step + 1, written_BT, token_B, ended_B | is_stop(token_B), cache
 
     first_B = choose(x_BSD[rows_B, last_B], jnp.int32(0))
