@@ -133,7 +133,7 @@ def test_noise_conditioned_on_its_own_token_is_what_rejection_finds(token):
     distribution, by the largest difference of the two (Kolmogorov–Smirnov)."""
     logits = jnp.asarray([1.0, -0.5, 0.3, -0.8])
     free, fresh = jax.random.gumbel(jax.random.key(2), (2, 60_000, 4), jnp.float32)
-    accepted = np.asarray(logits + free)
+    accepted = np.asarray(logits[None] + free)
     accepted = accepted[accepted.argmax(axis=-1) == token]
     drawn = condition_on_token(
         jnp.broadcast_to(logits, fresh.shape), jnp.full(len(fresh), token, jnp.int32), fresh
@@ -248,7 +248,8 @@ def test_scaled_noise_samples_at_that_temperature():
     """What loss.sample_tau does: the noise is multiplied by it."""
     logits = jnp.asarray([1.0, 0.0, -1.0])
     noise = 2.0 * jax.random.gumbel(jax.random.key(0), (20_000, 3), jnp.float32)
-    counted = np.bincount(np.asarray(jnp.argmax(logits + noise, axis=-1)), minlength=3) / 20_000
+    tokens = jnp.argmax(logits[None] + noise, axis=-1)
+    counted = np.bincount(np.asarray(tokens), minlength=3) / 20_000
     np.testing.assert_allclose(counted, jax.nn.softmax(logits / 2.0), atol=0.015)
 
 

@@ -48,12 +48,12 @@ def plain_logits(decoder, frozen, activation_BD, text_BT):
     """Layer by layer; the layers 1 and 2 of three have a patch."""
     trainable, original = {"decoder": decoder}, frozen["original"]
     statistics, patches = frozen["statistics"], decoder["input_patches"]
-    normal_BD = (activation_BD - statistics["mean"]) / statistics["scale"]
+    normal_BD = (activation_BD - statistics["mean"][None]) / statistics["scale"]
     prompt_BpD = plain_prompt(trainable, frozen, activation_BD, SPEC)
     x = jnp.concatenate([prompt_BpD, original["embedding"][text_BT[:, :-1]]], axis=1)
     for layer in range(3):
         if layer:
-            vector = normal_BD @ patches["kernel"][layer - 1] + patches["bias"][layer - 1]
+            vector = normal_BD @ patches["kernel"][layer - 1] + patches["bias"][layer - 1, None]
             x = x.at[:, SLOT].add(vector)
         one = slice_layers(original["layers"], layer, layer + 1)
         x, _ = run_layers(one, x, all_positions(*x.shape[:2]), config=SPEC.model)

@@ -196,8 +196,8 @@ def test_activation_stands_between_the_two_sides_of_the_prompt():
     found = prompt_embeddings(decoder_of(trainable, frozen), activation_BD, spec)
     vectors = np.asarray(trainable["decoder"]["soft_prompt"])
     projection, statistics = trainable["decoder"]["projection"], frozen["statistics"]
-    normal = (np.asarray(activation_BD) - statistics["mean"]) / statistics["scale"]
-    slot = normal @ np.asarray(projection["kernel"]) + np.asarray(projection["bias"])
+    normal = (np.asarray(activation_BD) - statistics["mean"][None]) / statistics["scale"]
+    slot = normal @ projection["kernel"] + projection["bias"][None]
     assert found.shape[1] == 5
     for place, expected in enumerate([*vectors[:3], slot, *vectors[3:]]):
         expected = np.broadcast_to(expected, slot.shape)
@@ -209,7 +209,7 @@ def test_untrained_slot_is_as_large_as_an_embedding():
     trainable, frozen = untrained(spec)
     rng = np.random.default_rng(2)
     statistics = frozen["statistics"]
-    typical = statistics["mean"] + statistics["scale"] * rng.standard_normal((200, 32))
+    typical = statistics["mean"][None] + statistics["scale"] * rng.standard_normal((200, 32))
     decoder = decoder_of(trainable, frozen)
     slot = prompt_embeddings(decoder, jnp.asarray(typical, jnp.float32), spec)[:, 3]
     rms = lambda x: float(np.sqrt(np.mean(np.square(x))))

@@ -60,7 +60,7 @@ def as_floats(tree):
 
 
 def test_each_output_is_rounded_by_its_own_scale():
-    matrix = normal(0, 64, 5) * jnp.asarray([1e-4, 1.0, 50.0, 0.0, 3.0], jnp.float32)
+    matrix = normal(0, 64, 5) * jnp.asarray([[1e-4, 1.0, 50.0, 0.0, 3.0]], jnp.float32)
     rounded = quantise(matrix, (0,))
     assert rounded.values.dtype == jnp.int8 and rounded.scale.shape == (1, 5)
     error = jnp.max(jnp.abs(rounded.astype("float32") - matrix), axis=0)

@@ -96,7 +96,7 @@ def replaced(params, tokens, mask, indices, vector, layer, config):
 def by_hand(params, tokens, mask, indices, vector, layer, *, config, horizon):
     run = lambda vector, layer: replaced(params, tokens, mask, indices, vector, layer, config)
     clean, _ = run(vector, -1)  # no layer has this number: nothing is replaced
-    window = jnp.arange(len(tokens))[:, None], indices[:, None] + jnp.arange(horizon)
+    window = jnp.arange(len(tokens))[:, None], indices[:, None] + jnp.arange(horizon)[None]
 
     def loss(vector):
         logits = run(vector, layer)[0][window]

@@ -143,8 +143,8 @@ def cosine(tree: Any, other: Any) -> float:
 def plain_prompt(trainable: Params, frozen: Params, activation_BD, spec: LensSpec) -> jax.Array:
     parts = {**frozen["decoder"], **trainable["decoder"]}
     statistics, projection = frozen["statistics"], parts["projection"]
-    normal_BD = (activation_BD - statistics["mean"]) / statistics["scale"]
-    slot_BD = normal_BD @ projection["kernel"] + projection["bias"]
+    normal_BD = (activation_BD - statistics["mean"][None]) / statistics["scale"]
+    slot_BD = normal_BD @ projection["kernel"] + projection["bias"][None]
     repeat = lambda vectors: jnp.stack([vectors] * len(activation_BD))
     n_left = len(spec.decoder_left)
     left, right = parts["soft_prompt"][:n_left], parts["soft_prompt"][n_left:]
@@ -203,9 +203,9 @@ def plain_reconstruction(trainable: Params, frozen: Params, text_BTD, spec: Lens
     positions_BS = all_positions(*x_BSD.shape[:2])
     x_BSD = add_position_embeddings(base, x_BSD, positions_BS)
     x_BSD, _ = run_layers(lower, x_BSD, positions_BS, config=spec.model)
-    mean, scale = frozen["statistics"]["mean"], frozen["statistics"]["scale"]
+    mean, scale = frozen["statistics"]["mean"][None], frozen["statistics"]["scale"]
     normal_BD = (x_BSD[:, -1] - mean) / scale
-    projected = normal_BD @ parts["projection"]["kernel"] + parts["projection"]["bias"]
+    projected = normal_BD @ parts["projection"]["kernel"] + parts["projection"]["bias"][None]
     return projected * scale + mean
 
 

@@ -283,6 +283,6 @@ def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _capture_at(original, tokens_BS, lengths_B, positions_Bk, *, spec):
-    mask_BS = np.arange(tokens_BS.shape[1]) < lengths_B[:, None]
+    mask_BS = np.arange(tokens_BS.shape[1])[None] < lengths_B[:, None]
     x_BSD = capture(original, tokens_BS, mask_BS, spec=spec)
     return x_BSD[np.arange(tokens_BS.shape[0])[:, None], positions_Bk].astype(np.float32)

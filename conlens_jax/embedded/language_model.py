@@ -254,13 +254,13 @@ def _token_losses(
     loss = (1 - smoothing) * cross_entropy(logits, targets)
     if smoothing:
         loss -= smoothing * jnp.mean(jax.nn.log_softmax(logits), axis=-1)
-    counted = jnp.arange(1, tokens_BS.shape[1]) < lengths_B[:, None]
+    counted = jnp.arange(1, tokens_BS.shape[1])[None] < lengths_B[:, None]
     return loss, counted.astype(jnp.float32)
 
 
 def seen_before(tokens_BS: Int[Array, "B S"]) -> Bool[Array, "B s"]:
     """Whether each next token already occurs earlier in its row."""
-    earlier = jnp.tri(tokens_BS.shape[1] - 1, dtype=bool)
+    earlier = jnp.tri(tokens_BS.shape[1] - 1, dtype=bool)[None]
     same = tokens_BS[:, None, :-1] == tokens_BS[:, 1:, None]
     return jnp.any(same & earlier, axis=-1)
 

@@ -29,7 +29,7 @@ class Batch:
 
     @property
     def mask_GS(self) -> Bool[Array, "G S"]:
-        return jnp.arange(self.tokens_GS.shape[1]) < self.lengths_G[:, None]
+        return jnp.arange(self.tokens_GS.shape[1])[None] < self.lengths_G[:, None]
 
     @property
     def rows_per_document(self) -> int:

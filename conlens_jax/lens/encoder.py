@@ -57,7 +57,7 @@ def encode_ragged(
     program for all lengths."""
     text_len = text_BTD.shape[1]
     # Aligned to the right: padding is on the left.
-    source_BT = jnp.arange(text_len) - (text_len - lengths_B[:, None])
+    source_BT = jnp.arange(text_len)[None] - (text_len - lengths_B[:, None])
     aligned_BTD = jnp.take_along_axis(text_BTD, jnp.maximum(source_BT, 0)[..., None], axis=1)
     return encode_embeddings(encoder, aligned_BTD, spec=spec, mask_BT=source_BT >= 0)
 

@@ -123,7 +123,7 @@ def source_window(
     """The last ``before`` tokens up to and including P, and the ``after`` tokens after it."""
     offsets = jnp.arange(1 - before, after + 1, dtype=jnp.int32)
     documents_B = original_model.documents_of(positions_B, tokens_GS)
-    return tokens_GS[documents_B[:, None], positions_B[:, None] + offsets]
+    return tokens_GS[documents_B[:, None], positions_B[:, None] + offsets[None]]
 
 
 def warm_loss(

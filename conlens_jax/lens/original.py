@@ -139,7 +139,7 @@ def context_at(
 
 
 def _context(original, states, documents_B, indices_B, cache, horizon, spec) -> Context:
-    window_Bh = indices_B[:, None] + jnp.arange(horizon, dtype=jnp.int32)
+    window_Bh = indices_B[:, None] + jnp.arange(horizon, dtype=jnp.int32)[None]
     documents_B1 = documents_B[:, None]
     state_BhD = states.state_GSD[documents_B1, window_Bh]
     return Context(

@@ -261,18 +261,21 @@ def init_lens(
 
 def normalise(activation: Float[Array, "*B D"], statistics: Params) -> Float[Array, "*B D"]:
     """(a − mean) / scale, fp32: in these coordinates the projections start as identities."""
-    return (activation.astype(jnp.float32) - statistics["mean"]) / statistics["scale"]
+    wide = activation.astype(jnp.float32)
+    return (wide - jax.lax.broadcast_to_rank(statistics["mean"], wide.ndim)) / statistics["scale"]
 
 
 def denormalise(normal: Float[Array, "*B D"], statistics: Params) -> Float[Array, "*B D"]:
     """The inverse of :func:`normalise`."""
-    return normal.astype(jnp.float32) * statistics["scale"] + statistics["mean"]
+    scaled = normal.astype(jnp.float32) * statistics["scale"]
+    return scaled + jax.lax.broadcast_to_rank(statistics["mean"], scaled.ndim)
 
 
 def project(x: Float[Array, "*B D"], projection: Params) -> Float[Array, "*B D"]:
     # Stored split over fsdp, gathered for the product: else the compiler would reshard the batch.
     kernel = constrain(projection["kernel"], "DD")
-    return jnp.matmul(x.astype(kernel.dtype), kernel) + projection["bias"]
+    product = jnp.matmul(x.astype(kernel.dtype), kernel)
+    return product + jax.lax.broadcast_to_rank(projection["bias"], product.ndim)
 
 
 def around(

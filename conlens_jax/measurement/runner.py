@@ -194,7 +194,7 @@ class Measurer:
         """M's greedy continuation of each context up to P, [N, n_new]."""
 
         def run(batch: Batch, _: int) -> jax.Array:
-            seen_BS = jnp.arange(batch.tokens_GS.shape[1]) <= batch.positions_B[:, None]
+            seen_BS = jnp.arange(batch.tokens_GS.shape[1])[None] <= batch.positions_B[:, None]
             return continue_text(
                 *(original, batch.tokens_GS, seen_BS, jnp.int32(n_new), None),
                 *(jnp.float32(1.0), None, jnp.zeros(0, jnp.int32)),

@@ -66,7 +66,7 @@ def attention_weights(
     # Σ e^s / (Σ e^s + e^sink): the keys' share of a softmax that includes the sink.
     total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
     sinks = form.sinks_H.astype(jnp.float32).reshape(*scores.shape[1:3], 1, 1)
-    return weights * jax.nn.sigmoid(total - sinks)
+    return weights * jax.nn.sigmoid(total - jax.lax.broadcast_to_rank(sinks, total.ndim))
 
 
 def capped(scores: Float[Array, "*B C"], form: ScoreForm) -> Float[Array, "*B C"]:

@@ -79,7 +79,7 @@ def generate(
         return choose_token(head.logits(x_BD), keys_B, temperature, top_p)
 
     def is_stop(token_B: Array) -> Bool[Array, "B"]:
-        return jnp.any(token_B[:, None] == stop_e, axis=1)
+        return jnp.any(token_B[:, None] == stop_e[None], axis=1)
 
     def continues(carry) -> Bool[Array, ""]:
         step, _, _, ended_B, _ = carry

@@ -30,5 +30,8 @@ def apply_norm(
         bias = None if bias is None else bias.astype(jnp.float32)
     else:
         normal = normal.astype(x.dtype)
-    normal = normal * (weight + config.norm_offset if config.norm_offset else weight)
-    return (normal if bias is None else normal + bias).astype(x.dtype)
+    factor = weight + config.norm_offset if config.norm_offset else weight
+    normal = normal * jax.lax.broadcast_to_rank(factor, x.ndim)
+    if bias is not None:
+        normal = normal + jax.lax.broadcast_to_rank(bias, x.ndim)
+    return normal.astype(x.dtype)

@@ -50,7 +50,7 @@ def _product(equation: str, name: str, x: Array, weights: Params) -> Array:
     if name + LORA_IN in weights:
         out += low_rank(equation, x, weights[name + LORA_IN], weights[name + LORA_OUT])
     bias = weights.get(name + "_bias")
-    return out if bias is None else out + bias
+    return out if bias is None else out + jax.lax.broadcast_to_rank(bias, out.ndim)
 
 
 def _as_matrices(equation: str, x: Array, weight: quantized.Matrix) -> Array:

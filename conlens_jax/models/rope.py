@@ -30,7 +30,7 @@ def rotations(
         frequencies = _longrope_frequencies(positions_BS, config, width)
     else:
         frequencies = jnp.asarray(_frequencies(config, width), jnp.float32)
-    angles = positions_BS[:, :, None, None].astype(jnp.float32) * frequencies
+    angles = positions_BS[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
     scale = _attention_factor(config)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 

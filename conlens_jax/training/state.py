@@ -207,7 +207,7 @@ def joint_gradients(
     (seed, step, row of the batch, text of the row)."""
     batch = captured(batch, frozen, objective)
     spec, k, now = objective.spec, objective.texts_per_row, schedules(step)
-    texts_B = (batch.examples_B[:, None] * k + jnp.arange(k)).reshape(-1)
+    texts_B = (batch.examples_B[:, None] * k + jnp.arange(k)[None]).reshape(-1)
     keys_B = example_keys(seed, step, texts_B, Purpose.TRAINING_TEXT)
     # argmax(logits / s + g) = argmax(logits + s g): scaled noise samples at temperature s.
     noise = noise_of_texts(keys_B, spec.text_len, spec.model.vocab_size, now.sample_tau)

@@ -158,7 +158,7 @@ def loss_terms(
 ) -> dict[str, Array]:
     """All terms; the KL at P..P+h−1 is taken from the logits of the whole context."""
     rows_B1 = jnp.arange(target_BSV.shape[0])[:, None]
-    window_Bh = batch.positions_B[:, None] + jnp.arange(objective.loss.kl_horizon)
+    window_Bh = batch.positions_B[:, None] + jnp.arange(objective.loss.kl_horizon)[None]
     kl_Bh = kl_divergence(target_BSV[rows_B1, window_Bh], swapped_BSV[rows_B1, window_Bh])
     error_B = reconstruction_error(
         reconstruction_BD, batch.activation_BD, statistics, objective.loss.mse_kind

@@ -152,7 +152,7 @@ def _one_draw(
 ) -> tuple[Array, Array, Array]:
     """(e, e / ‖e‖, ‖e‖²) of one draw."""
     spec, group = objective.spec, objective.texts_per_row
-    texts_B = (batch.examples_B[:, None] * group + jnp.arange(group)).reshape(-1)
+    texts_B = (batch.examples_B[:, None] * group + jnp.arange(group)[None]).reshape(-1)
     keys_B = example_keys(seed, draw, texts_B, Purpose.TRAINING_TEXT)
     noise = drawn_noise(keys_B, spec.text_len)
     own_keys_B = example_keys(seed, draw, texts_B, Purpose.ESTIMATOR)

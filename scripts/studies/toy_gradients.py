@@ -45,7 +45,7 @@ class Toy:
     def expected_cost(self, policy: Policy, sample_tau: float = 1.0) -> Float[Array, ""]:
         """Over all 25 texts, sampled at that temperature; differentiable: the truth."""
         first_V = jax.nn.softmax(policy["first"] / sample_tau)
-        second_VV = self.table_VD @ policy["next"] + policy["bias"]
+        second_VV = self.table_VD @ policy["next"] + policy["bias"][None]
         second_VV = jax.nn.softmax(second_VV / sample_tau, axis=-1)
         pairs = jnp.stack(jnp.meshgrid(*[jnp.arange(VOCAB)] * 2, indexing="ij"), axis=-1)
         costs_VV = jax.vmap(jax.vmap(lambda pair: self.cost(self.table_VD[pair])))(pairs)
