@@ -1,4 +1,4 @@
-"""Rows of one document in a batch: M reads the context once, and nothing else is different."""
+"""Rows from one document in a batch: M reads the context once, and nothing else is different."""
 
 from __future__ import annotations
 
@@ -116,5 +116,5 @@ def test_batches_are_whole_groups():
         assert batch.positions_B.tolist() == indices
     with pytest.raises(ValueError, match=r"joint.rows_per_document=4.*positions_per_sequence"):
         read_groups(cache, 4)
-    with pytest.raises(ValueError, match="of one document"):
+    with pytest.raises(ValueError, match="from one document"):
         make_batch(cache.rows(np.asarray([0, 2])), FIRST, 2, rows_per_document=2)
