@@ -188,7 +188,7 @@ def _workload(
     documents_B = np.arange(batch_size) // shared
     activation_BD = states_GSD[documents_B, positions_B].astype(jnp.float32)
     mean_D = np.asarray(jnp.mean(activation_BD, axis=0))
-    scale = float(jnp.std(activation_BD - mean_D))
+    scale = float(jnp.std(activation_BD - mean_D[None]))
     trainable, frozen = init_lens(original, spec, mean_D, scale)
     # The step donates the trained weights; the reference is kept.
     frozen |= {"warm_decoder": jax.tree.map(jnp.copy, trainable["decoder"])}
