@@ -359,6 +359,16 @@ def test_disk_full(tmp_path, monkeypatch, full_file, code):
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
+def test_killed_between_the_last_rename_and_its_tidying(tmp_path):
+    """The cache is finished by then; the next dump removes what was left of the progress."""
+    rows, metadata = make_rows(), make_metadata()
+    dump(tmp_path / "whole", rows, metadata)
+    dump(tmp_path / "cut", rows, metadata)
+    (tmp_path / "cut" / cache_writer.PROGRESS_FILE).write_text("{}")
+    assert SharedWriter(tmp_path / "cut", metadata, PER_SHARD).complete
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
 def test_failed_writer_refuses_more_rows(tmp_path, monkeypatch):
     rows = make_rows()
     writer = CacheWriter(tmp_path / "cache", make_metadata(), PER_SHARD)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from conlens_jax.data.cache_metadata import CacheMetadata, cache_is_complete
-from conlens_jax.data.cache_writer import CacheWriter
+from conlens_jax.data.cache_writer import PROGRESS_FILE, CacheWriter
 from conlens_jax.data.rows import Rows
 from conlens_jax.parallel.processes import broadcast_from_first, check_same
 
@@ -40,6 +40,8 @@ class SharedWriter:
 
     def _start(self, metadata: CacheMetadata, rows_per_shard: int) -> tuple[int, Any] | None:
         if cache_is_complete(self.folder, metadata):
+            # A kill right after the last rename leaves it.
+            (self.folder / PROGRESS_FILE).unlink(missing_ok=True)
             return None
         self._writer = CacheWriter(self.folder, metadata, rows_per_shard)
         return self._writer.rows_written, self._writer.cursor
