@@ -23,6 +23,7 @@ from conlens_jax.data.cache import (
     Rows,
     cache_is_complete,
 )
+from conlens_jax.data.shared_writer import SharedWriter
 from conlens_jax.files import whole as whole_files
 
 N_ROWS, D_MODEL, SEQ_LEN, PER_SHARD = 23, 5, 7, 6
