@@ -1,4 +1,4 @@
-"""Settings of every test: 8 virtual CPU devices, strict dtype promotion, a compiler in a hurry."""
+"""Settings of every test: 8 virtual CPU devices, strict promotion, a compiler in a hurry."""
 
 import os
 import subprocess
@@ -33,6 +33,7 @@ if "XLA_FLAGS" not in os.environ:  # pytest-xdist's workers inherit it
     os.environ["XLA_FLAGS"] = " ".join(filter(_is_known, _QUICK_COMPILE))
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(autouse=True)
