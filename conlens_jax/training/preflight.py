@@ -14,6 +14,7 @@ from conlens_jax.config import EMBEDDED_MODEL, ConfigError, CorpusConfig, Experi
 from conlens_jax.corpora.corpus import SPLITS
 from conlens_jax.corpora.opening import open_corpus
 from conlens_jax.files.paths import local_path, write_problems
+from conlens_jax.models.from_gguf.source import gguf_source
 from conlens_jax.parallel.processes import broadcast_from_first
 from conlens_jax.tracking.console import Console
 from conlens_jax.training.checkpoint import all_steps
@@ -111,6 +112,12 @@ def corpus_problems(config: CorpusConfig) -> Iterator[str]:
 
 def _model_problems(path: str) -> Iterator[str]:
     if path == EMBEDDED_MODEL:
+        return
+    try:
+        if gguf_source(path):
+            return
+    except ValueError as error:
+        yield str(error)
         return
     folder = local_path(path)
     if folder.is_dir():

@@ -20,6 +20,8 @@ from conlens_jax.models.from_gguf.architectures import config_values
 from conlens_jax.models.from_gguf.header import GGUFFile, read_gguf
 from conlens_jax.models.from_gguf.tensors import Target, targets, values
 from conlens_jax.models.from_gguf.tokenizer import tokenizer_files
+from conlens_jax.models.tokenizer import Tokenizer
+from conlens_jax.models.transformer_config import TransformerConfig
 from conlens_jax.models.weight_files import WHOLE_FILE
 
 _LOG = logging.getLogger(__name__)
@@ -56,6 +58,18 @@ def folder_of_gguf(path: Path) -> Path:
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return folder
+
+
+def model_of_gguf(path: Path) -> tuple[TransformerConfig, Tokenizer]:
+    """The shape and the tokenizer of a GGUF file, which is not converted for that.
+
+    Raises:
+      ValueError: as :func:`folder_of_gguf`.
+    """
+    file = open_gguf(path)
+    files = tokenizer_files(file)
+    tokenizer_json = files.pop("tokenizer.json")
+    return config_from_hf(config_values(file)[1]), Tokenizer(tokenizer_json, files)
 
 
 def open_gguf(path: Path) -> GGUFFile:

@@ -61,9 +61,7 @@ class Target:
     dtype: np.dtype
 
 
-def targets(
-    file: GGUFFile, architecture: Architecture, config: TransformerConfig
-) -> list[Target]:
+def targets(file: GGUFFile, architecture: Architecture, config: TransformerConfig) -> list[Target]:
     """Every tensor of the family's table, with its source.
 
     Raises:
