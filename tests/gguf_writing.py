@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,9 +23,11 @@ ARCHITECTURES = {
     "gpt_oss": "gpt-oss",
 }
 """GGUF's architecture of a family."""
+LEGACY_QUANTS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 # Where the blocks of a K-quant have their fp16 scales, in bytes.
 _SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+_SCALE = {"Q2_K": 4e-4, "Q3_K": 2e-4, "Q4_K": 1e-4, "Q5_K": 1e-4, "Q6_K": 1e-5}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 MERGES = ["t h", "th e", "Ġ a", "Ġ the", "i n", "a n", "Ġ f", "o x", "Ġf ox", "Ġ o"]
 TOKENS = ["<pad>", "<bos>", "<eos>", "<unk>", *LETTERS, "Ġ", "."]
@@ -53,6 +56,7 @@ def write_gguf(
     kind: str = "F32",
     tokenizer: Mapping[str, Any] = TOKENIZER,
     template: str = "",
+    more: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a file.
 
@@ -60,10 +64,12 @@ def write_gguf(
       values: the metadata, without the architecture's prefix.
       tensors: by GGUF's names; matrices are stored as ``kind``.
       tokenizer: metadata, without ``tokenizer.ggml.``.
+      more: further metadata, by whole keys.
     """
     writer = gguf.GGUFWriter(path, architecture)
     metadata = {f"{architecture}.{key}": value for key, value in values.items()}
     metadata |= {f"tokenizer.ggml.{key}": value for key, value in tokenizer.items()}
+    metadata |= more or {}
     for key, value in metadata.items():
         _add(writer, key, value)
     if template:
@@ -103,7 +109,7 @@ def quantised(array: np.ndarray, kind: str) -> np.ndarray:
     rng = np.random.default_rng(array.size)
     blocks = rng.integers(0, 256, (array.size // block, block_bytes), np.uint8)
     for at in _SCALES[kind]:
-        blocks[:, at : at + 2] = np.array([2e-4], np.float16).view(np.uint8)
+        blocks[:, at : at + 2] = np.array([_SCALE[kind]], np.float16).view(np.uint8)
     return blocks.reshape(*array.shape[:-1], -1)
 
 
@@ -113,6 +119,7 @@ def converted(family: str, folder: Path) -> tuple[dict[str, Any], dict[str, np.n
 
     config = AutoConfig.from_pretrained(folder).to_dict()
     tensors = dict(_renamed(family, config, load_file(folder / "model.safetensors")))
+    tensors |= _rope_tensors(config.get("rope_parameters") or {}, config.get("head_dim"))
     return {**_values(family, config), "block_count": _n_layers(config)}, tensors
 
 
@@ -143,20 +150,23 @@ def _values(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
     values["rope.dimension_count"] = int(head_dim * rope.get("partial_rotary_factor", 1.0))
     if config.get("head_dim"):
         values |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
-    if rope.get("rope_type") == "yarn":
-        values |= {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": rope["factor"],
-            "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
-        }
+    if (kind := rope.get("rope_type")) in ("yarn", "linear"):
+        values |= {"rope.scaling.type": kind, "rope.scaling.factor": rope["factor"]}
+    if kind == "yarn" or family == "phi3":
+        length = rope.get("original_max_position_embeddings") or get("max_position_embeddings")
+        values["rope.scaling.original_context_length"] = length
+    if kind == "longrope":
+        scale = values["context_length"] / length
+        attention = math.sqrt(1 + math.log(scale) / math.log(length))
+        values["rope.scaling.attn_factor"] = attention
     if family in ("gemma2", "gemma3_text", "gpt_oss", "phi3"):
-        values["attention.sliding_window"] = get("sliding_window")
+        values["attention.sliding_window"] = config.get("sliding_window") or 0
     if family == "gemma3_text":
         pattern = [kind == "sliding_attention" for kind in config["layer_types"]]
         values["attention.sliding_window_pattern"] = pattern
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if family == "gemma2":
-            values[cap] = get(cap)
+        if config.get(cap):
+            values[cap] = config[cap]
     if family == "gpt_neox":
         values["use_parallel_residual"] = get("use_parallel_residual")
     if family in ("mixtral", "qwen3_moe", "gpt_oss"):
@@ -165,6 +175,29 @@ def _values(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if family in ("qwen3_moe", "gpt_oss"):
         values["expert_feed_forward_length"] = get("moe_intermediate_size", "intermediate_size")
     return values
+
+
+def _rope_tensors(rope: Mapping[str, Any], head_dim: int) -> dict[str, np.ndarray]:
+    if rope.get("rope_type") == "longrope":
+        return {
+            f"rope_factors_{name}.weight": np.array(rope[f"{name}_factor"])
+            for name in ("short", "long")
+        }
+    if rope.get("rope_type") != "llama3":
+        return {}
+    factor, low, high = (rope[f"{name}factor"] for name in ("", "low_freq_", "high_freq_"))
+    length, divisors = rope["original_max_position_embeddings"], []
+    for pair in range(head_dim // 2):
+        wavelength = 2 * math.pi * rope["rope_theta"] ** (2 * pair / head_dim)
+        if wavelength < length / high:
+            divisors.append(1.0)
+        elif wavelength > length / low:
+            divisors.append(factor)
+        else:
+            smooth = (length / wavelength - low) / (high - low)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    assert len(set(divisors)) > 2
+    return {"rope_freqs.weight": np.array(divisors)}
 
 
 def _renamed(

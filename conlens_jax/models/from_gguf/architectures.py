@@ -229,7 +229,7 @@ def _gemma(keys: Keys, layers_of_27b: int) -> Values:
     return values | {
         "query_pre_attn_scalar": scale if is_27b else values["head_dim"],
         "hidden_activation": "gelu_pytorch_tanh",
-        "sliding_window": keys.need("attention.sliding_window"),
+        "sliding_window": keys("attention.sliding_window") or None,
         "final_logit_softcapping": keys("final_logit_softcapping"),
     }
 

@@ -6,6 +6,7 @@ The ``gguf`` package has a reader too, which takes half a minute for a vocabular
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 import mmap
@@ -61,8 +62,8 @@ class GGUFFile:
         return self.metadata["general.architecture"]
 
     def array(self, name: str, part: slice = slice(None)) -> np.ndarray:
-        """The values of a tensor, or of a part of its first dimension, as stored (F32, F16, F64)
-        or dequantised to fp32. bf16 becomes fp32 without loss."""
+        """The values of a tensor, or of a part of its first dimension, as stored (F32, F16)
+        or dequantised to fp32; BF16 becomes fp32 too, without loss."""
         import gguf
 
         tensor = self.tensors[name]
@@ -72,9 +73,7 @@ class GGUFFile:
         raw = np.memmap(self.path, np.uint8, "r")[tensor.start : tensor.stop]
         raw = raw.reshape(*rows, columns // block * block_bytes)
         raw = np.ascontiguousarray(raw[part] if rows else raw)
-        if tensor.kind in ("F16", "F64"):
-            return raw.view({"F16": np.float16, "F64": np.float64}[tensor.kind])
-        return gguf.dequantize(raw, kind)
+        return raw.view(np.float16) if tensor.kind == "F16" else gguf.dequantize(raw, kind)
 
     def fingerprint(self) -> str:
         """A hash that identifies the file and is cheap at any size: sha256 over its size, its
@@ -196,19 +195,30 @@ def _parse(path: Path, cursor: _Cursor) -> GGUFFile:
     return GGUFFile(path, metadata, tensors, cursor.at)
 
 
-def _tensor(path: Path, name: str, shape: tuple[int, ...], kind: int, start: int) -> GGUFTensor:
-    import gguf
-
-    try:
-        known = gguf.GGMLQuantizationType(kind)
-        gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[known][1]), np.uint8), known)
-    except (ValueError, NotImplementedError, KeyError):
-        named = kind if kind not in list(gguf.GGMLQuantizationType) else known.name
+def _tensor(path: Path, name: str, shape: tuple[int, ...], number: int, start: int) -> GGUFTensor:
+    kind, block, block_bytes = _kind(number)
+    if not block:
         raise ValueError(
-            f"{path}: {name} is quantised as {named}, which the installed gguf cannot read; where "
+            f"{path}: {name} is quantised as {kind}, which the installed gguf cannot read; where "
             "it is a new kind: pip install -U gguf"
-        ) from None
-    block, block_bytes = gguf.GGML_QUANT_SIZES[known]
+        )
     if not shape or shape[-1] % block:
         raise ValueError(f"{path} is damaged: {name} {shape} has no whole blocks of {block}")
-    return GGUFTensor(known.name, shape, start, start + math.prod(shape) // block * block_bytes)
+    return GGUFTensor(kind, shape, start, start + math.prod(shape) // block * block_bytes)
+
+
+@functools.cache
+def _kind(number: int) -> tuple[str, int, int]:
+    """The name of a kind, the values of a block and their bytes; no values where the installed
+    ``gguf`` cannot dequantise it."""
+    import gguf
+
+    if number not in {kind.value for kind in gguf.GGMLQuantizationType}:
+        return str(number), 0, 0
+    kind = gguf.GGMLQuantizationType(number)
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    try:
+        gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+    except NotImplementedError:
+        return kind.name, 0, 0
+    return kind.name, block, block_bytes
