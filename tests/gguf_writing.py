@@ -27,7 +27,7 @@ LEGACY_QUANTS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 # Where the blocks of a K-quant have their fp16 scales, in bytes.
 _SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
-_SCALE = {"Q2_K": 4e-4, "Q3_K": 2e-4, "Q4_K": 1e-4, "Q5_K": 1e-4, "Q6_K": 1e-5}
+_SCALE = {"Q2_K": 4e-4, "Q3_K": 2e-4, "Q4_K": 4e-5, "Q5_K": 2e-5, "Q6_K": 1e-5}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 MERGES = ["t h", "th e", "Ġ a", "Ġ the", "i n", "a n", "Ġ f", "o x", "Ġf ox", "Ġ o"]
 TOKENS = ["<pad>", "<bos>", "<eos>", "<unk>", *LETTERS, "Ġ", "."]
@@ -164,6 +164,8 @@ def _values(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if family == "gemma3_text":
         pattern = [kind == "sliding_attention" for kind in config["layer_types"]]
         values["attention.sliding_window_pattern"] = pattern
+        local = config["rope_parameters"]["sliding_attention"]
+        values["rope.freq_base_swa"] = float(local["rope_theta"])
     for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
         if config.get(cap):
             values[cap] = config[cap]

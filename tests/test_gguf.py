@@ -38,7 +38,6 @@ from conlens_jax.training.preflight import _model_problems
 NO_GGUF = {"gpt_neo", "mistral"}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3 |= {"original_max_position_embeddings": 8192, "rope_theta": 500_000.0}
-_NEVER = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
 # What is not in a file because llama.cpp takes it for granted.
 GIVEN = {
     "gemma2": {"query_pre_attn_scalar": 12},
@@ -55,7 +54,6 @@ SHAPES = {
     "llama: linear": ("llama", _rope(rope_type="linear", factor=4.0)),
     "llama: llama3": ("llama", _rope(**_LLAMA3)),
     "llama: yarn": ("llama", _rope(**_YARN)),
-    "gemma2: no caps": ("gemma2", _NEVER),
     "gemma3: linear": ("gemma3_text", CASES["gemma3: linear"].changes),
     "phi3: no window, partial": (
         "phi3",

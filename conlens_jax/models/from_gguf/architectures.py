@@ -21,11 +21,20 @@ from conlens_jax.models.hf_config import FULL, SLIDING
 Values = dict[str, Any]
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 """Tensors that belong to the rotation, and end up in config.json."""
-# Keys that do not change what the network computes.
-_BOOKKEEPING = {
-    *("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "attention.value_length"),
-    *("attention.causal", "pooling_type"),
+# Keys that do not change what the network computes, with all values or with one. Those of other
+# parts of a model that sees or hears are ignored.
+_BOOKKEEPING = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "pooling_type"}
+_NEUTRAL = {
+    "attention.causal": True,
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "expert_shared_count": 0,
+    "nextn_predict_layers": 0,
+    "rope.scaling.attn_factor": 1.0,
 }
+OTHER_PARTS = ("v.", "mm.", "a.")
+"""How the names of tensors of these other parts begin."""
+_KEYS_OF_OTHER_PARTS = ("vision.", "mm.", "audio.")
 _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_LENGTH = 1.0, 4.0, 8192
 
 
@@ -59,11 +68,13 @@ class Keys:
 
     def finish(self) -> None:
         """Raises ValueError for keys that are missing, or that were not read."""
-        known = {self.prefix + key for key in self.read | _BOOKKEEPING}
-        metadata = self.file.metadata
-        unread = [key for key in metadata if key.startswith(self.prefix) and key not in known]
         problems = [f"missing: {key}" for key in self.missing]
-        problems += [f"not known: {key}={str(metadata[key])[:60]}" for key in unread]
+        for whole, value in self.file.metadata.items():
+            key = whole.removeprefix(self.prefix)
+            known = whole == key or key in self.read | _BOOKKEEPING
+            known |= key in _NEUTRAL and value == _NEUTRAL[key]
+            if not known and not key.startswith(_KEYS_OF_OTHER_PARTS):
+                problems.append(f"not known: {whole}={str(value)[:60]}")
         if problems:
             raise ValueError(
                 f"{self.file.path}: the metadata do not describe a model that is supported:\n"
@@ -130,6 +141,8 @@ def _shared(keys: Keys) -> Values:
     """Llama's keys."""
     width, heads = keys.need("embedding_length"), keys.need("attention.head_count")
     head_dim = keys("attention.key_length", width // heads)
+    if keys("attention.value_length", head_dim) != head_dim:
+        raise ValueError(f"{keys.file.path}: keys and values of heads differ in width")
     return {
         "hidden_size": width,
         "num_hidden_layers": keys.need("block_count"),
@@ -235,8 +248,9 @@ def _gemma(keys: Keys, layers_of_27b: int) -> Values:
 
 
 def _gemma2(keys: Keys) -> Values:
-    cap = {"attn_logit_softcapping": keys("attn_logit_softcapping")}
-    return _gemma(keys, layers_of_27b=46) | cap | _layer_types(keys, every=2)
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    caps = {cap: keys(cap, default) for cap, default in caps.items()}
+    return _gemma(keys, layers_of_27b=46) | caps | _layer_types(keys, every=2)
 
 
 def _gemma3(keys: Keys) -> Values:

@@ -95,7 +95,6 @@ def _convert(file: GGUFFile, folder: Path) -> None:
     chunks = (chunk for target in tensors for chunk in values(file, target, architecture, config))
     with naming_full_disk(folder / WHOLE_FILE):
         write_atomically(folder / WHOLE_FILE, _bytes(header, chunks))
-    config_json = {key: value for key, value in config_json.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", "utf-8")
 
 

@@ -15,14 +15,14 @@ import ml_dtypes
 import numpy as np
 
 from conlens_jax.models.families import family_of
-from conlens_jax.models.from_gguf.architectures import ROPE_TENSORS, Architecture
+from conlens_jax.models.from_gguf.architectures import OTHER_PARTS, ROPE_TENSORS, Architecture
 from conlens_jax.models.from_gguf.header import GGUFFile
 from conlens_jax.models.param_table import ParamRow
 from conlens_jax.models.transformer_config import TransformerConfig
 
 # A quantised number is a scale times an integer, which 16 bits would round.
 _DTYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16}
-_CHUNK_ROWS = 1 << 15
+_CHUNK_BYTES = 1 << 27
 _SHOWN = 20
 
 
@@ -85,7 +85,8 @@ def targets(file: GGUFFile, architecture: Architecture, config: TransformerConfi
             if not wrong:
                 dtype = np.dtype(_dtype(file, parts, config))
                 found.append(Target(name, parts, rows[0].hf_shape(config), dtype))
-    problems += [f"unexpected: {name}" for name in file.tensors if name not in used]
+    is_known = lambda name: name in used or name.startswith(OTHER_PARTS)
+    problems += [f"unexpected: {name}" for name in file.tensors if not is_known(name)]
     if problems := list(dict.fromkeys(problems)):
         more = [f"… and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         listing = "\n".join(f"  - {problem}" for problem in [*problems[:_SHOWN], *more])
@@ -138,9 +139,11 @@ def values(
     the head are large."""
     first = target.parts[0]
     if first.row.path in (("embedding",), ("output_head",)):
-        for start in range(0, target.shape[0], _CHUNK_ROWS):
-            rows = file.array(first.source, slice(start, start + _CHUNK_ROWS))
-            yield rows.astype(target.dtype)
+        rows, columns = target.shape
+        at_once = max(1, _CHUNK_BYTES // (4 * columns))
+        for start in range(0, rows, at_once):
+            part = file.array(first.source, slice(start, start + at_once))
+            yield part.astype(target.dtype)
         return
     whole = np.empty(target.shape, target.dtype)
     for part in target.parts:
