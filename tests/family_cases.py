@@ -85,6 +85,7 @@ CASES = {
             "max_window_layers": 2,
         },
     ),
+    "gemma: biases, untied": Case("gemma", {"attention_bias": True, "tie_word_embeddings": False}),
     "gemma2: no caps, untied, biases": Case(
         "gemma2",
         {
@@ -135,6 +136,9 @@ CASES = {
     ),
     "phi3: partial rotation": Case(
         "phi3", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}
+    ),
+    "starcoder2: no biases, no window": Case(
+        "starcoder2", {"use_bias": False, "sliding_window": None, "tie_word_embeddings": False}
     ),
     "olmo2: biases, tied": Case("olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
     "mixtral: window, one expert": Case(

@@ -55,12 +55,15 @@ _TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": WINDOW},
     "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
     "qwen3": {"head_dim": 12},
+    # As in Gemma 2 below.
+    "gemma": {"head_dim": 12, "tie_word_embeddings": True, "rms_norm_eps": 1e-2},
     "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": WINDOW}
     | {"attn_logit_softcapping": 0.8, "final_logit_softcapping": 2.0, "tie_word_embeddings": True}
     # Its scaled embeddings are large beside a small ε.
     | {"rms_norm_eps": 1e-2},
     "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": WINDOW}
     | {"sliding_window_pattern": 2, "tie_word_embeddings": True},
+    "starcoder2": {"sliding_window": WINDOW, "norm_epsilon": 1e-3},
     "phi3": {"sliding_window": WINDOW},
     "olmo2": {},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -73,6 +76,7 @@ _OWN_KEYS = {
     "gpt2": set(),
     "gpt_neo": {"vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"},
     "gpt_neox": TINY.keys() - {"num_key_value_heads", "rms_norm_eps"},
+    "starcoder2": TINY.keys() - {"rms_norm_eps"},
 }
 _ALWAYS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 _SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from conlens_jax.models import flash, rope
@@ -87,9 +88,13 @@ def attention_inputs(
     query = products("bsd,dhx->bshx", x_BSD, "query")
     key = products("bsd,dkx->bskx", x_BSD, "key")
     value = products("bsd,dkx->bskx", x_BSD, "value")
+    if config.qkv_clip:
+        bound = config.qkv_clip
+        query, key, value = (jnp.clip(x, -bound, bound) for x in (query, key, value))
     if config.qk_norm:
-        query = apply_norm(query, weights, "query_norm", config)
-        key = apply_norm(key, weights, "key_norm", config)
+        n_dims = 2 if config.qk_norm == "width" else 1
+        query = apply_norm(query, weights, "query_norm", config, n_dims)
+        key = apply_norm(key, weights, "key_norm", config, n_dims)
     if rotation is not None:
         query, key = rope.rotate(query, rotation), rope.rotate(key, rotation)
     query = heads_first(query, config.n_kv_heads)

@@ -64,9 +64,11 @@ class TransformerConfig:
       norm: ``"rms"``, or ``"layer"`` (which also subtracts the mean and may have a bias).
       norm_offset: added to the weight of a norm (Gemma's weights are around 0).
       norm_in_fp32: whether a norm's weight is multiplied before its result is rounded to ``dtype``.
+      norm_weights: norms have a weight.
       pre_norms, post_norms: norms at the inputs, and at the outputs, of attention and MLP.
       qk_norm: norm of queries and keys: ``""`` none, ``"head"`` each head by itself, ``"width"``
         all heads together.
+      qkv_clip: queries, keys and values are clipped to ± this; 0: they are not.
       parallel_residual: the MLP's input is attention's input, without attention's output.
       gated_mlp: act(gate) · up, otherwise act(up).
       swiglu_limit: 0, or gpt-oss's gate: both halves clamped at this, and (up + 1) in place of up.
@@ -101,9 +103,11 @@ class TransformerConfig:
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
     norm_in_fp32: bool = False
+    norm_weights: bool = True
     pre_norms: bool = True
     post_norms: bool = False
     qk_norm: str = ""
+    qkv_clip: float = 0.0
     parallel_residual: bool = False
     activation: str = "silu"
     gated_mlp: bool = True

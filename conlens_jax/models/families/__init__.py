@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from conlens_jax.models.families import (
+    gemma,
     gemma2,
     gemma3,
     gpt2,
@@ -27,6 +28,7 @@ from conlens_jax.models.families import (
     qwen2,
     qwen3,
     qwen3_moe,
+    starcoder2,
 )
 from conlens_jax.models.transformer_config import TransformerConfig
 
@@ -45,6 +47,8 @@ _MODULES = (
     mixtral,
     qwen3_moe,
     gpt_oss,
+    gemma,
+    starcoder2,
 )
 FAMILIES: dict[str, ModuleType] = {module.MODEL_TYPE: module for module in _MODULES}
 # A family may read files of several types; it writes the first.

@@ -29,11 +29,17 @@ def read_sizes(
     max_positions: int,
     head_dim: int | None = None,
     norm_eps: float = 1e-6,
+    norm_key: str = "rms_norm_eps",
+    initializer_range: float = 0.02,
     tied: bool = False,
     bos: int | None = None,
     eos: int | None = None,
 ) -> dict[str, Any]:
-    """The fields read from Llama's keys, with the defaults of a family."""
+    """The fields read from Llama's keys, with the defaults of a family.
+
+    Args:
+      norm_key: the family's name of the norms' ε; empty if it has none.
+    """
     d_model, n_heads = read("hidden_size", d_model), read("num_attention_heads", n_heads)
     return {
         "vocab_size": read("vocab_size", vocab_size),
@@ -44,15 +50,17 @@ def read_sizes(
         "head_dim": read("head_dim", head_dim) or d_model // n_heads,
         "d_mlp": read("intermediate_size", d_mlp),
         "max_positions": read("max_position_embeddings", max_positions),
-        "norm_eps": read("rms_norm_eps", norm_eps),
+        "norm_eps": read(norm_key, norm_eps) if norm_key else norm_eps,
         "tied_embeddings": read("tie_word_embeddings", tied),
-        "initializer_range": read("initializer_range", 0.02),
+        "initializer_range": read("initializer_range", initializer_range),
         "bos_token_id": read.token_id("bos_token_id", bos),
         "eos_token_ids": read.token_ids("eos_token_id", eos),
     }
 
 
-def sizes_to_hf(config: TransformerConfig, model_type: str, architecture: str) -> dict[str, Any]:
+def sizes_to_hf(
+    config: TransformerConfig, model_type: str, architecture: str, norm_key: str = "rms_norm_eps"
+) -> dict[str, Any]:
     """The inverse of :func:`read_sizes`, with activation and rotation."""
     return {
         "architectures": [architecture],
@@ -65,7 +73,7 @@ def sizes_to_hf(config: TransformerConfig, model_type: str, architecture: str) -
         "head_dim": config.head_dim,
         "intermediate_size": config.d_mlp,
         "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_eps,
+        **({norm_key: config.norm_eps} if norm_key else {}),
         "hidden_act": activation_to_hf(config.activation),
         "tie_word_embeddings": config.tied_embeddings,
         "initializer_range": config.initializer_range,
@@ -97,13 +105,14 @@ def bias_row(name: str, dims: str, hf_name: str) -> ParamRow:
     return layer_row(name, dims, hf_name, "same", "zeros")
 
 
-def end_rows(config: TransformerConfig) -> list[ParamRow]:
+def end_rows(config: TransformerConfig, *, norm_bias: bool = False) -> list[ParamRow]:
     """Embedding, final norm, output head."""
-    norm_init = "zeros" if config.norm_offset else "ones"
-    rows = [
-        ParamRow(("embedding",), "VD", "model.embed_tokens.weight", "same"),
-        ParamRow(("final_norm",), "D", "model.norm.weight", "same", norm_init),
-    ]
+    rows = [ParamRow(("embedding",), "VD", "model.embed_tokens.weight", "same")]
+    if config.norm_weights:
+        init = "zeros" if config.norm_offset else "ones"
+        rows.append(ParamRow(("final_norm",), "D", "model.norm.weight", "same", init))
+    if norm_bias:
+        rows.append(ParamRow(("final_norm_bias",), "D", "model.norm.bias", "same", "zeros"))
     return rows if config.tied_embeddings else [*rows, head_row()]
 
 
@@ -111,11 +120,14 @@ def head_row(hf_name: str = "lm_head.weight") -> ParamRow:
     return ParamRow(("output_head",), "DV", hf_name)
 
 
-def pre_norm_rows() -> list[ParamRow]:
-    return [
-        norm_row("attention_norm", "input_layernorm"),
-        norm_row("mlp_norm", "post_attention_layernorm"),
-    ]
+def pre_norm_rows(*, init: str = "ones", bias: bool = False) -> list[ParamRow]:
+    names = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    rows = [norm_row(ours, theirs, init=init) for ours, theirs in names.items()]
+    if bias:
+        rows += [
+            bias_row(f"{ours}_bias", "D", f"{LAYER}{theirs}.bias") for ours, theirs in names.items()
+        ]
+    return rows
 
 
 def attention_rows(*, qkv_bias: bool = False, out_bias: bool = False) -> list[ParamRow]:
