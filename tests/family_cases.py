@@ -151,6 +151,15 @@ CASES = {
     "gpt_oss: no attention bias, whole": Case(
         "gpt_oss", {"attention_bias": False, "layer_types": ["full_attention"] * 3}
     ),
+    "phi: no norms of queries and keys, tied": Case(
+        "phi",
+        {
+            "qk_layernorm": False,
+            "tie_word_embeddings": True,
+            "partial_rotary_factor": 1.0,
+            "hidden_act": "relu",
+        },
+    ),
 }
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

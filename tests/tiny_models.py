@@ -70,6 +70,7 @@ _TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"moe_intermediate_size": 24, "head_dim": 12, **_EXPERTS},
     "gpt_oss": {"head_dim": 12, "sliding_window": WINDOW, "swiglu_limit": 0.5}
     | {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": _YARN},
+    "phi": {"layer_norm_eps": 1e-3, "qk_layernorm": True},
 }
 # Families whose keys are not Llama's; others ignore or refuse them.
 _OWN_KEYS = {
@@ -77,6 +78,7 @@ _OWN_KEYS = {
     "gpt_neo": {"vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"},
     "gpt_neox": TINY.keys() - {"num_key_value_heads", "rms_norm_eps"},
     "starcoder2": TINY.keys() - {"rms_norm_eps"},
+    "phi": TINY.keys() - {"rms_norm_eps"},
 }
 _ALWAYS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 _SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")

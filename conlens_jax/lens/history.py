@@ -147,7 +147,7 @@ def _backward(spec, residuals, state_bar_BTD):
     if "position_embedding" in base_bar:
         in_order = jnp.sum(x_bar, axis=0).astype(table_VD.dtype)
         base_bar["position_embedding"] = base_bar["position_embedding"].at[:length].add(in_order)
-    base_bar |= {"layers": layers_bar, **head_bar.norm}
+    base_bar |= {"layers": layers_bar, **head_bar.rows}
     decoder_bar = decoder_bar._replace(base=base_bar, head_DV=head_bar.matrix_DV)
     return decoder_bar, activation_bar, None, None, None, None
 

@@ -115,7 +115,8 @@ def layer_output(
     between_BSD = x_BSD + written_BSD
     read_BSD = x_BSD if config.parallel_residual else between_BSD
     if config.pre_norms:
-        read_BSD = apply_norm(read_BSD, weights, "mlp_norm", config)
+        name = "attention_norm" if config.shared_norm else "mlp_norm"
+        read_BSD = apply_norm(read_BSD, weights, name, config)
     written_BSD = (mix_experts if config.n_experts else mlp)(read_BSD, products, config)
     if config.post_norms:
         written_BSD = apply_norm(written_BSD, weights, "mlp_post_norm", config)

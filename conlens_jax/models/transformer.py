@@ -49,6 +49,8 @@ class Patches(NamedTuple):
     at: Int[Array, ""]
 
 
+# What the head has besides its matrix.
+HEAD_ROWS = ("final_norm", "final_norm_bias", "output_head_bias")
 # What ``model.remat`` saves of a layer for the backward pass; "none" saves everything.
 REMAT_POLICIES = {
     "full": None,
@@ -176,10 +178,11 @@ class Head:
     """From the state after the last layer to logits.
 
     Attributes:
-      norm: the rows ``final_norm`` and (of a layer norm) ``final_norm_bias`` of the table.
+      rows: the rows ``final_norm``, ``final_norm_bias`` (of a layer norm) and
+        ``output_head_bias`` of the table, those that the model has.
     """
 
-    norm: Params
+    rows: Params
     matrix_DV: Matrix
     config: TransformerConfig = flax.struct.field(pytree_node=False)
 
@@ -189,8 +192,11 @@ class Head:
 
     def logits(self, state: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """fp32."""
-        normed = apply_norm(state, self.norm, "final_norm", self.config)
+        normed = apply_norm(state, self.rows, "final_norm", self.config)
         logits = matmul(normed, self.matrix_DV).astype(jnp.float32)
+        if "output_head_bias" in self.rows:
+            bias_V = self.rows["output_head_bias"].astype(jnp.float32)
+            logits = logits + jax.lax.broadcast_to_rank(bias_V, logits.ndim)
         if logits.ndim > 1:
             logits = constrain(logits, "B" + "T" * (logits.ndim - 2) + "V")
         cap = self.config.final_soft_cap
@@ -198,9 +204,9 @@ class Head:
 
 
 def head_of(params: Params, config: TransformerConfig, matrix_DV: Matrix | None = None) -> Head:
-    """The model's head, or its norm with another matrix."""
-    norm = {name: params[name] for name in ("final_norm", "final_norm_bias") if name in params}
-    return Head(norm, output_head(params) if matrix_DV is None else matrix_DV, config)
+    """The model's head, or its norm and bias with another matrix."""
+    rows = {name: params[name] for name in HEAD_ROWS if name in params}
+    return Head(rows, output_head(params) if matrix_DV is None else matrix_DV, config)
 
 
 def unembed(

@@ -70,6 +70,7 @@ class TransformerConfig:
         all heads together.
       qkv_clip: queries, keys and values are clipped to ± this; 0: they are not.
       parallel_residual: the MLP's input is attention's input, without attention's output.
+      shared_norm: then also its norm: there is one norm at the input of both.
       gated_mlp: act(gate) · up, otherwise act(up).
       swiglu_limit: 0, or gpt-oss's gate: both halves clamped at this, and (up + 1) in place of up.
       swiglu_alpha: inner factor of that gate's sigmoid.
@@ -109,6 +110,7 @@ class TransformerConfig:
     qk_norm: str = ""
     qkv_clip: float = 0.0
     parallel_residual: bool = False
+    shared_norm: bool = False
     activation: str = "silu"
     gated_mlp: bool = True
     swiglu_limit: float = 0.0

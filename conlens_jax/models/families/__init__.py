@@ -24,6 +24,7 @@ from conlens_jax.models.families import (
     mistral,
     mixtral,
     olmo2,
+    phi,
     phi3,
     qwen2,
     qwen3,
@@ -49,6 +50,7 @@ _MODULES = (
     gpt_oss,
     gemma,
     starcoder2,
+    phi,
 )
 FAMILIES: dict[str, ModuleType] = {module.MODEL_TYPE: module for module in _MODULES}
 # A family may read files of several types; it writes the first.

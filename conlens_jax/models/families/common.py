@@ -105,6 +105,12 @@ def bias_row(name: str, dims: str, hf_name: str) -> ParamRow:
     return layer_row(name, dims, hf_name, "same", "zeros")
 
 
+def layer_norm_rows(name: str, hf_name: str, dims: str = "D") -> list[ParamRow]:
+    """Weight and bias of a layer norm; ``hf_name`` is the whole name without the last part."""
+    weight = layer_row(name, dims, hf_name + ".weight", "same", "ones")
+    return [weight, bias_row(name + "_bias", dims, hf_name + ".bias")]
+
+
 def end_rows(config: TransformerConfig, *, norm_bias: bool = False) -> list[ParamRow]:
     """Embedding, final norm, output head."""
     rows = [ParamRow(("embedding",), "VD", "model.embed_tokens.weight", "same")]
@@ -120,6 +126,20 @@ def head_row(hf_name: str = "lm_head.weight") -> ParamRow:
     return ParamRow(("output_head",), "DV", hf_name)
 
 
+def layer_normed_end_rows(
+    config: TransformerConfig, embedding: str, final_norm: str, *, head_bias: bool = False
+) -> list[ParamRow]:
+    """Embedding, final layer norm, output head; whole names without the last part."""
+    rows = [
+        ParamRow(("embedding",), "VD", embedding + ".weight", "same"),
+        ParamRow(("final_norm",), "D", final_norm + ".weight", "same", "ones"),
+        ParamRow(("final_norm_bias",), "D", final_norm + ".bias", "same", "zeros"),
+    ]
+    if head_bias:
+        rows.append(ParamRow(("output_head_bias",), "V", "lm_head.bias", "same", "zeros"))
+    return rows if config.tied_embeddings else [*rows, head_row()]
+
+
 def pre_norm_rows(*, init: str = "ones", bias: bool = False) -> list[ParamRow]:
     names = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     rows = [norm_row(ours, theirs, init=init) for ours, theirs in names.items()]
@@ -130,17 +150,26 @@ def pre_norm_rows(*, init: str = "ones", bias: bool = False) -> list[ParamRow]:
     return rows
 
 
-def attention_rows(*, qkv_bias: bool = False, out_bias: bool = False) -> list[ParamRow]:
-    name = LAYER + "self_attn.{projection}_proj."
-    parts = {"query": ("q", "HX"), "key": ("k", "KX"), "value": ("v", "KX")}
-    weight = lambda letter: name.replace("{projection}", letter) + "weight"
-    bias = lambda letter: name.replace("{projection}", letter) + "bias"
-    rows = [layer_row(part, "D" + dims, weight(q)) for part, (q, dims) in parts.items()]
-    rows.append(layer_row("attention_out", "HXD", weight("o"), "linear", "residual"))
+def attention_rows(
+    *,
+    qkv_bias: bool = False,
+    out_bias: bool = False,
+    within: str = LAYER + "self_attn.",
+    out: str = "o_proj",
+) -> list[ParamRow]:
+    """Separate projections.
+
+    Args:
+      within, out: how the names of attention's tensors begin, and that of its output projection.
+    """
+    parts = {"query": ("q_proj", "HX"), "key": ("k_proj", "KX"), "value": ("v_proj", "KX")}
+    weight, bias = (lambda name, kind=kind: f"{within}{name}.{kind}" for kind in ("weight", "bias"))
+    rows = [layer_row(part, "D" + dims, weight(name)) for part, (name, dims) in parts.items()]
+    rows.append(layer_row("attention_out", "HXD", weight(out), "linear", "residual"))
     if qkv_bias:
-        rows += [bias_row(part + "_bias", dims, bias(q)) for part, (q, dims) in parts.items()]
+        rows += [bias_row(part + "_bias", dims, bias(name)) for part, (name, dims) in parts.items()]
     if out_bias:
-        rows.append(bias_row("attention_out_bias", "D", bias("o")))
+        rows.append(bias_row("attention_out_bias", "D", bias(out)))
     return rows
 
 
@@ -149,6 +178,17 @@ def qk_norm_rows(query_dims: str, key_dims: str, init: str = "ones") -> list[Par
         norm_row("query_norm", "self_attn.q_norm", query_dims, init),
         norm_row("key_norm", "self_attn.k_norm", key_dims, init),
     ]
+
+
+def plain_mlp_rows(up: str, down: str, *, bias: bool) -> list[ParamRow]:
+    """An MLP without a gate; ``up`` and ``down`` are whole names without the last part."""
+    rows = [
+        layer_row("up", "DF", up + ".weight"),
+        layer_row("down", "FD", down + ".weight", "linear", "residual"),
+    ]
+    if bias:
+        rows += [bias_row("up_bias", "F", up + ".bias"), bias_row("down_bias", "D", down + ".bias")]
+    return rows
 
 
 def gated_mlp_rows(*, bias: bool = False) -> list[ParamRow]:
