@@ -160,6 +160,9 @@ CASES = {
             "hidden_act": "relu",
         },
     ),
+    "gptj: whole heads, tied": Case(
+        "gptj", {"rotary_dim": 8, "n_inner": None, "tie_word_embeddings": True}
+    ),
 }
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -125,7 +125,7 @@ _NOT_SWITCHES = {
     *("family", "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_mlp"),
     *("max_positions", "tied_embeddings", "attention_bias", "mlp_bias", "initializer_range"),
     *("bos_token_id", "eos_token_ids", "dtype", "unroll", "remat", "attention", "n_experts"),
-    *("gated_mlp", "pre_norms", "learned_positions", "experts_per_token"),
+    *("gated_mlp", "pre_norms", "learned_positions", "experts_per_token", "shared_norm"),
     # Seen in 16 bits only.
     "norm_in_fp32",
 }

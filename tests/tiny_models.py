@@ -71,6 +71,7 @@ _TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"head_dim": 12, "sliding_window": WINDOW, "swiglu_limit": 0.5}
     | {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": _YARN},
     "phi": {"layer_norm_eps": 1e-3, "qk_layernorm": True},
+    "gptj": {"n_positions": 64, "layer_norm_epsilon": 1e-3, "rotary_dim": 6, **_GPT2},
 }
 # Families whose keys are not Llama's; others ignore or refuse them.
 _OWN_KEYS = {
@@ -79,6 +80,7 @@ _OWN_KEYS = {
     "gpt_neox": TINY.keys() - {"num_key_value_heads", "rms_norm_eps"},
     "starcoder2": TINY.keys() - {"rms_norm_eps"},
     "phi": TINY.keys() - {"rms_norm_eps"},
+    "gptj": set(),
 }
 _ALWAYS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 _SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")

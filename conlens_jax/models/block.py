@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -96,7 +97,10 @@ def attention_inputs(
         query = apply_norm(query, weights, "query_norm", config, n_dims)
         key = apply_norm(key, weights, "key_norm", config, n_dims)
     if rotation is not None:
-        query, key = rope.rotate(query, rotation), rope.rotate(key, rotation)
+        rotate = functools.partial(
+            rope.rotate, rotation=rotation, interleaved=config.rope.interleaved
+        )
+        query, key = rotate(query), rotate(key)
     query = heads_first(query, config.n_kv_heads)
     return query, key_heads_first(key), key_heads_first(value)
 

@@ -36,14 +36,20 @@ def rotations(
 
 
 def rotate(
-    x_BSHX: Float[Array, "B S H X"], rotation: tuple[Array, Array]
+    x_BSHX: Float[Array, "B S H X"], rotation: tuple[Array, Array], interleaved: bool = False
 ) -> Float[Array, "B S H X"]:
     """Rotates the pairs (x_i, x_{i + R/2}) of the first R entries of a head, Hugging Face's
-    order, in fp32."""
+    order, or (``interleaved``) the pairs (x_{2i}, x_{2i + 1}), in fp32."""
     cos, sin = rotation
     width = 2 * cos.shape[-1]
-    first, second = jnp.split(x_BSHX[..., :width].astype(jnp.float32), 2, axis=-1)
+    turned = x_BSHX[..., :width].astype(jnp.float32)
+    if interleaved:
+        first, second = turned[..., ::2], turned[..., 1::2]
+    else:
+        first, second = jnp.split(turned, 2, axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]
+    if interleaved:
+        rotated = [jnp.stack(rotated, axis=-1).reshape(turned.shape)]
     if width < x_BSHX.shape[-1]:
         rotated.append(x_BSHX[..., width:].astype(jnp.float32))
     return jnp.concatenate(rotated, axis=-1).astype(x_BSHX.dtype)

@@ -26,6 +26,8 @@ class RopeConfig:
         Face's default for the factor.
       short_factors, long_factors: of ``longrope``, one per frequency.
       fraction: the share of a head that is rotated, its first entries.
+      interleaved: neighbours are rotated together, instead of an entry of the first half and one
+        of the second.
     """
 
     kind: str = "default"
@@ -41,6 +43,7 @@ class RopeConfig:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
     fraction: float = 1.0
+    interleaved: bool = False
 
 
 class LayerKind(NamedTuple):

@@ -20,6 +20,7 @@ from conlens_jax.models.families import (
     gpt_neo,
     gpt_neox,
     gpt_oss,
+    gptj,
     llama,
     mistral,
     mixtral,
@@ -51,6 +52,7 @@ _MODULES = (
     gemma,
     starcoder2,
     phi,
+    gptj,
 )
 FAMILIES: dict[str, ModuleType] = {module.MODEL_TYPE: module for module in _MODULES}
 # A family may read files of several types; it writes the first.

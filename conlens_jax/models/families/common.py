@@ -6,6 +6,7 @@ its own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from conlens_jax.models.hf_config import HFConfigReader, activation_to_hf, token_ids_to_hf
@@ -22,7 +23,7 @@ def read_sizes(
     *,
     vocab_size: int,
     d_model: int,
-    d_mlp: int,
+    d_mlp: int | None,
     n_layers: int,
     n_heads: int,
     n_kv_heads: int | None,
@@ -48,7 +49,7 @@ def read_sizes(
         "n_heads": n_heads,
         "n_kv_heads": read("num_key_value_heads", n_kv_heads) or n_heads,
         "head_dim": read("head_dim", head_dim) or d_model // n_heads,
-        "d_mlp": read("intermediate_size", d_mlp),
+        "d_mlp": read("intermediate_size", d_mlp) or 4 * d_model,
         "max_positions": read("max_position_embeddings", max_positions),
         "norm_eps": read(norm_key, norm_eps) if norm_key else norm_eps,
         "tied_embeddings": read("tie_word_embeddings", tied),
@@ -59,10 +60,15 @@ def read_sizes(
 
 
 def sizes_to_hf(
-    config: TransformerConfig, model_type: str, architecture: str, norm_key: str = "rms_norm_eps"
+    config: TransformerConfig,
+    model_type: str,
+    architecture: str,
+    norm_key: str = "rms_norm_eps",
+    names: Mapping[str, str | None] | None = None,
 ) -> dict[str, Any]:
-    """The inverse of :func:`read_sizes`, with activation and rotation."""
-    return {
+    """The inverse of :func:`read_sizes`, with activation and rotation; ``names`` as in
+    :class:`~conlens_jax.models.hf_config.HFConfigReader`."""
+    values = {
         "architectures": [architecture],
         "model_type": model_type,
         "vocab_size": config.vocab_size,
@@ -77,12 +83,14 @@ def sizes_to_hf(
         "hidden_act": activation_to_hf(config.activation),
         "tie_word_embeddings": config.tied_embeddings,
         "initializer_range": config.initializer_range,
-        "rope_parameters": rope_to_hf(config.rope),
-        "rope_theta": config.rope.theta,
+        "rope_parameters": rope_to_hf(config.rope) if config.rope else None,
+        "rope_theta": config.rope.theta if config.rope else None,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": token_ids_to_hf(config.eos_token_ids),
         "dtype": config.dtype,
     }
+    own = {key: (names or {}).get(key, key) for key in values}
+    return {own[key]: value for key, value in values.items() if own[key] is not None}
 
 
 def layer_row(
