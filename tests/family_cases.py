@@ -163,6 +163,10 @@ CASES = {
     "gptj: whole heads, tied": Case(
         "gptj", {"rotary_dim": 8, "n_inner": None, "tie_word_embeddings": True}
     ),
+    "glm4: no biases, whole heads, tied": Case(
+        "glm4",
+        {"attention_bias": False, "partial_rotary_factor": 1.0, "tie_word_embeddings": True},
+    ),
 }
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

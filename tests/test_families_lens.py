@@ -28,7 +28,7 @@ LOSS = LossConfig(
 TAU = 0.5
 # One family a kind of network, with its head tied as in the published models: learned positions and
 # layer norms; a parallel residual; soft caps; two rotations and windows; norms behind; experts and
-# sinks; a shared norm, layer norms of queries and keys, a bias at the head.
+# sinks; a shared norm, layer norms of queries and keys, a bias at the head; neighbours rotated.
 KINDS = {
     "gpt2": True,
     "gpt_neox": False,
@@ -37,6 +37,7 @@ KINDS = {
     "olmo2": False,
     "gpt_oss": False,
     "phi": False,
+    "glm4": False,
 }
 
 

@@ -72,6 +72,8 @@ _TINY_FAMILIES: dict[str, dict[str, Any]] = {
     | {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": _YARN},
     "phi": {"layer_norm_eps": 1e-3, "qk_layernorm": True},
     "gptj": {"n_positions": 64, "layer_norm_epsilon": 1e-3, "rotary_dim": 6, **_GPT2},
+    "glm": {"head_dim": 12},
+    "glm4": {"head_dim": 12},
 }
 # Families whose keys are not Llama's; others ignore or refuse them.
 _OWN_KEYS = {

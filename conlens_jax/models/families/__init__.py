@@ -16,6 +16,8 @@ from conlens_jax.models.families import (
     gemma,
     gemma2,
     gemma3,
+    glm,
+    glm4,
     gpt2,
     gpt_neo,
     gpt_neox,
@@ -53,6 +55,8 @@ _MODULES = (
     starcoder2,
     phi,
     gptj,
+    glm,
+    glm4,
 )
 FAMILIES: dict[str, ModuleType] = {module.MODEL_TYPE: module for module in _MODULES}
 # A family may read files of several types; it writes the first.

@@ -188,6 +188,16 @@ def qk_norm_rows(query_dims: str, key_dims: str, init: str = "ones") -> list[Par
     ]
 
 
+def fused_mlp_rows() -> list[ParamRow]:
+    """An MLP whose file joins gate and up in one tensor."""
+    joined, halves = LAYER + "mlp.gate_up_proj.weight", ("F", "F")
+    return [
+        layer_row("gate", "DF", joined, piece=Piece(0, halves)),
+        layer_row("up", "DF", joined, piece=Piece(1, halves)),
+        layer_row("down", "FD", LAYER + "mlp.down_proj.weight", "linear", "residual"),
+    ]
+
+
 def plain_mlp_rows(up: str, down: str, *, bias: bool) -> list[ParamRow]:
     """An MLP without a gate; ``up`` and ``down`` are whole names without the last part."""
     rows = [
