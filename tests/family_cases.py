@@ -167,6 +167,15 @@ CASES = {
         "glm4",
         {"attention_bias": False, "partial_rotary_factor": 1.0, "tie_word_embeddings": True},
     ),
+    "opt: no biases, norms without weights, gelu, tied": Case(
+        "opt",
+        {
+            "enable_bias": False,
+            "layer_norm_elementwise_affine": False,
+            "activation_function": "gelu",
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -28,7 +28,8 @@ LOSS = LossConfig(
 TAU = 0.5
 # One family a kind of network, with its head tied as in the published models: learned positions and
 # layer norms; a parallel residual; soft caps; two rotations and windows; norms behind; experts and
-# sinks; a shared norm, layer norms of queries and keys, a bias at the head; neighbours rotated.
+# sinks; a shared norm, layer norms of queries and keys, a bias at the head; neighbours rotated;
+# positions from row 2 on.
 KINDS = {
     "gpt2": True,
     "gpt_neox": False,
@@ -38,6 +39,7 @@ KINDS = {
     "gpt_oss": False,
     "phi": False,
     "glm4": False,
+    "opt": True,
 }
 
 

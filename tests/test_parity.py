@@ -69,7 +69,7 @@ def padded_rows() -> tuple[np.ndarray, np.ndarray]:
 def block_by_block(params, embeddings, mask, *, config):
     """The output of every block, each run by itself as a part of the stack."""
     positions, states = positions_of(mask), []
-    x = add_position_embeddings(params, embeddings, positions)
+    x = add_position_embeddings(params, embeddings, positions, config)
     for number in range(config.n_layers):
         block = slice_layers(params["layers"], number, number + 1)
         x, _ = run_layers(block, x, positions, config=config)
@@ -126,6 +126,7 @@ _NOT_SWITCHES = {
     *("max_positions", "tied_embeddings", "attention_bias", "mlp_bias", "initializer_range"),
     *("bos_token_id", "eos_token_ids", "dtype", "unroll", "remat", "attention", "n_experts"),
     *("gated_mlp", "pre_norms", "learned_positions", "experts_per_token", "shared_norm"),
+    "position_offset",
     # Seen in 16 bits only.
     "norm_in_fp32",
 }

@@ -81,7 +81,8 @@ def replaced(params, tokens, mask, indices, vector, layer, config):
     Where ``layer`` is an array, one compiled function serves all layers.
     """
     rows, captured = jnp.arange(len(tokens)), None
-    x = add_position_embeddings(params, embed_tokens(params, tokens, config), positions_of(mask))
+    x = embed_tokens(params, tokens, config)
+    x = add_position_embeddings(params, x, positions_of(mask), config)
     for number in range(config.n_layers):
         block = slice_layers(params["layers"], number, number + 1)
         x, _ = run_layers(block, x, positions_of(mask), config=config)

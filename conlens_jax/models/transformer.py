@@ -156,13 +156,16 @@ def scale_embeddings(rows: Float[Array, "*B D"], config: TransformerConfig) -> F
 
 
 def add_position_embeddings(
-    params: Params, embeddings_BSD: Float[Array, "B S D"], positions_BS: Int[Array, "B S"]
+    params: Params,
+    embeddings_BSD: Float[Array, "B S D"],
+    positions_BS: Int[Array, "B S"],
+    config: TransformerConfig,
 ) -> Float[Array, "B S D"]:
     """The residual stream at the input of the first layer: embeddings, and the vectors of their
     positions if the model has learned ones. Positions beyond its table give NaN."""
     if "position_embedding" not in params:
         return embeddings_BSD
-    rows_BS = jnp.where(positions_BS == NO_POSITION, 0, positions_BS)
+    rows_BS = jnp.where(positions_BS == NO_POSITION, 0, positions_BS) + config.position_offset
     vectors_BSD = jnp.take(params["position_embedding"], rows_BS, axis=0)
     return embeddings_BSD + vectors_BSD.astype(embeddings_BSD.dtype)
 
@@ -225,7 +228,8 @@ def forward(
 ) -> Float[Array, "B S V"]:
     """Logits of whole sequences: the plain path that everything faster is tested against."""
     positions_BS = all_positions(*tokens_BS.shape) if mask_BS is None else positions_of(mask_BS)
-    x_BSD = add_position_embeddings(params, embed_tokens(params, tokens_BS, config), positions_BS)
+    x_BSD = embed_tokens(params, tokens_BS, config)
+    x_BSD = add_position_embeddings(params, x_BSD, positions_BS, config)
     x_BSD, _ = run_layers(params["layers"], x_BSD, positions_BS, config=config)
     return unembed(params, x_BSD, config=config)
 
@@ -242,7 +246,8 @@ def capture(
     position; of several layers, [B, n, S, D]. No block after the last of them is run."""
     wanted = (layer,) if isinstance(layer, int) else layer
     positions_BS = positions_of(mask_BS)
-    x_BSD = add_position_embeddings(params, embed_tokens(params, tokens_BS, config), positions_BS)
+    x_BSD = embed_tokens(params, tokens_BS, config)
+    x_BSD = add_position_embeddings(params, x_BSD, positions_BS, config)
     captured, start = {}, 0
     for last in sorted(set(wanted)):
         layers = slice_layers(params["layers"], start, last + 1)

@@ -81,6 +81,7 @@ class TransformerConfig:
       router_normalized: the chosen experts' weights sum to 1.
       embedding_scale: factor of token embeddings, rounded to ``dtype``.
       learned_positions: a table of position vectors is added to the embeddings.
+      position_offset: the row of position 0 in that table; those before it are not used.
       rope: of all layers, or (with ``local_rope``) of those without a window.
       windows: of each layer (see :class:`LayerKind`), or empty if no layer has one.
       attention_scale: factor of ⟨q, k⟩; 0: 1/√head_dim.
@@ -124,6 +125,7 @@ class TransformerConfig:
     embedding_scale: float = 1.0
     tied_embeddings: bool = False
     learned_positions: bool = False
+    position_offset: int = 0
     rope: RopeConfig | None = RopeConfig()
     local_rope: RopeConfig | None = None
     windows: tuple[int, ...] = ()
@@ -151,7 +153,7 @@ class TransformerConfig:
         """Size of each dimension letter of a parameter."""
         return {
             "V": self.vocab_size,
-            "P": self.max_positions,
+            "P": self.max_positions + self.position_offset,
             "D": self.d_model,
             "N": self.n_layers,
             "H": self.n_heads,

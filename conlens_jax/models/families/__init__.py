@@ -27,6 +27,7 @@ from conlens_jax.models.families import (
     mistral,
     mixtral,
     olmo2,
+    opt,
     phi,
     phi3,
     qwen2,
@@ -57,6 +58,7 @@ _MODULES = (
     gptj,
     glm,
     glm4,
+    opt,
 )
 FAMILIES: dict[str, ModuleType] = {module.MODEL_TYPE: module for module in _MODULES}
 # A family may read files of several types; it writes the first.
