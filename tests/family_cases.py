@@ -140,7 +140,13 @@ CASES = {
     "starcoder2: no biases, no window": Case(
         "starcoder2", {"use_bias": False, "sliding_window": None, "tie_word_embeddings": False}
     ),
+    "olmo: biases, unclipped, tied": Case(
+        "olmo", {"attention_bias": True, "clip_qkv": None, "tie_word_embeddings": True}
+    ),
     "olmo2: biases, tied": Case("olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
+    "olmo3: all windows, one rotation, biases": Case(
+        "olmo3", {"layer_types": None, "rope_parameters": None, "attention_bias": True}
+    ),
     "mixtral: window, one expert": Case(
         "mixtral", {"sliding_window": WINDOW, "num_experts_per_tok": 1}
     ),

@@ -36,6 +36,7 @@ KINDS = {
     "gemma2": True,
     "gemma3_text": True,
     "olmo2": False,
+    "olmo": False,
     "gpt_oss": False,
     "phi": False,
     "glm4": False,

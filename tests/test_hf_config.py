@@ -10,6 +10,8 @@ from tiny_models import tiny_config, tiny_values
 
 from conlens_jax.models.families import config_from_hf, family_of
 
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
 
 def through_json(values):
     return json.loads(json.dumps(values))
@@ -111,6 +113,16 @@ def test_what_is_not_supported_is_named(family, changes, message):
                     "rope_theta": 500.0,
                     "short_factor": [1.0] * 4,
                     "long_factor": [2.0] * 4,
+                }
+            },
+        ),
+        (
+            "olmo3",
+            {"rope_parameters": None, "rope_scaling": _YARN, "rope_theta": 500.0},
+            {
+                "rope_parameters": {
+                    "full_attention": _YARN | {"rope_theta": 500.0},
+                    "sliding_attention": {"rope_theta": 500.0},
                 }
             },
         ),

@@ -126,6 +126,7 @@ _NOT_SWITCHES = {
     *("max_positions", "tied_embeddings", "attention_bias", "mlp_bias", "initializer_range"),
     *("bos_token_id", "eos_token_ids", "dtype", "unroll", "remat", "attention", "n_experts"),
     *("gated_mlp", "pre_norms", "learned_positions", "experts_per_token", "shared_norm"),
+    "norm_weights",
     "position_offset",
     # Seen in 16 bits only.
     "norm_in_fp32",

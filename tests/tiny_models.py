@@ -42,6 +42,10 @@ _YARN = {
     "original_max_position_embeddings": 16,
     "truncate": False,
 }
+_ROPE_BY_TYPE = {
+    "full_attention": _YARN,
+    "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+}
 _EXPERTS = {"num_experts_per_tok": 2, "num_experts": 4}
 _GPT2 = {"vocab_size": 48, "n_embd": 32, "n_inner": 40, "n_layer": 3, "n_head": 4}
 _ATTENTION_TYPES = [[["global", "local"], 1], [["global"], 1]]
@@ -65,7 +69,10 @@ _TINY_FAMILIES: dict[str, dict[str, Any]] = {
     | {"sliding_window_pattern": 2, "tie_word_embeddings": True},
     "starcoder2": {"sliding_window": WINDOW, "norm_epsilon": 1e-3},
     "phi3": {"sliding_window": WINDOW},
+    "olmo": {"clip_qkv": 0.3},
     "olmo2": {},
+    "olmo3": {"sliding_window": WINDOW, "rope_parameters": _ROPE_BY_TYPE}
+    | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"moe_intermediate_size": 24, "head_dim": 12, **_EXPERTS},
     "gpt_oss": {"head_dim": 12, "sliding_window": WINDOW, "swiglu_limit": 0.5}
@@ -82,6 +89,7 @@ _OWN_KEYS = {
     "gpt_neo": {"vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"},
     "gpt_neox": TINY.keys() - {"num_key_value_heads", "rms_norm_eps"},
     "starcoder2": TINY.keys() - {"rms_norm_eps"},
+    "olmo": TINY.keys() - {"rms_norm_eps"},
     "phi": TINY.keys() - {"rms_norm_eps"},
     "gptj": set(),
     "opt": TINY.keys() - {"intermediate_size", "num_key_value_heads", "rms_norm_eps"},

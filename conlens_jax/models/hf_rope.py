@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from conlens_jax.models.hf_config import HFConfigReader
-from conlens_jax.models.transformer_config import RopeConfig
+from conlens_jax.models.hf_config import FULL, SLIDING, HFConfigReader
+from conlens_jax.models.transformer_config import RopeConfig, TransformerConfig
 
 _KEYS = {
     "default": set(),
@@ -72,6 +72,27 @@ def read_rope(
     return parse_rope(read, given, max_positions, partial=fraction is not None)
 
 
+def read_ropes(
+    read: HFConfigReader, max_positions: int, *, theta: float, local_theta: float | None = None
+) -> tuple[RopeConfig, RopeConfig]:
+    """The rotations of layers without a window and of those with one. A scaling outside
+    ``rope_parameters`` is that of the layers without.
+
+    Args:
+      theta: default of the former.
+      local_theta: of the latter where ``rope_parameters`` has none; None: that of the former.
+    """
+    given = read("rope_parameters", None) or {}
+    whole, local = dict(given.get(FULL) or {}), dict(given.get(SLIDING) or {})
+    if given and not (whole or local):
+        read.problems.append(f"rope_parameters={given!r} must have {FULL!r} and {SLIDING!r}")
+    whole |= read("rope_scaling", None) or {}
+    theta = read("rope_theta", None) or theta
+    whole.setdefault("rope_theta", theta)
+    local.setdefault("rope_theta", local_theta or theta)
+    return parse_rope(read, whole, max_positions), parse_rope(read, local, max_positions)
+
+
 def parse_rope(
     read: HFConfigReader, given: Mapping[str, Any], max_positions: int, *, partial: bool = False
 ) -> RopeConfig:
@@ -108,6 +129,11 @@ def parse_rope(
         long_factors=tuple(map(float, given.get("long_factor", ()))),
         fraction=fraction,
     )
+
+
+def ropes_to_hf(config: TransformerConfig) -> dict[str, Any]:
+    """``rope_parameters`` of a family with a rotation for each kind of layer."""
+    return {FULL: rope_to_hf(config.rope), SLIDING: rope_to_hf(config.local_rope)}
 
 
 def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
