@@ -36,7 +36,6 @@ KINDS = {
     "gemma2": True,
     "gemma3_text": True,
     "olmo2": False,
-    "olmo": False,
     "gpt_oss": False,
     "phi": False,
     "glm4": False,
