@@ -137,6 +137,14 @@ CASES = {
     "phi3: partial rotation": Case(
         "phi3", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}
     ),
+    "smollm3: by the interval, biases": Case(
+        "smollm3",
+        {"no_rope_layers": None, "no_rope_layer_interval": 2, "layer_types": None}
+        | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "granite: biases, tied": Case(
+        "granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
+    ),
     "starcoder2: no biases, no window": Case(
         "starcoder2", {"use_bias": False, "sliding_window": None, "tie_word_embeddings": False}
     ),

@@ -67,6 +67,7 @@ def test_unknown_keys_are_listed_together(family):
         ("gemma2", {"layer_types": ["full_attention"]}, "layer_types"),
         ("gpt_oss", {"sliding_window": None}, "sliding_window=None"),
         ("gpt_neo", {"attention_types": [[["global"], 2]]}, "attention_types"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\] must have a number"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
         ("gpt2", {"activation_function": "mish"}, "activation_function='mish'"),
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),

@@ -67,6 +67,11 @@ _TINY_FAMILIES: dict[str, dict[str, Any]] = {
     | {"rms_norm_eps": 1e-2},
     "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": WINDOW}
     | {"sliding_window_pattern": 2, "tie_word_embeddings": True},
+    # The last two of three layers are not rotated; the middle one has a window besides.
+    "smollm3": {"no_rope_layers": [1, 0, 0], "use_sliding_window": True, "sliding_window": WINDOW}
+    | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.4}
+    | {"attention_multiplier": 0.3, "logits_scaling": 0.7},
     "starcoder2": {"sliding_window": WINDOW, "norm_epsilon": 1e-3},
     "phi3": {"sliding_window": WINDOW},
     "olmo": {"clip_qkv": 0.3},

@@ -116,7 +116,7 @@ def layer_output(
     written_BSD = products("bshx,hxd->bsd", attended_BSHX, "attention_out")
     if config.post_norms:
         written_BSD = apply_norm(written_BSD, weights, "attention_post_norm", config)
-    between_BSD = x_BSD + written_BSD
+    between_BSD = x_BSD + _scaled(written_BSD, config)
     read_BSD = x_BSD if config.parallel_residual else between_BSD
     if config.pre_norms:
         name = "attention_norm" if config.shared_norm else "mlp_norm"
@@ -124,4 +124,12 @@ def layer_output(
     written_BSD = (mix_experts if config.n_experts else mlp)(read_BSD, products, config)
     if config.post_norms:
         written_BSD = apply_norm(written_BSD, weights, "mlp_post_norm", config)
-    return between_BSD + written_BSD
+    return between_BSD + _scaled(written_BSD, config)
+
+
+def _scaled(written_BSD: Float[Array, "B S D"], config: TransformerConfig) -> Float[Array, "B S D"]:
+    """Times ``residual_scale``, rounded once as in transformers."""
+    if config.residual_scale == 1:
+        return written_BSD
+    scaled = written_BSD.astype(jnp.float32) * config.residual_scale
+    return scaled.astype(written_BSD.dtype)

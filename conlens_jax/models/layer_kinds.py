@@ -143,8 +143,10 @@ def seen_keys(
 
 
 def _rotation(kind: LayerKind, positions_BS: Array, config: TransformerConfig):
-    """cos and sin of the tokens' angles; padding has the angle of position 0."""
-    if kind.rope is None:
+    """cos and sin of the tokens' angles; padding has the angle of position 0. A layer without
+    rotation in a model that has some is rotated by 0, which changes no bit."""
+    if config.rope is None:
         return None
     valid_BS = jnp.where(positions_BS == NO_POSITION, 0, positions_BS)
-    return rope.rotations(valid_BS, kind.rope, config.head_dim)
+    cos, sin = rope.rotations(valid_BS, kind.rope or config.rope, config.head_dim)
+    return (cos, sin) if kind.rope else (jnp.ones_like(cos), jnp.zeros_like(sin))

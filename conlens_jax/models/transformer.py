@@ -6,9 +6,10 @@ be after the query's (nor too far before it, if the layer has a window), and unu
 :data:`NO_POSITION`.
 
 There are three kinds of input. :func:`embed_tokens` returns a token's embedding, scaled if the
-model scales it; Hugging Face calls this ``inputs_embeds``, and a vector that replaces a token is
-of this kind. :func:`add_position_embeddings` turns embeddings into the residual stream at the
-input of the first layer: it adds learned position embeddings, if the model has them.
+model scales it; Hugging Face calls this ``inputs_embeds`` (Granite's are unscaled), and a vector
+that replaces a token is of this kind. :func:`add_position_embeddings` turns embeddings into the
+residual stream at the input of the first layer: it adds learned position embeddings, if the model
+has them.
 :func:`run_layers` takes the residual stream at the input of the layers that it runs.
 """
 
@@ -202,6 +203,8 @@ class Head:
             logits = logits + jax.lax.broadcast_to_rank(bias_V, logits.ndim)
         if logits.ndim > 1:
             logits = constrain(logits, "B" + "T" * (logits.ndim - 2) + "V")
+        if self.config.logit_divisor != 1:
+            logits = logits / self.config.logit_divisor
         cap = self.config.final_soft_cap
         return cap * jnp.tanh(logits / cap) if cap else logits
 

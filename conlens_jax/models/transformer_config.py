@@ -80,13 +80,16 @@ class TransformerConfig:
       n_experts, experts_per_token: of a mixture of experts; 0: one MLP.
       router_normalized: the chosen experts' weights sum to 1.
       embedding_scale: factor of token embeddings, rounded to ``dtype``.
+      residual_scale: factor of what attention and MLP add to the residual stream.
       learned_positions: a table of position vectors is added to the embeddings.
       position_offset: the row of position 0 in that table; those before it are not used.
       rope: of all layers, or (with ``local_rope``) of those without a window.
+      rotated_layers: whether each layer is rotated, or empty if all are.
       windows: of each layer (see :class:`LayerKind`), or empty if no layer has one.
       attention_scale: factor of ⟨q, k⟩; 0: 1/√head_dim.
       scale_by_depth: layer i divides that by i + 1.
       attention_soft_cap, final_soft_cap: c in c·tanh(x / c), of scores and logits; 0: none.
+      logit_divisor: logits are divided by it, before the cap.
       attention_sinks: one logit per head that takes part in the softmax and has no value.
       eos_token_ids: each of them ends a text.
       dtype: ``"float32"`` or ``"bfloat16"``; other spellings are converted to these.
@@ -123,16 +126,19 @@ class TransformerConfig:
     experts_per_token: int = 0
     router_normalized: bool = True
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
     tied_embeddings: bool = False
     learned_positions: bool = False
     position_offset: int = 0
     rope: RopeConfig | None = RopeConfig()
     local_rope: RopeConfig | None = None
+    rotated_layers: tuple[bool, ...] = ()
     windows: tuple[int, ...] = ()
     attention_scale: float = 0.0
     scale_by_depth: bool = False
     attention_soft_cap: float = 0.0
     final_soft_cap: float = 0.0
+    logit_divisor: float = 1.0
     attention_sinks: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -167,8 +173,12 @@ class TransformerConfig:
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer."""
         windows = self.windows or (0,) * self.n_layers
+        rotated = self.rotated_layers or (True,) * self.n_layers
         local = self.local_rope or self.rope
-        return tuple(LayerKind(window, local if window else self.rope) for window in windows)
+        return tuple(
+            LayerKind(window, (local if window else self.rope) if turned else None)
+            for window, turned in zip(windows, rotated, strict=True)
+        )
 
     @property
     def attention_scales(self) -> tuple[float, ...]:

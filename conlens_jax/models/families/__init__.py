@@ -23,6 +23,7 @@ from conlens_jax.models.families import (
     gpt_neox,
     gpt_oss,
     gptj,
+    granite,
     llama,
     mistral,
     mixtral,
@@ -35,6 +36,7 @@ from conlens_jax.models.families import (
     qwen2,
     qwen3,
     qwen3_moe,
+    smollm3,
     starcoder2,
 )
 from conlens_jax.models.transformer_config import TransformerConfig
@@ -58,6 +60,8 @@ _MODULES = (
     starcoder2,
     olmo,
     olmo3,
+    smollm3,
+    granite,
     phi,
     gptj,
     glm,
