@@ -145,6 +145,10 @@ CASES = {
     "granite: biases, tied": Case(
         "granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
     ),
+    "ministral3: no window, published rotation, tied": Case(
+        "ministral3",
+        {"sliding_window": None, "rope_parameters": None, "tie_word_embeddings": True},
+    ),
     "starcoder2: no biases, no window": Case(
         "starcoder2", {"use_bias": False, "sliding_window": None, "tie_word_embeddings": False}
     ),

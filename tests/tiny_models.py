@@ -42,6 +42,17 @@ _YARN = {
     "original_max_position_embeddings": 16,
     "truncate": False,
 }
+# Queries grow twice within the 24 positions of the tests.
+_GROWING = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "max_position_embeddings": 64,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.5,
+    "llama_4_scaling_beta": 0.3,
+}
 _ROPE_BY_TYPE = {
     "full_attention": _YARN,
     "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
@@ -72,6 +83,7 @@ _TINY_FAMILIES: dict[str, dict[str, Any]] = {
     | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.4}
     | {"attention_multiplier": 0.3, "logits_scaling": 0.7},
+    "ministral3": {"sliding_window": 12, "rope_parameters": _GROWING},
     "starcoder2": {"sliding_window": WINDOW, "norm_epsilon": 1e-3},
     "phi3": {"sliding_window": WINDOW},
     "olmo": {"clip_qkv": 0.3},

@@ -60,7 +60,7 @@ def run_block(
     if patch_BD is not None:
         x_BSD = x_BSD.at[:, patch_at].add(patch_BD.astype(x_BSD.dtype))
     products = Products(weights, known)
-    query, key, value = attention_inputs(x_BSD, products, here.rotation, config)
+    query, key, value = attention_inputs(x_BSD, products, here, config)
     form = score_form(index, weights, config)
     if past is None and flash.is_usable(config):
         attended = flash.attend(query, key, value, here.mask, form.scale)
@@ -79,10 +79,14 @@ def score_form(index: LayerIndex, weights: Params, config: TransformerConfig) ->
 def attention_inputs(
     x_BSD: Float[Array, "B S D"],
     products: Products,
-    rotation: tuple[Array, Array] | None,
+    here: MaskAndRope,
     config: TransformerConfig,
 ) -> tuple[Float[Array, "B K G S X"], Float[Array, "B K S X"], Float[Array, "B K S X"]]:
-    """Rotated queries and keys, and values, heads first; no token sees another here."""
+    """Rotated queries and keys, and values, heads first; no token sees another here.
+
+    Args:
+      here: of the layer's kind, at these tokens.
+    """
     weights = products.weights
     if config.pre_norms:
         x_BSD = apply_norm(x_BSD, weights, "attention_norm", config)
@@ -96,11 +100,13 @@ def attention_inputs(
         n_dims = 2 if config.qk_norm == "width" else 1
         query = apply_norm(query, weights, "query_norm", config, n_dims)
         key = apply_norm(key, weights, "key_norm", config, n_dims)
-    if rotation is not None:
+    if here.rotation is not None:
         rotate = functools.partial(
-            rope.rotate, rotation=rotation, interleaved=config.rope.interleaved
+            rope.rotate, rotation=here.rotation, interleaved=config.rope.interleaved
         )
         query, key = rotate(query), rotate(key)
+    if here.growth is not None:
+        query = query * here.growth.astype(query.dtype)
     query = heads_first(query, config.n_kv_heads)
     return query, key_heads_first(key), key_heads_first(value)
 

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from conlens_jax.models.hf_config import FULL, SLIDING, HFConfigReader
+from conlens_jax.models.rope import yarn_scale
 from conlens_jax.models.transformer_config import RopeConfig, TransformerConfig
 
 _KEYS = {
@@ -25,6 +26,8 @@ _KEYS = {
         "beta_fast",
         "beta_slow",
         "attention_factor",
+        "mscale",
+        "mscale_all_dim",
         "truncate",
     },
     "longrope": {
@@ -47,6 +50,7 @@ def read_rope(
     scaling: Mapping[str, Any] | None = None,
     original_max_positions: int | None = None,
     synonyms: Mapping[str, str] | None = None,
+    others: Collection[str] = (),
 ) -> RopeConfig:
     """The rotation of all layers.
 
@@ -56,10 +60,11 @@ def read_rope(
       original_max_positions: of a family with this key outside ``rope_parameters``, where it
         overrides the one inside.
       synonyms: the family's own names of kinds.
+      others: keys in ``rope_parameters`` that are none of the rotation's.
     """
     given = read("rope_scaling", None) or read("rope_parameters", None)
     read.read_keys.update(("rope_scaling", "rope_parameters"))
-    given = dict(given or scaling or {})
+    given = {k: v for k, v in (given or scaling or {}).items() if k not in others}
     given.setdefault("rope_theta", read("rope_theta", None) or theta)
     if fraction is not None:
         given.setdefault("partial_rotary_factor", read("partial_rotary_factor", None) or fraction)
@@ -111,6 +116,10 @@ def parse_rope(
     original = given.get("original_max_position_embeddings", max_positions)
     if kind == "longrope":
         given.setdefault("factor", max_positions / original)
+    scales = [given.get(key) for key in ("mscale", "mscale_all_dim")]
+    if "attention_factor" not in given and all(scales):
+        of_head, of_all = (yarn_scale(given.get("factor", 1.0), scale) for scale in scales)
+        given["attention_factor"] = of_head / of_all
     for missing in sorted(_NEEDED & _KEYS[kind] - set(given)):
         read.problems.append(f"rope type {kind!r} needs {missing}")
     return RopeConfig(

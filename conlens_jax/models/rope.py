@@ -121,8 +121,22 @@ def _attention_factor(config: RopeConfig) -> float:
         return 1.0
     if config.attention_factor:
         return config.attention_factor
+    if config.kind == "yarn":
+        return yarn_scale(config.factor)
     if config.factor <= 1:
         return 1.0
-    if config.kind == "yarn":
-        return 0.1 * math.log(config.factor) + 1.0
     return math.sqrt(1 + math.log(config.factor) / math.log(config.original_max_positions))
+
+
+def yarn_scale(factor: float, weight: float = 1.0) -> float:
+    """YaRN's factor of cos and sin; ``weight`` is called mscale in config.json."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def query_growth(
+    positions_BS: Int[Array, "B S"], growth: float, every: int
+) -> Float[Array, "B S 1 1"]:
+    """1 + β ln(1 + ⌊p / every⌋), fp32: Llama 4's factor of the query at position p, here as in
+    Ministral 3."""
+    steps = (positions_BS // every).astype(jnp.float32)
+    return 1.0 + growth * jnp.log(1.0 + steps)[:, :, None, None]

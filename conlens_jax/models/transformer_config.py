@@ -84,6 +84,8 @@ class TransformerConfig:
       learned_positions: a table of position vectors is added to the embeddings.
       position_offset: the row of position 0 in that table; those before it are not used.
       rope: of all layers, or (with ``local_rope``) of those without a window.
+      query_growth: β of the factor of queries that grows by steps of
+        ``rope.original_max_positions`` (:func:`conlens_jax.models.rope.query_growth`); 0: none.
       rotated_layers: whether each layer is rotated, or empty if all are.
       windows: of each layer (see :class:`LayerKind`), or empty if no layer has one.
       attention_scale: factor of ⟨q, k⟩; 0: 1/√head_dim.
@@ -132,6 +134,7 @@ class TransformerConfig:
     position_offset: int = 0
     rope: RopeConfig | None = RopeConfig()
     local_rope: RopeConfig | None = None
+    query_growth: float = 0.0
     rotated_layers: tuple[bool, ...] = ()
     windows: tuple[int, ...] = ()
     attention_scale: float = 0.0
