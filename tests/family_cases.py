@@ -149,6 +149,11 @@ CASES = {
         "ministral3",
         {"sliding_window": None, "rope_parameters": None, "tie_word_embeddings": True},
     ),
+    "stablelm: sequential, biases, whole heads, tied": Case(
+        "stablelm",
+        {"qk_layernorm": False, "use_parallel_residual": False, "use_qkv_bias": True}
+        | {"partial_rotary_factor": 1.0, "tie_word_embeddings": True},
+    ),
     "starcoder2: no biases, no window": Case(
         "starcoder2", {"use_bias": False, "sliding_window": None, "tie_word_embeddings": False}
     ),

@@ -135,6 +135,13 @@ def test_names_of_a_tensor_per_layer_and_expert():
     assert row.matrix_dims == ("D", "F")
 
 
+def test_names_of_a_tensor_per_head():
+    row = ParamRow(("layers", "key_norm"), "NKX", "h.{layer}.norms.{head}.weight", "same")
+    names = dict(row.tensor_names(CONFIG))
+    assert names[1, 1] == "h.1.norms.1.weight" and len(names) == CONFIG.n_layers * CONFIG.n_kv_heads
+    assert row.hf_shape(CONFIG) == (CONFIG.head_dim,)
+
+
 def test_parts_that_cannot_be_joined_by_a_letter():
     with pytest.raises(ValueError, match=r"Piece\.by='H'.*must begin with it"):
         Piece(0, ("HX", "KX"), by="H")

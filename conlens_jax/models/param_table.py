@@ -59,8 +59,9 @@ class ParamRow:
       path: keys in our tree, for example ``("layers", "query")``.
       dims: dimension letters of our array, for example ``"NDHX"``. Experts (E) come right after
         the layer.
-      hf_name: tensor name in the file; ``{layer}`` is the layer's index and ``{expert}`` the
-        expert's. Without ``{expert}`` the file's tensor contains all experts, E first.
+      hf_name: tensor name in the file; ``{layer}`` is the layer's index, ``{expert}`` the expert's,
+        and ``{head}`` the head's. Without these the file's tensor contains all experts, or heads,
+        as its first dimension.
       layout: ``"linear"`` if the file has torch's [out, in], ``"conv1d"`` if [in, out], ``"same"``
         if our order. The dimensions on one side of a matrix are one dimension in the file, and so
         are those of a bias.
@@ -93,8 +94,8 @@ class ParamRow:
     @property
     def tensor_dims(self) -> str:
         """The letters of our array that one tensor of the file contains."""
-        dims = self.layer_dims
-        return dims.removeprefix("E") if "{expert}" in self.hf_name else dims
+        split = "{expert}" in self.hf_name or "{head}" in self.hf_name
+        return self.layer_dims[split:]
 
     @property
     def index_dims(self) -> str:
@@ -108,7 +109,8 @@ class ParamRow:
 
     def tensor_name(self, index: Sequence[int]) -> str:
         of_dim = dict(zip(self.index_dims, index, strict=True))
-        return self.hf_name.format(layer=of_dim.get("N"), expert=of_dim.get("E"))
+        head = of_dim.get("H", of_dim.get("K"))
+        return self.hf_name.format(layer=of_dim.get("N"), expert=of_dim.get("E"), head=head)
 
     @property
     def matrix_dims(self) -> tuple[str, str]:
@@ -134,7 +136,7 @@ class ParamRow:
             return [*experts, *reversed(self.matrix_dims)]
         if self.layout == "conv1d":
             return [*experts, *self.matrix_dims]
-        rest = self.layer_dims[self.has_experts :]
+        rest = self.tensor_dims[self.experts_in_tensor :]
         return [*experts, *([rest] if "X" in rest else rest)]
 
     @property

@@ -38,6 +38,7 @@ from conlens_jax.models.families import (
     qwen3,
     qwen3_moe,
     smollm3,
+    stablelm,
     starcoder2,
 )
 from conlens_jax.models.transformer_config import TransformerConfig
@@ -64,6 +65,7 @@ _MODULES = (
     smollm3,
     granite,
     ministral3,
+    stablelm,
     phi,
     gptj,
     glm,

@@ -119,14 +119,12 @@ def layer_norm_rows(name: str, hf_name: str, dims: str = "D") -> list[ParamRow]:
     return [weight, bias_row(name + "_bias", dims, hf_name + ".bias")]
 
 
-def end_rows(config: TransformerConfig, *, norm_bias: bool = False) -> list[ParamRow]:
+def end_rows(config: TransformerConfig) -> list[ParamRow]:
     """Embedding, final norm, output head."""
     rows = [ParamRow(("embedding",), "VD", "model.embed_tokens.weight", "same")]
     if config.norm_weights:
         init = "zeros" if config.norm_offset else "ones"
         rows.append(ParamRow(("final_norm",), "D", "model.norm.weight", "same", init))
-    if norm_bias:
-        rows.append(ParamRow(("final_norm_bias",), "D", "model.norm.bias", "same", "zeros"))
     return rows if config.tied_embeddings else [*rows, head_row()]
 
 
@@ -148,14 +146,11 @@ def layer_normed_end_rows(
     return rows if config.tied_embeddings else [*rows, head_row()]
 
 
-def pre_norm_rows(*, init: str = "ones", bias: bool = False) -> list[ParamRow]:
-    names = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    rows = [norm_row(ours, theirs, init=init) for ours, theirs in names.items()]
-    if bias:
-        rows += [
-            bias_row(f"{ours}_bias", "D", f"{LAYER}{theirs}.bias") for ours, theirs in names.items()
-        ]
-    return rows
+def pre_norm_rows(init: str = "ones") -> list[ParamRow]:
+    return [
+        norm_row("attention_norm", "input_layernorm", init=init),
+        norm_row("mlp_norm", "post_attention_layernorm", init=init),
+    ]
 
 
 def attention_rows(

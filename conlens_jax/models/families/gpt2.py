@@ -115,11 +115,10 @@ def norm_rows(layer: str) -> list[ParamRow]:
     return rows
 
 
-def mlp_rows(layer: str, layout: str, *, bias: bool = True) -> list[ParamRow]:
-    rows = [
+def mlp_rows(layer: str, layout: str) -> list[ParamRow]:
+    return [
         layer_row("up", "DF", layer + "mlp.c_fc.weight", layout),
         bias_row("up_bias", "F", layer + "mlp.c_fc.bias"),
         layer_row("down", "FD", layer + "mlp.c_proj.weight", layout, "residual"),
         bias_row("down_bias", "D", layer + "mlp.c_proj.bias"),
     ]
-    return rows if bias else rows[::2]

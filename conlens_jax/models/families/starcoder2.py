@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from conlens_jax.models.families import common, gpt2
+from conlens_jax.models.families import common
+from conlens_jax.models.families.common import LAYER
 from conlens_jax.models.hf_config import HFConfigReader
 from conlens_jax.models.hf_rope import read_rope
 from conlens_jax.models.param_table import ParamRow
@@ -66,8 +67,9 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
 def param_table(config: TransformerConfig) -> list[ParamRow]:
     bias = config.attention_bias
     return [
-        *common.end_rows(config, norm_bias=True),
-        *common.pre_norm_rows(bias=True),
+        *common.layer_normed_end_rows(config, "model.embed_tokens", "model.norm"),
+        *common.layer_norm_rows("attention_norm", LAYER + "input_layernorm"),
+        *common.layer_norm_rows("mlp_norm", LAYER + "post_attention_layernorm"),
         *common.attention_rows(qkv_bias=bias, out_bias=bias),
-        *gpt2.mlp_rows(common.LAYER, "linear", bias=bias),
+        *common.plain_mlp_rows(LAYER + "mlp.c_fc", LAYER + "mlp.c_proj", bias=bias),
     ]
