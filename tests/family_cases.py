@@ -199,6 +199,16 @@ CASES = {
             "tie_word_embeddings": True,
         },
     ),
+    "falcon: a key for each query, sequential, biases, tied": Case(
+        "falcon",
+        {
+            "multi_query": False,
+            "parallel_attn": False,
+            "bias": True,
+            "ffn_hidden_size": None,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -101,6 +101,7 @@ _TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "glm": {"head_dim": 12},
     "glm4": {"head_dim": 12},
     "opt": {"ffn_dim": 40},
+    "falcon": {"ffn_hidden_size": 40, "layer_norm_epsilon": 1e-3},
 }
 # Families whose keys are not Llama's; others ignore or refuse them.
 _OWN_KEYS = {
@@ -113,6 +114,7 @@ _OWN_KEYS = {
     "phi": TINY.keys() - {"rms_norm_eps"},
     "gptj": set(),
     "opt": TINY.keys() - {"intermediate_size", "num_key_value_heads", "rms_norm_eps"},
+    "falcon": TINY.keys() - {"intermediate_size", "num_key_value_heads", "rms_norm_eps"},
 }
 _ALWAYS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 _SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from conlens_jax.models.families import (
+    falcon,
     gemma,
     gemma2,
     gemma3,
@@ -71,6 +72,7 @@ _MODULES = (
     glm,
     glm4,
     opt,
+    falcon,
 )
 FAMILIES: dict[str, ModuleType] = {module.MODEL_TYPE: module for module in _MODULES}
 # A family may read files of several types; it writes the first.
