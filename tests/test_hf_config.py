@@ -154,6 +154,11 @@ def test_text_part_of_a_multimodal_config():
     assert ends([6, 2]) == (6, 2) and ends([]) == ends(None) == (2,) and ends(9) == (9, 2)
 
 
+def test_gemma4_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match="'gemma4'.*heads of two widths"):
+        config_from_hf({"model_type": "gemma4", "text_config": {"model_type": "gemma4_text"}})
+
+
 def test_remote_code_is_named_where_the_type_is_unknown():
     with pytest.raises(ValueError, match=r"'mamba'.*gpt2.*never run"):
         config_from_hf({"model_type": "mamba", "auto_map": {"AutoConfig": "x.Config"}})

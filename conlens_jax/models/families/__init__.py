@@ -81,6 +81,12 @@ _BY_MODEL_TYPE = {
     for module in _MODULES
     for model_type in getattr(module, "MODEL_TYPES", (module.MODEL_TYPE,))
 }
+# Known, and not supported; models/README.md says what they need.
+_UNSUPPORTED = {
+    model_type: "its layers have heads of two widths, and its last layers read the keys and values "
+    "of earlier ones; Gemma 2 and 3 are supported"
+    for model_type in ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
+}
 
 
 def family_of(config: TransformerConfig) -> ModuleType:
@@ -95,6 +101,10 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
       ValueError: unknown ``model_type``, or keys that the family does not support.
     """
     model_type = values.get("model_type")
+    if model_type in _UNSUPPORTED:
+        raise ValueError(
+            f"config.json: model_type={model_type!r} is not supported: {_UNSUPPORTED[model_type]}"
+        )
     if model_type not in _BY_MODEL_TYPE:
         remote = "; code that comes with a model (auto_map) is never run" * ("auto_map" in values)
         raise ValueError(
