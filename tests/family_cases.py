@@ -199,6 +199,18 @@ CASES = {
             "tie_word_embeddings": True,
         },
     ),
+    "falcon: new, two norms, biases": Case(
+        "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}
+    ),
+    "falcon: new, one norm, untied": Case(
+        "falcon",
+        {
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "num_ln_in_parallel_attn": 1,
+            "tie_word_embeddings": False,
+        },
+    ),
     "falcon: a key for each query, sequential, biases, tied": Case(
         "falcon",
         {

@@ -74,7 +74,7 @@ def test_unknown_keys_are_listed_together(family):
         ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim=16"),
         ("gptj", {"rotary_dim": 16}, "rotary_dim=16"),
         ("falcon", {"alibi": True}, "alibi=True"),
-        ("falcon", {"new_decoder_architecture": True}, "new_decoder_architecture=True"),
+        ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn=2"),
         ("phi3", {"lm_head_bias": True}, "lm_head_bias=True"),
         ("llama", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "needs long_factor"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
