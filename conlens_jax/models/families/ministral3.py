@@ -1,6 +1,7 @@
 """Ministral 3: Mistral with YaRN, and queries that grow with their position.
 
-Source: transformers' ``modeling_ministral3.py`` and ``configuration_ministral3.py``.
+Source: transformers' ``modeling_ministral3.py`` and ``configuration_ministral3.py``;
+arXiv:2601.08584.
 """
 
 from __future__ import annotations

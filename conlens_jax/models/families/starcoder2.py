@@ -18,7 +18,11 @@ from conlens_jax.models.transformer_config import TransformerConfig
 
 MODEL_TYPE = "starcoder2"
 _NORM_KEY = "norm_epsilon"
-_IGNORED_KEYS = common.IGNORED_KEYS | {"residual_dropout", "embedding_dropout"}
+_IGNORED_KEYS = common.IGNORED_KEYS | {
+    *("residual_dropout", "embedding_dropout"),
+    # Of the published files; transformers has one kind of each, and does not read them.
+    *("mlp_type", "norm_type", "rms_norm_eps"),
+}
 
 
 def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
