@@ -154,6 +154,9 @@ CASES = {
         {"qk_layernorm": False, "use_parallel_residual": False, "use_qkv_bias": True}
         | {"partial_rotary_factor": 1.0, "tie_word_embeddings": True},
     ),
+    "nemotron: biases, whole heads": Case(
+        "nemotron", {"attention_bias": True, "mlp_bias": True, "partial_rotary_factor": 1.0}
+    ),
     "starcoder2: no biases, no window": Case(
         "starcoder2", {"use_bias": False, "sliding_window": None, "tie_word_embeddings": False}
     ),

@@ -86,6 +86,7 @@ _TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "ministral3": {"sliding_window": 12, "rope_parameters": _GROWING},
     # As the 12B model.
     "stablelm": {"qk_layernorm": True, "use_parallel_residual": True, "layer_norm_eps": 1e-3},
+    "nemotron": {"norm_eps": 1e-3},
     "starcoder2": {"sliding_window": WINDOW, "norm_epsilon": 1e-3},
     "phi3": {"sliding_window": WINDOW},
     "olmo": {"clip_qkv": 0.3},
@@ -110,6 +111,7 @@ _OWN_KEYS = {
     "gpt_neox": TINY.keys() - {"num_key_value_heads", "rms_norm_eps"},
     "starcoder2": TINY.keys() - {"rms_norm_eps"},
     "stablelm": TINY.keys() - {"rms_norm_eps"},
+    "nemotron": TINY.keys() - {"rms_norm_eps"},
     "olmo": TINY.keys() - {"rms_norm_eps"},
     "phi": TINY.keys() - {"rms_norm_eps"},
     "gptj": set(),

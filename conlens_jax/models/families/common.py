@@ -113,9 +113,9 @@ def bias_row(name: str, dims: str, hf_name: str) -> ParamRow:
     return layer_row(name, dims, hf_name, "same", "zeros")
 
 
-def layer_norm_rows(name: str, hf_name: str, dims: str = "D") -> list[ParamRow]:
+def layer_norm_rows(name: str, hf_name: str, dims: str = "D", init: str = "ones") -> list[ParamRow]:
     """Weight and bias of a layer norm; ``hf_name`` is the whole name without the last part."""
-    weight = layer_row(name, dims, hf_name + ".weight", "same", "ones")
+    weight = layer_row(name, dims, hf_name + ".weight", "same", init)
     return [weight, bias_row(name + "_bias", dims, hf_name + ".bias")]
 
 
@@ -136,9 +136,10 @@ def layer_normed_end_rows(
     config: TransformerConfig, embedding: str, final_norm: str, *, head_bias: bool = False
 ) -> list[ParamRow]:
     """Embedding, final layer norm, output head; whole names without the last part."""
+    norm_init = "zeros" if config.norm_offset else "ones"
     rows = [
         ParamRow(("embedding",), "VD", embedding + ".weight", "same"),
-        ParamRow(("final_norm",), "D", final_norm + ".weight", "same", "ones"),
+        ParamRow(("final_norm",), "D", final_norm + ".weight", "same", norm_init),
         ParamRow(("final_norm_bias",), "D", final_norm + ".bias", "same", "zeros"),
     ]
     if head_bias:

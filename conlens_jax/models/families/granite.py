@@ -1,5 +1,5 @@
-"""Granite 3 and 4 (the dense models without Mamba layers): Llama with factors on embeddings,
-scores, what a layer adds, and logits.
+"""Granite 3 (the dense models): Llama with factors on embeddings, scores, what a layer adds, and
+logits.
 
 Source: transformers' ``modeling_granite.py`` and ``configuration_granite.py``; arXiv:2408.13359.
 """
