@@ -29,6 +29,8 @@ TOO_FINE = {
         ("gemma-2b-it", "K=1"),
         ("granite-3.3-8b-instruct", "V=49159"),
         ("Olmo-3-1025-7B", "V=100278"),
+        ("falcon-7b", "H=71"),
+        ("GLM-4-9B-0414", "K=2"),
     )
 }
 
