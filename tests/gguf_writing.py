@@ -21,8 +21,25 @@ ARCHITECTURES = {
     "gemma3_text": "gemma3",
     "gpt_neox": "gptneox",
     "gpt_oss": "gpt-oss",
+    **{name: name for name in ("gemma", "olmo", "smollm3", "granite", "starcoder2", "stablelm")},
+    **{name: name for name in ("nemotron", "falcon", "glm4")},
+    "olmo3": "olmo2",
+    "ministral3": "mistral3",
+    "phi": "phi2",
 }
 """GGUF's architecture of a family."""
+LAYER_NORMED = {"gpt2", "gpt_neox", "olmo", "phi", "starcoder2", "stablelm", "nemotron", "falcon"}
+PERMUTED = ("llama", "mixtral", "olmo", "smollm3", "granite", "ministral3")
+# Values that a file has under another name.
+_SAME = {
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "clip_qkv": "attention.clamp_kqv",
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
 LEGACY_QUANTS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 # Where the blocks of a K-quant have their fp16 scales, in bytes.
@@ -133,14 +150,18 @@ def _values(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {
         "embedding_length": width,
         "attention.head_count": heads,
-        "feed_forward_length": get("intermediate_size", "n_inner"),
+        "feed_forward_length": get("intermediate_size", "n_inner", "ffn_hidden_size"),
         "context_length": get("max_position_embeddings", "n_positions"),
     }
-    if family in ("gpt2", "gpt_neox"):
-        values["attention.layer_norm_epsilon"] = get("layer_norm_epsilon", "layer_norm_eps")
+    if family in LAYER_NORMED:
+        names = ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
+        values["attention.layer_norm_epsilon"] = 1e-5 if family == "olmo" else get(*names)
     else:
         values["attention.layer_norm_rms_epsilon"] = get("rms_norm_eps")
-        values["attention.head_count_kv"] = get("num_key_value_heads")
+    if family not in ("gpt2", "gpt_neox"):
+        values["attention.head_count_kv"] = get("num_key_value_heads", "num_kv_heads")
+    if family == "falcon" and not config["new_decoder_architecture"]:
+        values["attention.head_count_kv"] = 1
     if family == "gpt2":
         return values
     rope = get("rope_parameters")
@@ -166,10 +187,17 @@ def _values(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
         values["attention.sliding_window_pattern"] = pattern
         local = config["rope_parameters"]["sliding_attention"]
         values["rope.freq_base_swa"] = float(local["rope_theta"])
-    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if config.get(cap):
-            values[cap] = config[cap]
-    if family == "gpt_neox":
+    if family == "olmo3":
+        values["attention.sliding_window"] = get("sliding_window")
+        pattern = [kind == "sliding_attention" for kind in config["layer_types"]]
+        values["attention.sliding_window_pattern"] = pattern
+    if family == "ministral3":
+        values["rope.scaling.yarn_log_multiplier"] = rope["mscale_all_dim"]
+        values["attention.temperature_scale"] = rope["llama_4_scaling_beta"]
+    for key, name in _SAME.items():
+        if config.get(key):
+            values[name] = config[key]
+    if family in ("gpt_neox", "stablelm"):
         values["use_parallel_residual"] = get("use_parallel_residual")
     if family in ("mixtral", "qwen3_moe", "gpt_oss"):
         values["expert_count"] = get("num_local_experts", "num_experts")
@@ -218,17 +246,25 @@ def _renamed(
         if found := re.search(r"\.experts\.\d+\.", name):
             experts.setdefault(name.replace(found[0], ".experts."), []).append(array)
             continue
-        if family in ("llama", "mixtral") and (part := re.search(r"\.([qk])_proj\.", name)):
+        if found := re.search(r"layernorm\.norms\.\d+\.", name):
+            experts.setdefault(name.replace(found[0], "layernorm."), []).append(array)
+            continue
+        if family in PERMUTED and (part := re.search(r"\.([qk])_proj\.", name)):
             n = heads if part[1] == "q" else kv_heads
             halves = array.reshape(n, 2, len(array) // n // 2, *array.shape[1:])
             array = halves.swapaxes(1, 2).reshape(array.shape)
-        if family.startswith("gemma") and name.endswith("norm.weight"):
+        if family.startswith(("gemma", "nemotron")) and name.endswith("norm.weight"):
             array = array + 1
         if family == "gpt2" and re.search(r"(c_attn|c_proj|c_fc)\.weight$", name):
             array = array.T
-        if ".query_key_value." in name:
+        if family == "gpt_neox" and ".query_key_value." in name:
             by_head = array.reshape(heads, 3, -1, *array.shape[1:])
             array = by_head.swapaxes(0, 1).reshape(array.shape)
+        if family == "falcon" and ".query_key_value." in name:
+            groups = config["num_kv_heads"] if config["new_decoder_architecture"] else 1
+            by_group = array.reshape(groups, heads // groups + 2, -1, *array.shape[1:])
+            parts = by_group[:, :-2], by_group[:, -2], by_group[:, -1]
+            array = np.concatenate([part.reshape(-1, *array.shape[1:]) for part in parts])
         if family == "gpt_oss" and (own := _gpt_oss(name, array)):
             yield from own
         else:

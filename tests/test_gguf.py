@@ -10,7 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from family_cases import _LONGROPE, _YARN, CASES, _rope
-from tiny_models import hf_forward, hf_model, random_tokens, tiny_config, write_tiny_folder
+from tiny_models import (
+    _GROWING,
+    hf_forward,
+    hf_model,
+    random_tokens,
+    tiny_config,
+    write_tiny_folder,
+)
 
 pytest.importorskip("gguf")
 pytest.importorskip("torch")
@@ -34,8 +41,8 @@ from conlens_jax.models.hub import resolve_folder
 from conlens_jax.planning.model_source import planned_model
 from conlens_jax.training.preflight import _model_problems
 
-# gpt-neo is no architecture of llama.cpp; Mistral's files are Llama's.
-NO_GGUF = {"gpt_neo", "mistral"}
+# Mistral's files are Llama's; llama.cpp converts none of the others' models.
+NO_GGUF = {"mistral", "gpt_neo", "gptj", "opt", "glm"}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3 |= {"original_max_position_embeddings": 8192, "rope_theta": 500_000.0}
 # What is not in a file because llama.cpp takes it for granted.
@@ -46,6 +53,20 @@ GIVEN = {
     "qwen3_moe": {"norm_topk_prob": True},
     "gpt_oss": {"swiglu_limit": 7.0},
     "gpt_neox": {"hidden_act": "gelu"},
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": None, "layer_types": None}
+    | {"use_sliding_window": False},
+    "ministral3": {
+        "sliding_window": None,
+        "rope_parameters": _GROWING | {"mscale_all_dim": 1.0},
+    },
+    "olmo3": {
+        "rope_parameters": {
+            "full_attention": _YARN | {"rope_theta": 500.0, "truncate": True},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    },
+    "starcoder2": {"sliding_window": None},
+    "phi": {"qk_layernorm": False},
 }
 SHAPES = {
     **{family: (family, {}) for family in ARCHITECTURES},
@@ -64,6 +85,9 @@ SHAPES = {
         "phi3",
         {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 32},
     ),
+    "falcon: 40B's kind": ("falcon", CASES["falcon: new, two norms, biases"].changes),
+    "stablelm: 3B's kind": ("stablelm", {"qk_layernorm": False, "use_parallel_residual": False}),
+    "nemotron: biases": ("nemotron", {"attention_bias": True, "mlp_bias": True}),
     "gpt2: untied": ("gpt2", {"tie_word_embeddings": False}),
     "gpt_neox: sequential, whole heads": (
         "gpt_neox",

@@ -108,12 +108,12 @@ def config_values(file: GGUFFile) -> tuple[Architecture, Values]:
       ValueError: an unknown architecture; keys that are missing or not known.
     """
     keys, name = Keys(file), file.architecture
-    if name == "llama" and keys("expert_count"):
-        name = "mixtral"
+    for key, other in _TOLD_BY.get(name, {}).items():
+        name = other if keys(key) else name
     if name not in ARCHITECTURES:
         raise ValueError(
             f"{file.path}: the architecture {name!r} is not supported; known are "
-            + ", ".join(sorted(ARCHITECTURES.keys() - {"mixtral"}))
+            + ", ".join(sorted(ARCHITECTURES.keys() - {"mixtral", "olmo3"}))
         )
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path} has no tensor token_embd.weight, so it is no language model")
@@ -294,6 +294,107 @@ def _gpt_oss(keys: Keys) -> Values:
     return values | _layer_types(keys, every=2)
 
 
+def _layer_normed(keys: Keys, epsilon: str) -> Values:
+    """Llama's keys with layer norms, whose ε has the name ``epsilon``, and parts of heads rotated;
+    a whole one is stated too, because it is no family's default."""
+    values = _shared(keys) | {epsilon: keys("attention.layer_norm_epsilon", 1e-5)}
+    del values["rms_norm_eps"]
+    values["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
+    return values
+
+
+def _olmo(keys: Keys) -> Values:
+    values = _shared(keys) | {"clip_qkv": keys("attention.clamp_kqv")}
+    keys.read.add("attention.layer_norm_epsilon")  # a constant of the family
+    del values["rms_norm_eps"]
+    return values
+
+
+def _olmo3(keys: Keys) -> Values:
+    """Layers with a window are rotated without the scaling."""
+    values = _biased(keys) | {"sliding_window": keys.need("attention.sliding_window")}
+    whole = values["rope_parameters"]
+    local = {"rope_type": "default", "rope_theta": whole["rope_theta"]}
+    values["rope_parameters"] = {FULL: whole, SLIDING: local}
+    return values | _layer_types(keys, every=4)
+
+
+def _smollm3(keys: Keys) -> Values:
+    """Not in the file: in llama.cpp, each fourth layer is not rotated."""
+    return _llama(keys) | {"no_rope_layer_interval": 4}
+
+
+def _granite(keys: Keys) -> Values:
+    return _llama(keys) | {
+        "embedding_multiplier": keys("embedding_scale", 1.0),
+        "residual_multiplier": keys("residual_scale", 1.0),
+        "attention_multiplier": keys.need("attention.scale"),
+        "logits_scaling": keys("logit_scale", 1.0),
+    }
+
+
+def _ministral3(keys: Keys) -> Values:
+    values = _shared(keys)
+    values["rope_parameters"] |= {
+        "mscale": (scale := keys("rope.scaling.yarn_log_multiplier", 1.0)),
+        "mscale_all_dim": scale,
+        "llama_4_scaling_beta": keys("attention.temperature_scale", 0.0),
+    }
+    return values
+
+
+def _phi(keys: Keys) -> Values:
+    return _layer_normed(keys, "layer_norm_eps")
+
+
+def _starcoder2(keys: Keys) -> Values:
+    values = _layer_normed(keys, "norm_epsilon")
+    del values["rope_parameters"]["partial_rotary_factor"]
+    return values | {"use_bias": "blk.0.attn_q.bias" in keys.file.tensors}
+
+
+def _stablelm(keys: Keys) -> Values:
+    tensors, parallel = keys.file.tensors, keys("use_parallel_residual")
+    return (
+        _layer_normed(keys, "layer_norm_eps")
+        | {
+            "use_qkv_bias": "blk.0.attn_q.bias" in tensors,
+            "qk_layernorm": "blk.0.attn_q_norm.weight" in tensors,
+            # As in llama.cpp: what is not there cannot be applied.
+            "use_parallel_residual": "blk.0.ffn_norm.weight" not in tensors,
+        }
+        | ({} if parallel is None else {"use_parallel_residual": parallel})
+    )
+
+
+def _nemotron(keys: Keys) -> Values:
+    tensors = keys.file.tensors
+    return _layer_normed(keys, "norm_eps") | {
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+    }
+
+
+def _glm4(keys: Keys) -> Values:
+    values = _biased(keys)
+    values["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
+    return values
+
+
+def _falcon(keys: Keys) -> Values:
+    """Of 40B's kind, which has two norms, or of 7B's."""
+    values = _layer_normed(keys, "layer_norm_epsilon")
+    del values["rope_parameters"]["partial_rotary_factor"], values["head_dim"]
+    kv_heads, two_norms = values.pop("num_key_value_heads"), "blk.0.attn_norm_2.weight"
+    values["ffn_hidden_size"] = values.pop("intermediate_size")
+    return values | {
+        "new_decoder_architecture": two_norms in keys.file.tensors,
+        "multi_query": kv_heads == 1,
+        "num_kv_heads": kv_heads,
+        "bias": "blk.0.attn_qkv.bias" in keys.file.tensors,
+    }
+
+
 def _gpt2(keys: Keys) -> Values:
     return {
         "n_embd": keys.need("embedding_length"),
@@ -306,12 +407,9 @@ def _gpt2(keys: Keys) -> Values:
 
 
 def _gpt_neox(keys: Keys) -> Values:
-    values = _shared(keys)
-    del values["rms_norm_eps"], values["num_key_value_heads"], values["head_dim"]
-    # A whole head too: the default is a quarter.
-    values["rope_parameters"].setdefault("partial_rotary_factor", 1.0)
+    values = _layer_normed(keys, "layer_norm_eps")
+    del values["num_key_value_heads"], values["head_dim"]
     return values | {
-        "layer_norm_eps": keys("attention.layer_norm_epsilon", 1e-5),
         "use_parallel_residual": keys("use_parallel_residual", True),
         "hidden_act": "gelu",
     }
@@ -334,8 +432,26 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3": Architecture("gemma3_text", _gemma3),
     "phi3": Architecture("phi3", _phi3),
     "olmo2": Architecture("olmo2", _biased),
+    # Files of this kind have the architecture olmo2.
+    "olmo3": Architecture("olmo3", _olmo3),
+    "gemma": Architecture("gemma", _shared),
+    "olmo": Architecture("olmo", _olmo, permuted=True),
+    "smollm3": Architecture("smollm3", _smollm3, permuted=True),
+    "granite": Architecture("granite", _granite, permuted=True),
+    "mistral3": Architecture("ministral3", _ministral3, permuted=True),
+    "phi2": Architecture("phi", _phi),
+    "starcoder2": Architecture("starcoder2", _starcoder2),
+    "stablelm": Architecture("stablelm", _stablelm),
+    "nemotron": Architecture("nemotron", _nemotron),
+    "falcon": Architecture("falcon", _falcon),
+    "glm4": Architecture("glm4", _glm4),
     "gpt2": Architecture("gpt2", _gpt2),
     "gptneox": Architecture("gpt_neox", _gpt_neox),
     "gpt-oss": Architecture("gpt_oss", _gpt_oss, names=_GPT_OSS_NAMES),
 }
 """By ``general.architecture``."""
+_TOLD_BY = {
+    "llama": {"expert_count": "mixtral"},
+    "olmo2": {"attention.sliding_window": "olmo3"},
+}
+"""Keys that tell another family of the same architecture."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Iterator
 
 import ml_dtypes
@@ -33,13 +32,13 @@ class Part:
     Attributes:
       row: of the family's table.
       source: the tensor of the GGUF file.
-      expert: which expert of the source; None for all that it has.
+      item: which expert, or head, of the source; None for all that it has.
       alone: the source has no other parameters, even if what is written has.
     """
 
     row: ParamRow
     source: str
-    expert: int | None
+    item: int | None
     alone: bool
 
     def stored(self) -> ParamRow:
@@ -73,10 +72,10 @@ def targets(file: GGUFFile, architecture: Architecture, config: TransformerConfi
     for _, group in itertools.groupby(table, lambda row: row.hf_name):
         rows = list(group)
         for index, name in rows[0].tensor_names(config):
-            expert = index[-1] if rows[0].index_dims.endswith("E") else None
+            item = index[-1] if rows[0].index_dims not in ("", "N") else None
             layer = index[0] if rows[0].stacked else None
             parts = tuple(
-                Part(row, name_of(row, layer), expert, row.path[-1] in architecture.names)
+                Part(row, name_of(row, layer), item, row.path[-1] in architecture.names)
                 for row in rows
             )
             used |= {part.source for part in parts}
@@ -104,8 +103,9 @@ def _names(file: GGUFFile, architecture: Architecture, config: TransformerConfig
     def name_of(row: ParamRow, layer: int | None) -> str:
         if own := architecture.names.get(row.path[-1]):
             return f"blk.{layer}.{own}"
-        hf_name = row.hf_name.format(layer=layer, expert=0)
-        hf_name = re.sub(r"\.experts\.0\.", ".experts.", hf_name)
+        # llama.cpp puts all experts of a layer, or the norms of all heads, into one tensor.
+        hf_name = row.hf_name.replace(".norms.{head}", "").replace(".{expert}", "")
+        hf_name = hf_name.format(layer=layer)
         return known.get_name(hf_name, (".weight", ".bias")) or hf_name
 
     return name_of
@@ -113,8 +113,8 @@ def _names(file: GGUFFile, architecture: Architecture, config: TransformerConfig
 
 def _problems(file: GGUFFile, part: Part, config: TransformerConfig) -> Iterator[str]:
     expected = part.stored().hf_shape(config)
-    if part.expert is not None:
-        expected = (config.n_experts, *expected)
+    if part.item is not None:
+        expected = (config.dim_sizes[part.row.index_dims[-1]], *expected)
     if part.source not in file.tensors:
         yield f"missing: {part.source} {expected}"
     elif (shape := file.tensors[part.source].shape) != expected:
@@ -147,13 +147,13 @@ def values(
         return
     whole = np.empty(target.shape, target.dtype)
     for part in target.parts:
-        chosen = slice(None) if part.expert is None else slice(part.expert, part.expert + 1)
+        chosen = slice(None) if part.item is None else slice(part.item, part.item + 1)
         source = file.array(part.source, chosen)
-        ours = part.stored().view(source if part.expert is None else source[0], config)
+        ours = part.stored().view(source if part.item is None else source[0], config)
         if architecture.permuted and part.row.path[-1].startswith(("query", "key")):
             pairs = ours.reshape(*ours.shape[:-1], -1, 2)
             ours = pairs.swapaxes(-1, -2).reshape(ours.shape)
         if _has_offset(part.row, config):
             ours = ours.astype(np.float32) - np.float32(config.norm_offset)
-        part.row.view(whole, config)[...] = ours
+        part.row.write(whole, ours, config)
     yield whole
