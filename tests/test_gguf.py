@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -237,9 +239,12 @@ def test_a_conversion_that_is_cut_off_leaves_nothing(path, cache, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             resolve_folder(str(path))
     assert not list(cache.iterdir())
-    # Killed: its folder has another name, and does not matter.
-    (cache / "tiny.1.partial").mkdir()
-    assert (resolve_folder(str(path)) / "config.json").exists()
+    # Killed: its folder has another name, and goes away in time.
+    for name, age in (("old", 10**6), ("new", 0)):
+        (cache / f"{name}.1.partial").mkdir()
+        os.utime(cache / f"{name}.1.partial", (time.time() - age,) * 2)
+    found = resolve_folder(str(path))
+    assert {folder.name for folder in cache.iterdir()} == {found.name, "new.1.partial"}
 
 
 def test_another_process_may_be_faster(path, cache, monkeypatch):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from conlens_jax.models.weight_files import WHOLE_FILE
 _LOG = logging.getLogger(__name__)
 # Part of a folder's name: a change of it converts every file again.
 _FORMAT = 1
+_PARTIAL, _OLD_SECONDS = ".partial", 24 * 3600
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -44,7 +47,8 @@ def folder_of_gguf(path: Path) -> Path:
     folder = cache_folder() / "gguf" / name
     if (folder / "config.json").exists():
         return folder
-    building = folder.with_name(f"{name}.{os.getpid()}.partial")
+    _remove_leftovers(folder.parent)
+    building = folder.with_name(f"{name}.{os.getpid()}{_PARTIAL}")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     try:
@@ -82,6 +86,14 @@ def open_gguf(path: Path) -> GGUFFile:
             "pip install 'conlens_jax[gguf]'"
         ) from None
     return read_gguf(path)
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """What conversions that were killed have left; younger ones may still be going on."""
+    for folder in cache.glob("*" + _PARTIAL):
+        with contextlib.suppress(OSError):  # another process may do the same
+            if time.time() - folder.stat().st_mtime > _OLD_SECONDS:
+                shutil.rmtree(folder)
 
 
 def _convert(file: GGUFFile, folder: Path) -> None:
