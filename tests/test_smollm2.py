@@ -86,10 +86,13 @@ def expected(batch) -> list[np.ndarray]:
 
 
 def test_the_logits_are_those_of_transformers(batch, logits, expected):
-    """The first position has states of some thousands, and with them larger rounding errors."""
+    """They are up to 41, and in the first positions behind states of some thousands: there both
+    are up to 1e-4 from what float64 computes."""
     for row, real, theirs in zip(logits, batch[1], expected, strict=True):
-        np.testing.assert_allclose(row[real][1:], theirs[1:], rtol=0, atol=1e-4)
-        np.testing.assert_allclose(row[0], theirs[0], rtol=0, atol=2e-4)
+        np.testing.assert_allclose(row[real], theirs, rtol=0, atol=2e-4)
+        assert np.abs(row[real][2:] - theirs[2:]).max() < 1e-4
+        assert np.abs(row[real] - theirs).mean() < 2e-5
+        np.testing.assert_array_equal(row[real].argmax(-1), theirs.argmax(-1))
 
 
 def test_it_knows_the_capital_of_france(model):
@@ -121,7 +124,7 @@ def test_the_captured_value_swapped_in_changes_nothing(model, batch, logits):
 
 
 @pytest.mark.parametrize(
-    ("settings", "limit"), [({"dtype": "bfloat16"}, 5e-2), ({"quantise": "int8"}, 5e-2)]
+    ("settings", "limit"), [({"dtype": "bfloat16"}, 5e-3), ({"quantise": "int8"}, 2e-2)]
 )
 def test_fewer_bits_predict_nearly_the_same(model, batch, logits, settings, limit):
     """KL in nats, the mean over all tokens of the prompts."""

@@ -56,15 +56,16 @@ class Keys:
         value = self.file.metadata.get(self.prefix + key, default)
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
-    def need(self, key: str) -> Any:
-        value = self(key)
+    def need(self, key: str, default: Any = None) -> Any:
+        """One value, which may be given for each layer; without a default it must be there."""
+        value = self(key, default)
         if value is None:
             self.missing.append(self.prefix + key)
-        elif isinstance(value, list):
-            if len(set(value)) > 1:
-                raise ValueError(f"{self.file.path}: {self.prefix}{key} differs between layers")
-            return value[0]
-        return 1 if value is None else value
+            return 1
+        values = value if isinstance(value, list) else [value]
+        if len(set(values)) > 1:
+            raise ValueError(f"{self.file.path}: {self.prefix}{key} differs between layers")
+        return values[0]
 
     def finish(self) -> None:
         """Raises ValueError for keys that are missing, or that were not read."""
@@ -147,7 +148,7 @@ def _shared(keys: Keys) -> Values:
         "hidden_size": width,
         "num_hidden_layers": keys.need("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": keys("attention.head_count_kv", heads),
+        "num_key_value_heads": keys.need("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "intermediate_size": keys.need("feed_forward_length"),
         "max_position_embeddings": keys.need("context_length"),
