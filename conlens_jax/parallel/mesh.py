@@ -19,6 +19,7 @@ from conlens_jax.config import ConfigError, MeshConfig
 
 PyTree = Any
 AXES = ("data", "fsdp", "tensor")
+AXIS_TYPES = (AxisType.Auto,) * len(AXES)
 BATCH_AXES = ("data", "fsdp")
 MESH_PRESETS = {
     "single": MeshConfig(data=1),
@@ -55,11 +56,10 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] = 
     if config.preset == "multislice" and not config.slices:
         config = dataclasses.replace(config, slices=slice_count(devices))
     shape = mesh_shape(config, len(devices))
-    types = (AxisType.Auto,) * len(AXES)
     if _slice_indices(devices) and config.preset == "multislice":
         ordered = create_hybrid_device_mesh((1, *shape[1:]), (shape[0], 1, 1), devices)
-        return Mesh(ordered, AXES, axis_types=types)
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        return Mesh(ordered, AXES, axis_types=AXIS_TYPES)
+    return jax.make_mesh(shape, AXES, axis_types=AXIS_TYPES, devices=devices)
 
 
 def slice_count(devices: Sequence[jax.Device]) -> int:
@@ -90,7 +90,7 @@ def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
     Raises:
       ConfigError: the axes do not multiply to the number of devices.
     """
-    return AbstractMesh(mesh_shape(config, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return AbstractMesh(mesh_shape(config, devices), AXES, axis_types=AXIS_TYPES)
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
@@ -124,9 +124,7 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
 
 def single_device_mesh() -> Mesh:
     """A mesh of the first device, for exploration."""
-    return jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:1]
-    )
+    return make_mesh(MeshConfig(preset="single"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
