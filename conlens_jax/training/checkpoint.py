@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
+from jaxtyping import PyTree
 
 from conlens_jax.files.paths import local_path
 from conlens_jax.training.checkpoint_storage import (
@@ -59,8 +60,6 @@ __all__ = [
 ]
 
 _STEP = re.compile(r"[0-9]+")
-
-PyTree = Any
 
 CHECKPOINT_METRIC = "kl_at_sampled"
 """The validation score that checkpoints are ranked by; lower is better."""

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jaxtyping import PyTree
 
 from conlens_jax.files.paths import checkpoint_path_problem, local_path
 from conlens_jax.training.checksums import checksums
@@ -27,8 +28,6 @@ from conlens_jax.training.checksums import checksums
 STATE, METADATA, METRICS, CHECKSUMS = "state", "metadata", "metrics", "checksums"
 _CHECKED_BYTES = 256 * 2**20
 _MEANING = {"NOT_FOUND": "is missing", "OUT_OF_RANGE": "is cut short", "DATA_LOSS": "is damaged"}
-
-PyTree = Any
 
 
 class CheckpointError(ValueError):

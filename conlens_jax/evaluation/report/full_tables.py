@@ -8,9 +8,9 @@ from conlens_jax.evaluation.report.report_data import (
     HIGHER,
     LOWER,
     NEITHER,
+    Intervals,
     MetricGroup,
     MetricRow,
-    Metrics,
     Rowspec,
 )
 from conlens_jax.evaluation.report.svg import CurveChart, Series
@@ -57,7 +57,7 @@ _COMPARED: tuple[tuple[str, str, str], ...] = (
 _COMPARED_BY = ("fve_nrm", "kl_frac_mean", "top1_agree")
 
 
-def comparison(metrics: Metrics) -> MetricGroup:
+def comparison(metrics: Intervals) -> MetricGroup:
     """Everything that explains the same activations, in one table."""
     rows = []
     for prefix, name, explanation in _COMPARED:
@@ -75,7 +75,7 @@ def comparison(metrics: Metrics) -> MetricGroup:
     )
 
 
-def damage(systems: Mapping[str, Metrics]) -> MetricGroup:
+def damage(systems: Mapping[str, Intervals]) -> MetricGroup:
     """What is left of each lens's text after each change, for both readers.
 
     Args:
@@ -103,7 +103,7 @@ def damage(systems: Mapping[str, Metrics]) -> MetricGroup:
     )
 
 
-def interventions(metrics: Metrics, variables: Sequence[str]) -> MetricGroup:
+def interventions(metrics: Intervals, variables: Sequence[str]) -> MetricGroup:
     """The edit and its two controls, all rows together and by variable."""
     columns = ("edit to w", "control: to a third value", "control: random word")
     prefixes = ("", "third_value_", "random_word_")
@@ -126,7 +126,7 @@ def interventions(metrics: Metrics, variables: Sequence[str]) -> MetricGroup:
     )
 
 
-def parts(metrics: Metrics) -> MetricGroup:
+def parts(metrics: Intervals) -> MetricGroup:
     """Greedy text by position in the context and by the norm of the activation."""
     columns = ("rows", "fve_nrm", "kl_frac_mean")
     names = [
@@ -142,7 +142,7 @@ def parts(metrics: Metrics) -> MetricGroup:
 
 
 def full_groups(
-    main: str, systems: Mapping[str, Metrics], variables: Sequence[str]
+    main: str, systems: Mapping[str, Intervals], variables: Sequence[str]
 ) -> list[MetricGroup]:
     """Tables with columns of their own; empty ones are left out.
 
@@ -158,7 +158,7 @@ def full_groups(
     return [group for group in groups if group.rows]
 
 
-def full_charts(metrics: Metrics) -> list[CurveChart]:
+def full_charts(metrics: Intervals) -> list[CurveChart]:
     """Best of K, and FVE by the number of tokens that are read."""
     charts = []
     by_size = best_of_curves(metrics)

@@ -14,7 +14,7 @@ HIGHER, LOWER, NEITHER = "higher", "lower", ""
 """The direction in which a metric is better."""
 Rowspec = tuple[str, str, str]
 """Name of a metric, its explanation, and its better direction."""
-Metrics = Mapping[str, Interval]
+Intervals = Mapping[str, Interval]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from conlens_jax.evaluation.report.report_data import (
     HIGHER,
     NEITHER,
+    Intervals,
     MetricGroup,
     MetricRow,
-    Metrics,
     Rowspec,
 )
 from conlens_jax.evaluation.studies.truth import RANGES, SOON
@@ -36,7 +36,7 @@ _PRECISION = {f"precision, {name}": f"{prefix}precision{{}}" for name, prefix in
 _READ = {"probe": "probe_read{}", "most frequent value": "prior_read{}"}
 
 
-def truth_by(metrics: Metrics, variables: Sequence[str]) -> list[MetricGroup]:
+def truth_by(metrics: Intervals, variables: Sequence[str]) -> list[MetricGroup]:
     """Texts by variable, by distance from where the context states it, and by layer."""
     views = {
         "by variable": (
@@ -67,7 +67,7 @@ def truth_by(metrics: Metrics, variables: Sequence[str]) -> list[MetricGroup]:
     return groups + _by_layer(metrics, variables)
 
 
-def _by_layer(metrics: Metrics, variables: Sequence[str]) -> list[MetricGroup]:
+def _by_layer(metrics: Intervals, variables: Sequence[str]) -> list[MetricGroup]:
     key = "recall_layer_"
     layers = [name.removeprefix(key) for name in metrics if name.startswith(key)]
     if not layers:
@@ -104,7 +104,7 @@ def _in_words(name: str) -> str:
 
 
 def _table(
-    title: str, note: str, rows: Mapping[str, str], columns: Mapping[str, str], metrics: Metrics
+    title: str, note: str, rows: Mapping[str, str], columns: Mapping[str, str], metrics: Intervals
 ) -> MetricGroup:
     """Cells by name of a metric: a column's with the row's part in its braces. Empty rows and
     columns are left out."""
