@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 from conlens_jax.config import ConfigError, MeshConfig
 
-PyTree = Any
 AXES = ("data", "fsdp", "tensor")
 AXIS_TYPES = (AxisType.Auto,) * len(AXES)
 BATCH_AXES = ("data", "fsdp")
@@ -102,10 +101,8 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
     if config.preset == "multislice":
         if devices % (config.slices * config.tensor):
             raise ConfigError(
-                [
-                    f"mesh.slices × mesh.tensor = {config.slices} × {config.tensor} does not "
-                    f"divide the {devices} devices of the run"
-                ]
+                f"mesh.slices × mesh.tensor = {config.slices} × {config.tensor} does not "
+                f"divide the {devices} devices of the run"
             )
         return config.slices, devices // config.slices // config.tensor, config.tensor
     if config.preset:
@@ -114,10 +111,8 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
     data = config.data or max(devices // others, 1)
     if data * others != devices:
         raise ConfigError(
-            [
-                f"mesh.data × mesh.fsdp × mesh.tensor = {data} × {config.fsdp} × {config.tensor} "
-                f"must be the number of devices, {devices}; mesh.data=0 takes what the others leave"
-            ]
+            f"mesh.data × mesh.fsdp × mesh.tensor = {data} × {config.fsdp} × {config.tensor} "
+            f"must be the number of devices, {devices}; mesh.data=0 takes what the others leave"
         )
     return data, config.fsdp, config.tensor
 
@@ -141,7 +136,7 @@ def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % parts:
         raise ConfigError(
-            [f"{name}={batch_size} must be a multiple of mesh.data × mesh.fsdp = {parts}"]
+            f"{name}={batch_size} must be a multiple of mesh.data × mesh.fsdp = {parts}"
         )
 
 

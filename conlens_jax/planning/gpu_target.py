@@ -34,17 +34,15 @@ def target_mesh(target: str, config: MeshConfig, devices: int) -> Mesh:
       ConfigError: the target is unknown, its compiler is missing, or the devices do not fill hosts.
     """
     if target not in TARGETS:
-        raise ConfigError([f"--target={target!r}: known targets are {', '.join(TARGETS)}"])
+        raise ConfigError(f"--target={target!r}: known targets are {', '.join(TARGETS)}")
     if not _has_compiler():
         raise ConfigError(
-            [
-                f"--target={target} needs XLA's GPU compiler (not a GPU): "
-                "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt, in the version of JAX"
-            ]
+            f"--target={target} needs XLA's GPU compiler (not a GPU): "
+            "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt, in the version of JAX"
         )
     if devices > _DEVICES_PER_HOST and devices % _DEVICES_PER_HOST:
         raise ConfigError(
-            [f"--target={target}: {devices} devices do not fill hosts of {_DEVICES_PER_HOST}"]
+            f"--target={target}: {devices} devices do not fill hosts of {_DEVICES_PER_HOST}"
         )
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} {_WITHOUT_TUNING}".strip()

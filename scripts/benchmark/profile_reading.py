@@ -43,14 +43,14 @@ def time_by_operation(folder: Path) -> dict[str, float]:
     """
     files = sorted(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
     if not files:
-        raise ConfigError([f"{folder}: no *.xplane.pb; train with --config.profile.steps=(a,b)"])
+        raise ConfigError(f"{folder}: no *.xplane.pb; train with --config.profile.steps=(a,b)")
     seconds: collections.Counter[str] = collections.Counter()
     for plane in jax.profiler.ProfileData.from_file(str(files[-1])).planes:
         for line in plane.lines:
             for name, nanoseconds in own_times(_operations(line)):
                 seconds[name] += nanoseconds / 1e9
     if not seconds:
-        raise ConfigError([f"{files[-1]}: no event has the statistic hlo_op"])
+        raise ConfigError(f"{files[-1]}: no event has the statistic hlo_op")
     return dict(seconds)
 
 
