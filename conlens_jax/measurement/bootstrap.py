@@ -100,10 +100,6 @@ class DocumentBootstrap:
         """
         return percentile_interval(self._values(statistic, per_row), level)
 
-    def mean(self, values_N: npt.ArrayLike, level: float = 0.95) -> Interval:
-        """The interval of a plain mean over rows."""
-        return self.interval(lambda means: means["values"], {"values": values_N}, level)
-
     def difference(
         self,
         statistic: Statistic,
