@@ -35,18 +35,14 @@ from pipeline import (
 
 from conlens_jax.config import ConfigError, to_json_dict, with_changes
 from conlens_jax.data.batches import read_groups
-from conlens_jax.data.cache import CacheError
+from conlens_jax.data.cache_metadata import CacheError
 from conlens_jax.lens.objective import warm_loss
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.models.model import load_model
 from conlens_jax.tracking.records import read_metrics
 from conlens_jax.training import loop, stage_loop
-from conlens_jax.training.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    all_steps,
-    read_metadata,
-)
+from conlens_jax.training.checkpoint import Checkpoints, all_steps, read_metadata
+from conlens_jax.training.checkpoint_storage import CheckpointError
 from conlens_jax.training.loop import train_lens
 from conlens_jax.training.run_folder import load_lens
 from conlens_jax.training.session import (

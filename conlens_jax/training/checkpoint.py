@@ -25,6 +25,7 @@ from absl import logging as absl_logging
 from jaxtyping import PyTree
 
 from conlens_jax.files.paths import local_path
+from conlens_jax.models.param_table import named_leaves
 from conlens_jax.training.checkpoint_storage import (
     CHECKSUMS,
     METADATA,
@@ -35,7 +36,6 @@ from conlens_jax.training.checkpoint_storage import (
     check_values,
     is_damage,
     metrics_problem,
-    named_leaves,
     quiet_storage,
     reason_of,
     storage_path,
@@ -45,19 +45,6 @@ from conlens_jax.training.checkpoint_storage import (
     stored_tree,
 )
 from conlens_jax.training.checksums import checksums
-
-__all__ = [
-    "CheckpointError",
-    "Checkpoints",
-    "DamagedCheckpoint",
-    "all_steps",
-    "any_metadata",
-    "best_step",
-    "read_metadata",
-    "restore_params",
-    "restore_state",
-    "step_of",
-]
 
 _STEP = re.compile(r"[0-9]+")
 

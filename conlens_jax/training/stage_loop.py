@@ -18,7 +18,8 @@ from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.mesh import batch_sharding
 from conlens_jax.parallel.preemption import Preempted, watching_for_sigterm
 from conlens_jax.parallel.processes import stopping_with_others
-from conlens_jax.training.checkpoint import CheckpointError, Checkpoints, all_steps
+from conlens_jax.training.checkpoint import Checkpoints, all_steps
+from conlens_jax.training.checkpoint_storage import CheckpointError
 from conlens_jax.training.profile import StepProfile
 from conlens_jax.training.run import Run
 from conlens_jax.training.stage_log import StageLog
