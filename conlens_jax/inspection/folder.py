@@ -106,10 +106,8 @@ def save(lens: LensParts, folder: Path, include_model: bool | None = None) -> Pa
 
 def _write_parts(lens: LensParts, folder: Path, include_model: bool) -> None:
     for side in _SIDES:
-        flat = {
-            name: jax.device_get(leaf) for name, leaf in named_leaves(lens.trainable[side]).items()
-        }
-        tensors = {name: np.asarray(leaf) for name, leaf in flat.items()}
+        leaves = named_leaves(jax.device_get(lens.trainable[side]))
+        tensors = {name: np.asarray(leaf) for name, leaf in leaves.items()}
         write_atomically(folder / f"{side}.safetensors", [safetensors.numpy.save(tensors)])
     model = folder / MODEL_FOLDER
     model.mkdir()  # if it stays empty, it only replaces an older one
