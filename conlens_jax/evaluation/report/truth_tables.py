@@ -5,29 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from conlens_jax.evaluation.report.report_data import (
-    HIGHER,
     NEITHER,
     Intervals,
     MetricGroup,
     MetricRow,
-    Rowspec,
 )
 from conlens_jax.evaluation.studies.truth import RANGES, SOON
-
-TRUTH: tuple[Rowspec, ...] = (
-    ("recall", "share of the probe-readable values that the greedy text states", HIGHER),
-    ("sampled_recall", "… the sampled text", HIGHER),
-    ("null_shuffle_recall", "… the text of another row", NEITHER),
-    ("text_only_recall", "… M's own continuation of the context, without the vector", NEITHER),
-    ("window_recall", "… the true window that the warm start teaches", NEITHER),
-    ("precision", "share of the values that the greedy text states which are right", HIGHER),
-    ("sampled_precision", "… the sampled text", HIGHER),
-    ("null_shuffle_precision", "… the text of another row", NEITHER),
-    ("text_only_precision", "… M's own continuation, without the vector", NEITHER),
-    ("window_precision", "… the true window", NEITHER),
-    ("probe_read", "share of the decided values that a linear probe reads from a", NEITHER),
-    ("prior_read", "… that are the most frequent value of training rows", NEITHER),
-)
 
 # The true window stays in metrics.json: more columns than these do not fit a page.
 _TEXTS = {"greedy text": "", "another row's text": "null_shuffle_", "M's own words": "text_only_"}
