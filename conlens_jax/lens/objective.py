@@ -242,8 +242,9 @@ def joint_loss(
         reconstruction_BD, error_B = read_text(encoder, text_BTD, activation_BD, objective)
 
     values = {"mse": error_B}
+    # Nothing else needs the states of a detached text.
     if objective.estimator.kind != "detached" or objective.uses("entropy"):
-        values["entropy"] = of_tokens["entropy"]  # else nothing needs the states
+        values["entropy"] = of_tokens["entropy"]
     if prepared.context is not None:
         values["kl"] = swap_kl(
             frozen, batch, prepared.context, reconstruction_BD, activation_BD, objective
