@@ -1,5 +1,6 @@
 """Settings of every test: 8 virtual CPU devices, strict promotion, a compiler in a hurry."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -33,6 +34,8 @@ if "XLA_FLAGS" not in os.environ:  # pytest-xdist's workers inherit it
     every = " ".join(_QUICK_COMPILE)
     known = every if _is_known(every) else " ".join(filter(_is_known, _QUICK_COMPILE))
     os.environ["XLA_FLAGS"] = known
+# Tracing makes many objects that live long; Python's default looks through them every 700.
+gc.set_threshold(20_000, 10, 10)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -53,3 +56,4 @@ def _few_programs():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
+        gc.collect()
