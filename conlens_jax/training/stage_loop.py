@@ -86,8 +86,8 @@ class StageLoop:
             mark, run_ahead = self._clock(), RunAhead()
             for index, batch in batches:
                 profile.before(index)
-                # Everything is on the devices already: a copy in every step would be a mistake.
-                with jax.transfer_guard("disallow"):
+                # The batch is on the devices already: a copy in every step would be a mistake.
+                with jax.transfer_guard_host_to_device("disallow"):
                     state, metrics = step(state, self.frozen, batch)
                 run_ahead(metrics)
                 profile.after(index, metrics)
