@@ -89,6 +89,12 @@ def test_rows_do_not_depend_on_the_batch_size(lens, rows, random_vectors):
     assert all(len(leaf) == N_ROWS for leaf in jax.tree.leaves(numbers))
 
 
+def test_weights_are_not_copied_to_the_devices_with_every_batch(lens, rows, measurer):
+    on_host = jax.tree.map(np.asarray, lens[0])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        measurer.explain(on_host, lens[1], rows)
+
+
 def test_texts_are_the_decoders(lens, rows, measurer):
     """Sampled with noise of their own, apart from training's; and greedily."""
     write = jax.jit(

@@ -686,3 +686,14 @@ def test_only_the_chosen_parts_train(world, tmp_path, unwatched, changes, traine
 def has_changed(before, after) -> bool:
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     return any((np.asarray(x) != np.asarray(y)).any() for x, y in pairs)
+
+
+def test_a_copy_to_the_devices_in_every_step_is_refused(world, unwatched, monkeypatch, tmp_path):
+    """A batch that stayed on the host would be copied at every call of the step."""
+
+    def on_host(read, steps):
+        return ((index, jax.tree.map(np.asarray, read(index))) for index in steps)
+
+    monkeypatch.setattr(stage_loop, "prefetch", on_host)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        train_lens(plain(world, tmp_path / "run"))

@@ -38,6 +38,9 @@ class Event(NamedTuple):
 def time_by_operation(folder: Path) -> dict[str, float]:
     """Seconds of each operation of the newest profile below a folder, summed over all lines.
 
+    Call it in another process than the profiled one: JAX 0.11 has crashed under Python 3.12 when it
+    read a profile that it had just made.
+
     Raises:
       ConfigError: there is no profile, or none of its events is an operation.
     """

@@ -12,7 +12,7 @@ import numpy as np
 
 from conlens_jax.data.rows import Rows
 from conlens_jax.evaluation.studies.linear_code import LinearCode, bits_of_text
-from conlens_jax.evaluation.studies.probe import LinearMap
+from conlens_jax.evaluation.studies.probe import linear_map
 from conlens_jax.evaluation.suite import Evaluated, Suite
 from conlens_jax.measurement.aggregates import mean_of, reconstruction_statistics
 from conlens_jax.measurement.bootstrap import Interval, Statistic
@@ -58,7 +58,7 @@ def baselines(
     text_len, vocab_size = measurer.spec.text_len, measurer.spec.model.vocab_size
     n_bits = bits_of_text(text_len, vocab_size)
     code = LinearCode.fit(train.activations_ND, n_bits)
-    tuned = LinearMap.fit(train.activations_ND, measurer.last_states(original, train))
+    tuned = linear_map(train.activations_ND, measurer.last_states(original, train))
     states = {"logit_lens": rows.activations_ND, "tuned_lens": tuned(rows.activations_ND)}
     predicted = {name: measurer.unembedded(original, rows, states[name]) for name in LENSES}
     rng = np.random.default_rng(seed)
