@@ -171,7 +171,7 @@ def cached_scan(trainable, frozen, activation_BD, noise_BTV, tau, cotangent, *, 
         start = empty_cache(spec.model, BATCH, length + last)
         run = functools.partial(run_layers, base["layers"], config=spec.model)
         positions = all_positions(BATCH, length)
-        prompt = add_position_embeddings(base, prompt, positions)
+        prompt = add_position_embeddings(base, prompt, positions, spec.model)
         x, cache = run(prompt, positions, cache=start, slot=jnp.int32(0))
 
         def write(carry, step):
@@ -185,7 +185,7 @@ def cached_scan(trainable, frozen, activation_BD, noise_BTV, tau, cotangent, *, 
             position = jnp.broadcast_to(slot, (BATCH, 1))
             embedding = scale_embeddings(choice @ base["embedding"], spec.model)[:, None]
             x, cache = run(
-                add_position_embeddings(base, embedding, position),
+                add_position_embeddings(base, embedding, position, spec.model),
                 position,
                 cache=cache,
                 slot=slot,

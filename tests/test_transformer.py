@@ -37,7 +37,8 @@ LLAMA3 = {
 @functools.partial(jax.jit, static_argnames="config")
 def step_of(params, tokens_BS, positions_BS, cache, slot, *, config):
     """Logits of new tokens and the cache with them."""
-    x_BSD = add_position_embeddings(params, embed_tokens(params, tokens_BS, config), positions_BS)
+    x_BSD = embed_tokens(params, tokens_BS, config)
+    x_BSD = add_position_embeddings(params, x_BSD, positions_BS, config)
     x_BSD, cache = run_layers(
         params["layers"], x_BSD, positions_BS, config=config, cache=cache, slot=slot
     )
