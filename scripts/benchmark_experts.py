@@ -3,8 +3,8 @@
 Command:  python scripts/benchmark_experts.py --tokens 1 8 32 512 2048 --dtype float32 bfloat16
 
 One layer's experts with random weights, of the shape of Qwen3-30B-A3B unless told otherwise: the
-forward pass, with the gradient of the inputs, and with that of the matrices too. All forms are timed
-in one run; a program that needs more temporary memory than ``--memory`` is not run (``-``).
+forward pass, with the gradient of the inputs, and with that of the matrices too. All forms are
+timed in one run; a program that needs more temporary memory than ``--memory`` is not run (``-``).
 The limit is the products of the chosen experts at the rate of large products in the same run.
 """
 
@@ -34,11 +34,9 @@ PASSES = {"forward": 1, "inputs": 2, "weights": 3}
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = _parser().parse_args(arguments)
-    print(
-        "| dtype | tokens | pass | " + " | ".join(f"{form}, ms" for form in options.forms), end=""
-    )
-    print(" | last / first | limit, ms | " + " | ".join(f"{f}, MiB" for f in options.forms) + " |")
-    print("|---" * (5 + 2 * len(options.forms)) + "|")
+    times, sizes = ([f"{form}, {unit}" for form in options.forms] for unit in ("ms", "MiB"))
+    header = ["dtype", "tokens", "pass", *times, "last / first", "limit, ms", *sizes]
+    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
     rows = []
     for dtype in options.dtype:
         config = layer_config(options, dtype)
