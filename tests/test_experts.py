@@ -176,6 +176,19 @@ def test_the_same_numbers_on_every_mesh(preset, alone):
     assert relative_error(found, expected) < 1e-5
 
 
+def test_remat_keeps_the_products_of_experts():
+    """They are loops, which no policy of JAX's own knows."""
+    config, layers, x_BSD = layers_of("gpt_oss")
+    positions = all_positions(*x_BSD.shape[:2])
+
+    def loops(remat: str) -> int:
+        changed = dataclasses.replace(config, remat=remat)
+        loss = lambda x_BSD: jnp.sum(run_layers(layers, x_BSD, positions, config=changed)[0])
+        return str(jax.make_jaxpr(jax.grad(loss))(x_BSD)).count("while[")
+
+    assert loops("products") == loops("none") == loops("full") - 3
+
+
 def test_a_frozen_matrix_has_no_gradient_in_the_program():
     """A cotangent that nobody asks for is not computed, and no expert is multiplied by all."""
     config, layers, x_BSD = layers_of("mixtral")

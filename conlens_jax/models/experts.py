@@ -21,6 +21,7 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -28,6 +29,8 @@ from conlens_jax.models.quantized import Matrix
 from conlens_jax.models.transformer_config import TransformerConfig
 from conlens_jax.parallel.mesh import AXES_OF_DIM, BATCH_AXES, target_platform
 
+PRODUCT_NAME = "expert_product"
+"""The name under which ``jax.checkpoint`` knows these products."""
 _FORMS = {"cpu": "blocks", "tpu": "ragged"}
 # Measured on a CPU by scripts/benchmark_experts.py: fewer rows repeat the reading of an expert's
 # matrix too often, more of them are too often empty.
@@ -65,7 +68,8 @@ def expert_product(
         out = product(rows, matrix, pairs)
         return out.reshape(*experts_BSk.shape, out.shape[-1])
 
-    return _on_mesh(equation, of_device, x, matrix, choice.experts_BSk)
+    out = _on_mesh(equation, of_device, x, matrix, choice.experts_BSk)
+    return checkpoint_name(out, PRODUCT_NAME)
 
 
 def _on_mesh(equation, of_device, x, matrix, experts_BSk):
