@@ -13,6 +13,7 @@ import pytest
 from tiny_lens import relative_error
 from tiny_models import random_params, tiny_config
 
+import benchmark_experts
 from conlens_jax.models.adapters import init_adapters, with_adapters
 from conlens_jax.models.backward import TokenVjp, forward_with_residuals, layers_vjp
 from conlens_jax.models.experts import _LEAST_ROWS, Choice, _blocks_of, expert_product
@@ -206,3 +207,12 @@ def test_a_frozen_matrix_has_no_gradient_in_the_program():
     assert of_matrices.search(program(0)) and not of_matrices.search(program(1))
     dense = re.compile(rf"f32\[[\d,]*\b{E},{f}\]\S* dot\(")
     assert not dense.search(program(1))
+
+
+def test_the_benchmark_times_every_form(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark_experts, "matmul_rate", lambda dtype, repeat: 1e9)
+    shape = "--experts=4 --chosen=2 --width=16 --mlp=8 --tokens 3 --repeat=1 --memory=1"
+    forms = ["blocks", "ragged", "dense"]
+    (row,) = benchmark_experts.main([*shape.split(), "--passes", "weights", "--forms", *forms])
+    assert all(row[form] > 0 for form in forms)
+    assert "| float32 | 3 | weights |" in capsys.readouterr().out

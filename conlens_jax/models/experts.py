@@ -32,8 +32,7 @@ from conlens_jax.parallel.mesh import AXES_OF_DIM, BATCH_AXES, target_platform
 PRODUCT_NAME = "expert_product"
 """The name under which ``jax.checkpoint`` knows these products."""
 _FORMS = {"cpu": "blocks", "tpu": "ragged"}
-# Measured on a CPU by scripts/benchmark_experts.py: fewer rows repeat the reading of an expert's
-# matrix too often, more of them are too often empty.
+# Of a block: fewer rows read an expert's matrix more often, more rows are more often empty.
 _LEAST_ROWS, _MOST_ROWS = 8, 64
 
 
