@@ -61,7 +61,7 @@ class LayerKind(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """Sizes and switches; the defaults of the switches are Llama's. ``dtype``, ``unroll``,
-    ``remat``, ``attention`` and ``quantise`` set how the network is run.
+    ``remat``, ``attention``, ``experts`` and ``quantise`` set how the network is run.
 
     Attributes:
       norm: ``"rms"``, or ``"layer"`` (which also subtracts the mean and may have a bias).
@@ -96,6 +96,8 @@ class TransformerConfig:
       eos_token_ids: each of them ends a text.
       dtype: ``"float32"`` or ``"bfloat16"``; other spellings are converted to these.
       attention: ``"xla"`` or ``"cudnn"`` (:mod:`conlens_jax.models.flash`).
+      experts: ``"blocks"``, ``"ragged"`` or ``"dense"`` (:mod:`conlens_jax.models.experts`); empty:
+        by the platform.
       quantise: ``"int8"`` to load the matrices as int8
         (:mod:`conlens_jax.models.quantized`).
     """
@@ -152,6 +154,7 @@ class TransformerConfig:
     unroll: int = 0
     remat: str = "none"
     attention: str = "xla"
+    experts: str = ""
     quantise: str = ""
 
     def __post_init__(self):

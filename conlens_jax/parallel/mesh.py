@@ -140,6 +140,12 @@ def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
         )
 
 
+def target_platform() -> str:
+    """The platform that the program is compiled for; this process may have another."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def param_spec(dims: str) -> P:
     """The partition of a parameter from its dimension letters.
 

@@ -12,7 +12,8 @@ the forward pass, and that of trained weights as much again; attention's backwar
 forward. The gradient through the history costs nothing more: token by token from the last to the
 first, one backward pass is exact. ``re-forward`` is counted, since text is first sampled and then
 differentiated; work other than matrix products (softmax over the vocabulary, noise, optimizer) is
-not, nor are low-rank adapters and input patches. In a mixture of experts only active experts count.
+not, nor are low-rank adapters and input patches. In a mixture of experts only the chosen experts
+count; the dense form (:mod:`conlens_jax.models.experts`) computes all of them.
 """
 
 from __future__ import annotations
