@@ -63,7 +63,7 @@ def test_keys_that_transformers_does_not_read_are_named_once(family, caplog):
     for _ in range(2):
         assert tiny_config(family, **odd) == tiny_config(family)
     (line,) = caplog.messages
-    assert "is_a_config, unk_token_id, x.js_config are ignored" in line and "nothing" not in line
+    assert line.endswith(": is_a_config, unk_token_id, x.js_config")
 
 
 @each_family

@@ -135,9 +135,9 @@ class HFConfigReader:
 def _note_unread(name: str, keys: tuple[str, ...]) -> None:
     """Once per process: a model's config.json is read by several parts of a command."""
     _LOG.warning(
-        "config.json (%s): %s ignored, which transformers does not read either",
+        "config.json (%s): ignored, since transformers does not read them either: %s",
         name,
-        ", ".join(keys) + (" is" if len(keys) == 1 else " are"),
+        ", ".join(keys),
     )
 
 
