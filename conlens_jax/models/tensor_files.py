@@ -62,7 +62,8 @@ class TensorFiles(Mapping[str, StoredTensor]):
         if differing:
             raise ValueError(
                 f"model.path={folder}: several files contain a tensor with different values, and "
-                f"no index decides which is read: {some_of(differing)}"
+                f"no index decides which is read: {some_of(differing)}; if these are several "
+                "models, give each a folder of its own"
             )
 
     def __getitem__(self, name: str) -> StoredTensor:
