@@ -53,7 +53,11 @@ IGNORED = {
     "Qwen3-Coder-480B-A35B-Instruct": "qkv_bias shared_expert_intermediate_size use_qk_norm",
     "SmolLM2-135M-Instruct": _SMOLLM2,
     "SmolLM2-360M-Instruct": _SMOLLM2,
+    "gpt-j-6B-8bit": "eight_bit",
     "gpt2-medium": "n_special",
+    "phi-1": "attention_bias rotary_dim",
+    "starcoder2-7b": "activation_function attention_softmax_in_fp32 layer_norm_epsilon "
+    "scale_attention_softmax_in_fp32 scale_attn_weights",
 }
 # The tensor axis divides neither GPT-2's 50,257 tokens nor two key-value heads.
 TOO_FINE = {
@@ -81,17 +85,19 @@ def test_the_readme_has_every_file():
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_keys_that_change_nothing_are_ignored_by_name(name, caplog):
+def test_keys_that_change_nothing_are_ignored_by_name(name, caplog, monkeypatch):
     hf_config._note_unread.cache_clear()
+    # Which would import transformers, and take seconds.
+    monkeypatch.setattr(hf_config, "default_of", lambda *_: pytest.fail("a class was asked"))
     config_from_hf(values_of(name))
     ignored = [record.args[1].replace(",", "") for record in caplog.records]
     assert ignored == ([IGNORED[name]] if name in IGNORED else [])
 
 
-@pytest.mark.parametrize("name", UNKNOWN)
-def test_types_that_are_not_supported_are_named(name):
-    with pytest.raises(ValueError, match=f"{values_of(name)['model_type']!r} is not supported"):
-        config_from_hf(values_of(name))
+def test_types_that_are_not_supported_are_named():
+    for name in UNKNOWN:
+        with pytest.raises(ValueError, match=f"{values_of(name)['model_type']!r} is not supported"):
+            config_from_hf(values_of(name))
 
 
 @pytest.mark.parametrize("name", KNOWN)
