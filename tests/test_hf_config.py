@@ -58,7 +58,7 @@ def test_unsupported_keys_are_listed_together(family):
 
 @each_family
 def test_keys_that_transformers_does_not_read_are_named_once(family, caplog):
-    hf_config._note_unread.cache_clear()
+    hf_config._warn_once.cache_clear()
     odd = {"is_a_config": True, "unk_token_id": 0, "x.js_config": {"dtype": "q4"}, "nothing": None}
     for _ in range(2):
         assert tiny_config(family, **odd) == tiny_config(family)

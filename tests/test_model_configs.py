@@ -86,7 +86,7 @@ def test_the_readme_has_every_file():
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_keys_that_change_nothing_are_ignored_by_name(name, caplog, monkeypatch):
-    hf_config._note_unread.cache_clear()
+    hf_config._warn_once.cache_clear()
     # Which would import transformers, and take seconds.
     monkeypatch.setattr(hf_config, "default_of", lambda *_: pytest.fail("a class was asked"))
     config_from_hf(values_of(name))

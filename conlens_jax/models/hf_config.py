@@ -13,7 +13,8 @@ from typing import Any
 
 from conlens_jax.models.hf_keys import HARMLESS, NEUTRAL, default_of, read_by_transformers
 
-_LOG = logging.getLogger(__name__)
+# A model's config.json is read by several parts of a command.
+_warn_once = functools.cache(logging.getLogger(__name__).warning)
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -115,7 +116,7 @@ class HFConfigReader:
         """Keys that neither the family nor the generic tables know, by what transformers does."""
         try:
             matter = read_by_transformers(self.values["model_type"], others)
-            changed = [key for key in others if key in matter and self._changes(key)]
+            changed = [k for k in others if k in matter and others[k] != default_of(self.values, k)]
         except LookupError:
             self.problems += [
                 f"{key}={value!r} is not known, nor is this model_type to the installed "
@@ -124,21 +125,12 @@ class HFConfigReader:
             ]
             return
         self.problems += [f"{key}={others[key]!r} is not supported" for key in changed]
-        if unread := tuple(key for key in others if key not in matter):
-            _note_unread(self.name, unread)
-
-    def _changes(self, key: str) -> bool:
-        return self.values[key] != default_of(self.values, key)
-
-
-@functools.cache
-def _note_unread(name: str, keys: tuple[str, ...]) -> None:
-    """Once per process: a model's config.json is read by several parts of a command."""
-    _LOG.warning(
-        "config.json (%s): ignored, since transformers does not read them either: %s",
-        name,
-        ", ".join(keys),
-    )
+        if unread := [key for key in others if key not in matter]:
+            _warn_once(
+                "config.json (%s): ignored, since transformers does not read them either: %s",
+                self.name,
+                ", ".join(unread),
+            )
 
 
 def parse_token_ids(value: Any, key: str) -> tuple[int, ...]:

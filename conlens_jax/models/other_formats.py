@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from conlens_jax.models.mxfp4 import MXFP4
 from conlens_jax.models.weight_files import INDEX_FILE, WHOLE_FILE, indexed_files, read_json
 
-_LOG = logging.getLogger(__name__)
+_warn_once = functools.cache(logging.getLogger(__name__).warning)
 ADAPTER_FILE = "adapter_config.json"
 # How a config.json and the files beside it say that weights are quantised.
 _SIDE_FILES = {
@@ -41,16 +42,16 @@ def check_folder(folder: Path) -> None:
     if (folder / ADAPTER_FILE).exists():
         if not models:
             raise ValueError(_how_to_merge(folder))
-        _LOG.warning("%s: the model is read without the adapter of %s", folder, ADAPTER_FILE)
+        _warn_once("%s: the model is read without the adapter of %s", folder, ADAPTER_FILE)
     if WHOLE_FILE in models and set(indexed_files(folder).values()) & set(models) - {WHOLE_FILE}:
-        _LOG.warning(
+        _warn_once(
             "%s: %s is read, as in transformers, and not the files that %s names",
             folder,
             WHOLE_FILE,
             INDEX_FILE,
         )
     if models and (gguf := min((file.name for file in folder.glob("*.gguf")), default="")):
-        _LOG.warning("%s: the safetensors are read; to read %s, give that file", folder, gguf)
+        _warn_once("%s: the safetensors are read; to read %s, give that file", folder, gguf)
 
 
 def _how_to_merge(folder: Path) -> str:
