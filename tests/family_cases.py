@@ -85,6 +85,7 @@ CASES = {
             "max_window_layers": 2,
         },
     ),
+    "gemma: biases, untied": Case("gemma", {"attention_bias": True, "tie_word_embeddings": False}),
     "gemma2: no caps, untied, biases": Case(
         "gemma2",
         {
@@ -136,7 +137,36 @@ CASES = {
     "phi3: partial rotation": Case(
         "phi3", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}
     ),
+    "smollm3: by the interval, biases": Case(
+        "smollm3",
+        {"no_rope_layers": None, "no_rope_layer_interval": 2, "layer_types": None}
+        | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "granite: biases, tied": Case(
+        "granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}
+    ),
+    "ministral3: no window, published rotation, tied": Case(
+        "ministral3",
+        {"sliding_window": None, "rope_parameters": None, "tie_word_embeddings": True},
+    ),
+    "stablelm: sequential, biases, whole heads, tied": Case(
+        "stablelm",
+        {"qk_layernorm": False, "use_parallel_residual": False, "use_qkv_bias": True}
+        | {"partial_rotary_factor": 1.0, "tie_word_embeddings": True},
+    ),
+    "nemotron: biases, whole heads": Case(
+        "nemotron", {"attention_bias": True, "mlp_bias": True, "partial_rotary_factor": 1.0}
+    ),
+    "starcoder2: no biases, no window": Case(
+        "starcoder2", {"use_bias": False, "sliding_window": None, "tie_word_embeddings": False}
+    ),
+    "olmo: biases, unclipped, tied": Case(
+        "olmo", {"attention_bias": True, "clip_qkv": None, "tie_word_embeddings": True}
+    ),
     "olmo2: biases, tied": Case("olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
+    "olmo3: all windows, one rotation, biases": Case(
+        "olmo3", {"layer_types": None, "rope_parameters": None, "attention_bias": True}
+    ),
     "mixtral: window, one expert": Case(
         "mixtral", {"sliding_window": WINDOW, "num_experts_per_tok": 1}
     ),
@@ -146,6 +176,53 @@ CASES = {
     ),
     "gpt_oss: no attention bias, whole": Case(
         "gpt_oss", {"attention_bias": False, "layer_types": ["full_attention"] * 3}
+    ),
+    "phi: no norms of queries and keys, tied": Case(
+        "phi",
+        {
+            "qk_layernorm": False,
+            "tie_word_embeddings": True,
+            "partial_rotary_factor": 1.0,
+            "hidden_act": "relu",
+        },
+    ),
+    "gptj: whole heads, tied": Case(
+        "gptj", {"rotary_dim": 8, "n_inner": None, "tie_word_embeddings": True}
+    ),
+    "glm4: no biases, whole heads, tied": Case(
+        "glm4",
+        {"attention_bias": False, "partial_rotary_factor": 1.0, "tie_word_embeddings": True},
+    ),
+    "opt: no biases, norms without weights, gelu, tied": Case(
+        "opt",
+        {
+            "enable_bias": False,
+            "layer_norm_elementwise_affine": False,
+            "activation_function": "gelu",
+            "tie_word_embeddings": True,
+        },
+    ),
+    "falcon: new, two norms, biases": Case(
+        "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}
+    ),
+    "falcon: new, one norm, untied": Case(
+        "falcon",
+        {
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "num_ln_in_parallel_attn": 1,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "falcon: a key for each query, sequential, biases, tied": Case(
+        "falcon",
+        {
+            "multi_query": False,
+            "parallel_attn": False,
+            "bias": True,
+            "ffn_hidden_size": None,
+            "tie_word_embeddings": True,
+        },
     ),
 }
 

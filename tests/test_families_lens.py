@@ -26,12 +26,12 @@ LOSS = LossConfig(
     kl_horizon=2,
 )
 TAU = 0.5
-# One family a kind of network, with its head tied as in the published models: learned positions and
-# layer norms; a parallel residual; soft caps; two rotations and windows; norms behind; experts and
-# sinks.
+# One family a kind of network, with its head tied as in the published models: learned positions
+# (from row 2 on) and layer norms; a parallel residual behind one norm, a bias at the head; soft
+# caps; two rotations and windows; norms behind; experts and sinks.
 KINDS = {
-    "gpt2": True,
-    "gpt_neox": False,
+    "opt": True,
+    "phi": False,
     "gemma2": True,
     "gemma3_text": True,
     "olmo2": False,

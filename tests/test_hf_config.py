@@ -12,8 +12,10 @@ from family_cases import CASES, each_case, each_family
 from tiny_models import tiny_config, tiny_values
 
 from conlens_jax.models import hf_config
-from conlens_jax.models.families import FAMILIES, config_from_hf, family_of
+from conlens_jax.models.families import config_from_hf, family_of
 from conlens_jax.models.hf_keys import HARMLESS, NEUTRAL, read_by_transformers
+
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 
 def through_json(values):
@@ -156,8 +158,14 @@ def test_a_model_type_that_transformers_does_not_have():
         ("gemma2", {"layer_types": ["full_attention"]}, "layer_types"),
         ("gpt_oss", {"sliding_window": None}, "sliding_window=None"),
         ("gpt_neo", {"attention_types": [[["global"], 2]]}, "attention_types"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\] must have a number"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
         ("gpt2", {"activation_function": "mish"}, "activation_function='mish'"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False"),
+        ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim=16"),
+        ("gptj", {"rotary_dim": 16}, "rotary_dim=16"),
+        ("falcon", {"alibi": True}, "alibi=True"),
+        ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn=2"),
         ("phi3", {"lm_head_bias": True}, "lm_head_bias=True"),
         ("llama", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "needs long_factor"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
@@ -202,8 +210,19 @@ def test_what_is_not_supported_is_named(family, changes, message):
                 }
             },
         ),
+        (
+            "olmo3",
+            {"rope_parameters": None, "rope_scaling": _YARN, "rope_theta": 500.0},
+            {
+                "rope_parameters": {
+                    "full_attention": _YARN | {"rope_theta": 500.0},
+                    "sliding_attention": {"rope_theta": 500.0},
+                }
+            },
+        ),
         ("gpt_oss", {"num_local_experts": 4}, {"num_experts": 4}),
         ("gemma2", {"hidden_act": "gelu"}, {"hidden_activation": "gelu_pytorch_tanh"}),
+        ("gemma", {"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}),
     ],
 )
 def test_old_and_new_spellings_are_one(family, old, new):
@@ -226,8 +245,12 @@ def test_text_part_of_a_multimodal_config():
     assert ends([6, 2]) == (6, 2) and ends([]) == ends(None) == (2,) and ends(9) == (9, 2)
 
 
+def test_gemma4_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match="'gemma4'.*heads of two widths"):
+        config_from_hf({"model_type": "gemma4", "text_config": {"model_type": "gemma4_text"}})
+
+
 def test_remote_code_is_named_where_the_type_is_unknown():
     with pytest.raises(ValueError, match=r"'mamba'.*never run.*gpt2"):
         config_from_hf({"model_type": "mamba", "auto_map": {"AutoConfig": "x.Config"}})
     assert tiny_config("phi3", auto_map={"AutoConfig": "x.Config"}) == tiny_config("phi3")
-    assert len(FAMILIES) == 14

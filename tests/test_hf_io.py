@@ -262,8 +262,8 @@ def test_both_spellings_of_config_json(v4, v5):
 
 
 def test_unknown_rope_option_is_an_error():
-    with pytest.raises(ValueError, match="'yarn' does not know mscale"):
-        tiny_config(rope_scaling={"type": "yarn", "factor": 2.0, "mscale": 0.7})
+    with pytest.raises(ValueError, match="'yarn' does not know low_freq_factor"):
+        tiny_config(rope_scaling={"type": "yarn", "factor": 2.0, "low_freq_factor": 0.7})
     with pytest.raises(ValueError, match="'linear' needs factor"):
         tiny_config(rope_scaling={"type": "linear"})
 

@@ -59,13 +59,18 @@ IGNORED = {
     "starcoder2-7b": "activation_function attention_softmax_in_fp32 layer_norm_epsilon "
     "scale_attention_softmax_in_fp32 scale_attn_weights",
 }
-# The tensor axis divides neither GPT-2's 50,257 tokens nor two key-value heads.
+# The tensor axis divides neither every vocabulary nor one or two key-value heads.
 TOO_FINE = {
     (name, "fsdp2_tensor4"): dimension
     for name, dimension in (
         ("gpt2", "V=50257"),
         ("TinyStories-33M", "V=50257"),
         ("SimpleStories-5M", "K=2"),
+        ("gemma-2b-it", "K=1"),
+        ("granite-3.3-8b-instruct", "V=49159"),
+        ("Olmo-3-1025-7B", "V=100278"),
+        ("falcon-7b", "H=71"),
+        ("GLM-4-9B-0414", "K=2"),
     )
 }
 

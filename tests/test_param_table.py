@@ -46,6 +46,21 @@ CASES = {
         ((H + 2 * K) * X, D),
         lambda t: heads(t[KV_END:].T, K),
     ),
+    # Falcon 40B: qkv.view(…, kv_heads, heads // kv_heads + 2, head_dim), and [:, :, :, :-2].
+    "falcon 40b query": (
+        "DHX",
+        "linear",
+        Piece(0, ("HX", "KX", "KX"), by="K"),
+        ((H + 2 * K) * X, D),
+        lambda t: heads(t.reshape(K, H // K + 2, X, D)[:, :-2].reshape(H * X, D).T, H),
+    ),
+    "falcon 40b value bias": (
+        "KX",
+        "same",
+        Piece(2, ("HX", "KX", "KX"), by="K"),
+        ((H + 2 * K) * X,),
+        lambda t: t.reshape(K, H // K + 2, X)[:, -1],
+    ),
     # Phi-3: gate, up = gate_up_proj(x).chunk(2, dim=-1).
     "phi3 up": ("DF", "linear", Piece(1, ("F", "F")), (2 * F, D), lambda t: t[F:].T),
     # GPT-2: c_attn(x).split(D, dim=2), and the Conv1D holds [in, out].
@@ -107,19 +122,22 @@ def test_view_of_a_tensor(case):
     view = row.view(tensor, CONFIG)
     np.testing.assert_array_equal(view, expected(tensor))
     assert view.shape == row.layer_shape(CONFIG)
-    assert np.shares_memory(view, tensor)
+    # Heads that are not equally far apart are no view.
+    assert np.shares_memory(view, tensor) == (case != "falcon 40b query")
 
 
-@pytest.mark.parametrize("of", [("HX", "KX", "KX"), ("F", "F")])
-def test_pieces_written_give_the_tensor_back(of):
+@pytest.mark.parametrize(
+    ("of", "by"), [(("HX", "KX", "KX"), ""), (("HX", "KX", "KX"), "K"), (("F", "F"), "")]
+)
+def test_pieces_written_give_the_tensor_back(of, by):
     rows = [
-        ParamRow(("p",), "D" + dims, "w", "linear", piece=Piece(index, of))
+        ParamRow(("p",), "D" + dims, "w", "linear", piece=Piece(index, of, by))
         for index, dims in enumerate(of)
     ]
     tensor = np.random.default_rng(1).standard_normal(rows[0].hf_shape(CONFIG))
     written = np.full_like(tensor, np.nan)
     for row in rows:
-        row.view(written, CONFIG)[...] = row.view(tensor, CONFIG)
+        row.write(written, row.view(tensor, CONFIG), CONFIG)
     np.testing.assert_array_equal(written, tensor)
 
 
@@ -133,6 +151,13 @@ def test_names_of_a_tensor_per_layer_and_expert():
         (): "norm.weight"
     }
     assert row.matrix_dims == ("D", "F")
+
+
+def test_names_of_a_tensor_per_head():
+    row = ParamRow(("layers", "key_norm"), "NKX", "h.{layer}.norms.{head}.weight", "same")
+    names = dict(row.tensor_names(CONFIG))
+    assert names[1, 1] == "h.1.norms.1.weight" and len(names) == CONFIG.n_layers * CONFIG.n_kv_heads
+    assert row.hf_shape(CONFIG) == (CONFIG.head_dim,)
 
 
 def test_parts_that_cannot_be_joined_by_a_letter():

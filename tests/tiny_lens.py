@@ -17,7 +17,7 @@ from tiny_models import random_params, random_tokens, tiny_config
 
 from conlens_jax.config import LensConfig
 from conlens_jax.lens.batch import Batch
-from conlens_jax.lens.decoder import decoder_head
+from conlens_jax.lens.decoder import decoder_head, teacher_forced_states
 from conlens_jax.lens.history import text_states
 from conlens_jax.lens.original import capture
 from conlens_jax.lens.spec import LensSpec, init_lens
@@ -109,6 +109,12 @@ def text_logits(decoder, activation_BD, text_BT, noise, tau, spec, keys_BT=None)
     return decoder_head(decoder, spec).logits(states)
 
 
+def teacher_forced_logits(decoder, activation_BD, text_BT, *, spec: LensSpec) -> jax.Array:
+    """Logits of a given text, as the library computes their states."""
+    states = teacher_forced_states(decoder, activation_BD, text_BT, spec=spec)
+    return decoder_head(decoder, spec).logits(states)
+
+
 captured = jax.jit(capture, static_argnames="spec")
 
 
@@ -156,7 +162,7 @@ def plain_predictions(trainable: Params, frozen: Params, x_BSD, spec: LensSpec) 
     parts = {**frozen["decoder"], **trainable["decoder"]}
     base = parts.get("base", frozen["original"])
     positions_BS = all_positions(*x_BSD.shape[:2])
-    x_BSD = add_position_embeddings(base, x_BSD, positions_BS)
+    x_BSD = add_position_embeddings(base, x_BSD, positions_BS, spec.model)
     x_BSD, _ = run_layers(base["layers"], x_BSD, positions_BS, config=spec.model)
     return transformer.head_of(base, spec.model, parts.get("output_head")).logits(x_BSD)
 
@@ -201,7 +207,7 @@ def plain_reconstruction(trainable: Params, frozen: Params, text_BTD, spec: Lens
     left, right = parts["soft_prompt"][:n_left], parts["soft_prompt"][n_left:]
     x_BSD = jnp.concatenate([repeat(left), text_BTD, repeat(right)], axis=1)
     positions_BS = all_positions(*x_BSD.shape[:2])
-    x_BSD = add_position_embeddings(base, x_BSD, positions_BS)
+    x_BSD = add_position_embeddings(base, x_BSD, positions_BS, spec.model)
     x_BSD, _ = run_layers(lower, x_BSD, positions_BS, config=spec.model)
     mean, scale = frozen["statistics"]["mean"][None], frozen["statistics"]["scale"]
     normal_BD = (x_BSD[:, -1] - mean) / scale
@@ -215,7 +221,7 @@ def plain_swap(original: Params, batch: Batch, vector_BD, spec: LensSpec) -> jax
     lower = slice_layers(original["layers"], 0, spec.layer + 1)
     upper = slice_layers(original["layers"], spec.layer + 1, spec.model.n_layers)
     x_BSD = scale_embeddings(original["embedding"][batch.tokens_GS], spec.model)
-    x_BSD = add_position_embeddings(original, x_BSD, positions_BS)
+    x_BSD = add_position_embeddings(original, x_BSD, positions_BS, spec.model)
     x_BSD, _ = run_layers(lower, x_BSD, positions_BS, config=spec.model)
     x_BSD = x_BSD.at[jnp.arange(len(vector_BD)), batch.positions_B].set(vector_BD)
     x_BSD, _ = run_layers(upper, x_BSD, positions_BS, config=spec.model)

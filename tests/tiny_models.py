@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from conlens_jax.models.cache import KVCache
 from conlens_jax.models.families import config_from_hf, family_of
 from conlens_jax.models.hf_io import save_model
+from conlens_jax.models.layer_kinds import NO_POSITION
 from conlens_jax.models.param_table import Params, build_tree
-from conlens_jax.models.transformer_config import TransformerConfig
+from conlens_jax.models.transformer_config import TransformerConfig, array_dtype
 
 # config.json of the tiny model: 4 query heads share 2 key-value heads.
 TINY: dict[str, Any] = {
@@ -42,6 +45,21 @@ _YARN = {
     "original_max_position_embeddings": 16,
     "truncate": False,
 }
+# Queries grow twice within the 24 positions of the tests.
+_GROWING = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "max_position_embeddings": 64,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.5,
+    "llama_4_scaling_beta": 0.3,
+}
+_ROPE_BY_TYPE = {
+    "full_attention": _YARN,
+    "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+}
 _EXPERTS = {"num_experts_per_tok": 2, "num_experts": 4}
 _GPT2 = {"vocab_size": 48, "n_embd": 32, "n_inner": 40, "n_layer": 3, "n_head": 4}
 _ATTENTION_TYPES = [[["global", "local"], 1], [["global"], 1]]
@@ -55,24 +73,53 @@ _TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": WINDOW},
     "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
     "qwen3": {"head_dim": 12},
+    # As in Gemma 2 below.
+    "gemma": {"head_dim": 12, "tie_word_embeddings": True, "rms_norm_eps": 1e-2},
     "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": WINDOW}
     | {"attn_logit_softcapping": 0.8, "final_logit_softcapping": 2.0, "tie_word_embeddings": True}
     # Its scaled embeddings are large beside a small ε.
     | {"rms_norm_eps": 1e-2},
     "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": WINDOW}
     | {"sliding_window_pattern": 2, "tie_word_embeddings": True},
+    # The last two of three layers are not rotated; the middle one has a window besides.
+    "smollm3": {"no_rope_layers": [1, 0, 0], "use_sliding_window": True, "sliding_window": WINDOW}
+    | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.4}
+    | {"attention_multiplier": 0.3, "logits_scaling": 0.7},
+    "ministral3": {"sliding_window": 12, "rope_parameters": _GROWING},
+    # As the 12B model.
+    "stablelm": {"qk_layernorm": True, "use_parallel_residual": True, "layer_norm_eps": 1e-3},
+    "nemotron": {"norm_eps": 1e-3},
+    "starcoder2": {"sliding_window": WINDOW, "norm_epsilon": 1e-3},
     "phi3": {"sliding_window": WINDOW},
+    "olmo": {"clip_qkv": 0.3},
     "olmo2": {},
+    "olmo3": {"sliding_window": WINDOW, "rope_parameters": _ROPE_BY_TYPE}
+    | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"moe_intermediate_size": 24, "head_dim": 12, **_EXPERTS},
     "gpt_oss": {"head_dim": 12, "sliding_window": WINDOW, "swiglu_limit": 0.5}
     | {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": _YARN},
+    "phi": {"layer_norm_eps": 1e-3, "qk_layernorm": True},
+    "gptj": {"n_positions": 64, "layer_norm_epsilon": 1e-3, "rotary_dim": 6, **_GPT2},
+    "glm": {"head_dim": 12},
+    "glm4": {"head_dim": 12},
+    "opt": {"ffn_dim": 40},
+    "falcon": {"ffn_hidden_size": 40, "layer_norm_epsilon": 1e-3},
 }
 # Families whose keys are not Llama's; others ignore or refuse them.
 _OWN_KEYS = {
     "gpt2": set(),
     "gpt_neo": {"vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"},
     "gpt_neox": TINY.keys() - {"num_key_value_heads", "rms_norm_eps"},
+    "starcoder2": TINY.keys() - {"rms_norm_eps"},
+    "stablelm": TINY.keys() - {"rms_norm_eps"},
+    "nemotron": TINY.keys() - {"rms_norm_eps"},
+    "olmo": TINY.keys() - {"rms_norm_eps"},
+    "phi": TINY.keys() - {"rms_norm_eps"},
+    "gptj": set(),
+    "opt": TINY.keys() - {"intermediate_size", "num_key_value_heads", "rms_norm_eps"},
+    "falcon": TINY.keys() - {"intermediate_size", "num_key_value_heads", "rms_norm_eps"},
 }
 _ALWAYS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 _SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -105,6 +152,13 @@ def random_params(config: TransformerConfig, seed: int = 0) -> Params:
 
 def random_tokens(batch: int, length: int, *, vocab_size: int = 48, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(4, vocab_size, (batch, length), dtype=np.int32)
+
+
+def empty_cache(config: TransformerConfig, batch: int, slots: int) -> KVCache:
+    """Room for ``slots`` tokens in every layer."""
+    shape = (config.n_layers, batch, config.n_kv_heads, slots, config.head_dim)
+    zeros = jnp.zeros(shape, array_dtype(config))
+    return KVCache(zeros, zeros, jnp.full((batch, slots), NO_POSITION, jnp.int32))
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:

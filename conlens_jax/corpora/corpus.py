@@ -162,12 +162,7 @@ class IndexedCorpus:
             documents = self._of_own_split(split, start, tally)
         else:
             documents = without_copies(self._texts(split, 0), self.config, split, start, tally)
-        nothing = True
-        for document in documents:
-            nothing = False
-            yield document
-        if start == 0 and nothing:
-            raise CorpusError(self._nothing_message(split, tally))
+        yield from not_empty(documents, start, lambda: self._nothing_message(split, tally))
 
     def _texts(self, split: str, start: int) -> Iterator[Document]:
         limit = self.config.n_documents
@@ -195,6 +190,18 @@ class IndexedCorpus:
         if tally.read:
             return nothing_in_split(self.config, f"documents of corpus {self.name}", split, tally)
         return f"corpus {self.name} is empty: corpus.path={self.config.path!r} contains no text"
+
+
+def not_empty(
+    documents: Iterable[Document], start: int, message: Callable[[], str]
+) -> Iterator[Document]:
+    """The documents; raises CorpusError if there are none although all were read (``start`` 0)."""
+    nothing = True
+    for document in documents:
+        nothing = False
+        yield document
+    if start == 0 and nothing:
+        raise CorpusError(message())
 
 
 def nothing_in_split(config: CorpusConfig, what: str, split: str, tally: Tally) -> str:

@@ -105,7 +105,7 @@ def first_token(
     positions_Bp = all_positions(*prompt_BpD.shape[:2])
     x_BpD, cache = run_layers(
         decoder.base["layers"],
-        add_position_embeddings(decoder.base, prompt_BpD, positions_Bp),
+        add_position_embeddings(decoder.base, prompt_BpD, positions_Bp, spec.model),
         positions_Bp,
         config=spec.model,
         keep_cache=True,
@@ -130,7 +130,7 @@ def next_token(
     embedding_B1D = embed_tokens(decoder.base, state.token_B, spec.model)[:, None]
     x_B1D, cache = run_layers(
         decoder.base["layers"],
-        add_position_embeddings(decoder.base, embedding_B1D, position_B1),
+        add_position_embeddings(decoder.base, embedding_B1D, position_B1, spec.model),
         position_B1,
         config=spec.model,
         cache=state.cache,
@@ -161,7 +161,7 @@ def forced_states(
     positions = all_positions(*x.shape[:2])
     x, _ = run_layers(
         decoder.base["layers"],
-        add_position_embeddings(decoder.base, x, positions),
+        add_position_embeddings(decoder.base, x, positions, spec.model),
         positions,
         config=spec.model,
         patches=slot_patches(decoder, activation_BD, spec),
@@ -179,15 +179,3 @@ def teacher_forced_states(
     """The states of a given text, with the plain gradient: the text is a constant."""
     history_BtD = embed_tokens(decoder.base, tokens_BT[:, :-1], spec.model)
     return forced_states(decoder, activation_BD, history_BtD, spec=spec)
-
-
-def teacher_forced_logits(
-    decoder: Decoder,
-    activation_BD: Float[Array, "B D"],
-    tokens_BT: Int[Array, "B T"],
-    *,
-    spec: LensSpec,
-) -> Float[Array, "B T V"]:
-    """Logits of :func:`teacher_forced_states`."""
-    states = teacher_forced_states(decoder, activation_BD, tokens_BT, spec=spec)
-    return decoder_head(decoder, spec).logits(states)

@@ -74,7 +74,7 @@ def _states(
     else:
         sides = ((0, 0), (len(spec.encoder_left), len(spec.encoder_right)))
         positions = positions_of(jnp.pad(mask_BT, sides, constant_values=True))
-    x = add_position_embeddings(encoder.base, x, positions)
+    x = add_position_embeddings(encoder.base, x, positions, spec.model)
     x, _ = run_layers(encoder.base["layers"], x, positions, config=spec.model)
     return x
 

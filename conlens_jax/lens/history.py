@@ -84,7 +84,7 @@ def _forward(decoder, activation_BD, tokens_BT, noise, tau, keys_BT, spec):
     history_BtD = embed_tokens(decoder.base, tokens_BT[:, :-1], spec.model)
     x = jnp.concatenate([prompt_BpD, history_BtD.astype(prompt_BpD.dtype)], axis=1)
     positions = all_positions(*x.shape[:2])
-    x = add_position_embeddings(decoder.base, x, positions)
+    x = add_position_embeddings(decoder.base, x, positions, spec.model)
     x, saved = forward_with_residuals(
         decoder.base["layers"], x, positions, config=spec.model, patches=patches
     )
@@ -146,8 +146,9 @@ def _backward(spec, residuals, state_bar_BTD):
     base_bar["embedding"] = take_rows_bar(table_VD, tokens_BT[:, :-1], history_bar)
     if "position_embedding" in base_bar:
         in_order = jnp.sum(x_bar, axis=0).astype(table_VD.dtype)
-        base_bar["position_embedding"] = base_bar["position_embedding"].at[:length].add(in_order)
-    base_bar |= {"layers": layers_bar, **head_bar.norm}
+        rows = slice(spec.model.position_offset, spec.model.position_offset + length)
+        base_bar["position_embedding"] = base_bar["position_embedding"].at[rows].add(in_order)
+    base_bar |= {"layers": layers_bar, **head_bar.rows}
     decoder_bar = decoder_bar._replace(base=base_bar, head_DV=head_bar.matrix_DV)
     return decoder_bar, activation_bar, None, None, None, None
 

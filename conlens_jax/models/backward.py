@@ -144,7 +144,7 @@ class TokenVjp:
         def read(layer) -> Read:
             weights, x_BtD, products, keys, index = layer
             here, form = text.of(index), score_form(index, weights, config)
-            made = attention_inputs(x_BtD, Products(weights, products), here.rotation, config)
+            made = attention_inputs(x_BtD, Products(weights, products), here, config)
             scores = attention_scores(made[0], keys, form)
             mix = attention_weights(scores, here.mask, form)
             return Read(made[0], mix, cap_slope(scores, form))
@@ -194,9 +194,7 @@ class TokenVjp:
             key_bar += collect(own(scores_bar), own_read.queries)
             value_bar = collect(own(read.weights), later.mixed_bar)
             value_bar += collect(own(own_read.weights), mixed_bar)
-            begin = lambda x: attention_inputs(
-                x, Products(weights, products), here.rotation, config
-            )
+            begin = lambda x: attention_inputs(x, Products(weights, products), here, config)
             _, pull_inputs = jax.vjp(begin, x_B1D)
             bars = query_bar, key_bar[:, :, None], value_bar[:, :, None]
             return x_bar + pull_inputs(bars)[0], Later(scores_bar, mixed_bar)

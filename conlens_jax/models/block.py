@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from conlens_jax.models import flash, rope
@@ -58,7 +60,7 @@ def run_block(
     if patch_BD is not None:
         x_BSD = x_BSD.at[:, patch_at].add(patch_BD.astype(x_BSD.dtype))
     products = Products(weights, known)
-    query, key, value = attention_inputs(x_BSD, products, here.rotation, config)
+    query, key, value = attention_inputs(x_BSD, products, here, config)
     form = score_form(index, weights, config)
     if past is None and flash.is_usable(config):
         attended = flash.attend(query, key, value, here.mask, form.scale)
@@ -77,21 +79,34 @@ def score_form(index: LayerIndex, weights: Params, config: TransformerConfig) ->
 def attention_inputs(
     x_BSD: Float[Array, "B S D"],
     products: Products,
-    rotation: tuple[Array, Array] | None,
+    here: MaskAndRope,
     config: TransformerConfig,
 ) -> tuple[Float[Array, "B K G S X"], Float[Array, "B K S X"], Float[Array, "B K S X"]]:
-    """Rotated queries and keys, and values, heads first; no token sees another here."""
+    """Rotated queries and keys, and values, heads first; no token sees another here.
+
+    Args:
+      here: of the layer's kind, at these tokens.
+    """
     weights = products.weights
     if config.pre_norms:
         x_BSD = apply_norm(x_BSD, weights, "attention_norm", config)
     query = products("bsd,dhx->bshx", x_BSD, "query")
     key = products("bsd,dkx->bskx", x_BSD, "key")
     value = products("bsd,dkx->bskx", x_BSD, "value")
+    if config.qkv_clip:
+        bound = config.qkv_clip
+        query, key, value = (jnp.clip(x, -bound, bound) for x in (query, key, value))
     if config.qk_norm:
-        query = apply_norm(query, weights, "query_norm", config)
-        key = apply_norm(key, weights, "key_norm", config)
-    if rotation is not None:
-        query, key = rope.rotate(query, rotation), rope.rotate(key, rotation)
+        n_dims = 2 if config.qk_norm == "width" else 1
+        query = apply_norm(query, weights, "query_norm", config, n_dims)
+        key = apply_norm(key, weights, "key_norm", config, n_dims)
+    if here.rotation is not None:
+        rotate = functools.partial(
+            rope.rotate, rotation=here.rotation, interleaved=config.rope.interleaved
+        )
+        query, key = rotate(query), rotate(key)
+    if here.growth is not None:
+        query = query * here.growth.astype(query.dtype)
     query = heads_first(query, config.n_kv_heads)
     return query, key_heads_first(key), key_heads_first(value)
 
@@ -107,11 +122,20 @@ def layer_output(
     written_BSD = products("bshx,hxd->bsd", attended_BSHX, "attention_out")
     if config.post_norms:
         written_BSD = apply_norm(written_BSD, weights, "attention_post_norm", config)
-    between_BSD = x_BSD + written_BSD
+    between_BSD = x_BSD + _scaled(written_BSD, config)
     read_BSD = x_BSD if config.parallel_residual else between_BSD
     if config.pre_norms:
-        read_BSD = apply_norm(read_BSD, weights, "mlp_norm", config)
+        name = "attention_norm" if config.shared_norm else "mlp_norm"
+        read_BSD = apply_norm(read_BSD, weights, name, config)
     written_BSD = (mix_experts if config.n_experts else mlp)(read_BSD, products, config)
     if config.post_norms:
         written_BSD = apply_norm(written_BSD, weights, "mlp_post_norm", config)
-    return between_BSD + written_BSD
+    return between_BSD + _scaled(written_BSD, config)
+
+
+def _scaled(written_BSD: Float[Array, "B S D"], config: TransformerConfig) -> Float[Array, "B S D"]:
+    """Times ``residual_scale``, rounded once as in transformers."""
+    if config.residual_scale == 1:
+        return written_BSD
+    scaled = written_BSD.astype(jnp.float32) * config.residual_scale
+    return scaled.astype(written_BSD.dtype)

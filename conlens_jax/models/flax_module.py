@@ -59,7 +59,7 @@ class Transformer(nn.Module):
         params = _declare(self, stacked=False)
         positions_BS = all_positions(*tokens_BS.shape) if mask_BS is None else positions_of(mask_BS)
         embeddings_BSD = embed_tokens(params, tokens_BS, config)
-        x_BSD = add_position_embeddings(params, embeddings_BSD, positions_BS)
+        x_BSD = add_position_embeddings(params, embeddings_BSD, positions_BS, config)
         mask_and_rope, index_N = mask_and_rope_of(slice(None), positions_BS, None, config)
         layers = nn.scan(
             checkpointed(Block, config, nn.remat),

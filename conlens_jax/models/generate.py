@@ -64,7 +64,8 @@ def generate(
     batch, length = tokens_BS.shape
     head, layers = head_of(params, config), params["layers"]
     positions_BS = positions_of(mask_BS)
-    x_BSD = add_position_embeddings(params, embed_tokens(params, tokens_BS, config), positions_BS)
+    x_BSD = embed_tokens(params, tokens_BS, config)
+    x_BSD = add_position_embeddings(params, x_BSD, positions_BS, config)
     x_BSD, cache = run_layers(layers, x_BSD, positions_BS, config=config, keep_cache=True)
     cache = with_room(cache, slots)
     n_valid_B = jnp.sum(mask_BS, axis=1, dtype=jnp.int32)
@@ -91,7 +92,7 @@ def generate(
         x_B1D, cache = run_layers(
             layers,
             add_position_embeddings(
-                params, embed_tokens(params, token_B[:, None], config), positions_B1
+                params, embed_tokens(params, token_B[:, None], config), positions_B1, config
             ),
             positions_B1,
             config=config,

@@ -23,6 +23,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu2",
 }
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -33,15 +34,26 @@ class HFConfigReader:
     Args:
       values: the parsed file.
       name: what to call it in messages.
+      names: the family's own names of Llama's keys; None for a key that it does not have, which
+        then has its default.
     """
 
-    def __init__(self, values: Mapping[str, Any], name: str):
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        name: str,
+        names: Mapping[str, str | None] | None = None,
+    ):
         self.values = values
         self.name = name
+        self.names = names or {}
         self.read_keys: set[str] = set()
         self.problems: list[str] = []
 
     def __call__(self, key: str, default: Any) -> Any:
+        key = self.names.get(key, key)
+        if key is None:
+            return default
         self.read_keys.add(key)
         return self.values.get(key, default)
 

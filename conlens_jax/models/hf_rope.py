@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from conlens_jax.models.hf_config import HFConfigReader
-from conlens_jax.models.transformer_config import RopeConfig
+from conlens_jax.models.hf_config import FULL, SLIDING, HFConfigReader
+from conlens_jax.models.rope import yarn_scale
+from conlens_jax.models.transformer_config import RopeConfig, TransformerConfig
 
 _KEYS = {
     "default": set(),
@@ -25,6 +26,8 @@ _KEYS = {
         "beta_fast",
         "beta_slow",
         "attention_factor",
+        "mscale",
+        "mscale_all_dim",
         "truncate",
     },
     "longrope": {
@@ -47,6 +50,7 @@ def read_rope(
     scaling: Mapping[str, Any] | None = None,
     original_max_positions: int | None = None,
     synonyms: Mapping[str, str] | None = None,
+    others: Collection[str] = (),
 ) -> RopeConfig:
     """The rotation of all layers.
 
@@ -56,10 +60,11 @@ def read_rope(
       original_max_positions: of a family with this key outside ``rope_parameters``, where it
         overrides the one inside.
       synonyms: the family's own names of kinds.
+      others: keys in ``rope_parameters`` that are none of the rotation's.
     """
     given = read("rope_scaling", None) or read("rope_parameters", None)
     read.read_keys.update(("rope_scaling", "rope_parameters"))
-    given = dict(given or scaling or {})
+    given = {k: v for k, v in (given or scaling or {}).items() if k not in others}
     given.setdefault("rope_theta", read("rope_theta", None) or theta)
     if fraction is not None:
         given.setdefault("partial_rotary_factor", read("partial_rotary_factor", None) or fraction)
@@ -70,6 +75,27 @@ def read_rope(
     ):
         given["original_max_position_embeddings"] = original_max_positions
     return parse_rope(read, given, max_positions, partial=fraction is not None)
+
+
+def read_ropes(
+    read: HFConfigReader, max_positions: int, *, theta: float, local_theta: float | None = None
+) -> tuple[RopeConfig, RopeConfig]:
+    """The rotations of layers without a window and of those with one. A scaling outside
+    ``rope_parameters`` is that of the layers without.
+
+    Args:
+      theta: default of the former.
+      local_theta: of the latter where ``rope_parameters`` has none; None: that of the former.
+    """
+    given = read("rope_parameters", None) or {}
+    whole, local = dict(given.get(FULL) or {}), dict(given.get(SLIDING) or {})
+    if given and not (whole or local):
+        read.problems.append(f"rope_parameters={given!r} must have {FULL!r} and {SLIDING!r}")
+    whole |= read("rope_scaling", None) or {}
+    theta = read("rope_theta", None) or theta
+    whole.setdefault("rope_theta", theta)
+    local.setdefault("rope_theta", local_theta or theta)
+    return parse_rope(read, whole, max_positions), parse_rope(read, local, max_positions)
 
 
 def parse_rope(
@@ -90,6 +116,10 @@ def parse_rope(
     original = given.get("original_max_position_embeddings", max_positions)
     if kind == "longrope":
         given.setdefault("factor", max_positions / original)
+    scales = [given.get(key) for key in ("mscale", "mscale_all_dim")]
+    if "attention_factor" not in given and all(scales):
+        of_head, of_all = (yarn_scale(given.get("factor", 1.0), scale) for scale in scales)
+        given["attention_factor"] = of_head / of_all
     for missing in sorted(_NEEDED & _KEYS[kind] - set(given)):
         read.problems.append(f"rope type {kind!r} needs {missing}")
     return RopeConfig(
@@ -108,6 +138,11 @@ def parse_rope(
         long_factors=tuple(map(float, given.get("long_factor", ()))),
         fraction=fraction,
     )
+
+
+def ropes_to_hf(config: TransformerConfig) -> dict[str, Any]:
+    """``rope_parameters`` of a family with a rotation for each kind of layer."""
+    return {FULL: rope_to_hf(config.rope), SLIDING: rope_to_hf(config.local_rope)}
 
 
 def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:

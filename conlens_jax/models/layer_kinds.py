@@ -61,11 +61,13 @@ class MaskAndRope(NamedTuple):
 
     Attributes:
       rotation: cos and sin of the queries' angles; None where nothing is rotated.
+      growth: a factor of the queries; None where there is none.
       mask: which new keys each query sees.
       past_mask: which cached keys each query sees; None without a cache.
     """
 
     rotation: tuple[Float[Array, "kinds B S 1 R"], Float[Array, "kinds B S 1 R"]] | None
+    growth: Float[Array, "kinds B S 1 1"] | None
     mask: Bool[Array, "kinds B S S"]
     past_mask: Bool[Array, "kinds B S C"] | None
 
@@ -130,7 +132,13 @@ def _mask_and_rope(
         past_BC = jnp.where(past_positions_BC < start_B1, past_positions_BC, NO_POSITION)
         past_mask_BSC = seen_keys(positions_BS, past_BC, kind.window)
         past_mask_BSC &= (past_BC != NO_POSITION)[:, None]
-    return MaskAndRope(_rotation(kind, positions_BS, config), mask_BSS, past_mask_BSC)
+    # Padding has the angle of position 0.
+    valid_BS = jnp.where(positions_BS == NO_POSITION, 0, positions_BS)
+    growth = None
+    if config.query_growth:
+        every = config.rope.original_max_positions
+        growth = rope.query_growth(valid_BS, config.query_growth, every)
+    return MaskAndRope(_rotation(kind, valid_BS, config), growth, mask_BSS, past_mask_BSC)
 
 
 def seen_keys(
@@ -143,8 +151,9 @@ def seen_keys(
 
 
 def _rotation(kind: LayerKind, positions_BS: Array, config: TransformerConfig):
-    """cos and sin of the tokens' angles; padding has the angle of position 0."""
-    if kind.rope is None:
+    """cos and sin of the tokens' angles. A layer without rotation in a model that has some is
+    rotated by 0, which changes no bit."""
+    if config.rope is None:
         return None
-    valid_BS = jnp.where(positions_BS == NO_POSITION, 0, positions_BS)
-    return rope.rotations(valid_BS, kind.rope, config.head_dim)
+    cos, sin = rope.rotations(positions_BS, kind.rope or config.rope, config.head_dim)
+    return (cos, sin) if kind.rope else (jnp.ones_like(cos), jnp.zeros_like(sin))

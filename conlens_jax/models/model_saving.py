@@ -82,7 +82,7 @@ def _tensors(config: TransformerConfig, params: Params) -> Iterator[tuple[str, n
             layers = [np.asarray(_at(leaf(params, row.path), index)) for row in rows]
             tensor = np.empty(rows[0].hf_shape(config), layers[0].dtype)
             for row, layer in zip(rows, layers, strict=True):
-                row.view(tensor, config)[...] = layer
+                row.write(tensor, layer, config)
             yield name, tensor
 
 

@@ -11,20 +11,22 @@ from conlens_jax.models.transformer_config import TransformerConfig
 
 
 def apply_norm(
-    x: Float[Array, "*B D"], weights: Params, name: str, config: TransformerConfig
+    x: Float[Array, "*B D"], weights: Params, name: str, config: TransformerConfig, n_dims: int = 1
 ) -> Float[Array, "*B D"]:
     """x / sqrt(mean(x²) + ε) · (offset + w), the mean in fp32 (Zhang & Sennrich 2019); as a layer
     norm (Ba et al. 2016) of x − mean(x) and with the bias ``<name>_bias``.
 
-    The last dimensions of ``x``, as many as the weight has, are normed together.
+    The last ``n_dims`` dimensions of ``x`` are normed together.
     """
-    weight, bias = weights[name], weights.get(name + "_bias")
-    axes = tuple(range(-weight.ndim, 0))
+    axes = tuple(range(-n_dims, 0))
     wide = x.astype(jnp.float32)
     if config.norm == "layer":
         wide = wide - jnp.mean(wide, axis=axes, keepdims=True)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axes, keepdims=True) + config.norm_eps)
     normal = wide * scale
+    if not config.norm_weights:
+        return normal.astype(x.dtype)
+    weight, bias = weights[name], weights.get(name + "_bias")
     if config.norm_in_fp32:
         weight = weight.astype(jnp.float32)
         bias = None if bias is None else bias.astype(jnp.float32)

@@ -14,11 +14,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from conlens_jax.models.quantized import Int8Matrix
 from conlens_jax.models.transformer_config import TransformerConfig, array_dtype
 
 Params = dict[str, Any]
+
+
+def leaf_name(path: tuple) -> str:
+    """The path of a leaf as a name: ``decoder.base.layers.query``."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by their names."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +41,8 @@ class Piece:
       index: which of the parts.
       of: dimension letters of all parts, in their order: ``("HX", "KX", "KX")``.
       by: how the parts are joined. ``""``: one after the other. A letter that every part begins
-        with: for example, each head contains its share of every part (``"H"``: [H, part, X]).
+        with: for example, each head contains its share of every part (``"H"``: [H, part, X]), or
+        each key-value head, with its queries (``"K"``: [K, part, X]; H is a multiple of K).
         ``"last"``: the parts alternate column by column.
     """
 
@@ -39,7 +51,8 @@ class Piece:
     by: str = ""
 
     def __post_init__(self):
-        if self.by not in ("", "last") and not all(dims.startswith(self.by) for dims in self.of):
+        starts = ("K", "H") if self.by == "K" else self.by
+        if self.by not in ("", "last") and not all(dims.startswith(starts) for dims in self.of):
             raise ValueError(f"Piece.by={self.by!r}: each of {self.of} must begin with it")
 
     def place(self, sizes: Mapping[str, int]) -> tuple[int, int, slice]:
@@ -59,8 +72,9 @@ class ParamRow:
       path: keys in our tree, for example ``("layers", "query")``.
       dims: dimension letters of our array, for example ``"NDHX"``. Experts (E) come right after
         the layer.
-      hf_name: tensor name in the file; ``{layer}`` is the layer's index and ``{expert}`` the
-        expert's. Without ``{expert}`` the file's tensor contains all experts, E first.
+      hf_name: tensor name in the file; ``{layer}`` is the layer's index, ``{expert}`` the expert's,
+        and ``{head}`` the head's. Without these the file's tensor contains all experts, or heads,
+        as its first dimension.
       layout: ``"linear"`` if the file has torch's [out, in], ``"conv1d"`` if [in, out], ``"same"``
         if our order. The dimensions on one side of a matrix are one dimension in the file, and so
         are those of a bias.
@@ -93,8 +107,8 @@ class ParamRow:
     @property
     def tensor_dims(self) -> str:
         """The letters of our array that one tensor of the file contains."""
-        dims = self.layer_dims
-        return dims.removeprefix("E") if "{expert}" in self.hf_name else dims
+        split = "{expert}" in self.hf_name or "{head}" in self.hf_name
+        return self.layer_dims[split:]
 
     @property
     def index_dims(self) -> str:
@@ -108,7 +122,8 @@ class ParamRow:
 
     def tensor_name(self, index: Sequence[int]) -> str:
         of_dim = dict(zip(self.index_dims, index, strict=True))
-        return self.hf_name.format(layer=of_dim.get("N"), expert=of_dim.get("E"))
+        head = of_dim.get("H", of_dim.get("K"))
+        return self.hf_name.format(layer=of_dim.get("N"), expert=of_dim.get("E"), head=head)
 
     @property
     def matrix_dims(self) -> tuple[str, str]:
@@ -134,7 +149,7 @@ class ParamRow:
             return [*experts, *reversed(self.matrix_dims)]
         if self.layout == "conv1d":
             return [*experts, *self.matrix_dims]
-        rest = self.layer_dims[self.has_experts :]
+        rest = self.tensor_dims[self.experts_in_tensor :]
         return [*experts, *([rest] if "X" in rest else rest)]
 
     @property
@@ -164,20 +179,29 @@ class ParamRow:
     def view(self, tensor: np.ndarray, config: TransformerConfig) -> np.ndarray:
         """This parameter within a tensor of the file, in our order of dimensions.
 
-        A view, not a copy: reading it loads the parameter, writing to it saves it. A tensor with
-        some of the experts gives a view of these.
+        A view, not a copy, except for queries that are joined by key-value head. A tensor with some
+        of the experts gives a view of these.
         """
         sizes = config.dim_sizes
         if self.experts_in_tensor:
             sizes["E"] = len(tensor)
-        if self.piece:
-            groups, width, part = self.piece.place(sizes)
-            shape, axis = list(tensor.shape), tensor.ndim + self.output_axis
-            shape[axis : axis + 1] = groups, width
-            tensor = tensor.reshape(shape)[(slice(None),) * (axis + 1) + (part,)]
         in_file = "".join(self._file_axes)
-        tensor = tensor.reshape([sizes[dim] for dim in in_file])
+        tensor = self._part(tensor, config).reshape([sizes[dim] for dim in in_file])
         return tensor.transpose([in_file.index(dim) for dim in self.tensor_dims])
+
+    def write(self, tensor: np.ndarray, value: np.ndarray, config: TransformerConfig) -> None:
+        """Sets this parameter within a tensor of the file to ``value``, in our order."""
+        part = self._part(tensor, config)
+        part[...] = value.transpose(self.file_order).reshape(part.shape)
+
+    def _part(self, tensor: np.ndarray, config: TransformerConfig) -> np.ndarray:
+        """What this parameter is of a joined tensor, its output dimension as [groups, width]."""
+        if not self.piece:
+            return tensor
+        groups, width, part = self.piece.place(config.dim_sizes)
+        shape, axis = list(tensor.shape), tensor.ndim + self.output_axis
+        shape[axis : axis + 1] = groups, width
+        return tensor.reshape(shape)[(slice(None),) * (axis + 1) + (part,)]
 
     @property
     def scale_dims(self) -> str:

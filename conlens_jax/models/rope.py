@@ -36,14 +36,20 @@ def rotations(
 
 
 def rotate(
-    x_BSHX: Float[Array, "B S H X"], rotation: tuple[Array, Array]
+    x_BSHX: Float[Array, "B S H X"], rotation: tuple[Array, Array], interleaved: bool = False
 ) -> Float[Array, "B S H X"]:
     """Rotates the pairs (x_i, x_{i + R/2}) of the first R entries of a head, Hugging Face's
-    order, in fp32."""
+    order, or (``interleaved``) the pairs (x_{2i}, x_{2i + 1}), in fp32."""
     cos, sin = rotation
     width = 2 * cos.shape[-1]
-    first, second = jnp.split(x_BSHX[..., :width].astype(jnp.float32), 2, axis=-1)
+    turned = x_BSHX[..., :width].astype(jnp.float32)
+    if interleaved:
+        first, second = turned[..., ::2], turned[..., 1::2]
+    else:
+        first, second = jnp.split(turned, 2, axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]
+    if interleaved:
+        rotated = [jnp.stack(rotated, axis=-1).reshape(turned.shape)]
     if width < x_BSHX.shape[-1]:
         rotated.append(x_BSHX[..., width:].astype(jnp.float32))
     return jnp.concatenate(rotated, axis=-1).astype(x_BSHX.dtype)
@@ -115,8 +121,22 @@ def _attention_factor(config: RopeConfig) -> float:
         return 1.0
     if config.attention_factor:
         return config.attention_factor
+    if config.kind == "yarn":
+        return yarn_scale(config.factor)
     if config.factor <= 1:
         return 1.0
-    if config.kind == "yarn":
-        return 0.1 * math.log(config.factor) + 1.0
     return math.sqrt(1 + math.log(config.factor) / math.log(config.original_max_positions))
+
+
+def yarn_scale(factor: float, weight: float = 1.0) -> float:
+    """YaRN's factor of cos and sin; ``weight`` is called mscale in config.json."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def query_growth(
+    positions_BS: Int[Array, "B S"], growth: float, every: int
+) -> Float[Array, "B S 1 1"]:
+    """1 + β ln(1 + ⌊p / every⌋), fp32: Llama 4's factor of the query at position p, here as in
+    Ministral 3."""
+    steps = (positions_BS // every).astype(jnp.float32)
+    return 1.0 + growth * jnp.log(1.0 + steps)[:, :, None, None]

@@ -2,6 +2,13 @@
 
 Files are memory-mapped and an array is a view of the file, so that only the slice that is used is
 read, in any order of dimensions.
+
+``safetensors.safe_open(...).get_slice`` was measured instead (safetensors 0.8, 1 GB of bf16, fp16,
+int8 and uint8, tensors of 32 MiB read whole, one after the other; 2 busy cores, three runs each):
+0.7 to 1.0 s of CPU time for 0.2 to 0.3 s here, 4 to 10 s in all for 1.4 to 2.9, since a slice is a
+copy, which is then copied again to transpose it; and 992 MiB of resident memory for 64, since
+nothing that was read is released until the file is closed (opened anew for each tensor: 96 MiB, 5
+to 9 s). Its message for a file that is cut short is "invalid header length", without a name.
 """
 
 from __future__ import annotations

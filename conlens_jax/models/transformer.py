@@ -6,9 +6,10 @@ be after the query's (nor too far before it, if the layer has a window), and unu
 :data:`NO_POSITION`.
 
 There are three kinds of input. :func:`embed_tokens` returns a token's embedding, scaled if the
-model scales it; Hugging Face calls this ``inputs_embeds``, and a vector that replaces a token is
-of this kind. :func:`add_position_embeddings` turns embeddings into the residual stream at the
-input of the first layer: it adds learned position embeddings, if the model has them.
+model scales it; Hugging Face calls this ``inputs_embeds`` (Granite's are unscaled), and a vector
+that replaces a token is of this kind. :func:`add_position_embeddings` turns embeddings into the
+residual stream at the input of the first layer: it adds learned position embeddings, if the model
+has them.
 :func:`run_layers` takes the residual stream at the input of the layers that it runs.
 """
 
@@ -49,6 +50,8 @@ class Patches(NamedTuple):
     at: Int[Array, ""]
 
 
+# What the head has besides its matrix.
+HEAD_ROWS = ("final_norm", "final_norm_bias", "output_head_bias")
 # What ``model.remat`` saves of a layer for the backward pass; "none" saves everything.
 REMAT_POLICIES = {
     "full": None,
@@ -154,13 +157,16 @@ def scale_embeddings(rows: Float[Array, "*B D"], config: TransformerConfig) -> F
 
 
 def add_position_embeddings(
-    params: Params, embeddings_BSD: Float[Array, "B S D"], positions_BS: Int[Array, "B S"]
+    params: Params,
+    embeddings_BSD: Float[Array, "B S D"],
+    positions_BS: Int[Array, "B S"],
+    config: TransformerConfig,
 ) -> Float[Array, "B S D"]:
     """The residual stream at the input of the first layer: embeddings, and the vectors of their
     positions if the model has learned ones. Positions beyond its table give NaN."""
     if "position_embedding" not in params:
         return embeddings_BSD
-    rows_BS = jnp.where(positions_BS == NO_POSITION, 0, positions_BS)
+    rows_BS = jnp.where(positions_BS == NO_POSITION, 0, positions_BS) + config.position_offset
     vectors_BSD = jnp.take(params["position_embedding"], rows_BS, axis=0)
     return embeddings_BSD + vectors_BSD.astype(embeddings_BSD.dtype)
 
@@ -176,10 +182,11 @@ class Head:
     """From the state after the last layer to logits.
 
     Attributes:
-      norm: the rows ``final_norm`` and (of a layer norm) ``final_norm_bias`` of the table.
+      rows: the rows ``final_norm``, ``final_norm_bias`` (of a layer norm) and
+        ``output_head_bias`` of the table, those that the model has.
     """
 
-    norm: Params
+    rows: Params
     matrix_DV: Matrix
     config: TransformerConfig = flax.struct.field(pytree_node=False)
 
@@ -189,18 +196,23 @@ class Head:
 
     def logits(self, state: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """fp32."""
-        normed = apply_norm(state, self.norm, "final_norm", self.config)
+        normed = apply_norm(state, self.rows, "final_norm", self.config)
         logits = matmul(normed, self.matrix_DV).astype(jnp.float32)
+        if "output_head_bias" in self.rows:
+            bias_V = self.rows["output_head_bias"].astype(jnp.float32)
+            logits = logits + jax.lax.broadcast_to_rank(bias_V, logits.ndim)
         if logits.ndim > 1:
             logits = constrain(logits, "B" + "T" * (logits.ndim - 2) + "V")
+        if self.config.logit_divisor != 1:
+            logits = logits / self.config.logit_divisor
         cap = self.config.final_soft_cap
         return cap * jnp.tanh(logits / cap) if cap else logits
 
 
 def head_of(params: Params, config: TransformerConfig, matrix_DV: Matrix | None = None) -> Head:
-    """The model's head, or its norm with another matrix."""
-    norm = {name: params[name] for name in ("final_norm", "final_norm_bias") if name in params}
-    return Head(norm, output_head(params) if matrix_DV is None else matrix_DV, config)
+    """The model's head, or its norm and bias with another matrix."""
+    rows = {name: params[name] for name in HEAD_ROWS if name in params}
+    return Head(rows, output_head(params) if matrix_DV is None else matrix_DV, config)
 
 
 def unembed(
@@ -219,7 +231,8 @@ def forward(
 ) -> Float[Array, "B S V"]:
     """Logits of whole sequences: the plain path that everything faster is tested against."""
     positions_BS = all_positions(*tokens_BS.shape) if mask_BS is None else positions_of(mask_BS)
-    x_BSD = add_position_embeddings(params, embed_tokens(params, tokens_BS, config), positions_BS)
+    x_BSD = embed_tokens(params, tokens_BS, config)
+    x_BSD = add_position_embeddings(params, x_BSD, positions_BS, config)
     x_BSD, _ = run_layers(params["layers"], x_BSD, positions_BS, config=config)
     return unembed(params, x_BSD, config=config)
 
@@ -236,7 +249,8 @@ def capture(
     position; of several layers, [B, n, S, D]. No block after the last of them is run."""
     wanted = (layer,) if isinstance(layer, int) else layer
     positions_BS = positions_of(mask_BS)
-    x_BSD = add_position_embeddings(params, embed_tokens(params, tokens_BS, config), positions_BS)
+    x_BSD = embed_tokens(params, tokens_BS, config)
+    x_BSD = add_position_embeddings(params, x_BSD, positions_BS, config)
     captured, start = {}, 0
     for last in sorted(set(wanted)):
         layers = slice_layers(params["layers"], start, last + 1)

@@ -26,6 +26,8 @@ class RopeConfig:
         Face's default for the factor.
       short_factors, long_factors: of ``longrope``, one per frequency.
       fraction: the share of a head that is rotated, its first entries.
+      interleaved: neighbours are rotated together, instead of an entry of the first half and one
+        of the second.
     """
 
     kind: str = "default"
@@ -41,6 +43,7 @@ class RopeConfig:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
     fraction: float = 1.0
+    interleaved: bool = False
 
 
 class LayerKind(NamedTuple):
@@ -64,22 +67,31 @@ class TransformerConfig:
       norm: ``"rms"``, or ``"layer"`` (which also subtracts the mean and may have a bias).
       norm_offset: added to the weight of a norm (Gemma's weights are around 0).
       norm_in_fp32: whether a norm's weight is multiplied before its result is rounded to ``dtype``.
+      norm_weights: norms have a weight.
       pre_norms, post_norms: norms at the inputs, and at the outputs, of attention and MLP.
-      qk_norm: norm of queries and keys: ``""`` none, ``"head"`` each head by itself, ``"width"``
-        all heads together.
+      qk_norm: norm of queries and keys: ``""`` none, ``"head"`` each head by itself, ``"heads"``
+        the same with a weight for each, ``"width"`` all heads together.
+      qkv_clip: queries, keys and values are clipped to ± this; 0: they are not.
       parallel_residual: the MLP's input is attention's input, without attention's output.
+      shared_norm: then also its norm: there is one norm at the input of both.
       gated_mlp: act(gate) · up, otherwise act(up).
       swiglu_limit: 0, or gpt-oss's gate: both halves clamped at this, and (up + 1) in place of up.
       swiglu_alpha: inner factor of that gate's sigmoid.
       n_experts, experts_per_token: of a mixture of experts; 0: one MLP.
       router_normalized: the chosen experts' weights sum to 1.
       embedding_scale: factor of token embeddings, rounded to ``dtype``.
+      residual_scale: factor of what attention and MLP add to the residual stream.
       learned_positions: a table of position vectors is added to the embeddings.
+      position_offset: the row of position 0 in that table; those before it are not used.
       rope: of all layers, or (with ``local_rope``) of those without a window.
+      query_growth: β of the factor of queries that grows by steps of
+        ``rope.original_max_positions`` (:func:`conlens_jax.models.rope.query_growth`); 0: none.
+      rotated_layers: whether each layer is rotated, or empty if all are.
       windows: of each layer (see :class:`LayerKind`), or empty if no layer has one.
       attention_scale: factor of ⟨q, k⟩; 0: 1/√head_dim.
       scale_by_depth: layer i divides that by i + 1.
       attention_soft_cap, final_soft_cap: c in c·tanh(x / c), of scores and logits; 0: none.
+      logit_divisor: logits are divided by it, before the cap.
       attention_sinks: one logit per head that takes part in the softmax and has no value.
       eos_token_ids: each of them ends a text.
       dtype: ``"float32"`` or ``"bfloat16"``; other spellings are converted to these.
@@ -101,10 +113,13 @@ class TransformerConfig:
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
     norm_in_fp32: bool = False
+    norm_weights: bool = True
     pre_norms: bool = True
     post_norms: bool = False
     qk_norm: str = ""
+    qkv_clip: float = 0.0
     parallel_residual: bool = False
+    shared_norm: bool = False
     activation: str = "silu"
     gated_mlp: bool = True
     swiglu_limit: float = 0.0
@@ -113,15 +128,20 @@ class TransformerConfig:
     experts_per_token: int = 0
     router_normalized: bool = True
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
     tied_embeddings: bool = False
     learned_positions: bool = False
+    position_offset: int = 0
     rope: RopeConfig | None = RopeConfig()
     local_rope: RopeConfig | None = None
+    query_growth: float = 0.0
+    rotated_layers: tuple[bool, ...] = ()
     windows: tuple[int, ...] = ()
     attention_scale: float = 0.0
     scale_by_depth: bool = False
     attention_soft_cap: float = 0.0
     final_soft_cap: float = 0.0
+    logit_divisor: float = 1.0
     attention_sinks: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -142,7 +162,7 @@ class TransformerConfig:
         """Size of each dimension letter of a parameter."""
         return {
             "V": self.vocab_size,
-            "P": self.max_positions,
+            "P": self.max_positions + self.position_offset,
             "D": self.d_model,
             "N": self.n_layers,
             "H": self.n_heads,
@@ -156,8 +176,12 @@ class TransformerConfig:
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer."""
         windows = self.windows or (0,) * self.n_layers
+        rotated = self.rotated_layers or (True,) * self.n_layers
         local = self.local_rope or self.rope
-        return tuple(LayerKind(window, local if window else self.rope) for window in windows)
+        return tuple(
+            LayerKind(window, (local if window else self.rope) if turned else None)
+            for window, turned in zip(windows, rotated, strict=True)
+        )
 
     @property
     def attention_scales(self) -> tuple[float, ...]:
@@ -172,6 +196,7 @@ ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
 

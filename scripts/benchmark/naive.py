@@ -49,7 +49,7 @@ def write_text(
         positions_Bs = all_positions(*x_BsD.shape[:2])
         state, _ = run_layers(
             decoder.base["layers"],
-            add_position_embeddings(decoder.base, x_BsD, positions_Bs),
+            add_position_embeddings(decoder.base, x_BsD, positions_Bs, spec.model),
             positions_Bs,
             config=spec.model,
             patches=patches,

@@ -13,20 +13,35 @@ from types import ModuleType
 from typing import Any
 
 from conlens_jax.models.families import (
+    falcon,
+    gemma,
     gemma2,
     gemma3,
+    glm,
+    glm4,
     gpt2,
     gpt_neo,
     gpt_neox,
     gpt_oss,
+    gptj,
+    granite,
     llama,
+    ministral3,
     mistral,
     mixtral,
+    nemotron,
+    olmo,
     olmo2,
+    olmo3,
+    opt,
+    phi,
     phi3,
     qwen2,
     qwen3,
     qwen3_moe,
+    smollm3,
+    stablelm,
+    starcoder2,
 )
 from conlens_jax.models.families.text_parts import WHOLES, text_part
 from conlens_jax.models.transformer_config import TransformerConfig
@@ -46,6 +61,21 @@ _MODULES = (
     mixtral,
     qwen3_moe,
     gpt_oss,
+    gemma,
+    starcoder2,
+    olmo,
+    olmo3,
+    smollm3,
+    granite,
+    ministral3,
+    stablelm,
+    nemotron,
+    phi,
+    gptj,
+    glm,
+    glm4,
+    opt,
+    falcon,
 )
 FAMILIES: dict[str, ModuleType] = {module.MODEL_TYPE: module for module in _MODULES}
 # A family may read files of several types; it writes the first.
@@ -53,6 +83,12 @@ _BY_MODEL_TYPE = {
     model_type: module
     for module in _MODULES
     for model_type in getattr(module, "MODEL_TYPES", (module.MODEL_TYPE,))
+}
+# Known, and not supported; models/README.md says what they need.
+_UNSUPPORTED = {
+    model_type: "its layers have heads of two widths, and its last layers read the keys and values "
+    "of earlier ones; Gemma 2 and 3 are supported"
+    for model_type in ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 }
 
 
@@ -69,6 +105,10 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
       ValueError: unknown ``model_type``, or keys that the family does not support.
     """
     model_type = values.get("model_type")
+    if model_type in _UNSUPPORTED:
+        raise ValueError(
+            f"config.json: model_type={model_type!r} is not supported: {_UNSUPPORTED[model_type]}"
+        )
     values = text_part(values)
     if values.get("model_type") not in _BY_MODEL_TYPE:
         raise ValueError(

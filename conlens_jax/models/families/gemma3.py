@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from conlens_jax.models.families import common, gemma2
-from conlens_jax.models.hf_config import FULL, SLIDING, HFConfigReader
-from conlens_jax.models.hf_rope import parse_rope, rope_to_hf
+from conlens_jax.models.hf_config import HFConfigReader
+from conlens_jax.models.hf_rope import read_ropes, ropes_to_hf
 from conlens_jax.models.param_table import ParamRow
-from conlens_jax.models.transformer_config import RopeConfig, TransformerConfig
+from conlens_jax.models.transformer_config import TransformerConfig
 
 MODEL_TYPE = "gemma3_text"
 _IGNORED_KEYS = common.IGNORED_KEYS | {"hidden_act", "_sliding_window_pattern"}
@@ -39,7 +39,10 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
         eos=1,
     )
     window, every = read("sliding_window", 4096), read("sliding_window_pattern", 6)
-    whole, local = _ropes(read, sizes["max_positions"])
+    local_theta = read("rope_local_base_freq", None) or 10_000.0
+    whole, local = read_ropes(
+        read, sizes["max_positions"], theta=1_000_000.0, local_theta=local_theta
+    )
     config = TransformerConfig(
         family=MODEL_TYPE,
         **sizes,
@@ -53,26 +56,10 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
     return config
 
 
-def _ropes(read: HFConfigReader, max_positions: int) -> tuple[RopeConfig, RopeConfig]:
-    """The rotations of layers without a window and of those with one."""
-    given = read("rope_parameters", None) or {}
-    whole, local = dict(given.get(FULL) or {}), dict(given.get(SLIDING) or {})
-    if given and not (whole or local):
-        read.problems.append(f"rope_parameters={given!r} must have {FULL!r} and {SLIDING!r}")
-    whole |= read("rope_scaling", None) or {}
-    whole.setdefault("rope_theta", read("rope_theta", None) or 1_000_000.0)
-    local.setdefault("rope_theta", read("rope_local_base_freq", None) or 10_000.0)
-    return parse_rope(read, whole, max_positions), parse_rope(read, local, max_positions)
-
-
 def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
     values = common.sizes_to_hf(config, MODEL_TYPE, "Gemma3ForCausalLM")
     values |= gemma2.norms_and_scales_to_hf(config)
-    values["rope_parameters"] = {
-        FULL: rope_to_hf(config.rope),
-        SLIDING: rope_to_hf(config.local_rope),
-    }
-    return values
+    return values | {"rope_parameters": ropes_to_hf(config)}
 
 
 def param_table(config: TransformerConfig) -> list[ParamRow]:

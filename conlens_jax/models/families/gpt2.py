@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from conlens_jax.models.families.common import bias_row, head_row, layer_row
+from conlens_jax.models.families.common import bias_row, head_row, layer_norm_rows, layer_row
 from conlens_jax.models.hf_config import HFConfigReader, token_ids_to_hf
 from conlens_jax.models.param_table import ParamRow, Piece
 from conlens_jax.models.transformer_config import TransformerConfig
@@ -108,11 +108,10 @@ def end_rows(config: TransformerConfig) -> list[ParamRow]:
 
 
 def norm_rows(layer: str) -> list[ParamRow]:
-    rows = []
-    for ours, theirs in (("attention_norm", "ln_1"), ("mlp_norm", "ln_2")):
-        rows.append(layer_row(ours, "D", f"{layer}{theirs}.weight", "same", "ones"))
-        rows.append(bias_row(ours + "_bias", "D", f"{layer}{theirs}.bias"))
-    return rows
+    return [
+        *layer_norm_rows("attention_norm", layer + "ln_1"),
+        *layer_norm_rows("mlp_norm", layer + "ln_2"),
+    ]
 
 
 def mlp_rows(layer: str, layout: str) -> list[ParamRow]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from conlens_jax.models.families.common import bias_row, head_row, layer_row
+from conlens_jax.models.families.common import bias_row, head_row, layer_norm_rows, layer_row
 from conlens_jax.models.hf_config import HFConfigReader, activation_to_hf, token_ids_to_hf
 from conlens_jax.models.hf_rope import read_rope, rope_to_hf
 from conlens_jax.models.param_table import ParamRow, Piece
@@ -88,22 +88,15 @@ def param_table(config: TransformerConfig) -> list[ParamRow]:
         ParamRow(("embedding",), "VD", "gpt_neox.embed_in.weight", "same"),
         ParamRow(("final_norm",), "D", "gpt_neox.final_layer_norm.weight", "same", "ones"),
         ParamRow(("final_norm_bias",), "D", "gpt_neox.final_layer_norm.bias", "same", "zeros"),
-        *_norm_rows("attention_norm", "input_layernorm"),
+        *layer_norm_rows("attention_norm", _LAYER + "input_layernorm"),
         *_attention_rows(config),
-        *_norm_rows("mlp_norm", "post_attention_layernorm"),
+        *layer_norm_rows("mlp_norm", _LAYER + "post_attention_layernorm"),
         layer_row("up", "DF", _LAYER + "mlp.dense_h_to_4h.weight"),
         bias_row("up_bias", "F", _LAYER + "mlp.dense_h_to_4h.bias"),
         layer_row("down", "FD", _LAYER + "mlp.dense_4h_to_h.weight", "linear", "residual"),
         bias_row("down_bias", "D", _LAYER + "mlp.dense_4h_to_h.bias"),
     ]
     return rows if config.tied_embeddings else [*rows, head_row("embed_out.weight")]
-
-
-def _norm_rows(ours: str, theirs: str) -> list[ParamRow]:
-    return [
-        layer_row(ours, "D", f"{_LAYER}{theirs}.weight", "same", "ones"),
-        bias_row(ours + "_bias", "D", f"{_LAYER}{theirs}.bias"),
-    ]
 
 
 def _attention_rows(config: TransformerConfig) -> list[ParamRow]:

@@ -15,6 +15,7 @@ from conlens_jax.models.param_table import ParamRow
 from conlens_jax.models.transformer_config import TransformerConfig
 
 MODEL_TYPE = "olmo2"
+NORMS = {"norm_in_fp32": True, "pre_norms": False, "post_norms": True, "qk_norm": "width"}
 
 
 def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
@@ -35,10 +36,7 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
     config = TransformerConfig(
         family=MODEL_TYPE,
         **sizes,
-        norm_in_fp32=True,
-        pre_norms=False,
-        post_norms=True,
-        qk_norm="width",
+        **NORMS,
         activation=read.activation("hidden_act", "silu"),
         attention_bias=read("attention_bias", False),
         rope=read_rope(read, sizes["max_positions"]),

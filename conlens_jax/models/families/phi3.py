@@ -74,10 +74,8 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
 
 
 def param_table(config: TransformerConfig) -> list[ParamRow]:
-    qkv, mlp = LAYER + "self_attn.qkv_proj.weight", LAYER + "mlp.gate_up_proj.weight"
-    parts, halves = ("HX", "KX", "KX"), ("F", "F")
-    names = ("query", "key", "value")
-    out, down = LAYER + "self_attn.o_proj.weight", LAYER + "mlp.down_proj.weight"
+    qkv, out = LAYER + "self_attn.qkv_proj.weight", LAYER + "self_attn.o_proj.weight"
+    parts, names = ("HX", "KX", "KX"), ("query", "key", "value")
     return [
         *common.end_rows(config),
         *common.pre_norm_rows(),
@@ -86,7 +84,5 @@ def param_table(config: TransformerConfig) -> list[ParamRow]:
             for index, name in enumerate(names)
         ),
         layer_row("attention_out", "HXD", out, "linear", "residual"),
-        layer_row("gate", "DF", mlp, piece=Piece(0, halves)),
-        layer_row("up", "DF", mlp, piece=Piece(1, halves)),
-        layer_row("down", "FD", down, "linear", "residual"),
+        *common.fused_mlp_rows(),
     ]
