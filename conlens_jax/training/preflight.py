@@ -14,6 +14,9 @@ from conlens_jax.config import EMBEDDED_MODEL, ConfigError, CorpusConfig, Experi
 from conlens_jax.corpora.corpus import SPLITS
 from conlens_jax.corpora.opening import open_corpus
 from conlens_jax.files.paths import local_path, write_problems
+from conlens_jax.models.hf_io import read_config_file
+from conlens_jax.models.other_formats import check_folder
+from conlens_jax.models.weight_files import weight_files
 from conlens_jax.parallel.processes import broadcast_from_first
 from conlens_jax.tracking.console import Console
 from conlens_jax.training.checkpoint import all_steps
@@ -114,8 +117,12 @@ def _model_problems(path: str) -> Iterator[str]:
         return
     folder = local_path(path)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            yield f"model.path={path!r}: the folder has no config.json"
+        try:
+            check_folder(folder)
+            read_config_file(folder / "config.json")
+            weight_files(folder)
+        except ValueError as error:
+            yield str(error)
     elif folder.exists():
         yield f"model.path={path!r} is a file; give the folder of the model"
     elif _is_local(path):
