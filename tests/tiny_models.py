@@ -98,6 +98,7 @@ _TINY_FAMILIES: dict[str, dict[str, Any]] = {
     | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"moe_intermediate_size": 24, "head_dim": 12, **_EXPERTS},
+    "olmoe": {"clip_qkv": 1.0, **_EXPERTS},
     "gpt_oss": {"head_dim": 12, "sliding_window": WINDOW, "swiglu_limit": 0.5}
     | {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": _YARN},
     "phi": {"layer_norm_eps": 1e-3, "qk_layernorm": True},

@@ -71,7 +71,7 @@ class TransformerConfig:
       pre_norms, post_norms: norms at the inputs, and at the outputs, of attention and MLP.
       qk_norm: norm of queries and keys: ``""`` none, ``"head"`` each head by itself, ``"heads"``
         the same with a weight for each, ``"width"`` all heads together.
-      qkv_clip: queries, keys and values are clipped to ± this; 0: they are not.
+      qkv_clip: queries, keys and values are clipped to ± this, after the norm; 0: they are not.
       parallel_residual: the MLP's input is attention's input, without attention's output.
       shared_norm: then also its norm: there is one norm at the input of both.
       gated_mlp: act(gate) · up, otherwise act(up).
