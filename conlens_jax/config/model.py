@@ -12,8 +12,8 @@ EMBEDDED_MODEL = "embedded"
 class ModelConfig:
     """Which language model M is read, and in which layer."""
 
-    # Hugging Face folder, hub id, or "embedded": the small model of EmbeddedConfig, trained at
-    # first use.
+    # Hugging Face folder, GGUF file, hub id, "smollm2-135m" or "gemma3-270m" (installed packages),
+    # or "embedded": the small model of EmbeddedConfig, trained at first use.
     path: str = EMBEDDED_MODEL
     revision: str = ""  # branch, tag or commit of a hub id
     layer: int = 2  # L: the 0-based block whose output is the activation

@@ -37,6 +37,12 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(path)).absolute()
 
 
+def cache_folder() -> Path:
+    """Where files that can be made again are kept, outside any checkout: ``$CONLENS_CACHE``, or
+    else ``~/.cache/conlens_jax``."""
+    return local_path(os.environ.get("CONLENS_CACHE") or "~/.cache/conlens_jax")
+
+
 def path_problems(name: str, path: str) -> Iterator[str]:
     """Why the value of a path field, ``~`` expanded, cannot be a path."""
     if "\0" in path:

@@ -1,4 +1,5 @@
-"""Model folders by name: a local folder, or a hub id that is downloaded once."""
+"""Model folders by name: a local folder, a GGUF file that is converted once, or a hub id that is
+downloaded once."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import re
 from pathlib import Path
 
 from conlens_jax.files.paths import local_path
+from conlens_jax.models.from_gguf.folder import folder_of_gguf
+from conlens_jax.models.from_gguf.source import gguf_source
 
 # Weights, shapes and tokenizers; nothing that has to be run or unpickled.
 _FETCHED = (
@@ -29,15 +32,19 @@ _LEFT_OUT = ("original/*", "onnx/*", "consolidated*", "*/*", "tokenizer*.py")
 
 
 def resolve_folder(path: str, revision: str = "") -> Path:
-    """The local folder of a model: ``path`` itself, or the download of a hub id.
+    """The local folder of a model: ``path`` itself, the converted folder of a GGUF file (or of the
+    only one in a folder, or of a model by name), or the download of a hub id.
 
     Args:
       revision: commit, tag or branch of a hub id; empty is the branch ``main``. A commit pins the
         weights for good.
 
     Raises:
-      ValueError: neither a folder nor a hub id that can be downloaded.
+      ValueError: neither a folder nor a hub id that can be downloaded; a GGUF file that cannot be
+        used.
     """
+    if gguf := gguf_source(path):
+        return folder_of_gguf(gguf)
     folder = local_path(path)
     if folder.is_dir():
         return folder

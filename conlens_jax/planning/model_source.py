@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from conlens_jax.config import EMBEDDED_MODEL, ConfigError, ExperimentConfig
 from conlens_jax.embedded.language_model import embedded_shape
+from conlens_jax.models.from_gguf.folder import model_of_gguf
+from conlens_jax.models.from_gguf.source import gguf_source
 from conlens_jax.models.hf_io import read_config, read_config_file
 from conlens_jax.models.tokenizer import Tokenizer
 from conlens_jax.models.transformer_config import TransformerConfig
@@ -48,8 +50,9 @@ class PlannedModel(NamedTuple):
 def planned_model(config: ExperimentConfig, model_config: str = "") -> PlannedModel:
     """Finds the config.json of ``config.model``, or reads the file (or folder) ``model_config``.
 
-    ``model.path`` may be ``"embedded"``, a folder or a config.json, or a hub id: then its file in
-    ``third_party/model_configs`` is read if there is one, otherwise config.json is downloaded.
+    ``model.path`` may be ``"embedded"``, a folder or a config.json, a GGUF file or the name of an
+    installed model, or a hub id: then its file in ``third_party/model_configs`` is read if there is
+    one, otherwise config.json is downloaded.
 
     Raises:
       ConfigError: there is no such file.
@@ -59,6 +62,9 @@ def planned_model(config: ExperimentConfig, model_config: str = "") -> PlannedMo
     if path == EMBEDDED_MODEL:
         shape = embedded_shape(config.embedded, config.embedded.vocab_size)
         return PlannedModel(path, "the section embedded", _as_run(shape, config), WordCounter())
+    if gguf := gguf_source(path):
+        shape, tokenizer = model_of_gguf(gguf)
+        return PlannedModel(path, str(gguf), _as_run(shape, config), tokenizer)
     file = _config_file(path, config.model.revision, "--model-config" if model_config else "")
     shape = _shape_of(file)
     tokenizer = WordCounter()

@@ -14,6 +14,7 @@ from conlens_jax.config import EMBEDDED_MODEL, ConfigError, CorpusConfig, Experi
 from conlens_jax.corpora.corpus import SPLITS
 from conlens_jax.corpora.opening import open_corpus
 from conlens_jax.files.paths import local_path, write_problems
+from conlens_jax.models.from_gguf.source import gguf_source
 from conlens_jax.models.hf_io import read_config_file
 from conlens_jax.models.other_formats import check_folder
 from conlens_jax.models.weight_files import weight_files
@@ -114,6 +115,12 @@ def corpus_problems(config: CorpusConfig) -> Iterator[str]:
 
 def _model_problems(path: str) -> Iterator[str]:
     if path == EMBEDDED_MODEL:
+        return
+    try:
+        if gguf_source(path):
+            return
+    except ValueError as error:
+        yield str(error)
         return
     folder = local_path(path)
     if folder.is_dir():

@@ -21,6 +21,8 @@ from conlens_jax.files.paths import checkpoint_path_problem, local_path
 from conlens_jax.lens.objective import Objective
 from conlens_jax.lens.spec import LensSpec, make_spec
 from conlens_jax.measurement.runner import ActivationStatistics, Measurer, activation_statistics
+from conlens_jax.models.from_gguf.source import gguf_source
+from conlens_jax.models.hub import resolve_folder
 from conlens_jax.models.model import LanguageModel, load_model
 from conlens_jax.models.sharding import loading_report
 from conlens_jax.models.transformer_config import TransformerConfig
@@ -110,6 +112,10 @@ def open_session(
             path, revision = model_place(config, metadata, run, console)
     elif path == EMBEDDED_MODEL:
         path = _embedded_model(config, console)
+
+    with first_before_others("model files"):
+        if gguf_source(path):
+            resolve_folder(path)  # converted by one process
 
     def before_loading(shape: TransformerConfig) -> None:
         check_context(config, shape, path)

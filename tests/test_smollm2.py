@@ -1,0 +1,166 @@
+"""A model that somebody trained: SmolLM2-135M-Instruct, from the file of an installed package.
+
+``scripts/test.sh`` installs the package; without it these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import types
+import unicodedata
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from awkward_strings import awkward_texts
+from test_benchmark_step import script
+
+from conlens_jax import load_model
+from conlens_jax.inspection.chat import render_chat
+from conlens_jax.models.from_gguf.source import PACKAGED, gguf_source
+
+NAME, LAYER = "smollm2-135m", 20
+
+try:
+    FILE = gguf_source(NAME)
+except ValueError:
+    FILE = None
+pytestmark = pytest.mark.skipif(FILE is None, reason=PACKAGED[NAME].install)
+PROMPTS = script("check_real_model").PROMPTS
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Converted once for this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONLENS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return load_model(NAME, unroll=1)
+
+
+@pytest.fixture(scope="module")
+def batch(model) -> tuple[np.ndarray, np.ndarray]:
+    """The six prompts, padded on the right: tokens and mask."""
+    rows = [model.tokenizer.encode(text, add_bos=True) for text in PROMPTS]
+    mask = np.arange(max(map(len, rows))) < np.array([[len(row)] for row in rows])
+    tokens = np.zeros(mask.shape, np.int32)
+    tokens[mask] = np.concatenate(rows)
+    return tokens, mask
+
+
+@pytest.fixture(scope="module")
+def logits(model, batch) -> np.ndarray:
+    return np.asarray(model.logits(*batch))
+
+
+@pytest.fixture(scope="module")
+def expected(batch) -> list[np.ndarray]:
+    """transformers' logits of each prompt, from its own reading of the file."""
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        rms_norm_eps=1e-5,
+        rope_theta=100_000.0,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+    theirs = LlamaForCausalLM(config).eval()
+    # Without its parts, each of which would take transformers as long as the whole.
+    whole = types.SimpleNamespace(
+        config=config, state_dict=theirs.state_dict, named_children=lambda: ()
+    )
+    read = load_gguf_checkpoint(FILE, return_tensors=True, model_to_load=whole)["tensors"]
+    theirs.load_state_dict(read | {"lm_head.weight": read["model.embed_tokens.weight"]})
+    with torch.no_grad():
+        return [
+            theirs(torch.tensor(row[real][None], dtype=torch.long)).logits[0].numpy()
+            for row, real in zip(*batch, strict=True)
+        ]
+
+
+def test_the_logits_are_those_of_transformers(batch, logits, expected):
+    """The first position has states of some thousands, and with them larger rounding errors."""
+    for row, real, theirs in zip(logits, batch[1], expected, strict=True):
+        np.testing.assert_allclose(row[real][1:], theirs[1:], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(row[0], theirs[0], rtol=0, atol=2e-4)
+
+
+def test_it_knows_the_capital_of_france(model):
+    (written,) = model.decode(model.generate("The capital of France is", 4))
+    assert written.startswith(" Paris")
+
+
+def test_a_cache_writes_what_whole_passes_write(model, batch):
+    """Greedy decoding with a cache, and by one whole pass for each token."""
+    tokens, mask = batch[0][:2], batch[1][:2]
+    written = np.asarray(model.generate(tokens, 6, mask=mask, stop=()))
+    rows, lengths = np.arange(2), mask.sum(axis=1)
+    tokens = np.pad(tokens * mask, ((0, 0), (0, 6)))
+    for step in range(6):
+        real = np.arange(tokens.shape[1]) < (lengths + step)[:, None]
+        found = np.asarray(model.logits(tokens, real))[rows, lengths + step - 1].argmax(-1)
+        np.testing.assert_array_equal(found, written[:, step])
+        tokens[rows, lengths + step] = found
+
+
+def test_the_captured_value_swapped_in_changes_nothing(model, batch, logits):
+    tokens, mask = batch
+    activations = model.capture(tokens, LAYER, -1, mask)
+    same = np.asarray(model.swap(tokens, LAYER, -1, activations, mask))
+    np.testing.assert_allclose(same[mask], logits[mask], rtol=0, atol=1e-4)
+    other = np.asarray(model.swap(tokens, LAYER, -1, activations[::-1], mask))
+    last = np.arange(len(tokens)), mask.sum(axis=1) - 1
+    assert np.abs(other - logits)[last].max() > 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "limit"), [({"dtype": "bfloat16"}, 5e-2), ({"quantise": "int8"}, 5e-2)]
+)
+def test_fewer_bits_predict_nearly_the_same(model, batch, logits, settings, limit):
+    """KL in nats, the mean over all tokens of the prompts."""
+    smaller = load_model(model.folder, unroll=1, **settings)
+    other = jnp.asarray(smaller.logits(*batch), jnp.float32)
+    log_p, log_q = (jax.nn.log_softmax(each, axis=-1) for each in (jnp.asarray(logits), other))
+    kl = np.asarray(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))[batch[1]]
+    assert 0 < kl.mean() < limit
+
+
+def test_its_tokens(model):
+    """As transformers reads the file, once the text is cut at each numeral: SmolLM2's tokenizer
+    takes them one by one, which transformers leaves out."""
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(FILE.parent, gguf_file=FILE.name)
+    spelled = ["<|im_start|>user\nHi<|im_end|>\n", "a<|endoftext|> b", "<|im_end|><|im_end|>"]
+    texts = [*awkward_texts(), *PROMPTS, *spelled]
+    for text, ids in zip(texts, model.tokenizer.encode_batch(texts), strict=True):
+        pieces = [theirs(part, add_special_tokens=False)["input_ids"] for part in cut(text)]
+        assert ids == sum(pieces, []), text
+        assert model.tokenizer.encode(text, "auto") == ids
+        if not any(special in text for special in spelled + ["<|"]):
+            assert model.tokenizer.decode(ids) == text
+    assert (model.tokenizer.bos_id, model.tokenizer.eos_id, model.tokenizer.pad_id) == (1, 2, 2)
+
+
+def cut(text: str) -> list[str]:
+    parts = [""]
+    for letter in text:
+        if unicodedata.category(letter).startswith("N"):
+            parts += [letter, ""]
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def test_a_message_is_rendered_by_the_files_own_template(model):
+    text = render_chat([{"role": "user", "content": "Hi"}], model.folder, answer=True)
+    assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert model.tokenizer.encode(text)[0] == 1
