@@ -39,7 +39,7 @@ from conlens_jax.corpora.opening import open_corpus
 from conlens_jax.corpora.statements import token_variables
 from conlens_jax.data.batches import batch_indices, pad_tokens
 from conlens_jax.embedded.answers import answer_statistics
-from conlens_jax.files.paths import local_path, write_problems
+from conlens_jax.files.paths import cache_folder, local_path, write_problems
 from conlens_jax.lens.losses import cross_entropy
 from conlens_jax.lens.schedules import make_schedule
 from conlens_jax.models import hf_io
@@ -58,8 +58,7 @@ _FORMAT = 2  # to be raised when the same settings would give another model
 
 def cache_root(config: EmbeddedConfig) -> Path:
     """The folder of embedded models, outside any checkout."""
-    chosen = config.cache_dir or os.environ.get("CONLENS_CACHE") or "~/.cache/conlens_jax"
-    return local_path(chosen)
+    return local_path(config.cache_dir) if config.cache_dir else cache_folder()
 
 
 def ensure_language_model(config: ExperimentConfig, console: Console) -> Path:

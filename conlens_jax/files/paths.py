@@ -13,6 +13,7 @@ PATH_FIELDS = (
     "model.path",
     "embedded.cache_dir",
     "corpus.path",
+    "corpus.prompts",
     "dump.cache_dir",
     "train.init_from",
     "train.compile_cache",
@@ -35,6 +36,12 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     """The absolute path of a user's ``path``, independent of later changes of the working folder.
     Symbolic links are not followed."""
     return Path(os.path.expanduser(path)).absolute()
+
+
+def cache_folder() -> Path:
+    """Where files that can be made again are kept, outside any checkout: ``$CONLENS_CACHE``, or
+    else ``~/.cache/conlens_jax``."""
+    return local_path(os.environ.get("CONLENS_CACHE") or "~/.cache/conlens_jax")
 
 
 def path_problems(name: str, path: str) -> Iterator[str]:
