@@ -47,4 +47,4 @@ def open_model_texts(config: CorpusConfig, folder: Path | None = None) -> Indexe
     details = {"path": ""}
     if folder is not None:
         details["recipe"] = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
-    return IndexedCorpus(name="texts of the model", config=config, read=read, details=details)
+    return IndexedCorpus(name=f"model:{folder or ''}", config=config, read=read, details=details)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +48,7 @@ from conlens_jax.parallel.processes import (
 from conlens_jax.tracking.console import Console
 
 _FORMAT = 1  # to be raised when the same recipe would give other texts
-_PROMPT_STEP, _SLOT_STEP = 16, 64
+_PROMPT_STEP, _SLOT_STEP = 8, 32
 _PRODUCT_WIDTH = 2048
 
 
@@ -170,13 +171,14 @@ class _Batches:
         config, size = self.config, self.config.batch_size
         documents = np.arange(number * size, (number + 1) * size)
         given = [self._tokens(int(document)) for document in documents]
+        shortest, longest = min(map(len, given)), max(map(len, given))
+        shared = min(len(os.path.commonprefix(given)), shortest - 1)
         # All in one of few shapes: each is another program.
-        longest = max(map(len, given))
-        width = 1 if longest == 1 else _rounded(longest, _PROMPT_STEP)
+        width = 1 if longest == shared + 1 else _rounded(longest - shared, _PROMPT_STEP)
         tokens_BS = np.full((size, width), self.model.tokenizer.pad_id, np.int32)
-        lengths_B = np.array([len(tokens) for tokens in given])
+        lengths_B = np.array([len(tokens) - shared for tokens in given])
         for row, tokens in zip(tokens_BS, given, strict=True):
-            row[width - len(tokens) :] = tokens
+            row[width - len(tokens) + shared :] = tokens[shared:]
         mask_BS = np.arange(width)[None] >= width - lengths_B[:, None]
         key = random_key(config.seed)
         drawing = Drawing(
@@ -187,11 +189,12 @@ class _Batches:
         here = local_rows(self.sharding, size)
         written_BT = to_host(
             self.writer.write(
+                np.asarray(given[0][:shared], np.int32),
                 *(on_devices(array[here], self.sharding, size) for array in (tokens_BS, mask_BS)),
                 drawing,
                 jnp.asarray(self.model.config.eos_token_ids, jnp.int32),
                 length=config.max_tokens,
-                slots=_rounded(width + config.max_tokens, _SLOT_STEP),
+                slots=_rounded(shared + width + config.max_tokens, _SLOT_STEP),
             )
         )
         ends_BT = np.isin(written_BT, self.model.config.eos_token_ids)

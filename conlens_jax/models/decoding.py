@@ -31,6 +31,7 @@ from conlens_jax.models.sampling import choose_token, draw_token
 from conlens_jax.models.transformer import (
     Head,
     add_position_embeddings,
+    all_positions,
     embed_tokens,
     head_of,
     positions_of,
@@ -68,6 +69,7 @@ class TextWriter:
 
     def write(
         self,
+        prefix_P: Int[Array, " P"],
         tokens_BS: Int[Array, "B S"],
         mask_BS: Bool[Array, "B S"],
         drawing: Drawing,
@@ -80,16 +82,18 @@ class TextWriter:
         meaning.
 
         Args:
-          tokens_BS, mask_BS: prompts, padded on either side; at least one token in each.
-          slots: of the cache, at least S + ``length``. The program that writes is compiled for
-            each number of slots, the one that reads the prompts also for each S.
+          prefix_P: what all prompts begin with, such as a chat's system message: read once.
+          tokens_BS, mask_BS: the rest of each prompt, padded on either side; at least one token.
+          slots: of the cache, at least P + S + ``length``. The program that writes is compiled for
+            each number of slots, the one that reads the prompts also for each P and S.
         """
         config = self._config
         start = _read_prompts(
-            self._params, tokens_BS, mask_BS, drawing, length=length, slots=slots, config=config
+            *(self._params, prefix_P, tokens_BS, mask_BS, drawing),
+            **dict(length=length, slots=slots, config=config),
         )
-        n_valid_B = jnp.sum(mask_BS, axis=1, dtype=jnp.int32)
-        first_slot = jnp.int32(tokens_BS.shape[1])
+        n_valid_B = len(prefix_P) + jnp.sum(mask_BS, axis=1, dtype=jnp.int32)
+        first_slot = jnp.int32(len(prefix_P) + tokens_BS.shape[1])
         written_BT, _ = _write_rest(
             self._by_layer, start, n_valid_B, first_slot, drawing, stop_e, config=config
         )
@@ -115,6 +119,7 @@ def _choose(
 @functools.partial(jax.jit, static_argnames=("length", "slots", "config"))
 def _read_prompts(
     params: Params,
+    prefix_P: Array,
     tokens_BS: Array,
     mask_BS: Array,
     drawing: Drawing,
@@ -124,14 +129,27 @@ def _read_prompts(
     config: TransformerConfig,
 ) -> tuple[Int[Array, "B T"], KVCache | LayerCaches]:
     """The first token of each text, and the cache."""
-    batch, prompt = tokens_BS.shape
+    batch, shared = len(tokens_BS), len(prefix_P)
     positions_BS = positions_of(mask_BS)
-    x_BSD = add_position_embeddings(params, embed_tokens(params, tokens_BS, config), positions_BS)
+    positions_BS = jnp.where(mask_BS, shared + positions_BS, NO_POSITION)
     # A scan compiles faster, and costs nothing for so many tokens.
     scanned = dataclasses.replace(config, unroll=config.unroll or 1)
-    layers = params["layers"]
-    x_BSD, cache = run_layers(layers, x_BSD, positions_BS, config=scanned, keep_cache=True)
-    cache = with_room(cache, slots - prompt)
+
+    def read(tokens: Array, positions: Array, **cache) -> tuple[Array, KVCache]:
+        x = add_position_embeddings(params, embed_tokens(params, tokens, config), positions)
+        return run_layers(params["layers"], x, positions, config=scanned, **cache)
+
+    if shared:
+        _, cache = read(prefix_P[None], all_positions(1, shared), keep_cache=True)
+        of_all = lambda array, axis: jnp.repeat(array, batch, axis)
+        cache = KVCache(
+            of_all(cache.keys, 1), of_all(cache.values, 1), of_all(cache.positions_BC, 0)
+        )
+        cache = with_room(cache, tokens_BS.shape[1])
+        x_BSD, cache = read(tokens_BS, positions_BS, cache=cache, slot=jnp.int32(shared))
+    else:
+        x_BSD, cache = read(tokens_BS, positions_BS, keep_cache=True)
+    cache = with_room(cache, slots - shared - tokens_BS.shape[1])
     if not config.unroll:
         transposed = jnp.swapaxes(cache.keys, -1, -2)
         cache = LayerCaches(tuple(transposed), tuple(cache.values), cache.positions_BC)

@@ -82,8 +82,10 @@ def draw_token(
         drawn_B, weight_B = draw(number, floor_B, sums_BL)
         token_B = jnp.where(kept_B, token_B, drawn_B)
         sums_BL = sums_above(weight_B)
-        # Not "<": a row of NaN ends too.
-        return number + 1, token_B, weight_B, sums_BL, kept_B | ~(jnp.sum(sums_BL, -1) >= most_B)
+        above_B = jnp.sum(sums_BL, axis=-1)
+        # Where logits are NaN there is nothing above, and nothing to reach.
+        kept_B |= (above_B < most_B) | (above_B == 0)
+        return number + 1, token_B, weight_B, sums_BL, kept_B
 
     floor_B = jnp.full(rows_B.shape, -1.0)
     sums_BL = sums_above(floor_B)
