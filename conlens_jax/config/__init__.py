@@ -16,7 +16,13 @@ from typing import Any
 
 import ml_collections
 
-from conlens_jax.config.data import GENERATED_CORPORA, CorpusConfig, DataConfig, DumpConfig
+from conlens_jax.config.data import (
+    GENERATED_CORPORA,
+    MODEL_TEXT_FIELDS,
+    CorpusConfig,
+    DataConfig,
+    DumpConfig,
+)
 from conlens_jax.config.devices import DistributedConfig, LaunchConfig, MeshConfig, ProfileConfig
 from conlens_jax.config.evaluation import EvaluateConfig
 from conlens_jax.config.fields import field_names, field_types, lookup, unknown_field_message

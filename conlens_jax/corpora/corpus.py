@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
-from conlens_jax.config import CorpusConfig
+from conlens_jax.config import MODEL_TEXT_FIELDS, CorpusConfig
 from conlens_jax.corpora.duplicates import SeenTexts, Tally
 
 SPLITS = ("train", "validation")
@@ -115,9 +115,11 @@ def described(config: CorpusConfig) -> dict[str, Any]:
     """The section ``corpus``, for :meth:`Corpus.description`.
 
     A field that was added later is included only if it is not at its default, so that older caches
-    and embedded models keep their names.
+    and embedded models keep their names. What a model writes is described by its reader.
     """
     values = dataclasses.asdict(config)
+    for name in MODEL_TEXT_FIELDS:
+        del values[name]
     if config.encoding_errors == "error":
         del values["encoding_errors"]
     return values

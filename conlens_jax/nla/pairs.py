@@ -38,7 +38,6 @@ from jaxtyping import Array, Float
 from conlens_jax.config import LensConfig
 from conlens_jax.files.paths import local_path
 from conlens_jax.inspection import batching
-from conlens_jax.inspection.chat import render_chat
 from conlens_jax.inspection.explanations import Explanations
 from conlens_jax.inspection.programs import Programs
 from conlens_jax.inspection.readings import ExplainedToken, Prediction, Reading
@@ -47,6 +46,7 @@ from conlens_jax.lens.decoder import generate
 from conlens_jax.lens.spec import Decoder, LensSpec
 from conlens_jax.models import hf_io
 from conlens_jax.models.arguments import finite_array
+from conlens_jax.models.chat import render_chat
 from conlens_jax.models.model import LanguageModel, load_model
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import capture, embed_tokens, output_head
