@@ -29,6 +29,6 @@ def recorded_config(checkpoint: str) -> ExperimentConfig:
     folder, _ = checkpoint_of(checkpoint)
     file = Path(folder).parent / "config.json"
     if not file.exists():
-        raise ConfigError([f"--checkpoint={checkpoint}: there is no {file}; give a run folder"])
+        raise ConfigError(f"--checkpoint={checkpoint}: there is no {file}; give a run folder")
     recorded = from_config_dict(json.loads(file.read_text(encoding="utf-8")))
     return dataclasses.replace(recorded, distributed=DistributedConfig())

@@ -119,7 +119,7 @@ def load_config(holder: flags.FlagHolder) -> ExperimentConfig:
       ConfigError: no config was given, or it has problems (all are listed).
     """
     if holder.value is None:
-        raise ConfigError(["--config is missing; for example --config=configs/quickstart.py"])
+        raise ConfigError("--config is missing; for example --config=configs/quickstart.py")
     return from_config_dict(holder.value.to_dict())
 
 

@@ -37,7 +37,7 @@ def main() -> None:
     elif CHECKPOINT.value:
         config = recorded_config(CHECKPOINT.value)
     else:
-        raise ConfigError(["give --checkpoint=<run folder> or --config=configs/<file>.py"])
+        raise ConfigError("give --checkpoint=<run folder> or --config=configs/<file>.py")
     if SUITE.value:
         evaluate = dataclasses.replace(config.evaluate, suite=SUITE.value)
         config = dataclasses.replace(config, evaluate=evaluate)

@@ -35,7 +35,7 @@ _COLOUR = flags.DEFINE_enum("colour", "auto", ["auto", "always", "never"], "Colo
 
 def main(texts: list[str]) -> None:
     if not CHECKPOINT.value:
-        raise ConfigError(["give --checkpoint=<run folder, saved lens or hub id>"])
+        raise ConfigError("give --checkpoint=<run folder, saved lens or hub id>")
     positions, problems = "all", []
     try:
         positions = positions_of(_POSITIONS.value)
@@ -51,7 +51,7 @@ def main(texts: list[str]) -> None:
     if problems:
         raise ConfigError(problems)
     if not texts:
-        raise ConfigError(['give a text, for example "once upon a time", or --file=<file>'])
+        raise ConfigError('give a text, for example "once upon a time", or --file=<file>')
     lens = Lens.load(CHECKPOINT.value, dtype=_DTYPE.value, step=STEP.value)
     explanations = lens.explain(
         texts,
@@ -79,14 +79,14 @@ def text_of(file: str) -> str:
     """
     path = local_path(file)
     if not path.exists() or path.is_dir():
-        raise ConfigError([f"--file={file} is not a file"])
+        raise ConfigError(f"--file={file} is not a file")
     try:
         # A pipe (--file=/dev/stdin) can be read only once.
         text = "".join(lines(path, hint="")) if path.is_file() else path.read_text("utf-8-sig")
     except (CorpusError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError([f"--file={file}: {error}"]) from error
+        raise ConfigError(f"--file={file}: {error}") from error
     if not text or text.isspace():
-        raise ConfigError([f"--file={file} contains no text"])
+        raise ConfigError(f"--file={file} contains no text")
     return text
 
 
@@ -112,7 +112,7 @@ def positions_of(value: str) -> str | list[int]:
         return [int(part) for part in value.split(",")]
     except ValueError:
         raise ConfigError(
-            [f"--positions must be all or indices like 3,5,-1, not {value!r}"]
+            f"--positions must be all or indices like 3,5,-1, not {value!r}"
         ) from None
 
 

@@ -40,7 +40,7 @@ def main() -> None:
             f"the page needs the extra 'explore': pip install 'conlens_jax[explore]' ({error})"
         ) from error
     if not CHECKPOINT.value:
-        raise ConfigError(["give --checkpoint=<run folder, saved lens or hub id>"])
+        raise ConfigError("give --checkpoint=<run folder, saved lens or hub id>")
     listener = listener_on(_HOST.value, _PORT.value)
     lens = Lens.load(CHECKPOINT.value, step=STEP.value)
     app = make_app(

@@ -31,7 +31,7 @@ _SEED = flags.DEFINE_integer("sweep_seed", 0, "Seed of a random search.", lower_
 
 def main() -> None:
     if not _SWEEP.value:
-        raise ConfigError(["--sweep is missing; for example --sweep=configs/sweeps/joint.yaml"])
+        raise ConfigError("--sweep is missing; for example --sweep=configs/sweeps/joint.yaml")
     config, sweep = cli.load_config(_CONFIG), read_sweep(_SWEEP.value)
     folder = local_path(config.run_dir) / "sweep"
     # Every trial is checked before the first one starts.

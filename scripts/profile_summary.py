@@ -36,7 +36,7 @@ def main() -> None:
     console.table("phases, over all threads or streams", ["phase", "ms", "share"], rows)
     top = collections.Counter(seconds).most_common(flags.top)
     rows = [[name, *share(value), scopes.get(name, "")[-70:]] for name, value in top]
-    console.table("operations", ["operation", "ms", "share", "where"], rows)
+    console.table("operations, the longest first", ["operation", "ms", "share", "where"], rows)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ TARGET = flags.DEFINE_string("target", "", "Compile for this GPU, which need not
 def main() -> None:
     config = cli.load_config(_CONFIG)
     if not all(text.isdigit() and int(text) for text in DEVICES.value):
-        raise ConfigError([f"--devices={','.join(DEVICES.value)} must be whole numbers above 0"])
+        raise ConfigError(f"--devices={','.join(DEVICES.value)} must be whole numbers above 0")
     counts = sorted(map(int, DEVICES.value))
     jax.config.update("jax_platforms", "cpu")
     if not TARGET.value:

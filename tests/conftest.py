@@ -1,5 +1,6 @@
 """Settings of every test: 8 virtual CPU devices, strict promotion, a compiler in a hurry."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -19,18 +20,22 @@ _QUICK_COMPILE = (
 )
 
 
-def _is_known(flag: str) -> bool:
-    """A process whose XLA does not know a flag ends, so another one tries it."""
+def _is_known(flags: str) -> bool:
+    """A process whose XLA does not know a flag ends, so another one tries them."""
     command = [sys.executable, "-c", "import jax; jax.devices()"]
-    environment = {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     return not subprocess.run(command, env=environment, capture_output=True).returncode
 
 
-# With XLA's default, as many threads as devices, programs compiled in a hurry have waited for each
-# other for ever after some hundred steps on 8 devices; with more threads they have not.
+# With as many threads as devices, XLA's default, a host that is 32 programs ahead of the devices
+# can deadlock them; two threads for each device suffice (scripts/studies/virtual_devices.py).
 os.environ.setdefault("NPROC", "64")
 if "XLA_FLAGS" not in os.environ:  # pytest-xdist's workers inherit it
-    os.environ["XLA_FLAGS"] = " ".join(filter(_is_known, _QUICK_COMPILE))
+    every = " ".join(_QUICK_COMPILE)
+    known = every if _is_known(every) else " ".join(filter(_is_known, _QUICK_COMPILE))
+    os.environ["XLA_FLAGS"] = known
+# Tracing makes many objects that live long; Python's default looks through them every 700.
+gc.set_threshold(20_000, 10, 10)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -51,3 +56,4 @@ def _few_programs():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
+        gc.collect()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from absl import flags
+from absl import app, flags
 
 import conlens_jax
 from conlens_jax import cli, launch
@@ -64,6 +64,21 @@ def run(target: str, arguments: Sequence[str]) -> None:
             call()
 
 
+def refuse(target: str, arguments: Sequence[str]) -> object:
+    """The exit code of a command line that is refused before its ``main`` begins, by the whole of
+    :func:`conlens_jax.cli.run`."""
+
+    def accepted(main, flags_parser):
+        flags_parser(sys.argv)
+        raise AssertionError("the command line was accepted")
+
+    with _as_process(target, arguments), mock.patch.object(app, "run", accepted):
+        try:
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+        except SystemExit as left:
+            return left.code
+
+
 class _Call:
     """The ``main`` that a module hands to :func:`conlens_jax.cli.run`, with its arguments."""
 
@@ -87,14 +102,7 @@ def _opened(target: str, arguments: Sequence[str], *, parse_only: bool) -> Itera
         given.append((main, takes_arguments))
         problems.extend(cli._process_flags(arguments) if one_process else [])
 
-    with (
-        _own_flags(),
-        mock.patch.object(sys, "argv", [target, *arguments]),
-        mock.patch.object(cli, "run", take),
-        warnings.catch_warnings(),
-    ):
-        # ml_collections loads a config file in the old way.
-        warnings.filterwarnings("ignore", r"the load_module\(\) method", DeprecationWarning)
+    with _as_process(target, arguments), mock.patch.object(cli, "run", take):
         if target.endswith(".py"):
             _run_script(target, parse_only)
         else:
@@ -108,6 +116,18 @@ def _opened(target: str, arguments: Sequence[str], *, parse_only: bool) -> Itera
         sys.argv = [target, *arguments]
         _, *rest = flags.FLAGS(sys.argv)
         yield _Call(*given[0], rest)
+
+
+@contextlib.contextmanager
+def _as_process(target: str, arguments: Sequence[str]) -> Iterator[None]:
+    with (
+        _own_flags(),
+        mock.patch.object(sys, "argv", [target, *arguments]),
+        warnings.catch_warnings(),
+    ):
+        # ml_collections loads a config file in the old way.
+        warnings.filterwarnings("ignore", r"the load_module\(\) method", DeprecationWarning)
+        yield
 
 
 def _run_script(path: str, parse_only: bool) -> None:

@@ -174,6 +174,9 @@ CASES = {
         "qwen3_moe",
         {"norm_topk_prob": True, "use_sliding_window": True, "sliding_window": WINDOW},
     ),
+    "olmoe: normalised, unclipped, biases": Case(
+        "olmoe", {"norm_topk_prob": True, "clip_qkv": None, "attention_bias": True}
+    ),
     "gpt_oss: no attention bias, whole": Case(
         "gpt_oss", {"attention_bias": False, "layer_types": ["full_attention"] * 3}
     ),

@@ -15,14 +15,10 @@ import pytest
 from safetensors import safe_open
 
 from conlens_jax.data import cache_writer
-from conlens_jax.data.cache import (
-    ActivationCache,
-    CacheError,
-    CacheMetadata,
-    CacheWriter,
-    Rows,
-    cache_is_complete,
-)
+from conlens_jax.data.cache import ActivationCache
+from conlens_jax.data.cache_metadata import CacheError, CacheMetadata, cache_is_complete
+from conlens_jax.data.cache_writer import CacheWriter
+from conlens_jax.data.rows import Rows
 from conlens_jax.data.shared_writer import SharedWriter
 from conlens_jax.files import whole as whole_files
 

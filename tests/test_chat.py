@@ -8,7 +8,7 @@ import pytest
 from chat_templates import CHATS, TEMPLATES
 from tiny_models import write_tokenizer
 
-from conlens_jax.inspection.chat import render_chat
+from conlens_jax.models.chat import render_chat
 
 transformers = pytest.importorskip("transformers")
 

@@ -20,14 +20,13 @@ import optax
 import pytest
 
 from conlens_jax.training.checkpoint import (
-    CheckpointError,
     Checkpoints,
-    DamagedCheckpoint,
     all_steps,
     best_step,
     read_metadata,
     restore_params,
 )
+from conlens_jax.training.checkpoint_storage import CheckpointError, DamagedCheckpoint
 from conlens_jax.training.checksums import checksums
 
 

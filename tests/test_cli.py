@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import entry_points
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +52,18 @@ def run(module: str, *arguments: str, **environment: str) -> subprocess.Complete
     )
 
 
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """The same in this process, of what is refused when flags are parsed."""
+    monkeypatch.chdir(ROOT)
+
+    def run(module: str, *arguments: str) -> subprocess.CompletedProcess:
+        code = entry_points.refuse(f"conlens_jax.{module}", arguments)
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return run
+
+
 def assert_refused(done: subprocess.CompletedProcess, *parts: str) -> None:
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 20
@@ -86,8 +99,9 @@ def test_unknown_fields_name_the_nearest():
         ("lens.dual_path=maybe", "lens.dual_path must be true or false, not 'maybe'"),
     ],
 )
-def test_a_value_of_the_wrong_type_is_named(argument, message):
-    assert_refused(run("train", "--config=configs/quickstart.py", f"--config.{argument}"), message)
+def test_a_value_of_the_wrong_type_is_named(argument, message, refused):
+    done = refused("train", "--config=configs/quickstart.py", f"--config.{argument}")
+    assert_refused(done, message)
 
 
 def test_impossible_values_are_all_named():
@@ -106,12 +120,12 @@ def test_missing_config_is_named():
     assert message.startswith("--config.mesh.data changes a field of a config file: give --config=")
 
 
-def test_commands_of_one_process_refuse_several():
+def test_commands_of_one_process_refuse_several(refused):
     flags_given = (
         "--config.distributed.coordinator=node1:1234",
         "--config.distributed.process_id=1",
     )
-    done = run("explain", "--checkpoint=runs/x", "once upon a time", *flags_given)
+    done = refused("explain", "--checkpoint=runs/x", "once upon a time", *flags_given)
     for flag in flags_given:
         assert_refused(done, f"{flag.partition('=')[0]}: this command runs in one process")
 

@@ -16,18 +16,19 @@ from tiny_lens import (
     plain_prompt,
     plain_text,
     relative_error,
+    teacher_forced_logits,
     text_logits,
     tiny_batch,
     tiny_lens,
     tiny_noise,
     tiny_spec,
 )
+from tiny_models import empty_cache
 
 from conlens_jax.config import LensConfig
-from conlens_jax.lens.decoder import generate, teacher_forced_logits
+from conlens_jax.lens.decoder import generate
 from conlens_jax.lens.history import backward_sweeps
 from conlens_jax.lens.spec import decoder_of
-from conlens_jax.models.cache import empty_cache
 from conlens_jax.models.transformer import (
     add_position_embeddings,
     all_positions,
@@ -167,7 +168,7 @@ def cached_scan(trainable, frozen, activation_BD, noise_BTV, tau, cotangent, *, 
         base, prompt = decoder["base"], plain_prompt(parts, frozen, activation_BD, spec)
         length, last = prompt.shape[1], TEXT_LEN - 1
         logits_of = lambda x: unembed(base, x, config=spec.model)
-        start = empty_cache(spec.model, spec.model.n_layers, BATCH, length + last)
+        start = empty_cache(spec.model, BATCH, length + last)
         run = functools.partial(run_layers, base["layers"], config=spec.model)
         positions = all_positions(BATCH, length)
         prompt = add_position_embeddings(base, prompt, positions, spec.model)

@@ -23,7 +23,7 @@ from conlens_jax.evaluation.run import evaluate_run
 from conlens_jax.evaluation.suite import HEADLINE
 from conlens_jax.models.tokenizer import Tokenizer
 from conlens_jax.tracking.records import read_metrics
-from conlens_jax.training.checkpoint import CheckpointError
+from conlens_jax.training.checkpoint_storage import CheckpointError
 from conlens_jax.training.loop import train_lens
 from conlens_jax.training.session import open_caches, training_reference
 from studies import lens_gradients

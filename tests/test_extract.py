@@ -15,7 +15,8 @@ from conlens_jax.config import ConfigError
 from conlens_jax.corpora.corpus import CorpusError, Document
 from conlens_jax.corpora.stories import story
 from conlens_jax.data import extract, shared_writer
-from conlens_jax.data.cache import ActivationCache, CacheError
+from conlens_jax.data.cache import ActivationCache
+from conlens_jax.data.cache_metadata import CacheError
 from conlens_jax.data.cache_writer import CacheWriter
 from conlens_jax.data.rows import Rows
 from conlens_jax.data.stream import open_stream

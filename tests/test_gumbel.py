@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_lens import relative_error
 
-from conlens_jax.lens.gumbel import example_keys, gumbel_noise, straight_through_embed
+from conlens_jax.lens.gumbel import drawn_noise, example_keys, straight_through_embed
 
 BATCH, TEXT, VOCAB, WIDTH = 5, 3, 11, 7
 # 0.1 % points of chi-square with 5 and 35 degrees of freedom.
@@ -77,9 +77,9 @@ def test_noise_and_temperature_get_no_gradient(inputs):
 def test_noise_belongs_to_the_example():
     """Not to its place in the batch, nor to the rows around it."""
     draw = lambda examples, step=3, seed=7, purpose=1: np.asarray(
-        gumbel_noise(
-            example_keys(seed, jnp.int32(step), jnp.asarray(examples, jnp.int32), purpose), 4, 6
-        )
+        drawn_noise(
+            example_keys(seed, jnp.int32(step), jnp.asarray(examples, jnp.int32), purpose), 4
+        ).values(6)
     )
     noise = draw([0, 1, 2, 3, 4])
     np.testing.assert_array_equal(draw([4, 1, 3]), noise[[4, 1, 3]])
@@ -95,7 +95,7 @@ def test_sampled_frequencies_are_the_softmax():
     rows, text, vocab = 4000, 6, 6
     logits = np.array([0.5, -1.0, 0.0, 1.5, -0.3, 0.8])
     keys = example_keys(0, jnp.int32(0), jnp.arange(rows, dtype=jnp.int32), 1)
-    noise = np.asarray(gumbel_noise(keys, text, vocab))
+    noise = np.asarray(drawn_noise(keys, text).values(vocab))
     tokens = np.argmax(logits + noise, axis=-1)
     p = np.exp(logits) / np.exp(logits).sum()
     expected = tokens.size * p

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
+import re
 
 import pytest
 from family_cases import CASES, each_case, each_family
 from tiny_models import tiny_config, tiny_values
 
+from conlens_jax.models import hf_config
 from conlens_jax.models.families import config_from_hf, family_of
+from conlens_jax.models.hf_keys import HARMLESS, NEUTRAL, read_by_transformers
 
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
@@ -44,17 +49,103 @@ def test_config_survives_writing_and_reading(case):
 
 
 @each_family
-def test_unknown_keys_are_listed_together(family):
-    changes = {
-        "other_scale": 8.0,
-        "some_scale": 2.0,
-        "quantization_config": {"quant_method": "awq"},
-    }
+def test_unsupported_keys_are_listed_together(family):
+    changes = {"pruned_heads": {"0": [1]}, "quantization_config": {"quant_method": "awq"}}
     with pytest.raises(ValueError) as error:
-        tiny_config(family, **changes, some_default=None)
-    for part in ("other_scale=8.0", "some_scale=2.0", "quantization_config="):
+        tiny_config(family, **changes, is_encoder_decoder=True, some_scale=2.0, some_default=None)
+    for part in ("pruned_heads=", "quantization_config=", "is_encoder_decoder=True"):
         assert part in str(error.value)
-    assert "some_default" not in str(error.value)
+    assert "some_" not in str(error.value)
+
+
+@each_family
+def test_keys_that_transformers_does_not_read_are_named_once(family, caplog):
+    hf_config._warn_once.cache_clear()
+    odd = {"is_a_config": True, "unk_token_id": 0, "x.js_config": {"dtype": "q4"}, "nothing": None}
+    for _ in range(2):
+        assert tiny_config(family, **odd) == tiny_config(family)
+    (line,) = caplog.messages
+    assert line.endswith(": is_a_config, unk_token_id, x.js_config")
+
+
+@each_family
+def test_generation_defaults_are_accepted_silently(family, caplog):
+    odd = {"temperature": 0.7, "max_length": 50, "_num_labels": 1, "torchscript": True}
+    assert tiny_config(family, **odd) == tiny_config(family)
+    assert not caplog.messages
+
+
+def classified(case, monkeypatch) -> set[str]:
+    """The keys that some part of our code knows for this family, by name."""
+    known = set()
+
+    def finish(read, ignored, neutral=None):
+        known.update(read.read_keys, ignored, neutral or (), HARMLESS, NEUTRAL)
+
+    monkeypatch.setattr(hf_config.HFConfigReader, "finish", finish)
+    tiny_config(case.family, **case.changes)
+    return known
+
+
+@each_case
+def test_every_field_of_transformers_is_known_here(case, monkeypatch):
+    """A field of a new version, or an argument of old files, is classified on purpose: read by the
+    family, or listed as harmless or as having one supported value."""
+    pytest.importorskip("torch")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config_class = CONFIG_MAPPING[case.family]
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    old = set(re.findall(r"""kwargs\.(?:pop|get)\(["'](\w+)""", inspect.getsource(config_class)))
+    known = classified(case, monkeypatch)
+    assert fields and not (fields | old) - known
+    # A second name is judged by the first.
+    assert set(config_class.attribute_map.values()) <= known
+    # The search of the source finds what the class has.
+    every = fields | old | config_class.attribute_map.keys()
+    assert read_by_transformers(case.family, every) == every
+
+
+def test_every_generic_key_of_transformers_is_known_here():
+    pytest.importorskip("torch")
+    from transformers import GenerationConfig, PreTrainedConfig
+
+    generic = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    source = inspect.getsource(PreTrainedConfig.__post_init__)
+    generic |= set(re.findall(r"""kwargs\.(?:pop|get)\(["'](\w+)""", source))
+    generic |= GenerationConfig._get_default_generation_params().keys()
+    # Every family with a rotation reads these.
+    assert generic - {"rope_scaling", "rope_theta"} <= HARMLESS | NEUTRAL.keys()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "same", "other"),
+    [
+        # As if no family read it: the default of the class is what its port computes.
+        ("gemma2", {"final_logit_softcapping": 30.0}, {"final_logit_softcapping": 20.0}),
+        ("gpt2", {"n_embd": 32, "hidden_size": 32}, {"n_embd": 32, "hidden_size": 48}),
+        ("gpt2", {"hidden_size": 768}, {"hidden_size": 32}),
+        # No field, but the model looks for it.
+        ("gpt_neox", {"head_dim": None}, {"head_dim": 16}),
+    ],
+)
+def test_keys_that_no_family_reads_have_the_default_of_transformers(model_type, same, other):
+    pytest.importorskip("torch")
+
+    def finish(values):
+        read = hf_config.HFConfigReader({"model_type": model_type} | values, "Config")
+        read("n_embd", None)
+        read.finish(ignored=set())
+
+    finish(same)
+    with pytest.raises(ValueError, match=f"{list(other)[-1]}=.* is not supported"):
+        finish(other)
+
+
+def test_a_model_type_that_transformers_does_not_have():
+    read = hf_config.HFConfigReader({"model_type": "from_the_future", "depth": 2}, "Config")
+    with pytest.raises(ValueError, match="depth=2 is not known, .* transformers: update it"):
+        read.finish(ignored=set())
 
 
 @pytest.mark.parametrize(
@@ -160,6 +251,6 @@ def test_gemma4_is_refused_with_the_reason():
 
 
 def test_remote_code_is_named_where_the_type_is_unknown():
-    with pytest.raises(ValueError, match=r"'mamba'.*gpt2.*never run"):
+    with pytest.raises(ValueError, match=r"'mamba'.*never run.*gpt2"):
         config_from_hf({"model_type": "mamba", "auto_map": {"AutoConfig": "x.Config"}})
     assert tiny_config("phi3", auto_map={"AutoConfig": "x.Config"}) == tiny_config("phi3")

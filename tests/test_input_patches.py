@@ -13,6 +13,7 @@ from tiny_lens import (
     TEXT_LEN,
     plain_prompt,
     relative_error,
+    teacher_forced_logits,
     text_logits,
     tiny_batch,
     tiny_lens,
@@ -23,7 +24,7 @@ from tiny_lens import (
 from tiny_models import random_tokens, write_tokenizer
 
 from conlens_jax.config import LensConfig, OptimizerConfig
-from conlens_jax.lens.decoder import generate, teacher_forced_logits
+from conlens_jax.lens.decoder import generate
 from conlens_jax.lens.spec import decoder_of, init_lens, make_spec
 from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.tokenizer import Tokenizer

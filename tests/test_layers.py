@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from pipeline import open_world
 
-from conlens_jax.evaluation.studies.layers import LayerStatistics, layer_statistics
 from conlens_jax.measurement.runner import activation_statistics
+from layer_sweep import LayerStatistics, layer_statistics
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conlens_jax.data.cache import CacheError
+from conlens_jax.data.cache_metadata import CacheError
 from conlens_jax.data.legacy import LegacyCache, open_cache
 
 D_MODEL, PAD = 4, 50

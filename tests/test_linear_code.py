@@ -13,7 +13,7 @@ from conlens_jax.evaluation.studies.linear_code import (
     bits_of_text,
     lloyd_levels,
 )
-from conlens_jax.evaluation.studies.probe import LinearMap, logistic_regression, probe_values
+from conlens_jax.evaluation.studies.probe import linear_map, probe_values
 
 RNG = np.random.default_rng(0)
 
@@ -62,32 +62,37 @@ def test_more_bits_less_error_and_no_more_codes_than_bits():
 
 
 def test_linear_map_is_found_and_the_penalty_shrinks_it():
-    x = RNG.standard_normal((500, 6)) + 2.0
-    kernel, bias = RNG.standard_normal((6, 3)), RNG.standard_normal(3)
-    found = LinearMap.fit(x, x @ kernel + bias, ridge=1e-9)
+    """Against the normal equations, with x and y centred."""
+    x = RNG.standard_normal((500, 6)) * np.arange(1, 7) + 2.0
+    y = x @ RNG.standard_normal((6, 3)) + RNG.standard_normal(3)
     new = RNG.standard_normal((50, 6))
-    np.testing.assert_allclose(found(new), new @ kernel + bias, atol=1e-6)
-    shrunk = LinearMap.fit(x, x @ kernel + bias, ridge=1.0)
-    assert np.linalg.norm(shrunk.kernel_DK) < 0.8 * np.linalg.norm(kernel)
+    centred = x - x.mean(axis=0)
+    covariance = centred.T @ centred / len(x)
+    for ridge in (1e-9, 1.0):
+        penalty = ridge * np.trace(covariance) / 6 * np.eye(6)
+        kernel = np.linalg.solve(covariance + penalty, centred.T @ (y - y.mean(axis=0)) / len(x))
+        expected = (new - x.mean(axis=0)) @ kernel + y.mean(axis=0)
+        np.testing.assert_allclose(linear_map(x, y, ridge)(new), expected, atol=1e-9)
 
 
-def test_logistic_regression_is_at_its_minimum():
-    """The gradient, by finite differences of the loss as it is written, vanishes."""
-    x = np.concatenate([RNG.standard_normal((300, 4)), np.ones((300, 1))], axis=1)
-    one_hot = np.eye(3)[RNG.integers(3, size=300)]
-    found = logistic_regression(x, one_hot)
-
-    def loss(kernel):
-        logits = x @ kernel
-        log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        return -(one_hot * log_p).sum(axis=1).mean() + 0.5e-3 * np.sum(kernel**2)
-
-    for index in np.ndindex(found.shape):
-        nudge = np.zeros_like(found)
-        nudge[index] = 1e-4
-        slope = (loss(found + nudge) - loss(found - nudge)) / 2e-4
-        assert abs(slope) < 1e-4
-    assert np.linalg.norm(found) > 0.01
+def test_probe_is_the_penalised_minimum():
+    """Against Newton's method on the loss as it is written, with whitened x: two values."""
+    x = RNG.standard_normal((300, 3)) @ RNG.standard_normal((3, 3))
+    noisy = x[:, 0] + RNG.standard_normal(300) > 0
+    white = (x - x.mean(axis=0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T, ddof=0))).T
+    inputs = np.concatenate([white, np.ones((300, 1))], axis=1)
+    # Of two classes only the difference of their weights counts; the constant has no penalty.
+    penalty, weights = 1e-3 * np.diag([1.0, 1, 1, 0]), np.zeros(4)
+    for _ in range(20):
+        share = 1 / (1 + np.exp(-inputs @ weights))
+        slope = inputs.T @ (share - noisy) / 300 + penalty @ weights
+        curvature = (inputs * (share * (1 - share))[:, None]).T @ inputs / 300 + penalty
+        weights -= np.linalg.solve(curvature, slope)
+    logits = inputs @ weights
+    clear = abs(logits) > 0.02
+    read = probe_values(x, np.where(noisy, 5, 3), np.array([3, 5]), x)
+    np.testing.assert_array_equal(read[clear], np.where(logits > 0, 5, 3)[clear])
+    assert clear.sum() > 290
 
 
 def test_probe_reads_what_is_there_and_only_that():
@@ -103,3 +108,5 @@ def test_probe_reads_what_is_there_and_only_that():
     assert np.mean(read == labels[600:]) < 0.5
     nothing = probe_values(x, np.full(900, -1), values, x[:2])
     np.testing.assert_array_equal(nothing, [-1, -1])
+    alone = probe_values(x, np.full(900, 9), values, x[:2])
+    np.testing.assert_array_equal(alone, [9, 9])

@@ -15,6 +15,7 @@ from tiny_lens import (
     cosine,
     plain_text,
     relative_error,
+    teacher_forced_logits,
     text_logits,
     tiny_batch,
     tiny_lens,
@@ -34,7 +35,7 @@ from conlens_jax.config import (
     from_config_dict,
     to_config_dict,
 )
-from conlens_jax.lens.decoder import generate, teacher_forced_logits
+from conlens_jax.lens.decoder import generate
 from conlens_jax.lens.encoder import encode_tokens
 from conlens_jax.lens.objective import Objective, warm_loss
 from conlens_jax.lens.sharding import lens_shardings

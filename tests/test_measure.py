@@ -16,7 +16,7 @@ from conlens_jax.data.rows import Rows
 from conlens_jax.evaluation.suite import HEADLINE, Suite
 from conlens_jax.lens.batch import Batch
 from conlens_jax.lens.decoder import generate
-from conlens_jax.lens.gumbel import Purpose, example_keys, gumbel_noise
+from conlens_jax.lens.gumbel import Purpose, drawn_noise, example_keys
 from conlens_jax.lens.spec import decoder_of
 from conlens_jax.measurement import metrics
 from conlens_jax.measurement.programs import TOP
@@ -89,6 +89,12 @@ def test_rows_do_not_depend_on_the_batch_size(lens, rows, random_vectors):
     assert all(len(leaf) == N_ROWS for leaf in jax.tree.leaves(numbers))
 
 
+def test_weights_are_not_copied_to_the_devices_with_every_batch(lens, rows, measurer):
+    on_host = jax.tree.map(np.asarray, lens[0])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        measurer.explain(on_host, lens[1], rows)
+
+
 def test_texts_are_the_decoders(lens, rows, measurer):
     """Sampled with noise of their own, apart from training's; and greedily."""
     write = jax.jit(
@@ -99,7 +105,7 @@ def test_texts_are_the_decoders(lens, rows, measurer):
     keys = example_keys(
         SEED, jnp.int32(0), jnp.arange(N_ROWS, dtype=jnp.int32), Purpose.MEASURED_TEXT
     )
-    noise = gumbel_noise(keys, TEXT_LEN, 48)
+    noise = drawn_noise(keys, TEXT_LEN).values(48)
     explained = measurer.explain(*lens, rows)
     np.testing.assert_array_equal(explained.texts["sampled"], write(noise))
     np.testing.assert_array_equal(explained.texts["greedy"], write(jnp.zeros_like(noise)))

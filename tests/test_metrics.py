@@ -104,6 +104,10 @@ def test_text_statistics_by_hand():
     assert metrics.distinct_2(np.array([[1, 2, 3]])) == 1
 
 
+def mean_interval(bootstrap: DocumentBootstrap, values, level: float = 0.95):
+    return bootstrap.interval(lambda means: means["x"], {"x": values}, level)
+
+
 def two_rows() -> DocumentBootstrap:
     return DocumentBootstrap.draw([0, 1], 10, 0)
 
@@ -119,9 +123,9 @@ def two_rows() -> DocumentBootstrap:
         lambda: metrics.top1_agreement([1, 2], [1]),
         lambda: DocumentBootstrap.draw([], 10, 0),
         lambda: DocumentBootstrap.draw([0], 0, 0),
-        lambda: two_rows().mean([1.0]),
+        lambda: mean_interval(two_rows(), [1.0]),
         lambda: two_rows().interval(lambda means: means["x"].mean(), {"x": [1.0, 2.0]}),
-        lambda: two_rows().mean([1.0, 2.0], level=95),
+        lambda: mean_interval(two_rows(), [1.0, 2.0], level=95),
     ],
 )
 def test_bad_input_raises_value_error(call):
@@ -158,7 +162,7 @@ def test_resampled_means_equal_means_over_the_repeated_rows():
 
 def test_width_agrees_with_the_normal_interval_on_iid_rows():
     values = np.random.default_rng(5).normal(2.0, 1.0, size=400)
-    interval = DocumentBootstrap.draw(np.arange(400), 4000, seed=0).mean(values)
+    interval = mean_interval(DocumentBootstrap.draw(np.arange(400), 4000, seed=0), values)
     half = 1.96 * values.std() / math.sqrt(400)
     assert interval.hi - interval.value == pytest.approx(half, rel=0.08)
     assert interval.value - interval.lo == pytest.approx(half, rel=0.08)
@@ -170,16 +174,18 @@ def test_coverage_is_near_the_level():
     for trial in range(300):
         per_document = rng.normal(1.0, 1.0, size=60)
         values = np.repeat(per_document, 2) + rng.normal(size=120) * 0.5
-        interval = DocumentBootstrap.draw(np.repeat(np.arange(60), 2), 400, seed=trial).mean(values)
+        interval = mean_interval(
+            DocumentBootstrap.draw(np.repeat(np.arange(60), 2), 400, seed=trial), values
+        )
         covered += interval.lo <= 1.0 <= interval.hi
     assert 0.90 <= covered / 300 <= 0.98
 
 
 def test_documents_are_the_unit_so_repeated_rows_do_not_narrow_the_interval():
     values = np.random.default_rng(2).normal(size=50)
-    once = DocumentBootstrap.draw(np.arange(50), 1000, seed=4).mean(values)
+    once = mean_interval(DocumentBootstrap.draw(np.arange(50), 1000, seed=4), values)
     copies = DocumentBootstrap.draw(np.repeat(np.arange(50), 20), 1000, seed=4)
-    repeated = copies.mean(np.repeat(values, 20))
+    repeated = mean_interval(copies, np.repeat(values, 20))
     assert repeated.lo == pytest.approx(once.lo, rel=1e-12)
     assert repeated.hi == pytest.approx(once.hi, rel=1e-12)
 
@@ -205,14 +211,15 @@ def test_paired_difference_cancels_what_the_systems_share():
 
 def test_seed_decides_the_resamples():
     values, documents = np.random.default_rng(0).normal(size=30), np.arange(30)
-    first, again, other = (DocumentBootstrap.draw(documents, 50, s).mean(values) for s in (1, 1, 2))
+    of_seed = lambda seed: mean_interval(DocumentBootstrap.draw(documents, 50, seed), values)
+    first, again, other = map(of_seed, (1, 1, 2))
     assert first == again
     assert first.value == other.value and first.lo != other.lo
 
 
 def test_non_finite_rows_give_no_interval_and_no_warning():
     for bad in (math.nan, math.inf):
-        interval = DocumentBootstrap.draw([0, 1, 2], 50, seed=0).mean([1.0, bad, 2.0])
+        interval = mean_interval(DocumentBootstrap.draw([0, 1, 2], 50, seed=0), [1.0, bad, 2.0])
         assert not math.isfinite(interval.value)
         assert math.isnan(interval.lo) and math.isnan(interval.hi)
 
@@ -233,7 +240,7 @@ def test_ratio_that_is_infinite_in_some_resamples_keeps_its_lower_end():
 def test_wider_level_gives_wider_interval():
     bootstrap = DocumentBootstrap.draw(np.arange(40), 500, seed=0)
     values = np.random.default_rng(1).normal(size=40)
-    narrow, wide = bootstrap.mean(values, level=0.5), bootstrap.mean(values, level=0.99)
+    narrow, wide = (mean_interval(bootstrap, values, level) for level in (0.5, 0.99))
     assert wide.lo < narrow.lo < narrow.hi < wide.hi
 
 

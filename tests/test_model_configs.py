@@ -1,8 +1,9 @@
-"""The shapes of real models in ``third_party/model_configs``: counted, and built on meshes."""
+"""The configs of real models in ``third_party/model_configs``: read, counted, built on meshes."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 
 import jax
@@ -10,7 +11,9 @@ import jax.numpy as jnp
 import pytest
 
 from conlens_jax.config import ConfigError, ExperimentConfig
-from conlens_jax.models.families import family_of
+from conlens_jax.models import hf_config
+from conlens_jax.models.families import FAMILIES, config_from_hf, family_of
+from conlens_jax.models.families.text_parts import text_part
 from conlens_jax.models.param_table import abstract_params, count_params
 from conlens_jax.models.transformer import forward
 from conlens_jax.parallel.footprint import count, device_bytes, total_bytes
@@ -19,6 +22,43 @@ from conlens_jax.planning.lens import make_plan, on_mesh
 from conlens_jax.planning.model_source import SHIPPED, planned_model
 
 FILES = {file.stem: file for file in sorted(SHIPPED.glob("*.json"))}
+
+
+def published(section: str) -> dict[str, int]:
+    """Parameters by file, from a table of the README."""
+    text = (SHIPPED / "README.md").read_text(encoding="utf-8").partition(f"## {section}\n")[2]
+    table = text.partition("\n## ")[0]
+    rows = re.findall(r"^\| `(.+)\.json` \| [^|]+ \| ([\d,]+) \|", table, re.MULTILINE)
+    return {name: int(number.replace(",", "")) for name, number in rows}
+
+
+SHAPES = published("Shapes")
+PARAMETERS = SHAPES | published("Files with all their keys")
+
+
+def values_of(name: str) -> dict:
+    return json.loads(FILES[name].read_text(encoding="utf-8"))
+
+
+# A file of a type that is not supported must say so, and is read as soon as it is.
+KNOWN = [name for name in FILES if text_part(values_of(name)).get("model_type") in FAMILIES]
+UNKNOWN = [name for name in FILES if name not in KNOWN]
+# The keys of each file that change nothing in transformers either; of other files, none.
+_SMOLLM2 = "is_llama_config rope_interleaved transformers.js_config"
+_MLC = "context_window_size prefill_chunk_size"
+IGNORED = {
+    "ALLaM-7B-Instruct-preview": "internal_version",
+    "CodeLlama-34b-hf": _MLC,
+    "CodeLlama-7b-hf": _MLC,
+    "Qwen3-Coder-480B-A35B-Instruct": "qkv_bias shared_expert_intermediate_size use_qk_norm",
+    "SmolLM2-135M-Instruct": _SMOLLM2,
+    "SmolLM2-360M-Instruct": _SMOLLM2,
+    "gpt-j-6B-8bit": "eight_bit",
+    "gpt2-medium": "n_special",
+    "phi-1": "attention_bias rotary_dim",
+    "starcoder2-7b": "activation_function attention_softmax_in_fp32 layer_norm_epsilon "
+    "scale_attention_softmax_in_fp32 scale_attn_weights",
+}
 # The tensor axis divides neither every vocabulary nor one or two key-value heads.
 TOO_FINE = {
     (name, "fsdp2_tensor4"): dimension
@@ -35,16 +75,6 @@ TOO_FINE = {
 }
 
 
-def published() -> dict[str, int]:
-    """Parameters by file, from the table in the README."""
-    rows = re.findall(r"^\| `(.+)\.json` \| \S+ \| ([\d,]+) \|", readme(), re.MULTILINE)
-    return {name: int(number.replace(",", "")) for name, number in rows}
-
-
-def readme() -> str:
-    return (SHIPPED / "README.md").read_text(encoding="utf-8")
-
-
 def shape_of(name: str):
     config = dataclasses.replace(
         ExperimentConfig(),
@@ -56,16 +86,32 @@ def shape_of(name: str):
 
 
 def test_the_readme_has_every_file():
-    assert set(published()) == set(FILES)
+    assert set(PARAMETERS) == set(FILES) and len(FILES) >= 60
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", KNOWN)
+def test_keys_that_change_nothing_are_ignored_by_name(name, caplog, monkeypatch):
+    hf_config._warn_once.cache_clear()
+    # Which would import transformers, and take seconds.
+    monkeypatch.setattr(hf_config, "default_of", lambda *_: pytest.fail("a class was asked"))
+    config_from_hf(values_of(name))
+    ignored = [record.args[1].replace(",", "") for record in caplog.records]
+    assert ignored == ([IGNORED[name]] if name in IGNORED else [])
+
+
+def test_types_that_are_not_supported_are_named():
+    for name in UNKNOWN:
+        with pytest.raises(ValueError, match=f"{values_of(name)['model_type']!r} is not supported"):
+            config_from_hf(values_of(name))
+
+
+@pytest.mark.parametrize("name", KNOWN)
 def test_parameters_are_as_many_as_published(name):
     shape = shape_of(name)[1].shape
-    assert count_params(family_of(shape).param_table(shape), shape) == published()[name]
+    assert count_params(family_of(shape).param_table(shape), shape) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", KNOWN)
 def test_the_network_runs_on_shapes(name):
     """Every parameter fits the place where it is used, in the network as in the table."""
     shape = shape_of(name)[1].shape
@@ -77,7 +123,7 @@ def test_the_network_runs_on_shapes(name):
 
 
 @pytest.mark.parametrize("preset", MESH_PRESETS)
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", SHAPES)
 def test_a_lens_of_it_is_laid_out_on_a_mesh(name, preset):
     config, model = shape_of(name)
     mesh = single_device_mesh() if preset == "single" else make_mesh(MESH_PRESETS[preset])
@@ -87,7 +133,7 @@ def test_a_lens_of_it_is_laid_out_on_a_mesh(name, preset):
         return
     plan = make_plan(config, model, mesh)
     original = plan.frozen["original"]
-    assert count(original) == published()[name] and total_bytes(original) == 2 * count(original)
+    assert count(original) == SHAPES[name] and total_bytes(original) == 2 * count(original)
     whole, here = total_bytes(original), device_bytes(original)
     parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
     # Norms, biases and routers may lie whole on every device.

@@ -36,7 +36,7 @@ from conlens_jax.config import (
     WarmConfig,
     constant,
 )
-from conlens_jax.lens.gumbel import Purpose, example_keys, gumbel_noise
+from conlens_jax.lens.gumbel import Purpose, drawn_noise, example_keys
 from conlens_jax.lens.objective import (
     TERMS,
     Objective,
@@ -432,7 +432,7 @@ def test_joint_step_on_eight_devices_takes_the_gradient_of_the_scheduled_loss():
     state, metrics = step(state, everywhere, sharded)
 
     # At step 4 of 10 tau is 0.8 and the KL's weight 1.6.
-    noise = drawn_noise(jnp.int32(4), batch.examples_B)
+    noise = noise_of_step(jnp.int32(4), batch.examples_B)
     weights = weights_of(WEIGHTS | {"kl": 1.6, "lm": 0.0, "text": 0.0})
     assert metrics["tau"] == approx(TAU)
     assert metrics["weight_kl"] == approx(1.6)
@@ -444,16 +444,16 @@ def test_joint_step_on_eight_devices_takes_the_gradient_of_the_scheduled_loss():
     assert state.step == 5
 
 
-def drawn_noise(step, examples_B):
+def noise_of_step(step, examples_B):
     keys = example_keys(CONFIG.train.seed, step, examples_B, Purpose.TRAINING_TEXT)
-    return gumbel_noise(keys, TEXT_LEN, 48)
+    return drawn_noise(keys, TEXT_LEN).values(48)
 
 
 @jax.jit
 def sampled(trainable, frozen, batch):
     """The text of each row, and the loss on it."""
     objective = objective_of(FEW_TERMS)
-    noise = drawn_noise(jnp.int32(0), batch.examples_B)
+    noise = noise_of_step(jnp.int32(0), batch.examples_B)
     prepared = prepare(trainable, frozen, batch, noise, objective=objective)
     total, _ = joint_loss(
         trainable, frozen, batch, prepared, weights_of(), jnp.float32(TAU), objective=objective

@@ -12,8 +12,6 @@ import pytest
 from conlens_jax.config import OptimizerConfig
 from conlens_jax.training.optimizer import (
     apply_updates,
-    bad_steps_in_a_row,
-    bad_steps_total,
     decay_mask,
     make_optimizer,
     poison_if_not_finite,
@@ -141,7 +139,7 @@ def test_a_bad_step_changes_nothing_but_the_counters(bad):
 
     good = gradients(params)
     params, state = step(params, transformation.init(params), good, jnp.float32(1))
-    assert (int(bad_steps_in_a_row(state)), int(bad_steps_total(state))) == (0, 0)
+    assert (int(state.notfinite_count), int(state.total_notfinite)) == (0, 0)
     before = (params, state.inner_state)
     if bad == "gradient":
         spoiled = jax.tree.map(lambda g: g, good)
@@ -153,10 +151,10 @@ def test_a_bad_step_changes_nothing_but_the_counters(bad):
         bad_input = (good, jnp.float32(jnp.nan))
     for count in (1, 2):
         params, state = step(params, state, *bad_input)
-        assert (int(bad_steps_in_a_row(state)), int(bad_steps_total(state))) == (count, count)
+        assert (int(state.notfinite_count), int(state.total_notfinite)) == (count, count)
     jax.tree.map(np.testing.assert_array_equal, before, (params, state.inner_state))
     after, state = step(params, state, good, jnp.float32(1))
-    assert (int(bad_steps_in_a_row(state)), int(bad_steps_total(state))) == (0, 2)
+    assert (int(state.notfinite_count), int(state.total_notfinite)) == (0, 2)
     # The same gradient twice: Adam's second step is the sign again, at the schedule's second rate.
     moved = params["decoder"]["output_head"] - after["decoder"]["output_head"]
     np.testing.assert_allclose(

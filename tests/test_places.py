@@ -19,7 +19,8 @@ from conlens_jax.config import ConfigError, with_changes
 from conlens_jax.data.extract import dump_activations
 from conlens_jax.embedded import language_model
 from conlens_jax.models import hub
-from conlens_jax.training.checkpoint import DamagedCheckpoint, read_metadata
+from conlens_jax.training.checkpoint import read_metadata
+from conlens_jax.training.checkpoint_storage import DamagedCheckpoint
 from conlens_jax.training.loop import train_lens
 from conlens_jax.training.run_folder import chosen_checkpoint
 from conlens_jax.training.session import open_session

@@ -10,10 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_lens import BATCH, TEXT_LEN, relative_error, tiny_batch, tiny_lens, tiny_spec
+from tiny_lens import (
+    BATCH,
+    TEXT_LEN,
+    relative_error,
+    teacher_forced_logits,
+    tiny_batch,
+    tiny_lens,
+    tiny_spec,
+)
 
 from conlens_jax.config import LossConfig, WarmConfig, constant
-from conlens_jax.lens.decoder import teacher_forced_logits
 from conlens_jax.lens.encoder import encode_tokens
 from conlens_jax.lens.losses import cross_entropy, kl_divergence, reconstruction_error
 from conlens_jax.lens.objective import Objective, joint_loss, prepare, swap_vector, warm_loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,6 @@ from benchmark.profile_reading import (
     Event,
     own_times,
     phase_of,
-    scopes_of,
     time_by_operation,
 )
 from conlens_jax.config import ConfigError, from_config_dict
@@ -66,21 +66,22 @@ def test_steps_are_profiled_and_summed_up(world, tmp_path):
     changes = {"control__enabled": False, "profile__steps": steps, "train__validate_every": 100}
     run = train_lens(world.changed(tmp_path / "run", **changes))
     assert [path.name for path in (run / "profile").iterdir()] == ["joint"]
-    folder = run / "profile" / "joint"
-    seconds, scopes = time_by_operation(folder), scopes_of(folder)
-    phases = {phase_of(scopes.get(name, "")) for name in seconds}
-    expected = {"decode", "prefix_pass", "re_forward", "encode", "encode, backward", "swap"}
-    assert expected | {"optimizer"} <= phases
-    assert all(value >= 0 for value in seconds.values()) and sum(seconds.values()) > 0
+    # In another process: reading a profile where it was made has crashed JAX 0.11.
     done = subprocess.run(
-        [sys.executable, "scripts/profile_summary.py", str(folder)],
+        [sys.executable, "scripts/profile_summary.py", str(run / "profile" / "joint")],
         cwd=ROOT,
         env={"PYTHONPATH": ".", "PATH": ""},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "encode, backward" in done.stdout and "operations" in done.stdout
+    phases, operations = done.stdout.split("operations, the longest first")
+    rows = re.findall(r"^  (\S.*?) {2,}([\d.]+) +[\d.]+%", phases, re.M)
+    expected = {"decode", "prefix_pass", "re_forward", "encode", "encode, backward", "swap"}
+    assert expected | {"optimizer"} <= {phase for phase, _ in rows}
+    milliseconds = [float(value) for _, value in rows]
+    assert milliseconds[0] > 0 and milliseconds == sorted(milliseconds, reverse=True)
+    assert re.search(r"^  \S+ +[\d.]+ +[\d.]+%", operations, re.M)
 
 
 def test_a_folder_without_a_profile(tmp_path):

@@ -16,7 +16,7 @@ from awkward_strings import awkward_texts
 from test_benchmark_step import script
 
 from conlens_jax import load_model
-from conlens_jax.inspection.chat import render_chat
+from conlens_jax.models.chat import render_chat
 from conlens_jax.models.from_gguf.source import PACKAGED, gguf_source
 
 NAME, LAYER = "smollm2-135m", 20

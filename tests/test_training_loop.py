@@ -35,18 +35,14 @@ from pipeline import (
 
 from conlens_jax.config import ConfigError, to_json_dict, with_changes
 from conlens_jax.data.batches import read_groups
-from conlens_jax.data.cache import CacheError
+from conlens_jax.data.cache_metadata import CacheError
 from conlens_jax.lens.objective import warm_loss
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.models.model import load_model
 from conlens_jax.tracking.records import read_metrics
 from conlens_jax.training import loop, stage_loop
-from conlens_jax.training.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    all_steps,
-    read_metadata,
-)
+from conlens_jax.training.checkpoint import Checkpoints, all_steps, read_metadata
+from conlens_jax.training.checkpoint_storage import CheckpointError
 from conlens_jax.training.loop import train_lens
 from conlens_jax.training.run_folder import load_lens
 from conlens_jax.training.session import (
@@ -690,3 +686,14 @@ def test_only_the_chosen_parts_train(world, tmp_path, unwatched, changes, traine
 def has_changed(before, after) -> bool:
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     return any((np.asarray(x) != np.asarray(y)).any() for x, y in pairs)
+
+
+def test_a_copy_to_the_devices_in_every_step_is_refused(world, unwatched, monkeypatch, tmp_path):
+    """A batch that stayed on the host would be copied at every call of the step."""
+
+    def on_host(read, steps):
+        return ((index, jax.tree.map(np.asarray, read(index))) for index in steps)
+
+    monkeypatch.setattr(stage_loop, "prefetch", on_host)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        train_lens(plain(world, tmp_path / "run"))

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from family_cases import each_family
-from tiny_models import random_params, random_tokens, tiny_config
+from tiny_models import empty_cache, random_params, random_tokens, tiny_config
 
-from conlens_jax.models.cache import empty_cache
 from conlens_jax.models.layer_kinds import NO_POSITION
 from conlens_jax.models.transformer import (
     add_position_embeddings,
@@ -60,7 +59,7 @@ def test_decode_with_a_slot_for_each_row_equals_the_whole_pass(family):
     batch, lengths = tokens.shape[0], np.array([9, 7, 2])
     valid = np.arange(9)[None] < lengths[:, None]
     positions = np.where(valid, np.arange(9)[None], NO_POSITION).astype(np.int32)
-    cache = empty_cache(config, config.n_layers, batch, 16)
+    cache = empty_cache(config, batch, 16)
     prompts = np.where(valid, tokens[:, :9], 0)
     logits, cache = step(params, prompts, positions, cache, jnp.int32(0))
     np.testing.assert_allclose(np.asarray(logits)[valid], expected[:, :9][valid], rtol=0, atol=1e-5)
@@ -99,7 +98,7 @@ def test_prefill_and_decode_equal_the_whole_pass(tiny):
     config, _, tokens, expected, step = tiny
     batch, length = tokens.shape
     prefix = 7
-    cache = empty_cache(config, config.n_layers, batch, length + 2)
+    cache = empty_cache(config, batch, length + 2)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))
     logits, cache = step(tokens[:, :prefix], positions[:, :prefix], cache, jnp.int32(0))
     np.testing.assert_allclose(logits, expected[:, :prefix], rtol=0, atol=1e-5)
@@ -114,9 +113,7 @@ def test_the_kept_cache_is_the_written_one(tiny):
     config, params, tokens, _, step = tiny
     batch, length = tokens.shape
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))
-    _, written = step(
-        tokens, positions, empty_cache(config, config.n_layers, batch, length), jnp.int32(0)
-    )
+    _, written = step(tokens, positions, empty_cache(config, batch, length), jnp.int32(0))
     run = jax.jit(functools.partial(run_layers, config=config, keep_cache=True))
     _, kept = run(params["layers"], embed_tokens(params, tokens, config), positions)
     assert kept.keys.shape == (2, batch, config.n_kv_heads, length, config.head_dim)

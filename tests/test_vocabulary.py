@@ -14,7 +14,7 @@ from tiny_lens import BATCH, TEXT_LEN, relative_error, tiny_batch, tiny_lens, ti
 from conlens_jax.config import LossConfig, WarmConfig
 from conlens_jax.config.lens import ScheduleConfig
 from conlens_jax.lens import vocabulary
-from conlens_jax.lens.gumbel import drawn_noise, gumbel_noise
+from conlens_jax.lens.gumbel import drawn_noise
 from conlens_jax.lens.objective import TERMS, Objective, joint_loss, prepare
 
 VOCAB = 48
@@ -84,10 +84,10 @@ def test_number_of_chunks():
 
 def test_drawn_noise_is_the_same_wherever_it_is_drawn():
     keys_B = jax.random.split(jax.random.key(0), 3)
-    whole = gumbel_noise(keys_B, 4, 7)
+    whole = drawn_noise(keys_B, 4).values(7)
     noise = drawn_noise(keys_B, 4, 0.5)
     for step in range(4):
         one = noise.at(jnp.int32(step)).values(7)
         np.testing.assert_array_equal(one[:, 0], 0.5 * whole[:, step])
     # An example's noise depends on its own key alone.
-    np.testing.assert_array_equal(gumbel_noise(keys_B[1:], 4, 7), whole[1:])
+    np.testing.assert_array_equal(drawn_noise(keys_B[1:], 4).values(7), whole[1:])

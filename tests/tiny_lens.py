@@ -17,7 +17,7 @@ from tiny_models import random_params, random_tokens, tiny_config
 
 from conlens_jax.config import LensConfig
 from conlens_jax.lens.batch import Batch
-from conlens_jax.lens.decoder import decoder_head
+from conlens_jax.lens.decoder import decoder_head, teacher_forced_states
 from conlens_jax.lens.history import text_states
 from conlens_jax.lens.original import capture
 from conlens_jax.lens.spec import LensSpec, init_lens
@@ -106,6 +106,12 @@ def tiny_batch(spec: LensSpec, original: Params, batch: int = BATCH, seed: int =
 def text_logits(decoder, activation_BD, text_BT, noise, tau, spec, keys_BT=None) -> jax.Array:
     """Logits of D's own text, with the gradient through its sampled history."""
     states = text_states(decoder, activation_BD, text_BT, noise, tau, spec, keys_BT)
+    return decoder_head(decoder, spec).logits(states)
+
+
+def teacher_forced_logits(decoder, activation_BD, text_BT, *, spec: LensSpec) -> jax.Array:
+    """Logits of a given text, as the library computes their states."""
+    states = teacher_forced_states(decoder, activation_BD, text_BT, spec=spec)
     return decoder_head(decoder, spec).logits(states)
 
 

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from conlens_jax.models.cache import KVCache
 from conlens_jax.models.families import config_from_hf, family_of
 from conlens_jax.models.hf_io import save_model
+from conlens_jax.models.layer_kinds import NO_POSITION
 from conlens_jax.models.param_table import Params, build_tree
-from conlens_jax.models.transformer_config import TransformerConfig
+from conlens_jax.models.transformer_config import TransformerConfig, array_dtype
 
 # config.json of the tiny model: 4 query heads share 2 key-value heads.
 TINY: dict[str, Any] = {
@@ -95,6 +98,7 @@ _TINY_FAMILIES: dict[str, dict[str, Any]] = {
     | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"moe_intermediate_size": 24, "head_dim": 12, **_EXPERTS},
+    "olmoe": {"clip_qkv": 1.0, **_EXPERTS},
     "gpt_oss": {"head_dim": 12, "sliding_window": WINDOW, "swiglu_limit": 0.5}
     | {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": _YARN},
     "phi": {"layer_norm_eps": 1e-3, "qk_layernorm": True},
@@ -149,6 +153,13 @@ def random_params(config: TransformerConfig, seed: int = 0) -> Params:
 
 def random_tokens(batch: int, length: int, *, vocab_size: int = 48, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(4, vocab_size, (batch, length), dtype=np.int32)
+
+
+def empty_cache(config: TransformerConfig, batch: int, slots: int) -> KVCache:
+    """Room for ``slots`` tokens in every layer."""
+    shape = (config.n_layers, batch, config.n_kv_heads, slots, config.head_dim)
+    zeros = jnp.zeros(shape, array_dtype(config))
+    return KVCache(zeros, zeros, jnp.full((batch, slots), NO_POSITION, jnp.int32))
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:

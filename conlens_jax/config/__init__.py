@@ -16,7 +16,13 @@ from typing import Any
 
 import ml_collections
 
-from conlens_jax.config.data import GENERATED_CORPORA, CorpusConfig, DataConfig, DumpConfig
+from conlens_jax.config.data import (
+    GENERATED_CORPORA,
+    MODEL_TEXT_FIELDS,
+    CorpusConfig,
+    DataConfig,
+    DumpConfig,
+)
 from conlens_jax.config.devices import DistributedConfig, LaunchConfig, MeshConfig, ProfileConfig
 from conlens_jax.config.evaluation import EvaluateConfig
 from conlens_jax.config.fields import field_names, field_types, lookup, unknown_field_message
@@ -37,52 +43,13 @@ from conlens_jax.config.training import (
 )
 from conlens_jax.files.paths import PATH_FIELDS, expanded
 
-__all__ = [
-    "BaselineConfig",
-    "CheckpointConfig",
-    "ConfigError",
-    "ControlConfig",
-    "CorpusConfig",
-    "DataConfig",
-    "DistributedConfig",
-    "DumpConfig",
-    "EMBEDDED_MODEL",
-    "EmbeddedConfig",
-    "EvaluateConfig",
-    "ExperimentConfig",
-    "GENERATED_CORPORA",
-    "JointConfig",
-    "LaunchConfig",
-    "LensConfig",
-    "LossConfig",
-    "MeshConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "ProfileConfig",
-    "ScheduleConfig",
-    "TrainConfig",
-    "WandbConfig",
-    "WarmConfig",
-    "config_problems",
-    "constant",
-    "field_names",
-    "field_types",
-    "from_config_dict",
-    "lookup",
-    "schedule",
-    "to_config_dict",
-    "to_json_dict",
-    "unknown_field_message",
-    "with_changes",
-]
-
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message lists every problem with its field."""
 
-    def __init__(self, problems: list[str]):
-        self.problems = problems
-        super().__init__("\n".join(f"  - {problem}" for problem in problems))
+    def __init__(self, problems: str | list[str]):
+        self.problems = [problems] if isinstance(problems, str) else problems
+        super().__init__("\n".join(f"  - {problem}" for problem in self.problems))
 
 
 def to_config_dict(config: ExperimentConfig) -> ml_collections.ConfigDict:

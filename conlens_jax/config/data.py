@@ -7,6 +7,8 @@ import dataclasses
 
 GENERATED_CORPORA = ("stories", "sums")
 """Corpora that a seeded generator writes, so that their content is known."""
+MODEL_TEXT_FIELDS = ("writes", "prompts", "max_tokens", "temperature", "top_p", "batch_size")
+"""Fields of the corpus that are for ``corpus.kind="model"`` only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,10 +16,12 @@ class CorpusConfig:
     """Where text comes from."""
 
     # "stories" or "sums" (seeded generators), "stdlib" (documentation strings of the installed
-    # Python), "text", "jsonl", "parquet" (local files), or "huggingface".
+    # Python), "text", "jsonl", "parquet" (local files), "huggingface", or "model": the model itself
+    # writes the documents, once; they are kept as jsonl files.
     kind: str = "stories"
     # File, folder or glob of local files (text and jsonl also as .gz or .zst); dataset name or
-    # folder for "huggingface".
+    # folder for "huggingface"; for "model" the folder in which the folder with the documents is
+    # made (empty: $CONLENS_CACHE, or else ~/.cache/conlens_jax).
     path: str = ""
     name: str = ""  # configuration name of a Hugging Face dataset
     split: str = "train"  # split of a Hugging Face dataset that documents are read from
@@ -33,8 +37,24 @@ class CorpusConfig:
     streaming: bool = True  # read a Hugging Face dataset without downloading it first
     # Share of the documents that is held out, chosen by a hash of the document's index.
     validation_fraction: float = 0.05
-    n_documents: int = 40_000  # read at most so many (0: all; a generator needs a number)
-    seed: int = 0  # of a generator
+    # Read at most so many (0: all; a generator needs a number). The model writes so many, and more
+    # when the number is raised.
+    n_documents: int = 40_000
+    seed: int = 0  # of a generator, and of what the model writes
+    # What the model writes. "answers": replies to prompts, through its chat template where it has
+    # one, otherwise what follows the prompt; a document is the reply alone. "continuations": what
+    # follows the beginning of a text; a document is the beginning and what follows.
+    writes: str = "answers"
+    # File of the prompts or beginnings: one per line, or the column text_field of a .jsonl file;
+    # document i has line i, and starts again after the last. Empty: for answers a request on one of
+    # some hundred topics, drawn for each document; for continuations the bos token alone.
+    prompts: str = ""
+    max_tokens: int = 128  # tokens that the model writes per document, at most
+    temperature: float = 0.8  # logits are divided by it; 0 takes the most probable token
+    top_p: float = 0.95  # tokens are drawn from the most probable ones that together have this
+    # Documents that the model writes at the same time. Another number may change a token where two
+    # are almost equally probable, so its documents are kept apart.
+    batch_size: int = 64
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,12 @@ from conlens_jax.config.older import NUMBER_FIELDS
 from conlens_jax.config.settings import ExperimentConfig
 from conlens_jax.files.paths import PATH_FIELDS, PATTERN, path_problems
 
+_OTHER_CORPORA = ("stdlib", "text", "jsonl", "parquet", "huggingface", "model")
 _CHOICES = {
     "model.remat": ("none", "products", "full"),
     "model.attention": ("xla", "cudnn"),
-    "corpus.kind": (*GENERATED_CORPORA, "stdlib", "text", "jsonl", "parquet", "huggingface"),
+    "corpus.kind": (*GENERATED_CORPORA, *_OTHER_CORPORA),
+    "corpus.writes": ("answers", "continuations"),
     "corpus.encoding_errors": ("error", "replace"),
     "data.source": ("cache", "stream"),
     "dump.add_bos": ("auto", "true", "false"),
@@ -39,7 +41,7 @@ _AT_LEAST_ONE = (
     *(f"embedded.{name}" for name in ("vocab_size", "steps", "batch_size", "seq_len")),
     *(f"dump.{name}" for name in ("n_samples", "n_validation_samples", "positions_per_sequence")),
     *("dump.batch_size", "dump.rows_per_shard", "lens.text_len", "loss.kl_horizon"),
-    *("lens.lora_rank", "lens.estimator_samples"),
+    *("lens.lora_rank", "lens.estimator_samples", "corpus.max_tokens", "corpus.batch_size"),
     *("warm.batch_size", "warm.optimizer.accumulate", "warm.optimizer.max_bad_steps"),
     *(
         "joint.batch_size",
@@ -63,7 +65,7 @@ _AT_LEAST_ZERO = (
     *("mesh.slices", "distributed.num_processes"),
     *(f"evaluate.{name}" for name in ("rows", "n_examples", "seed", "audit_seed", "audit_shift")),
     "embedded.copy_init",
-    *("lens.input_patches", "lens.history_sweeps"),
+    *("lens.input_patches", "lens.history_sweeps", "corpus.temperature"),
 )
 
 
@@ -169,8 +171,15 @@ def _shape_problems(config: ExperimentConfig) -> Iterator[str]:
             "a folder's name as a pattern; give corpus.kind='jsonl', 'parquet' or 'text', or a "
             "symbolic link with another name"
         )
-    if config.corpus.kind in GENERATED_CORPORA and config.corpus.n_documents < 1:
+    if config.corpus.kind in (*GENERATED_CORPORA, "model") and config.corpus.n_documents < 1:
         yield f"corpus.n_documents must be given for corpus.kind={config.corpus.kind!r}"
+    if not 0 < config.corpus.top_p <= 1:
+        yield f"corpus.top_p must be above 0 and at most 1, not {config.corpus.top_p}"
+    if config.corpus.kind == "model" and config.model.path == EMBEDDED_MODEL:
+        yield (
+            f"corpus.kind='model' needs a model.path: the {EMBEDDED_MODEL} model is itself trained "
+            "on the corpus"
+        )
     if not 0 < config.corpus.validation_fraction < 1 and not config.corpus.validation_split:
         yield "corpus.validation_fraction must be between 0 and 1"
     if config.model.path == EMBEDDED_MODEL and config.model.layer >= config.embedded.n_layers:

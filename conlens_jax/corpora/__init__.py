@@ -1,1 +1,1 @@
-"""Corpora: generated text with known content, local files, and datasets."""
+"""Corpora: generated text with known content, files, datasets, and what a model has written."""

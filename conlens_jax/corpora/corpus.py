@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
-from conlens_jax.config import CorpusConfig
+from conlens_jax.config import MODEL_TEXT_FIELDS, CorpusConfig
 from conlens_jax.corpora.duplicates import SeenTexts, Tally
 
 SPLITS = ("train", "validation")
@@ -115,9 +115,11 @@ def described(config: CorpusConfig) -> dict[str, Any]:
     """The section ``corpus``, for :meth:`Corpus.description`.
 
     A field that was added later is included only if it is not at its default, so that older caches
-    and embedded models keep their names.
+    and embedded models keep their names. What a model writes is described by its reader.
     """
     values = dataclasses.asdict(config)
+    for name in MODEL_TEXT_FIELDS:
+        del values[name]
     if config.encoding_errors == "error":
         del values["encoding_errors"]
     return values
@@ -162,12 +164,7 @@ class IndexedCorpus:
             documents = self._of_own_split(split, start, tally)
         else:
             documents = without_copies(self._texts(split, 0), self.config, split, start, tally)
-        nothing = True
-        for document in documents:
-            nothing = False
-            yield document
-        if start == 0 and nothing:
-            raise CorpusError(self._nothing_message(split, tally))
+        yield from not_empty(documents, start, lambda: self._nothing_message(split, tally))
 
     def _texts(self, split: str, start: int) -> Iterator[Document]:
         limit = self.config.n_documents
@@ -195,6 +192,18 @@ class IndexedCorpus:
         if tally.read:
             return nothing_in_split(self.config, f"documents of corpus {self.name}", split, tally)
         return f"corpus {self.name} is empty: corpus.path={self.config.path!r} contains no text"
+
+
+def not_empty(
+    documents: Iterable[Document], start: int, message: Callable[[], str]
+) -> Iterator[Document]:
+    """The documents; raises CorpusError if there are none although all were read (``start`` 0)."""
+    nothing = True
+    for document in documents:
+        nothing = False
+        yield document
+    if start == 0 and nothing:
+        raise CorpusError(message())
 
 
 def nothing_in_split(config: CorpusConfig, what: str, split: str, tally: Tally) -> str:

@@ -22,6 +22,7 @@ from conlens_jax.corpora.corpus import (
     Document,
     check_split,
     described,
+    not_empty,
     nothing_in_split,
     without_copies,
 )
@@ -122,12 +123,10 @@ class GeneratedCorpus:
         return self._documents(split, start, Tally() if tally is None else tally)
 
     def _documents(self, split: str, start: int, tally: Tally) -> Iterator[Document]:
-        config, nothing = self.config, True
+        config = self.config
         everything = (
             self.generator.document(config.seed, index) for index in range(config.n_documents)
         )
-        for document in without_copies(everything, config, split, start, tally):
-            nothing = False
-            yield document
-        if nothing and start == 0:
-            raise CorpusError(nothing_in_split(config, self.name, split, tally))
+        documents = without_copies(everything, config, split, start, tally)
+        message = lambda: nothing_in_split(config, self.name, split, tally)
+        yield from not_empty(documents, start, message)

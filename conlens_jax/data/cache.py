@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,24 +23,11 @@ from conlens_jax.data.cache_metadata import (
     METADATA_FILE,
     CacheError,
     CacheMetadata,
-    Shard,
-    cache_is_complete,
     check_metadata,
 )
-from conlens_jax.data.cache_writer import CacheWriter
 from conlens_jax.data.rows import Places, Rows, checked_indices
 from conlens_jax.data.shard_files import map_shard, shard_problem, shard_stamp
 from conlens_jax.files.paths import local_path
-
-__all__ = [
-    "ActivationCache",
-    "CacheError",
-    "CacheMetadata",
-    "CacheWriter",
-    "Rows",
-    "Shard",
-    "cache_is_complete",
-]
 
 
 class ActivationCache:
@@ -179,23 +166,7 @@ class ActivationCache:
             self._maps[number] = rows
         return self._maps[number]
 
-    def check(
-        self,
-        *,
-        model_id: str | None = None,
-        weights_hash: str | None = None,
-        tokenizer_hash: str | None = None,
-        layer: int | None = None,
-        d_model: int | None = None,
-    ) -> None:
-        """Raises :class:`CacheError` if the cache is of another model, tokenizer or layer;
-        see :func:`check_metadata`."""
-        check_metadata(
-            self.metadata,
-            str(self.folder),
-            model_id=model_id,
-            weights_hash=weights_hash,
-            tokenizer_hash=tokenizer_hash,
-            layer=layer,
-            d_model=d_model,
-        )
+    def check(self, **expected: Any) -> None:
+        """Raises :class:`CacheError` if the cache is of another model, tokenizer or layer than
+        expected; see :func:`check_metadata`."""
+        check_metadata(self.metadata, str(self.folder), **expected)

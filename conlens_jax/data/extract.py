@@ -26,9 +26,9 @@ from conlens_jax.config.seeds import numpy_seed
 from conlens_jax.corpora.corpus import Corpus, CorpusError, Document
 from conlens_jax.corpora.duplicates import Tally
 from conlens_jax.corpora.first_tokens import first_tokens
-from conlens_jax.corpora.opening import open_corpus
 from conlens_jax.data.batches import pad_tokens
 from conlens_jax.data.cache_metadata import CacheMetadata
+from conlens_jax.data.model_documents import open_texts
 from conlens_jax.data.rows import Rows
 from conlens_jax.data.shared_writer import SharedWriter
 from conlens_jax.files.paths import local_path
@@ -57,7 +57,7 @@ def dump_activations(
       Preempted: SIGTERM; complete shards are safe.
     """
     check_batch("dump.batch_size", config.dump.batch_size, mesh)
-    corpus = open_corpus(config.corpus)
+    corpus = open_texts(config.corpus, model, mesh, console)
     for note in corpus.notes:
         console.line("dump", note=note)
     root = local_path(config.dump.cache_dir)

@@ -32,13 +32,13 @@ from conlens_jax.data.cache_metadata import (
 )
 from conlens_jax.data.legacy_files import (
     TOKEN_COLUMNS,
-    Block,
+    FilePart,
     LegacyRow,
-    parquet_blocks,
     parquet_files,
+    parquet_parts,
     pt_files,
     raise_problems,
-    read_block,
+    read_part,
     recorded_by_shards,
     recorded_by_sidecar,
 )
@@ -70,17 +70,17 @@ def open_cache(
 class _Facts:
     """Properties that all files must share, collected while reading."""
 
-    blocks: list[tuple[Block, int]] = dataclasses.field(default_factory=list)
+    parts: list[tuple[FilePart, int]] = dataclasses.field(default_factory=list)
     widths: dict[int, str] = dataclasses.field(default_factory=dict)  # and the first file with it
     with_tokens: set[bool] = dataclasses.field(default_factory=set)
     layers: set[int] = dataclasses.field(default_factory=set)
     seq_len: int = 0
 
-    def add(self, block: Block, rows: Sequence[LegacyRow]) -> None:
+    def add(self, part: FilePart, rows: Sequence[LegacyRow]) -> None:
         if rows:
-            self.blocks.append((block, len(rows)))
+            self.parts.append((part, len(rows)))
         for row in rows:
-            self.widths.setdefault(len(row.activation_D), block.path.name)
+            self.widths.setdefault(len(row.activation_D), part.path.name)
             self.with_tokens.add(len(row.tokens) > 0)
             self.layers.add(row.layer)
             self.seq_len = max(self.seq_len, len(row.tokens))
@@ -107,7 +107,7 @@ class LegacyCache:
     def __init__(
         self,
         folder: Path,
-        blocks: Sequence[tuple[Block, int]],
+        parts: Sequence[tuple[FilePart, int]],
         metadata: CacheMetadata,
         pad_id: int | None,
         has_contexts: bool,
@@ -115,10 +115,10 @@ class LegacyCache:
         self.folder = folder
         self.metadata = metadata
         self.has_contexts = has_contexts
-        self._blocks = [block for block, _ in blocks]
-        self._ends = np.cumsum([n_rows for _, n_rows in blocks])
+        self._parts = [part for part, _ in parts]
+        self._ends = np.cumsum([n_rows for _, n_rows in parts])
         self._pad_id = pad_id
-        self._read = functools.lru_cache(maxsize=2)(functools.partial(read_block, pad_id=pad_id))
+        self._read = functools.lru_cache(maxsize=2)(functools.partial(read_part, pad_id=pad_id))
 
     @classmethod
     def open(cls, folder: str | Path, pad_id: int | None = None) -> LegacyCache:
@@ -137,21 +137,21 @@ class LegacyCache:
         paths = pt_files(folder)
         if paths:
             recorded = recorded_by_shards(folder, paths)
-            candidates = [Block(path) for path in paths]
+            candidates = [FilePart(path) for path in paths]
         else:
             paths = parquet_files(folder)
             recorded = recorded_by_sidecar(paths[0]) if paths else {}
-            candidates = list(parquet_blocks(paths))
+            candidates = list(parquet_parts(paths))
         facts, problems = _Facts(), []
         if recorded.get("d_model"):
             facts.widths[int(recorded["d_model"])] = "the sidecar"
-        for block in candidates:
+        for part in candidates:
             try:
-                facts.add(block, read_block(block, pad_id))
+                facts.add(part, read_part(part, pad_id))
             except CacheError as error:
                 problems.append(str(error))
         problems += facts.problems()
-        if not facts.blocks and not problems:
+        if not facts.parts and not problems:
             problems.append("no .pt or .parquet file with rows")
         raise_problems(folder, problems)
         layer = recorded.get("layer")
@@ -169,10 +169,10 @@ class LegacyCache:
             split=str(recorded.get("split") or ""),
             dump={"source": folder.name},
             seed=int(recorded.get("seed") or 0),
-            n_rows=sum(n_rows for _, n_rows in facts.blocks),
+            n_rows=sum(n_rows for _, n_rows in facts.parts),
         )
         has_contexts = facts.with_tokens == {True}
-        return cls(folder, facts.blocks, metadata, pad_id, has_contexts)
+        return cls(folder, facts.parts, metadata, pad_id, has_contexts)
 
     def __len__(self) -> int:
         return self.metadata.n_rows
@@ -189,9 +189,9 @@ class LegacyCache:
         found: dict[int, LegacyRow] = {}
         for index in np.unique(indices):
             number = int(np.searchsorted(self._ends, index, side="right"))
-            block = self._read(self._blocks[number])
-            # Counted from the end of the block: _ends does not have the start of the first block.
-            found[int(index)] = block[int(index - self._ends[number])]
+            part = self._read(self._parts[number])
+            # Counted from the end of the part: _ends does not have the start of the first part.
+            found[int(index)] = part[int(index - self._ends[number])]
         rows = [found[int(index)] for index in indices]
         tokens_NS = np.full((len(rows), self.metadata.seq_len), self._pad_id or 0, np.int32)
         activations_ND = np.zeros((len(rows), self.metadata.d_model), np.float32)

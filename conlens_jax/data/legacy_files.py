@@ -37,7 +37,7 @@ class LegacyRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class FilePart:
     """A unit of reading: a ``.pt`` file, or one row group of a parquet file."""
 
     path: Path
@@ -56,14 +56,14 @@ def parquet_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.parquet"))
 
 
-def parquet_blocks(paths: Iterable[Path]) -> Iterator[Block]:
+def parquet_parts(paths: Iterable[Path]) -> Iterator[FilePart]:
     """The row groups of parquet files."""
     import pyarrow.parquet as pq
 
     for path in paths:
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
-                yield Block(path, group)
+                yield FilePart(path, group)
 
 
 def raise_problems(folder: Path, problems: Sequence[str]) -> None:
@@ -130,19 +130,19 @@ def recorded_by_sidecar(path: Path) -> dict[str, Any]:
     return {}
 
 
-def read_block(block: Block, pad_id: int | None) -> list[LegacyRow]:
-    """The rows of one block.
+def read_part(part: FilePart, pad_id: int | None) -> list[LegacyRow]:
+    """The rows of one part.
 
     Raises:
       CacheError: the file cannot be loaded, keys are missing, positions are outside their
         context, or activations are not finite; the file is named.
     """
-    is_pt = block.path.suffix == ".pt"
-    rows = list(_pt_rows(block.path, pad_id) if is_pt else _parquet_rows(block))
+    is_pt = part.path.suffix == ".pt"
+    rows = list(_pt_rows(part.path, pad_id) if is_pt else _parquet_rows(part))
     overflown = sum(not np.isfinite(row.activation_D).all() for row in rows)
     if overflown:
         raise CacheError(
-            f"{block.path.name}: {overflown} activations are not finite (float16, which these "
+            f"{part.path.name}: {overflown} activations are not finite (float16, which these "
             "caches used, ends at 65504); dump again"
         )
     return rows
@@ -211,20 +211,20 @@ def _hash(content: bytes) -> int:
 # --- parquet ------------------------------------------------------------------------------------
 
 
-def _parquet_rows(block: Block) -> Iterator[LegacyRow]:
+def _parquet_rows(part: FilePart) -> Iterator[LegacyRow]:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(block.path) as file:
+    with pq.ParquetFile(part.path) as file:
         names = file.schema_arrow.names
         if "activation_vector" not in names:
-            raise CacheError(f"{block.path.name}: no column activation_vector, only {names}")
+            raise CacheError(f"{part.path.name}: no column activation_vector, only {names}")
         tokens_name, position_name, layer_name = (
             next((name for name in candidates if name in names), None)
             for candidates in (TOKEN_COLUMNS, _POSITION_COLUMNS, _LAYER_COLUMNS)
         )
         wanted = ["activation_vector", tokens_name, position_name, layer_name, "doc_id"]
-        table = file.read_row_group(block.group, columns=[name for name in wanted if name in names])
-    activations_ND = _vectors(table["activation_vector"], block)
+        table = file.read_row_group(part.group, columns=[name for name in wanted if name in names])
+    activations_ND = _vectors(table["activation_vector"], part)
 
     def column(name: str | None) -> list[Any]:
         known = name is not None and name in names
@@ -244,18 +244,18 @@ def _parquet_rows(block: Block) -> Iterator[LegacyRow]:
         layer = -1 if layer is None else int(layer)
         yield LegacyRow(activations_ND[number], tokens, int(position or 0), document, layer)
     if problems:
-        raise CacheError(f"{block.path.name}: {'; '.join(problems[:_MAX_PROBLEMS_SHOWN])}")
+        raise CacheError(f"{part.path.name}: {'; '.join(problems[:_MAX_PROBLEMS_SHOWN])}")
 
 
-def _vectors(column: Any, block: Block) -> np.ndarray:
+def _vectors(column: Any, part: FilePart) -> np.ndarray:
     """A column of equally long lists as float32 ``[N, D]``, without Python objects."""
     import pyarrow.compute as pc
 
     widths = set(pc.list_value_length(column).unique().to_pylist())
     if len(widths) > 1 or None in widths:
         raise CacheError(
-            f"{block.path.name}: activation_vector has lengths {sorted(map(str, widths))} in row "
-            f"group {block.group}"
+            f"{part.path.name}: activation_vector has lengths {sorted(map(str, widths))} in row "
+            f"group {part.group}"
         )
     if not widths:
         return np.zeros((0, 0), np.float32)

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 from conlens_jax.config import ExperimentConfig
 from conlens_jax.corpora.corpus import CorpusError
-from conlens_jax.corpora.opening import open_corpus
 from conlens_jax.data.extract import Extractor
+from conlens_jax.data.model_documents import open_texts
 from conlens_jax.data.rows import Places, Rows, checked_indices
 from conlens_jax.lens.spec import LensSpec
 from conlens_jax.models.model import LanguageModel
@@ -101,7 +101,7 @@ def open_stream(
     Raises:
       ValueError: a split of the corpus has no usable document.
     """
-    corpus = open_corpus(config.corpus)
+    corpus = open_texts(config.corpus, model, mesh, console or Console(enabled=False))
     extractor = lambda split: Extractor(config.dump, model, spec, mesh, corpus, split)
     held_out = extractor("validation")
     parts = list(held_out.captured(config.dump.n_validation_samples))

@@ -68,11 +68,9 @@ class Studies:
             generator = None  # no value is a single token of this model's vocabulary
         if config.evaluate.suite == "interventions" and generator is None:
             raise ConfigError(
-                [
-                    "evaluate.suite='interventions' needs words whose meaning is known, which only "
-                    f"corpus.kind={' or '.join(map(repr, GENERATED_CORPORA))} has, not "
-                    f"{config.corpus.kind!r}; use suite='full'"
-                ]
+                "evaluate.suite='interventions' needs words whose meaning is known, which only "
+                f"corpus.kind={' or '.join(map(repr, GENERATED_CORPORA))} has, not "
+                f"{config.corpus.kind!r}; use suite='full'"
             )
         train = training_rows(session.caches[0], _TRAIN_ROWS)
         facts, readable, is_full = None, None, config.evaluate.suite == "full"

@@ -85,11 +85,9 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
     found, wanted = session.model.weights_hash, metadata["weights_hash"]
     if found != wanted:
         raise ConfigError(
-            [
-                f"model.path: the checkpoint {main.folder / str(main.step)} was trained on "
-                f"{metadata['model_id']}, whose weights ({wanted[:12]}) are not those of "
-                f"{session.model.model_id} ({found[:12]} in {session.model.folder})"
-            ]
+            f"model.path: the checkpoint {main.folder / str(main.step)} was trained on "
+            f"{metadata['model_id']}, whose weights ({wanted[:12]}) are not those of "
+            f"{session.model.model_id} ({found[:12]} in {session.model.folder})"
         )
     (_, validation), reference = session.caches, session.reference
     count = min(config.evaluate.rows or len(validation), len(validation))

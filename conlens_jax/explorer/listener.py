@@ -27,4 +27,4 @@ def listener_on(host: str, port: int) -> socket.socket:
             problem = f"--port={port} is not allowed to this user; give one above 1023"
         else:
             problem = f"--host={host!r} cannot be served: {error.strerror or error}"
-        raise ConfigError([problem]) from error
+        raise ConfigError(problem) from error

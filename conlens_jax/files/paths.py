@@ -13,6 +13,7 @@ PATH_FIELDS = (
     "model.path",
     "embedded.cache_dir",
     "corpus.path",
+    "corpus.prompts",
     "dump.cache_dir",
     "train.init_from",
     "train.compile_cache",

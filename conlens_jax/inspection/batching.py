@@ -87,5 +87,18 @@ def batches_of(group: Group, batch_size: int, mesh: Mesh) -> Iterator[tuple[list
         yield rows, [jax.device_put(array, sharding) for array in arrays]
 
 
+def aligned_right(lists: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [B, T] and mask of lists of tokens, with padding on the left, for a model that is read
+    at its last token; B and T are those of a compiled shape, B filled up with copies."""
+    length = bucket(max(map(len, lists)))
+    tokens_BT = np.zeros((len(lists), length), np.int32)
+    mask_BT = np.zeros(tokens_BT.shape, bool)
+    for row, tokens in enumerate(lists):
+        tokens_BT[row, length - len(tokens) :] = tokens
+        mask_BT[row, length - len(tokens) :] = True
+    size = power_of_two(len(lists))
+    return filled(tokens_BT, size), filled(mask_BT, size)
+
+
 def on_every_device(array: np.ndarray, mesh: Mesh) -> jax.Array:
     return jax.device_put(array, replicated(mesh))

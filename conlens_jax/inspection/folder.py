@@ -28,7 +28,7 @@ from conlens_jax.files.paths import local_path
 from conlens_jax.files.whole import naming_full_disk, write_atomically, write_whole
 from conlens_jax.inspection.card import model_card
 from conlens_jax.inspection.parts import LensParts
-from conlens_jax.models.param_table import Params
+from conlens_jax.models.param_table import Params, leaf_name, named_leaves
 
 MODEL_FOLDER = "model"
 _UNFINISHED, _FINISHED = ".unfinished-lens", ".finished-lens"
@@ -106,8 +106,8 @@ def save(lens: LensParts, folder: Path, include_model: bool | None = None) -> Pa
 
 def _write_parts(lens: LensParts, folder: Path, include_model: bool) -> None:
     for side in _SIDES:
-        flat = {name: jax.device_get(leaf) for name, leaf in _named(lens.trainable[side]).items()}
-        tensors = {name: np.asarray(leaf) for name, leaf in flat.items()}
+        leaves = named_leaves(jax.device_get(lens.trainable[side]))
+        tensors = {name: np.asarray(leaf) for name, leaf in leaves.items()}
         write_atomically(folder / f"{side}.safetensors", [safetensors.numpy.save(tensors)])
     model = folder / MODEL_FOLDER
     model.mkdir()  # if it stays empty, it only replaces an older one
@@ -140,11 +140,6 @@ def _put_in_place(folder: Path) -> None:
 
 def _is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not Path(name).exists()
-
-
-def _named(tree: Params) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _config(lens: LensParts) -> dict[str, Any]:
@@ -214,7 +209,7 @@ def read_parts(folder: Path, template: Params) -> Params:
         for side in _SIDES
         for name, array in safetensors.flax.load_file(folder / f"{side}.safetensors").items()
     }
-    expected = _named(template)
+    expected = named_leaves(template)
     problems = [f"{name} is missing" for name in expected.keys() - stored.keys()]
     problems += [f"{name} is unexpected" for name in stored.keys() - expected.keys()]
     problems += [
@@ -227,7 +222,7 @@ def read_parts(folder: Path, template: Params) -> Params:
         raise ValueError(f"{folder}: the trained parts do not fit config.json:\n{listing}")
 
     def put(path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        array = stored[jax.tree_util.keystr(path, simple=True, separator=".")]
+        array = stored[leaf_name(path)]
         return jax.device_put(array.astype(leaf.dtype), leaf.sharding)
 
     return jax.tree_util.tree_map_with_path(put, template)

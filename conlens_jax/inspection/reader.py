@@ -27,7 +27,6 @@ from conlens_jax.inspection.texts import (
 )
 from conlens_jax.lens.original import ContextStates
 from conlens_jax.models.arguments import finite_array
-from conlens_jax.models.generate import bucket
 from conlens_jax.models.written import Written, written_texts
 
 Vector = Float[np.ndarray, "D"]
@@ -97,14 +96,7 @@ class LensReader(LensParts):
         one = is_one_explanation(explanation)
         explanations = read_explanations([explanation] if one else list(explanation), self.model)
         lists = [written.tokens for written in explanations]
-        length = bucket(max(map(len, lists)))
-        tokens_BT = np.zeros((len(lists), length), np.int32)
-        mask_BT = np.zeros(tokens_BT.shape, bool)
-        for row, tokens in enumerate(lists):  # right-aligned: the encoder reads at the end
-            tokens_BT[row, length - len(tokens) :] = tokens
-            mask_BT[row, length - len(tokens) :] = True
-        size = batching.power_of_two(len(lists))
-        arrays = (jnp.asarray(batching.filled(array, size)) for array in (tokens_BT, mask_BT))
+        arrays = map(jnp.asarray, batching.aligned_right(lists))
         vectors = self._programs.encode(self.trainable, self.frozen, *arrays)
         vectors_ND = np.asarray(vectors)[: len(lists)]
         return vectors_ND[0] if one else vectors_ND

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from conlens_jax.inspection.chat import render_chat
 from conlens_jax.inspection.readings import ExplainedToken, Reading
 from conlens_jax.models.arguments import index_array
+from conlens_jax.models.chat import render_chat
 from conlens_jax.models.model import LanguageModel
 from conlens_jax.models.written import Written, with_its_tokens, written_texts
 
@@ -151,7 +151,7 @@ def chat_tokens(
     *,
     answer: bool = False,
 ) -> list[int]:
-    """Token ids of :func:`~conlens_jax.inspection.chat.render_chat`. ``add_bos`` also begins a chat
+    """Token ids of :func:`~conlens_jax.models.chat.render_chat`. ``add_bos`` also begins a chat
     with a bos token, unless its template wrote one."""
     return model.tokenizer.encode(render_chat(messages, model.folder, answer=answer), add_bos)
 

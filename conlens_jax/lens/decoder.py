@@ -179,15 +179,3 @@ def teacher_forced_states(
     """The states of a given text, with the plain gradient: the text is a constant."""
     history_BtD = embed_tokens(decoder.base, tokens_BT[:, :-1], spec.model)
     return forced_states(decoder, activation_BD, history_BtD, spec=spec)
-
-
-def teacher_forced_logits(
-    decoder: Decoder,
-    activation_BD: Float[Array, "B D"],
-    tokens_BT: Int[Array, "B T"],
-    *,
-    spec: LensSpec,
-) -> Float[Array, "B T V"]:
-    """Logits of :func:`teacher_forced_states`."""
-    states = teacher_forced_states(decoder, activation_BD, tokens_BT, spec=spec)
-    return decoder_head(decoder, spec).logits(states)

@@ -83,11 +83,6 @@ def drawn_noise(
     return Noise(None, keys_BT, scale)
 
 
-def gumbel_noise(keys_B: Key[Array, "B"], text_len: int, vocab_size: int) -> Float[Array, "B T V"]:
-    """:func:`drawn_noise` of all tokens."""
-    return drawn_noise(keys_B, text_len).values(vocab_size)
-
-
 def example_keys(
     seed: int, step: Int[Array, ""], examples_B: Int[Array, "B"], purpose: Purpose
 ) -> Key[Array, "B"]:

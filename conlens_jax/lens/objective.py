@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -231,41 +231,61 @@ def joint_loss(
     Returns:
       (total, each term unweighted).
     """
-    spec, kind = objective.spec, objective.estimator.kind
+    spec = objective.spec
     decoder, encoder = decoder_of(trainable, frozen), encoder_of(trainable, frozen, spec)
     activation_BD = repeat_rows(batch.activation_BD, objective.texts_per_row)
-
     state_BTD, text_BTD = write_text(decoder, encoder, activation_BD, prepared, tau, objective)
     with jax.named_scope("text_terms"):
         head = decoder_head(decoder, spec)
-        token_terms = text_terms(head, state_BTD, prepared.text_BT, prepared.reference)
+        of_tokens = text_terms(head, state_BTD, prepared.text_BT, prepared.reference)
     with jax.named_scope("encode"):
         reconstruction_BD, error_B = read_text(encoder, text_BTD, activation_BD, objective)
 
-    terms: Metrics = {"mse": jnp.mean(error_B)}
-    cost_B = weights["mse"] * error_B  # of each text, for the score-function estimators
-    if kind != "detached" or objective.uses("entropy"):  # else nothing needs the states
-        terms["entropy"] = jnp.mean(token_terms["entropy"])
+    values = {"mse": error_B}
+    # Nothing else needs the states of a detached text.
+    if objective.estimator.kind != "detached" or objective.uses("entropy"):
+        values["entropy"] = of_tokens["entropy"]
     if prepared.context is not None:
-        kl_B = swap_kl(frozen, batch, prepared.context, reconstruction_BD, activation_BD, objective)
-        terms["kl"] = jnp.mean(kl_B)
-        cost_B += weights["kl"] * kl_B
+        values["kl"] = swap_kl(
+            frozen, batch, prepared.context, reconstruction_BD, activation_BD, objective
+        )
     if prepared.reference is not None:
-        terms["lm"] = jnp.mean(token_terms["lm"])
-    anchor: Metrics = {}
+        values["lm"] = of_tokens["lm"]
+    terms, anchor = {name: jnp.mean(value) for name, value in values.items()}, {}
     if objective.uses("text"):
-        reads = objective.loss.text_read
-        with jax.named_scope("text_anchor"):
-            terms["text"], anchor = warm_loss(
-                trainable, frozen, batch, objective=objective, reads=reads
-            )
+        terms["text"], anchor = text_anchor(trainable, frozen, batch, objective)
 
     used = [name for name in TERMS if name in terms and objective.uses(name)]
     total = sum(TERMS[name] * weights[name] * terms[name] for name in used)
-    if kind in SCORE_FUNCTION:
-        log_p_B = -jnp.sum(token_terms["nll"], axis=-1)
-        total += policy_loss(cost_B, log_p_B, objective.texts_per_row, kind)
+    if objective.estimator.kind in SCORE_FUNCTION:
+        total += policy_term(values, of_tokens["nll"], weights, objective)
     return jnp.asarray(total, jnp.float32), {**terms, **anchor}
+
+
+def text_anchor(
+    trainable: Params, frozen: Params, batch: Batch, objective: Objective
+) -> tuple[Float[Array, ""], Metrics]:
+    """L_text, the warm start's loss on the same rows; ``loss.text_read``: for the encoder too."""
+    reads = objective.loss.text_read
+    with jax.named_scope("text_anchor"):
+        return warm_loss(trainable, frozen, batch, objective=objective, reads=reads)
+
+
+def policy_term(
+    values: Mapping[str, Array],
+    nll_BT: Float[Array, "B T"],
+    weights: Mapping[str, Float[Array, ""]],
+    objective: Objective,
+) -> Float[Array, ""]:
+    """The score-function gradient of the cost w_mse L_MSE + w_kl L_KL of each text.
+
+    Args:
+      values: the terms, [B].
+      nll_BT: −log p of each token of the texts.
+    """
+    costs = [weights[name] * values[name] for name in ("mse", "kl") if name in values]
+    log_p_B = -jnp.sum(nll_BT, axis=-1)
+    return policy_loss(sum(costs), log_p_B, objective.texts_per_row, objective.estimator.kind)
 
 
 def write_text(

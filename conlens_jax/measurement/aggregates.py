@@ -7,7 +7,7 @@ means, ``[1 + resamples]``, and returns one value per entry. Quantities are name
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -58,9 +58,9 @@ def doublings(most: int) -> list[int]:
 
 
 def reconstruction_statistics(
-    candidate: str, prefix: str, resultant: float
+    candidate: str, prefix: str, resultant: float, only: Sequence[str] = ()
 ) -> dict[str, Statistic]:
-    """Every metric of one candidate vector, named with the prefix."""
+    """Every metric of one candidate vector (or ``only`` some), named with the prefix."""
     of = lambda quantity: f"{candidate}.{quantity}"
     statistics: dict[str, Statistic] = {
         "cos": mean_of(of("cos")),
@@ -77,7 +77,7 @@ def reconstruction_statistics(
         statistics[f"kl_frac_{reference}"] = lambda means, reference=reference: fraction_removed(
             means[of("kl_at")], means[f"{reference}.kl_at"]
         )
-    return {prefix + name: statistic for name, statistic in statistics.items()}
+    return {prefix + name: statistics[name] for name in only or statistics}
 
 
 def attribute_statistics(name: str, prefix: str) -> dict[str, Statistic]:

@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
-Statistic = Callable[[Mapping[str, Array]], npt.ArrayLike]
+from conlens_jax.measurement.metrics import Float64Array
+
+Statistic = Callable[[Mapping[str, Float64Array]], npt.ArrayLike]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class DocumentBootstrap:
     """
 
     group_N: npt.NDArray[np.intp]
-    counts_RG: Array
+    counts_RG: Float64Array
 
     @classmethod
     def draw(cls, documents_N: npt.ArrayLike, n_resamples: int, seed: int) -> DocumentBootstrap:
@@ -64,7 +65,7 @@ class DocumentBootstrap:
             counts_RG[resample] = np.bincount(picked, minlength=n_documents)
         return cls(group_N.reshape(-1), counts_RG)
 
-    def means(self, per_row: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
+    def means(self, per_row: Mapping[str, npt.ArrayLike]) -> dict[str, Float64Array]:
         """The mean of each quantity in the data (entry 0) and in every resample, ``[1 + R]``.
 
         A row that is not finite makes the mean NaN or infinite: nothing is dropped silently.
@@ -99,10 +100,6 @@ class DocumentBootstrap:
         """
         return percentile_interval(self._values(statistic, per_row), level)
 
-    def mean(self, values_N: npt.ArrayLike, level: float = 0.95) -> Interval:
-        """The interval of a plain mean over rows."""
-        return self.interval(lambda means: means["values"], {"values": values_N}, level)
-
     def difference(
         self,
         statistic: Statistic,
@@ -119,7 +116,7 @@ class DocumentBootstrap:
         with np.errstate(invalid="ignore"):
             return percentile_interval(values - self._values(statistic, baseline_per_row), level)
 
-    def _values(self, statistic: Statistic, per_row: Mapping[str, npt.ArrayLike]) -> Array:
+    def _values(self, statistic: Statistic, per_row: Mapping[str, npt.ArrayLike]) -> Float64Array:
         values = np.asarray(statistic(self.means(per_row)), np.float64)
         if values.shape != self.counts_RG.shape[:1]:
             raise ValueError(
@@ -129,7 +126,7 @@ class DocumentBootstrap:
         return values
 
 
-def percentile_interval(values: Array, level: float = 0.95) -> Interval:
+def percentile_interval(values: Float64Array, level: float = 0.95) -> Interval:
     """The first value with the percentile interval of the others.
 
     A ratio whose denominator is 0 in some resamples is infinite there; its interval keeps the

@@ -16,17 +16,17 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
+Float64Array = npt.NDArray[np.float64]
 
 
-def _rows(name: str, values: npt.ArrayLike, ndim: int) -> Array:
+def _rows(name: str, values: npt.ArrayLike, ndim: int) -> Float64Array:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != ndim or array.shape[0] == 0:
         raise ValueError(f"{name} must have {ndim} axes and at least one row, not {array.shape}")
     return array
 
 
-def _same_shape(**arrays: Array) -> None:
+def _same_shape(**arrays: Float64Array) -> None:
     if len({array.shape for array in arrays.values()}) > 1:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
         raise ValueError(f"these arrays must have the same shape: {shapes}")
@@ -35,7 +35,7 @@ def _same_shape(**arrays: Array) -> None:
 # --- per row ------------------------------------------------------------------------------------
 
 
-def unit_vectors(a_ND: npt.ArrayLike) -> Array:
+def unit_vectors(a_ND: npt.ArrayLike) -> Float64Array:
     """Each row divided by its Euclidean norm, ``[N, D]``; a zero row stays zero.
 
     Raises:
@@ -49,7 +49,7 @@ def unit_vectors(a_ND: npt.ArrayLike) -> Array:
     return scaled_ND / np.where(norm_N1 > 0, norm_N1, 1.0)
 
 
-def cosine(a_ND: npt.ArrayLike, b_ND: npt.ArrayLike) -> Array:
+def cosine(a_ND: npt.ArrayLike, b_ND: npt.ArrayLike) -> Float64Array:
     """Cosine of the angle between the rows of a and b, ``[N]``; 0 where either is the zero vector.
 
     Raises:
@@ -60,12 +60,12 @@ def cosine(a_ND: npt.ArrayLike, b_ND: npt.ArrayLike) -> Array:
     return np.clip(np.einsum("nd,nd->n", unit_a_ND, unit_b_ND), -1.0, 1.0)
 
 
-def mse_nrm(cos_N: npt.ArrayLike) -> Array:
+def mse_nrm(cos_N: npt.ArrayLike) -> Float64Array:
     """``2(1 − cos)``: the squared distance between the two unit vectors, between 0 and 4."""
     return 2.0 * (1.0 - np.asarray(cos_N, dtype=np.float64))
 
 
-def squared_error(rec_ND: npt.ArrayLike, a_ND: npt.ArrayLike) -> Array:
+def squared_error(rec_ND: npt.ArrayLike, a_ND: npt.ArrayLike) -> Float64Array:
     """``‖rec − a‖²`` of each row, ``[N]``, in squared activation units; a may be one vector [D]."""
     rec_ND = _rows("rec_ND", rec_ND, 2)
     a_ND = np.asarray(a_ND, dtype=np.float64)
@@ -74,7 +74,7 @@ def squared_error(rec_ND: npt.ArrayLike, a_ND: npt.ArrayLike) -> Array:
     return np.sum((rec_ND - a_ND) ** 2, axis=1)
 
 
-def top1_agreement(top_N: npt.ArrayLike, top_clean_N: npt.ArrayLike) -> Array:
+def top1_agreement(top_N: npt.ArrayLike, top_clean_N: npt.ArrayLike) -> Float64Array:
     """Share of each row's predictions whose most likely token is unchanged, ``[N]``.
 
     Args:
@@ -91,7 +91,7 @@ def top1_agreement(top_N: npt.ArrayLike, top_clean_N: npt.ArrayLike) -> Array:
 # --- of a data set ------------------------------------------------------------------------------
 
 
-def fraction_removed(error: npt.ArrayLike, reference: npt.ArrayLike) -> Array:
+def fraction_removed(error: npt.ArrayLike, reference: npt.ArrayLike) -> Float64Array:
     """``1 − error / reference``, elementwise over (resampled) means: 1 is perfect, 0 is no better
     than the reference, below 0 is worse. NaN where the reference is 0."""
     error, reference = np.asarray(error, np.float64), np.asarray(reference, np.float64)
@@ -143,7 +143,7 @@ def kl_frac(kl_N: npt.ArrayLike, kl_ref_N: npt.ArrayLike) -> float:
 
 def cross_entropy_recovered(
     ce_ref: npt.ArrayLike, ce_rec: npt.ArrayLike, ce_clean: npt.ArrayLike
-) -> Array:
+) -> Float64Array:
     """``(CE_ref − CE_rec) / (CE_ref − CE_clean)`` of *mean* cross entropies (nats per token).
 
     1 where the reconstruction does as little harm as no swap, 0 where it does as much as the
@@ -171,7 +171,7 @@ def distinct_2(texts: Sequence[Sequence[int]]) -> float:
     return len(set(bigrams)) / len(bigrams) if bigrams else float("nan")
 
 
-def repeat_4gram(texts: Sequence[Sequence[int]]) -> Array:
+def repeat_4gram(texts: Sequence[Sequence[int]]) -> Float64Array:
     """Share of the 4-grams of each text that it has already used, ``[N]``.
 
     ``1 − |different 4-grams| / |4-grams|``, seq-rep-4 of Welleck et al. (2020). 0 for a text of

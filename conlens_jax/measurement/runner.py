@@ -89,7 +89,7 @@ class Measurer:
         def run(batch: Batch, _: int) -> dict[str, tuple[jax.Array, ...]]:
             # One program for both: noise of scale 0 is greedy decoding.
             return {
-                name: self._explain(trainable, frozen, batch, jnp.float32(scale), jnp.int32(0))
+                name: self._explain(trainable, frozen, batch, *_scalars(scale, draw=0))
                 for name, scale in (("greedy", 0.0), ("sampled", 1.0))
             }
 
@@ -105,9 +105,7 @@ class Measurer:
     ) -> tuple[np.ndarray, np.ndarray]:
         """One more sampled text [N, T] of every row, and its reconstruction [N, D]; draw 0
         repeats that of :meth:`explain`."""
-        run = lambda batch, _: self._explain(
-            trainable, frozen, batch, jnp.float32(1.0), jnp.int32(draw)
-        )[:2]
+        run = lambda batch, _: self._explain(trainable, frozen, batch, *_scalars(1.0, draw))[:2]
         return self._over(rows, run)
 
     def read(
@@ -193,11 +191,15 @@ class Measurer:
     def continuations(self, original: Params, rows: Rows, n_new: int) -> np.ndarray:
         """M's greedy continuation of each context up to P, [N, n_new]."""
 
+        count, scale, no_stops = jax.device_put(
+            (np.int32(n_new), np.float32(1.0), np.zeros(0, np.int32))
+        )
+
         def run(batch: Batch, _: int) -> jax.Array:
             seen_BS = jnp.arange(batch.tokens_GS.shape[1])[None] <= batch.positions_B[:, None]
             return continue_text(
-                *(original, batch.tokens_GS, seen_BS, jnp.int32(n_new), None),
-                *(jnp.float32(1.0), None, jnp.zeros(0, jnp.int32)),
+                *(original, batch.tokens_GS, seen_BS, count, None),
+                *(scale, None, no_stops),
                 slots=n_new,
                 config=self.spec.model,
             )
@@ -211,15 +213,27 @@ class Measurer:
             self._between()
             piece = rows.take(slice(start, start + self.batch_size))
             batch = make_batch(piece, self.sharding, self.batch_size, start)
-            outputs.append(to_host(run(batch, start)))
+            outputs.append(_run_on_devices(run, batch, start))
         return jax.tree.map(lambda *pieces: np.concatenate(pieces)[: len(rows)], *outputs)
 
     def _over_texts(self, arrays: Sequence[np.ndarray], run: Callable) -> np.ndarray:
         count, outputs = len(arrays[0]), []
         for start in range(0, count, self.batch_size):
             self._between()
-            outputs.append(to_host(run(*(self._piece(array, start) for array in arrays))))
+            pieces = (self._piece(array, start) for array in arrays)
+            outputs.append(_run_on_devices(run, *pieces))
         return np.concatenate(outputs)[:count]
+
+
+def _run_on_devices(run: Callable, *arguments: Any) -> Any:
+    """The outputs on the host; an implicit copy to the devices, of every batch, raises."""
+    with jax.transfer_guard_host_to_device("disallow"):
+        outputs = run(*arguments)
+    return to_host(outputs)
+
+
+def _scalars(noise_scale: float, draw: int) -> tuple[jax.Array, jax.Array]:
+    return jax.device_put((np.float32(noise_scale), np.int32(draw)))
 
 
 def other_rows(documents_N: np.ndarray) -> np.ndarray:

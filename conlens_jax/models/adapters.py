@@ -9,7 +9,7 @@ besides ``query``. So W can be shared with other models.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -62,14 +62,16 @@ def with_adapters(layers: Params, adapters: Params, scale: Float[Array, ""]) -> 
     return {**layers, **added}
 
 
-def low_rank(equation: str, x: Array, lora_in: Array, lora_out: Array) -> Array:
+def low_rank(
+    equation: str, x: Array, lora_in: Array, lora_out: Array, einsum: Callable = jnp.einsum
+) -> Array:
     """(x·A)·B for the einsum ``equation`` of x·W, for example ``"bsd,dhx->bshx"``; a first letter
     ``e`` of W is its expert, and each has an A and a B of its own."""
     operands, output = equation.split("->")
     inputs, matrix = operands.split(",")
-    expert = "e" if matrix.startswith("e") else ""
-    contracted = "".join(dim for dim in matrix if dim in inputs and dim not in expert)
-    batch = "".join(dim for dim in inputs if dim not in matrix)
-    produced = "".join(dim for dim in matrix if dim not in inputs and dim not in expert)
-    low = jnp.einsum(f"{inputs},{expert}{contracted}r->{batch}{expert}r", x, lora_in)
-    return jnp.einsum(f"{batch}{expert}r,{expert}r{produced}->{output}", low, lora_out)
+    expert, dims = ("e", matrix[1:]) if matrix.startswith("e") else ("", matrix)
+    contracted = "".join(dim for dim in dims if dim in inputs)
+    produced = "".join(dim for dim in dims if dim not in inputs)
+    rows = output.removesuffix(produced)
+    low = einsum(f"{inputs},{expert}{contracted}r->{rows}r", x, lora_in)
+    return einsum(f"{rows}r,{expert}r{produced}->{output}", low, lora_out)

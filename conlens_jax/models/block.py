@@ -93,13 +93,13 @@ def attention_inputs(
     query = products("bsd,dhx->bshx", x_BSD, "query")
     key = products("bsd,dkx->bskx", x_BSD, "key")
     value = products("bsd,dkx->bskx", x_BSD, "value")
-    if config.qkv_clip:
-        bound = config.qkv_clip
-        query, key, value = (jnp.clip(x, -bound, bound) for x in (query, key, value))
     if config.qk_norm:
         n_dims = 2 if config.qk_norm == "width" else 1
         query = apply_norm(query, weights, "query_norm", config, n_dims)
         key = apply_norm(key, weights, "key_norm", config, n_dims)
+    if config.qkv_clip:
+        bound = config.qkv_clip
+        query, key, value = (jnp.clip(x, -bound, bound) for x in (query, key, value))
     if here.rotation is not None:
         rotate = functools.partial(
             rope.rotate, rotation=here.rotation, interleaved=config.rope.interleaved

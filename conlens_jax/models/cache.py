@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from conlens_jax.models.layer_kinds import NO_POSITION
-from conlens_jax.models.transformer_config import TransformerConfig, array_dtype
 
 
 class KVCache(NamedTuple):
@@ -19,12 +18,6 @@ class KVCache(NamedTuple):
     keys: Float[Array, "n B K C X"]
     values: Float[Array, "n B K C X"]
     positions_BC: Int[Array, "B C"]
-
-
-def empty_cache(config: TransformerConfig, n_layers: int, batch: int, slots: int) -> KVCache:
-    shape = (n_layers, batch, config.n_kv_heads, slots, config.head_dim)
-    zeros = jnp.zeros(shape, array_dtype(config))
-    return KVCache(zeros, zeros, jnp.full((batch, slots), NO_POSITION, jnp.int32))
 
 
 def with_room(cache: KVCache, slots: int) -> KVCache:

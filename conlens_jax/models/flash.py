@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from conlens_jax.models.attention import heads_last
 from conlens_jax.models.transformer_config import TransformerConfig
+from conlens_jax.parallel.mesh import target_platform
 
 _LOG = logging.getLogger(__name__)
 _MAX_HEAD_DIM = 256
@@ -25,16 +26,10 @@ def is_usable(config: TransformerConfig) -> bool:
     """Whether the kernel is configured and supports the model."""
     if config.attention != "cudnn":
         return False
-    reasons = obstacles(config, _platform())
+    reasons = obstacles(config, target_platform())
     if reasons:
         _warn_once("; ".join(reasons))
     return not reasons
-
-
-def _platform() -> str:
-    """The platform that the program is compiled for; this process may have another."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
 
 
 def obstacles(config: TransformerConfig, backend: str) -> list[str]:

@@ -1,40 +1,20 @@
-"""Reading a Hugging Face config.json so that no key is overlooked.
+"""Reading a Hugging Face config.json so that no key that matters is overlooked.
 
-Every key is handled by the family, ignored on purpose, or at its default; any other is an error
-that lists them all.
+Every key is read by the family, known to be harmless, at the value that the family supports, or of
+no meaning to transformers either; any other is an error that lists them all.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# Keys that do not change what the network computes: bookkeeping, training-time and generation
-# settings that transformers writes next to the architecture.
-_BOOKKEEPING = frozenset(
-    "_name_or_path _commit_hash _attn_implementation_autoset architectures model_type "
-    "transformers_version dtype torch_dtype use_cache pad_token_id bos_token_id eos_token_id "
-    "chunk_size_feed_forward id2label label2id problem_type return_dict output_attentions "
-    "output_hidden_states initializer_range tokenizer_class task_specific_params "
-    "generation_config unsloth_version cache_implementation num_labels tie_last_hidden_states "
-    # Of files that a model's own code came with; transformers knows these models itself.
-    "auto_map".split()
-)
-# Keys of transformers v4 with the only value that is supported.
-_NEUTRAL = {
-    "is_encoder_decoder": False,
-    "is_decoder": (False, True),
-    "add_cross_attention": False,
-    "cross_attention_hidden_size": None,
-    "tie_encoder_decoder": False,
-    "pruned_heads": {},
-    "torchscript": False,
-    "use_bfloat16": False,
-    "partial_rotary_factor": (None, 1.0),
-    "quantization_config": None,
-    "per_layer_config": (None, {}),
-    "is_causal": True,
-}
+from conlens_jax.models.hf_keys import HARMLESS, NEUTRAL, default_of, read_by_transformers
+
+# A model's config.json is read by several parts of a command.
+_warn_once = functools.cache(logging.getLogger(__name__).warning)
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -117,28 +97,51 @@ class HFConfigReader:
         return windows if any(windows) else ()
 
     def finish(self, ignored: set[str], neutral: Mapping[str, Any] | None = None) -> None:
-        """Raises ValueError with all problems: unsupported values, and keys that were not read.
+        """Raises ValueError with all problems: unsupported values, and keys that transformers reads
+        but the family does not. A key that transformers does not read either is named in the log.
 
         Args:
           ignored: keys that do not change what the family computes.
-          neutral: keys with the only value, or a tuple of the values, that is supported.
+          neutral: keys with the only value, or a tuple of the values, that is supported. For other
+            keys that transformers reads, this is the default of its config class.
         """
-        known, neutral_of = self.read_keys | _BOOKKEEPING | ignored, _NEUTRAL | dict(neutral or {})
+        known, supported = self.read_keys | HARMLESS | ignored, NEUTRAL | dict(neutral or {})
+        others = {}
         for key, value in self.values.items():
             if key in known:
                 continue
-            if key in neutral_of:
-                only = neutral_of[key]
-                choices = only if isinstance(only, tuple) else (only,)
-                if value not in choices:
+            if key in supported:
+                only = supported[key]
+                if value not in (only if isinstance(only, tuple) else (only,)):
                     self.problems.append(f"{key}={value!r} is not supported")
-                continue
-            if value is not None:
-                self.problems.append(f"{key}={value!r} is not known")
+            elif value is not None:
+                others[key] = value
+        if others:
+            self._judge(others)
         if self.problems:
             raise ValueError(
                 f"config.json of the model ({self.name}) has unsupported keys or values:\n"
                 + "\n".join(f"  - {problem}" for problem in self.problems)
+            )
+
+    def _judge(self, others: Mapping[str, Any]) -> None:
+        """Keys that neither the family nor the generic tables know, by what transformers does."""
+        try:
+            matter = read_by_transformers(self.values["model_type"], others)
+            changed = [k for k in others if k in matter and others[k] != default_of(self.values, k)]
+        except LookupError:
+            self.problems += [
+                f"{key}={value!r} is not known, nor is this model_type to the installed "
+                "transformers: update it, or remove the key if it does not change the model"
+                for key, value in others.items()
+            ]
+            return
+        self.problems += [f"{key}={others[key]!r} is not supported" for key in changed]
+        if unread := [key for key in others if key not in matter]:
+            _warn_once(
+                "config.json (%s): ignored, since transformers does not read them either: %s",
+                self.name,
+                ", ".join(unread),
             )
 
 

@@ -17,7 +17,7 @@ from conlens_jax.models.families import config_from_hf, family_of
 from conlens_jax.models.hf_config import parse_token_ids
 from conlens_jax.models.hub import resolve_folder
 from conlens_jax.models.model_saving import save_model
-from conlens_jax.models.mxfp4 import MXFP4
+from conlens_jax.models.other_formats import check_folder, refuse_quantised
 from conlens_jax.models.param_loading import CHUNK_BYTES, ParamReader
 from conlens_jax.models.param_table import ParamRow, Params, build_tree, count_params, leaf
 from conlens_jax.models.quantized import Int8Matrix, quantise
@@ -44,6 +44,7 @@ def read_config(folder: Path) -> TransformerConfig:
     Raises:
       ValueError: not a supported model, or files that cannot be read.
     """
+    check_folder(folder)
     config = read_config_file(folder / "config.json")
     return with_stored_head(_with_generation_ends(config, folder / GENERATION_FILE), folder)
 
@@ -55,14 +56,15 @@ def read_config_file(file: Path) -> TransformerConfig:
       ValueError: not a supported model, or stored in an unsupported format.
     """
     values = dict(read_json(file))
-    quantisation = values.pop("quantization_config", None)
-    method = (quantisation or {}).get("quant_method", "unknown")
-    if quantisation and method != MXFP4:
+    refuse_quantised(values, file)
+    values.pop("quantization_config", None)
+    try:
+        return config_from_hf(values)
+    except ValueError as error:
+        message = str(error).removeprefix("config.json")
         raise ValueError(
-            f"{file}: quantization_config.quant_method={method!r} is not supported (only {MXFP4} "
-            "is); use the unquantised model, with model.quantise='int8' to save memory"
-        )
-    return config_from_hf(values)
+            f"{file}{message}" if message != str(error) else f"{file}: {error}"
+        ) from None
 
 
 def _with_generation_ends(config: TransformerConfig, file: Path) -> TransformerConfig:

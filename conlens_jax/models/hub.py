@@ -16,6 +16,9 @@ _FETCHED = (
     "*.safetensors.index.json",
     "config.json",
     "generation_config.json",
+    # What tells an adapter or quantised weights.
+    "adapter_config.json",
+    "*quant*_config.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",

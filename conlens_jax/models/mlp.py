@@ -1,18 +1,12 @@
-"""The MLP of a layer, and the mixture of experts that replaces it.
-
-Every expert is computed for every token and weighted afterwards, most of them with zero: plain
-products, so that known products in the backward pass, adapters and int8 work for experts as for any
-matrix. ``jax.lax.ragged_dot`` over tokens sorted by expert would compute only the chosen ones, but
-except on TPUs XLA turns it into the product of every row with every expert under a mask, and there
-are k times as many rows (16 experts, k = 2, on a CPU: 2.6 times as slow as the code here).
-"""
+"""The MLP of a layer, and the mixture of experts that replaces it."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from conlens_jax.models.experts import Choice, form_of
 from conlens_jax.models.products import Products
 from conlens_jax.models.transformer_config import ACTIVATIONS, TransformerConfig
 
@@ -29,24 +23,33 @@ def mix_experts(
     x_BSD: Float[Array, "B S D"], products: Products, config: TransformerConfig
 ) -> Float[Array, "B S D"]:
     """The experts' outputs, each weighted by the router (Shazeer et al. 2017, arXiv:1701.06538)."""
-    weights_BSE = router_weights(products("bsd,de->bse", x_BSD, "router"), config)
-    gate = products("bsd,edf->bsef", x_BSD, "gate") if config.gated_mlp else None
-    hidden_BSEF = activate(gate, products("bsd,edf->bsef", x_BSD, "up"), config)
-    out_BSED = products("bsef,efd->bsed", hidden_BSEF, "down")
-    return jnp.einsum("bse,bsed->bsd", weights_BSE.astype(out_BSED.dtype), out_BSED)
+    logits_BSE = products("bsd,de->bse", x_BSD, "router")
+    weights_BSk, experts_BSk = route(logits_BSE.astype(jnp.float32), config)
+    form = form_of(config)
+    if form == "dense":
+        # Plain products with all experts, most of them with weight zero.
+        choice, dim = None, "e"
+        chosen_BSkE = jax.nn.one_hot(experts_BSk, config.n_experts, dtype=weights_BSk.dtype)
+        weights = jnp.sum(weights_BSk[..., None] * chosen_BSkE, axis=-2)
+    else:
+        choice, dim, weights = Choice(experts_BSk, form), "k", weights_BSk
+    up = f"bsd,edf->bs{dim}f"
+    gate = products(up, x_BSD, "gate", choice) if config.gated_mlp else None
+    hidden = activate(gate, products(up, x_BSD, "up", choice), config)
+    out = products(f"bs{dim}f,efd->bs{dim}d", hidden, "down", choice)
+    return jnp.einsum(f"bs{dim},bs{dim}d->bsd", weights.astype(out.dtype), out)
 
 
-def router_weights(
+def route(
     logits_BSE: Float[Array, "B S E"], config: TransformerConfig
-) -> Float[Array, "B S E"]:
-    """Softmax over the experts with the k largest logits, fp32, zero for the others; or (not
-    ``router_normalized``) the softmax over all experts at those k."""
-    logits_BSE = logits_BSE.astype(jnp.float32)
-    _, chosen_BSk = jax.lax.top_k(logits_BSE, config.experts_per_token)
-    is_chosen_BSE = jax.nn.one_hot(chosen_BSk, config.n_experts, dtype=bool).any(axis=-2)
+) -> tuple[Float[Array, "B S k"], Int[Array, "B S k"]]:
+    """The k experts with the largest logits and their weights: the softmax over these k, or (not
+    ``router_normalized``) the softmax over all experts at them."""
+    top_BSk, experts_BSk = jax.lax.top_k(logits_BSE, config.experts_per_token)
     if config.router_normalized:
-        return jax.nn.softmax(jnp.where(is_chosen_BSE, logits_BSE, -jnp.inf), axis=-1)
-    return jnp.where(is_chosen_BSE, jax.nn.softmax(logits_BSE, axis=-1), 0.0)
+        return jax.nn.softmax(top_BSk, axis=-1), experts_BSk
+    weights_BSE = jax.nn.softmax(logits_BSE, axis=-1)
+    return jnp.take_along_axis(weights_BSE, experts_BSk, axis=-1), experts_BSk
 
 
 def activate(

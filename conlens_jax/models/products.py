@@ -11,16 +11,18 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from conlens_jax.models import quantized
 from conlens_jax.models.adapters import LORA_IN, LORA_OUT, low_rank
+from conlens_jax.models.experts import Choice, expert_product
 from conlens_jax.models.param_table import Params
 
 
 class Products:
     """``products(equation, x, name)`` is x times the layer's matrix ``name``, with its low-rank
-    adapter and its bias if it has them.
+    adapter and its bias if it has them; with a ``choice``, for each token's experts only.
 
     Args:
       weights: parameters of one layer.
@@ -34,23 +36,29 @@ class Products:
         self.weights, self.known = weights, known or {}
         self.made: dict[str, Array] = {}
 
-    def __call__(self, equation: str, x: Array, name: str) -> Array:
+    def __call__(self, equation: str, x: Array, name: str, choice: Choice | None = None) -> Array:
         parts = (name, name + LORA_IN, name + LORA_OUT, name + "_bias")
         weights = {part: self.weights[part] for part in parts if part in self.weights}
         if name in self.known:
-            result = _recalled(equation, name, x, weights, self.known[name])
+            result = _recalled(equation, name, x, weights, choice, self.known[name])
         else:
-            result = _product(equation, name, x, weights)
+            result = _product(equation, name, x, weights, choice)
         self.made[name] = result
         return result
 
 
-def _product(equation: str, name: str, x: Array, weights: Params) -> Array:
-    out = _as_matrices(equation, x, weights[name])
-    if name + LORA_IN in weights:
-        out += low_rank(equation, x, weights[name + LORA_IN], weights[name + LORA_OUT])
+def _product(equation: str, name: str, x: Array, weights: Params, choice: Choice | None) -> Array:
     bias = weights.get(name + "_bias")
-    return out if bias is None else out + jax.lax.broadcast_to_rank(bias, out.ndim)
+    if choice is None:
+        multiply, einsum = _as_matrices, jnp.einsum
+        bias_of = lambda out: jax.lax.broadcast_to_rank(bias, out.ndim)
+    else:
+        multiply = einsum = functools.partial(expert_product, choice=choice)
+        bias_of = lambda out: bias[choice.experts_BSk]
+    out = multiply(equation, x, weights[name])
+    if name + LORA_IN in weights:
+        out += low_rank(equation, x, weights[name + LORA_IN], weights[name + LORA_OUT], einsum)
+    return out if bias is None else out + bias_of(out)
 
 
 def _as_matrices(equation: str, x: Array, weight: quantized.Matrix) -> Array:
@@ -73,16 +81,23 @@ def _as_matrices(equation: str, x: Array, weight: quantized.Matrix) -> Array:
     return (x.reshape(*batch, -1) @ matrix).reshape(*batch, *outputs)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _recalled(equation, name, x, weights, known):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _recalled(equation, name, x, weights, choice, known):
     """``known``, with the derivative of the product whose result it is."""
-    del equation, name, x, weights
+    del equation, name, x, weights, choice
     return known
 
 
-@_recalled.defjvp
-def _recalled_jvp(equation, name, primals, tangents):
-    x, weights, known = primals
-    product = functools.partial(_product, equation, name)
-    # The value that jvp computes besides the derivative is not used: XLA drops it.
-    return known, jax.jvp(product, (x, weights), tangents[:2])[1]
+def _recalled_fwd(equation, name, x, weights, choice, known):
+    del equation, name
+    return known, (x, weights, choice)
+
+
+def _recalled_bwd(equation, name, kept, bar):
+    x, weights, choice = kept
+    product = functools.partial(_product, equation, name, choice=choice)
+    # The value that vjp computes besides the derivative is not used: XLA drops it.
+    return (*jax.vjp(product, x, weights)[1](bar), None, None)
+
+
+_recalled.defvjp(_recalled_fwd, _recalled_bwd)

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from conlens_jax.models.block import Residuals, run_block
 from conlens_jax.models.cache import KVCache, append
+from conlens_jax.models.experts import PRODUCT_NAME
 from conlens_jax.models.layer_kinds import (
     NO_POSITION,
     Layers,
@@ -55,7 +56,10 @@ HEAD_ROWS = ("final_norm", "final_norm_bias", "output_head_bias")
 # What ``model.remat`` saves of a layer for the backward pass; "none" saves everything.
 REMAT_POLICIES = {
     "full": None,
-    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "products": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(PRODUCT_NAME),
+    ),
 }
 
 

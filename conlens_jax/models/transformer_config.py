@@ -61,7 +61,7 @@ class LayerKind(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """Sizes and switches; the defaults of the switches are Llama's. ``dtype``, ``unroll``,
-    ``remat``, ``attention`` and ``quantise`` set how the network is run.
+    ``remat``, ``attention``, ``experts`` and ``quantise`` set how the network is run.
 
     Attributes:
       norm: ``"rms"``, or ``"layer"`` (which also subtracts the mean and may have a bias).
@@ -71,7 +71,7 @@ class TransformerConfig:
       pre_norms, post_norms: norms at the inputs, and at the outputs, of attention and MLP.
       qk_norm: norm of queries and keys: ``""`` none, ``"head"`` each head by itself, ``"heads"``
         the same with a weight for each, ``"width"`` all heads together.
-      qkv_clip: queries, keys and values are clipped to ± this; 0: they are not.
+      qkv_clip: queries, keys and values are clipped to ± this, after the norm; 0: they are not.
       parallel_residual: the MLP's input is attention's input, without attention's output.
       shared_norm: then also its norm: there is one norm at the input of both.
       gated_mlp: act(gate) · up, otherwise act(up).
@@ -96,6 +96,8 @@ class TransformerConfig:
       eos_token_ids: each of them ends a text.
       dtype: ``"float32"`` or ``"bfloat16"``; other spellings are converted to these.
       attention: ``"xla"`` or ``"cudnn"`` (:mod:`conlens_jax.models.flash`).
+      experts: ``"blocks"``, ``"ragged"`` or ``"dense"`` (:mod:`conlens_jax.models.experts`); empty:
+        by the platform.
       quantise: ``"int8"`` to load the matrices as int8
         (:mod:`conlens_jax.models.quantized`).
     """
@@ -152,6 +154,7 @@ class TransformerConfig:
     unroll: int = 0
     remat: str = "none"
     attention: str = "xla"
+    experts: str = ""
     quantise: str = ""
 
     def __post_init__(self):

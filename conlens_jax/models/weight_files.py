@@ -23,6 +23,9 @@ DTYPES = {
 }
 WHOLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
+_OTHER_FORMATS = ("*.onnx", "*.h5", "*.msgpack", "*.npz")
+# Mistral's and Meta's own names of tensors.
+_ORIGINAL = "consolidated"
 # The longest header that the format's own reader accepts.
 _MAX_HEADER_BYTES = 100_000_000
 _LFS_POINTER = b"version https://git-lfs"
@@ -55,11 +58,32 @@ def weight_files(folder: Path) -> list[Path]:
             raise ValueError(f"{index} names files that are not there: {', '.join(missing)}")
         return [folder / name for name in names]
     files = sorted(folder.glob("*.safetensors"))
+    if files and all(file.name.startswith(_ORIGINAL) for file in files):
+        raise ValueError(
+            f"model.path={folder}: {files[0].name} has its maker's own layout; transformers' files "
+            "of this model (model*.safetensors and config.json) are needed"
+        )
     if files:
         return files
-    pickled = [file.name for pattern in _PICKLES for file in folder.glob(pattern)]
-    hint = f"; {', '.join(pickled)} is pickled and is not read: convert it" if pickled else ""
-    raise ValueError(f"model.path={folder}: there is no .safetensors file{hint}")
+    raise ValueError(f"model.path={folder}: there is no .safetensors file{_instead(folder)}")
+
+
+def _instead(folder: Path) -> str:
+    """What is there instead, and how to use it."""
+    names = lambda patterns: sorted(f.name for pattern in patterns for f in folder.glob(pattern))
+    if others := names(("*.gguf",)):
+        return f"; for {others[0]}, give that file as model.path"
+    if pickled := names(_PICKLES):
+        convert = (
+            f'; convert it where torch is installed:\n  python -c "from transformers import '
+            f"AutoModelForCausalLM as Model; Model.from_pretrained('{folder}')"
+            f".save_pretrained('{folder}')\""
+        )
+        is_hf = any(name.startswith("pytorch_model") for name in pickled)
+        return f"; {some_of(pickled)} is pickled and is not read" + convert * is_hf
+    if others := names(_OTHER_FORMATS):
+        return f"; {some_of(others)} is of another program and is not read"
+    return ""
 
 
 def stored_tensors(

@@ -38,7 +38,6 @@ from jaxtyping import Array, Float
 from conlens_jax.config import LensConfig
 from conlens_jax.files.paths import local_path
 from conlens_jax.inspection import batching
-from conlens_jax.inspection.chat import render_chat
 from conlens_jax.inspection.explanations import Explanations
 from conlens_jax.inspection.programs import Programs
 from conlens_jax.inspection.readings import ExplainedToken, Prediction, Reading
@@ -47,7 +46,7 @@ from conlens_jax.lens.decoder import generate
 from conlens_jax.lens.spec import Decoder, LensSpec
 from conlens_jax.models import hf_io
 from conlens_jax.models.arguments import finite_array
-from conlens_jax.models.generate import bucket
+from conlens_jax.models.chat import render_chat
 from conlens_jax.models.model import LanguageModel, load_model
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import capture, embed_tokens, output_head
@@ -206,13 +205,7 @@ class NlaPair:
         """The AR's reconstructions from texts; only their directions are meaningful."""
         filled = [self.ar_sidecar.template.format(explanation=text) for text in texts]
         lists = [encoding.ids for encoding in self.ar_tokenizer.encode_batch(filled)]
-        rows, length = batching.power_of_two(len(lists)), bucket(max(map(len, lists)))
-        tokens = np.zeros((rows, length), np.int32)
-        mask = np.zeros(tokens.shape, bool)
-        mask[:, -1] = True  # padding rows need one token too
-        for row, ids in enumerate(lists):
-            tokens[row, length - len(ids) :], mask[row, length - len(ids) :] = ids, True
-        arrays = (jnp.asarray(tokens), jnp.asarray(mask))
+        arrays = map(jnp.asarray, batching.aligned_right(lists))
         return np.asarray(self._reconstruct(self.ar_params, self.value_head, *arrays))[: len(lists)]
 
     def explain(

@@ -9,8 +9,7 @@ import math
 from typing import Any
 
 import jax
-
-PyTree = Any
+from jaxtyping import PyTree
 
 
 def count(tree: PyTree) -> int:

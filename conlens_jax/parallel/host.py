@@ -6,7 +6,9 @@ import contextlib
 import ctypes
 import sys
 import zlib
+from collections import deque
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -37,6 +39,23 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TOP_PAD, _GIB), (_M_TRIM_THRESHOLD, -1))
     return all(mallopt(parameter, value) == 1 for parameter, value in settings)
+
+
+class RunAhead:
+    """Keeps the host at most ``most`` steps ahead of the devices: called with the outputs of each
+    step that was started, it waits for those of the step ``most`` steps before.
+
+    XLA's CPU client can deadlock with 32 unfinished programs and as many threads as devices
+    (``scripts/studies/virtual_devices.py``); a few suffice to keep any device busy.
+    """
+
+    def __init__(self, most: int = 8):
+        self._most, self._outputs = most, deque[Any]()
+
+    def __call__(self, outputs: Any) -> None:
+        self._outputs.append(outputs)
+        if len(self._outputs) > self._most:
+            jax.block_until_ready(self._outputs.popleft())
 
 
 def drop_cut_programs(folder: Path) -> list[str]:

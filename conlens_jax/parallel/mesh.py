@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 from conlens_jax.config import ConfigError, MeshConfig
 
-PyTree = Any
 AXES = ("data", "fsdp", "tensor")
+AXIS_TYPES = (AxisType.Auto,) * len(AXES)
 BATCH_AXES = ("data", "fsdp")
 MESH_PRESETS = {
     "single": MeshConfig(data=1),
@@ -55,11 +55,10 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] = 
     if config.preset == "multislice" and not config.slices:
         config = dataclasses.replace(config, slices=slice_count(devices))
     shape = mesh_shape(config, len(devices))
-    types = (AxisType.Auto,) * len(AXES)
     if _slice_indices(devices) and config.preset == "multislice":
         ordered = create_hybrid_device_mesh((1, *shape[1:]), (shape[0], 1, 1), devices)
-        return Mesh(ordered, AXES, axis_types=types)
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        return Mesh(ordered, AXES, axis_types=AXIS_TYPES)
+    return jax.make_mesh(shape, AXES, axis_types=AXIS_TYPES, devices=devices)
 
 
 def slice_count(devices: Sequence[jax.Device]) -> int:
@@ -90,7 +89,7 @@ def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
     Raises:
       ConfigError: the axes do not multiply to the number of devices.
     """
-    return AbstractMesh(mesh_shape(config, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return AbstractMesh(mesh_shape(config, devices), AXES, axis_types=AXIS_TYPES)
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
@@ -102,10 +101,8 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
     if config.preset == "multislice":
         if devices % (config.slices * config.tensor):
             raise ConfigError(
-                [
-                    f"mesh.slices × mesh.tensor = {config.slices} × {config.tensor} does not "
-                    f"divide the {devices} devices of the run"
-                ]
+                f"mesh.slices × mesh.tensor = {config.slices} × {config.tensor} does not "
+                f"divide the {devices} devices of the run"
             )
         return config.slices, devices // config.slices // config.tensor, config.tensor
     if config.preset:
@@ -114,19 +111,15 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
     data = config.data or max(devices // others, 1)
     if data * others != devices:
         raise ConfigError(
-            [
-                f"mesh.data × mesh.fsdp × mesh.tensor = {data} × {config.fsdp} × {config.tensor} "
-                f"must be the number of devices, {devices}; mesh.data=0 takes what the others leave"
-            ]
+            f"mesh.data × mesh.fsdp × mesh.tensor = {data} × {config.fsdp} × {config.tensor} "
+            f"must be the number of devices, {devices}; mesh.data=0 takes what the others leave"
         )
     return data, config.fsdp, config.tensor
 
 
 def single_device_mesh() -> Mesh:
     """A mesh of the first device, for exploration."""
-    return jax.make_mesh(
-        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:1]
-    )
+    return make_mesh(MeshConfig(preset="single"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -143,8 +136,14 @@ def check_batch(name: str, batch_size: int, mesh: Mesh) -> None:
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % parts:
         raise ConfigError(
-            [f"{name}={batch_size} must be a multiple of mesh.data × mesh.fsdp = {parts}"]
+            f"{name}={batch_size} must be a multiple of mesh.data × mesh.fsdp = {parts}"
         )
+
+
+def target_platform() -> str:
+    """The platform that the program is compiled for; this process may have another."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 def param_spec(dims: str) -> P:

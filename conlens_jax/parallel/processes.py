@@ -18,10 +18,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
+from jaxtyping import PyTree
 
 from conlens_jax.config import DistributedConfig
 
-PyTree = Any
 Json = Any
 Result = TypeVar("Result")
 LOST_PROCESS = 1

@@ -12,13 +12,13 @@ the forward pass, and that of trained weights as much again; attention's backwar
 forward. The gradient through the history costs nothing more: token by token from the last to the
 first, one backward pass is exact. ``re-forward`` is counted, since text is first sampled and then
 differentiated; work other than matrix products (softmax over the vocabulary, noise, optimizer) is
-not, nor are low-rank adapters and input patches. In a mixture of experts only active experts count.
+not, nor are low-rank adapters and input patches. In a mixture of experts only the chosen experts
+count; the dense form (:mod:`conlens_jax.models.experts`) computes all of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from conlens_jax.config import ExperimentConfig
 from conlens_jax.lens.batch import Batch
 from conlens_jax.lens.objective import Objective
 from conlens_jax.lens.spec import LensSpec
-from conlens_jax.models.families import family_of
+from conlens_jax.models.matrix_sizes import layer_matrix_sizes
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer_config import TransformerConfig
 
@@ -78,15 +78,7 @@ def stack_cost(
     """The formula above, for counts summed over the batch."""
     if n_layers == 0:
         return Cost()
-    sizes = {
-        row.path[-1]: math.prod(row.layer_shape(config))
-        for row in family_of(config).param_table(config)
-        if row.stacked
-        and len(row.layer_shape(config)) > 1
-        and not row.path[-1].endswith(("_bias", "_norm"))
-    }
-    for name in ("gate", "up", "down") if config.n_experts else ():
-        sizes[name] = sizes[name] * config.experts_per_token // config.n_experts
+    sizes = layer_matrix_sizes(config)
     every, key_value = sum(sizes.values()), sum(sizes[name] for name in _KEY_VALUE)
     weights = (n_layers - 1) * tokens * every + tokens * key_value + read * (every - key_value)
     width = config.n_heads * config.head_dim

@@ -7,50 +7,26 @@ figures are still those of the real compiler.
 
 from __future__ import annotations
 
+import importlib.resources
 import importlib.util
 import os
 
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from conlens_jax.config import ConfigError, MeshConfig
-from conlens_jax.parallel.mesh import AXES, mesh_shape
+from conlens_jax.parallel.mesh import AXES, AXIS_TYPES, mesh_shape
 
 _DEVICES_PER_HOST = 8
 _WITHOUT_TUNING = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
-# Source: xla/backends/gpu/target_config/specs/h100_sxm.txtpb of openxla/xla.
-_H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84942979072
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-runtime_version { major: 13 }
-dnn_version_info { major: 9 minor: 12 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-TARGETS = {"h100": _H100}
+# h100: xla/backends/gpu/target_config/specs/h100_sxm.txtpb of openxla/xla.
+TARGETS = ("h100",)
+"""GPUs that are described beside this file."""
 
 
 def target_mesh(target: str, config: MeshConfig, devices: int) -> Mesh:
-    """The mesh of the run on ``devices`` GPUs of a kind of :data:`TARGETS`, eight per host.
+    """The mesh of the run on ``devices`` GPUs of one of :data:`TARGETS`, eight per host.
 
     To be called before anything is compiled: it switches autotuning off.
 
@@ -58,30 +34,28 @@ def target_mesh(target: str, config: MeshConfig, devices: int) -> Mesh:
       ConfigError: the target is unknown, its compiler is missing, or the devices do not fill hosts.
     """
     if target not in TARGETS:
-        raise ConfigError([f"--target={target!r}: known targets are {', '.join(TARGETS)}"])
+        raise ConfigError(f"--target={target!r}: known targets are {', '.join(TARGETS)}")
     if not _has_compiler():
         raise ConfigError(
-            [
-                f"--target={target} needs XLA's GPU compiler (not a GPU): "
-                "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt, in the version of JAX"
-            ]
+            f"--target={target} needs XLA's GPU compiler (not a GPU): "
+            "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt, in the version of JAX"
         )
     if devices > _DEVICES_PER_HOST and devices % _DEVICES_PER_HOST:
         raise ConfigError(
-            [f"--target={target}: {devices} devices do not fill hosts of {_DEVICES_PER_HOST}"]
+            f"--target={target}: {devices} devices do not fill hosts of {_DEVICES_PER_HOST}"
         )
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} {_WITHOUT_TUNING}".strip()
     hosts = max(devices // _DEVICES_PER_HOST, 1)
+    described = importlib.resources.files(__package__).joinpath(f"{target}.txtpb")
     topology = topologies.get_topology_desc(
         target,
         "cuda",
         topology=f"1x{hosts}x{devices // hosts}",
-        target_config=TARGETS[target],
+        target_config=described.read_text("utf-8"),
     )
-    shape = mesh_shape(config, devices)
-    grid = np.array(topology.devices).reshape(shape)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    grid = np.array(topology.devices).reshape(mesh_shape(config, devices))
+    return Mesh(grid, AXES, axis_types=AXIS_TYPES)
 
 
 def _has_compiler() -> bool:

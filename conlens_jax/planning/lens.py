@@ -7,12 +7,12 @@ They are created by the same functions as in training (:func:`~conlens_jax.lens.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jaxtyping import PyTree
 
 from conlens_jax.config import ExperimentConfig
 from conlens_jax.lens.batch import Batch
@@ -35,8 +35,6 @@ from conlens_jax.training.state import (
     make_step,
     stage_optimizer,
 )
-
-PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,9 @@ dtype, and rows and dimensions of one device (rows over ``data`` and ``fsdp``; h
     remat=products   b (3 D + H X + 2 K X + 2 F)                      and every matrix product
     remat=none       b (6 D + 3 H X + 3 K X + 4 F) + 8 H keys         and all between them
 
-where 8 H keys are attention's scores and weights in fp32, and F is the total width of a token's
-experts. The peak is the larger of the backward pass and the optimizer, which do not overlap.
+where 8 H keys are attention's scores and weights in fp32. In a mixture of experts F is the total
+width of a token's k experts, and there are k − 1 more D: their outputs. The peak is the larger of
+the backward pass and the optimizer, which do not overlap.
 
 Against XLA's temporary memory on 8 CPU devices (Llama-3.2-1B, float32, remat=full, 64 rows, T = 8,
 trained in full), in GiB, XLA / here: along data 15.3 / 15.3 (warm start) and 16.5 / 15.3 (joint),
@@ -156,12 +157,13 @@ def _context(plan: Plan, stage: Stage) -> float:
 def _kept(plan: Plan, each: Pass) -> float:
     """The formula above, for one pass."""
     model, tensor = plan.spec.model, plan.mesh.shape["tensor"]
-    width, mlp = model.d_model, model.d_mlp * max(model.experts_per_token, 1) / tensor
+    experts = max(model.experts_per_token, 1)
+    width, mlp = model.d_model, model.d_mlp * experts / tensor
     query, key = (n * model.head_dim / tensor for n in (model.n_heads, model.n_kv_heads))
     numbers = {
         "full": width,
-        "products": 3 * width + query + 2 * key + 2 * mlp,
-        "none": 6 * width + 3 * query + 3 * key + 4 * mlp,
+        "products": (2 + experts) * width + query + 2 * key + 2 * mlp,
+        "none": (5 + experts) * width + 3 * query + 3 * key + 4 * mlp,
     }[model.remat]
     n_bytes = numbers * _itemsize(plan)
     if model.remat == "none":

@@ -101,7 +101,7 @@ def _config_file(path: str, revision: str, flag: str) -> Path:
             return file
     name = flag or "model.path"
     if flag or given.is_dir() or path.count("/") > 1 or path.startswith((".", "/", "~")):
-        raise ConfigError([f"{name}={path!r}: not a file, nor a folder with a config.json"])
+        raise ConfigError(f"{name}={path!r}: not a file, nor a folder with a config.json")
     if shipped.is_file():
         return shipped
     from huggingface_hub import hf_hub_download
@@ -110,9 +110,7 @@ def _config_file(path: str, revision: str, flag: str) -> Path:
         return Path(hf_hub_download(path, "config.json", revision=revision or None))
     except Exception as error:  # the hub client raises many kinds, which mean the same to the user
         raise ConfigError(
-            [
-                f"{name}={path!r}: not a folder, not a name of third_party/model_configs, and its "
-                f"config.json could not be downloaded ({type(error).__name__}); give the file with "
-                "--model-config=path/to/config.json"
-            ]
+            f"{name}={path!r}: not a folder, not a name of third_party/model_configs, and its "
+            f"config.json could not be downloaded ({type(error).__name__}); give the file with "
+            "--model-config=path/to/config.json"
         ) from error

@@ -22,8 +22,10 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
+from jaxtyping import PyTree
 
 from conlens_jax.files.paths import local_path
+from conlens_jax.models.param_table import named_leaves
 from conlens_jax.training.checkpoint_storage import (
     CHECKSUMS,
     METADATA,
@@ -34,7 +36,6 @@ from conlens_jax.training.checkpoint_storage import (
     check_values,
     is_damage,
     metrics_problem,
-    named_leaves,
     quiet_storage,
     reason_of,
     storage_path,
@@ -45,22 +46,7 @@ from conlens_jax.training.checkpoint_storage import (
 )
 from conlens_jax.training.checksums import checksums
 
-__all__ = [
-    "CheckpointError",
-    "Checkpoints",
-    "DamagedCheckpoint",
-    "all_steps",
-    "any_metadata",
-    "best_step",
-    "read_metadata",
-    "restore_params",
-    "restore_state",
-    "step_of",
-]
-
 _STEP = re.compile(r"[0-9]+")
-
-PyTree = Any
 
 CHECKPOINT_METRIC = "kl_at_sampled"
 """The validation score that checkpoints are ranked by; lower is better."""

@@ -20,15 +20,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jaxtyping import PyTree
 
 from conlens_jax.files.paths import checkpoint_path_problem, local_path
+from conlens_jax.models.param_table import leaf_name, named_leaves
 from conlens_jax.training.checksums import checksums
 
 STATE, METADATA, METRICS, CHECKSUMS = "state", "metadata", "metrics", "checksums"
 _CHECKED_BYTES = 256 * 2**20
 _MEANING = {"NOT_FOUND": "is missing", "OUT_OF_RANGE": "is cut short", "DATA_LOSS": "is damaged"}
-
-PyTree = Any
 
 
 class CheckpointError(ValueError):
@@ -92,39 +92,26 @@ def storage_path(folder: str | Path) -> epath.Path:
 # --- reading back -------------------------------------------------------------------------------
 
 
-def named_leaves(tree: PyTree) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
 def stored_json(path: Path, item: str) -> dict[str, Any]:
     """A JSON item of a checkpoint. Read by the handler: a Checkpointer would wait for the other
     processes, and here a single process may read."""
-    handler = ocp.JsonCheckpointHandler()
-    try:
+    with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
         return handler.restore(storage_path(path) / item)
-    finally:
-        handler.close()
 
 
 def stored_tree(path: Path) -> PyTree:
     """The tree of a checkpoint: dicts whose leaves are the metadata (shape, dtype) of arrays."""
-    handler = ocp.PyTreeCheckpointHandler()
-    try:
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         return handler.metadata(storage_path(path) / STATE).tree
-    finally:
-        handler.close()
 
 
 def stored_arrays(path: Path, tree: PyTree, names: set[str]) -> dict[str, np.ndarray]:
     """Some arrays of a checkpoint, unsharded, in host memory."""
 
     def item(where: Any, leaf: Any) -> Any:
-        name = jax.tree_util.keystr(where, simple=True, separator=".")
-        return np.zeros(()) if name in names else ocp.PLACEHOLDER
+        return np.zeros(()) if leaf_name(where) in names else ocp.PLACEHOLDER
 
-    handler = ocp.PyTreeCheckpointHandler()
-    try:
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         restored = handler.restore(
             storage_path(path) / STATE,
             args=ocp.args.PyTreeRestore(
@@ -132,8 +119,6 @@ def stored_arrays(path: Path, tree: PyTree, names: set[str]) -> dict[str, np.nda
                 restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), tree),
             ),
         )
-    finally:
-        handler.close()
     return {name: leaf for name, leaf in named_leaves(restored).items() if name in names}
 
 

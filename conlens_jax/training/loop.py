@@ -20,12 +20,8 @@ from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.processes import first_before_others, is_first
 from conlens_jax.tracking.wandb_run import WandbRun
 from conlens_jax.training.accounting import parameter_table, stored_table
-from conlens_jax.training.checkpoint import (
-    CHECKPOINT_METRIC,
-    CheckpointError,
-    Checkpoints,
-    read_metadata,
-)
+from conlens_jax.training.checkpoint import CHECKPOINT_METRIC, Checkpoints, read_metadata
+from conlens_jax.training.checkpoint_storage import CheckpointError
 from conlens_jax.training.places import places_of
 from conlens_jax.training.run import Run, placed, placed_frozen
 from conlens_jax.training.run_folder import BASELINE, CONTROL, claim_folder, load_lens

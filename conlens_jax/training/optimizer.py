@@ -37,7 +37,7 @@ def make_optimizer(
     where the decay applies to matrices only (see :func:`decay_mask`). The learning rate's step
     counts the applied updates. Moments are fp32 for parameters of any dtype. A step with a
     non-finite gradient changes neither parameters nor moments and is counted
-    (:func:`bad_steps_in_a_row`, :func:`bad_steps_total`).
+    (:class:`optax.ApplyIfFiniteState`).
 
     Args:
       config: all of it but the learning rate and the accumulation, which the caller handles.
@@ -118,16 +118,6 @@ def poison_if_not_finite(loss: jax.Array, grads: Params) -> Params:
     A loss can overflow while its gradients stay finite (a clipped or saturated term).
     """
     return jax.tree.map(lambda g: jnp.where(jnp.isfinite(loss), g, jnp.nan).astype(g.dtype), grads)
-
-
-def bad_steps_in_a_row(opt_state: optax.ApplyIfFiniteState) -> jax.Array:
-    """Non-finite steps since the last good one, a scalar int32."""
-    return opt_state.notfinite_count
-
-
-def bad_steps_total(opt_state: optax.ApplyIfFiniteState) -> jax.Array:
-    """Non-finite steps since the optimizer was made, a scalar int32."""
-    return opt_state.total_notfinite
 
 
 def _names(path: tuple) -> tuple[str, ...]:

@@ -90,11 +90,9 @@ def model_place(
     except ValueError as error:
         tried = [*_moved_with(run, metadata, "model"), cache_root(config.embedded)]
         raise ConfigError(
-            [
-                f"the embedded model of {run} (weights {expected[:12]}) is not in "
-                f"{', '.join(map(str, dict.fromkeys(tried)))}, and cannot be trained again: "
-                f"{error}"
-            ]
+            f"the embedded model of {run} (weights {expected[:12]}) is not in "
+            f"{', '.join(map(str, dict.fromkeys(tried)))}, and cannot be trained again: "
+            f"{error}"
         ) from error
 
 
@@ -125,10 +123,8 @@ def check_weights(model: LanguageModel, expected: str, what: str) -> None:
     """Raises ConfigError if a model is not the one that ``what`` was trained on."""
     if model.weights_hash != expected:
         raise ConfigError(
-            [
-                f"model.path: {model.folder} has weights {model.weights_hash[:12]}, and these "
-                f"are not the weights that the lens was trained on: {what} records {expected[:12]}"
-            ]
+            f"model.path: {model.folder} has weights {model.weights_hash[:12]}, and these "
+            f"are not the weights that the lens was trained on: {what} records {expected[:12]}"
         )
 
 

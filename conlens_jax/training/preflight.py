@@ -13,8 +13,11 @@ from pathlib import Path
 from conlens_jax.config import EMBEDDED_MODEL, ConfigError, CorpusConfig, ExperimentConfig
 from conlens_jax.corpora.corpus import SPLITS
 from conlens_jax.corpora.opening import open_corpus
-from conlens_jax.files.paths import local_path, write_problems
+from conlens_jax.files.paths import cache_folder, local_path, write_problems
 from conlens_jax.models.from_gguf.source import gguf_source
+from conlens_jax.models.hf_io import read_config_file
+from conlens_jax.models.other_formats import check_folder
+from conlens_jax.models.weight_files import weight_files
 from conlens_jax.parallel.processes import broadcast_from_first
 from conlens_jax.tracking.console import Console
 from conlens_jax.training.checkpoint import all_steps
@@ -97,6 +100,8 @@ def missing_cache(folder: Path) -> str:
 
 def corpus_problems(config: CorpusConfig) -> Iterator[str]:
     """Missing files, columns and packages of a corpus; datasets on the hub are not checked."""
+    if config.kind == "model":
+        yield from write_problems("corpus.path", config.path or cache_folder())
     package = _PACKAGES.get(config.kind)
     if package and importlib.util.find_spec(package) is None:
         yield f"corpus.kind={config.kind!r} needs the package {package}: pip install {package}"
@@ -121,8 +126,12 @@ def _model_problems(path: str) -> Iterator[str]:
         return
     folder = local_path(path)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            yield f"model.path={path!r}: the folder has no config.json"
+        try:
+            check_folder(folder)
+            read_config_file(folder / "config.json")
+            weight_files(folder)
+        except ValueError as error:
+            yield str(error)
     elif folder.exists():
         yield f"model.path={path!r} is a file; give the folder of the model"
     elif _is_local(path):

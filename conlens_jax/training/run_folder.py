@@ -64,10 +64,8 @@ def claim_folder(
     if recorded.exists() and all_steps(folder / "checkpoints"):
         if not config.train.resume:
             raise ConfigError(
-                [
-                    f"run_dir={str(folder)!r} has checkpoints; choose another run_dir, or set "
-                    "train.resume=True to continue from them"
-                ]
+                f"run_dir={str(folder)!r} has checkpoints; choose another run_dir, or set "
+                "train.resume=True to continue from them"
             )
         before = updated(json.loads(recorded.read_text(encoding="utf-8")))
         # Without recorded places, contents cannot be compared: paths must be the same.

@@ -99,7 +99,7 @@ def open_session(
     """
     run = None if run is None else local_path(run)
     if run in (None, local_path(config.run_dir)) and (problem := _run_dir_problem(config)):
-        raise ConfigError([problem])
+        raise ConfigError(problem)
     metadata = metadata_of_run(run)
     if metadata:
         config = with_cache_found(config, metadata, run, console)
@@ -177,10 +177,8 @@ def check_context(config: ExperimentConfig, model: TransformerConfig, name: str)
     """Raises ConfigError if contexts are longer than the model supports."""
     if config.dump.seq_len > model.max_positions:
         raise ConfigError(
-            [
-                f"dump.seq_len={config.dump.seq_len} is longer than the "
-                f"{model.max_positions} positions that {name} supports"
-            ]
+            f"dump.seq_len={config.dump.seq_len} is longer than the "
+            f"{model.max_positions} positions that {name} supports"
         )
 
 
@@ -217,7 +215,7 @@ def open_caches(session: Session) -> tuple[RowSource, RowSource]:
 
 def _open_split(session: Session, folder: Path) -> ActivationCache | LegacyCache:
     if not folder.exists():
-        raise ConfigError([missing_cache(folder)])
+        raise ConfigError(missing_cache(folder))
     share = (jax.process_index(), jax.process_count())
     return open_cache(folder, pad_id=session.model.tokenizer.pad_id, share=share)
 

@@ -15,10 +15,12 @@ from conlens_jax.data.batches import grouped_batch, prefetch
 from conlens_jax.data.device_batches import read_batch
 from conlens_jax.files.whole import reason_of
 from conlens_jax.models.param_table import Params
+from conlens_jax.parallel.host import RunAhead
 from conlens_jax.parallel.mesh import batch_sharding
 from conlens_jax.parallel.preemption import Preempted, watching_for_sigterm
 from conlens_jax.parallel.processes import stopping_with_others
-from conlens_jax.training.checkpoint import CheckpointError, Checkpoints, all_steps
+from conlens_jax.training.checkpoint import Checkpoints, all_steps
+from conlens_jax.training.checkpoint_storage import CheckpointError
 from conlens_jax.training.profile import StepProfile
 from conlens_jax.training.run import Run
 from conlens_jax.training.stage_log import StageLog
@@ -82,16 +84,19 @@ class StageLoop:
             watching_for_sigterm(saved) as stop_requested,
             stopping_with_others(),
         ):
-            mark = self._clock()
+            mark, run_ahead = self._clock(), RunAhead()
             for index, batch in batches:
                 profile.before(index)
-                state, metrics = step(state, self.frozen, batch)
+                # The batch is on the devices already: a copy in every step would be a mistake.
+                with jax.transfer_guard_host_to_device("disallow"):
+                    state, metrics = step(state, self.frozen, batch)
+                run_ahead(metrics)
                 profile.after(index, metrics)
                 if index == first:
                     jax.block_until_ready(metrics)
                     self.console.line(stage.name, seconds_to_first_step=time.time() - started)
                 stops, due = stop_requested(), self._due_hooks(index + 1)
-                if not (stops or due):  # the devices run ahead of the host
+                if not (stops or due):  # the host runs ahead of the devices
                     progress.update(1)
                     continue
                 metrics = {name: float(value) for name, value in metrics.items()}

@@ -29,8 +29,6 @@ from conlens_jax.lens.vocabulary import noise_of_texts
 from conlens_jax.models.param_table import Params
 from conlens_jax.training.optimizer import (
     apply_updates,
-    bad_steps_in_a_row,
-    bad_steps_total,
     make_optimizer,
     poison_if_not_finite,
 )
@@ -177,8 +175,8 @@ def train_step(
         **terms,
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": optimizer.learning_rate(state.step),
-        "bad_steps_in_a_row": bad_steps_in_a_row(opt_state),
-        "bad_steps": bad_steps_total(opt_state),
+        "bad_steps_in_a_row": opt_state.notfinite_count,
+        "bad_steps": opt_state.total_notfinite,
     }
     return TrainState(state.step + 1, params, opt_state), metrics
 

@@ -120,7 +120,7 @@ def trials(sweep: Sweep, count: int, seed: int) -> list[dict[str, Any]]:
       ConfigError: a bayes search, or a random one without a count.
     """
     if sweep.method == "bayes":
-        raise ConfigError(["method bayes runs only in W&B; use grid or random"])
+        raise ConfigError("method bayes runs only in W&B; use grid or random")
     if sweep.method == "grid":
         lists = [choice.get("values") or [choice["value"]] for choice in sweep.parameters.values()]
         found = [
@@ -128,7 +128,7 @@ def trials(sweep: Sweep, count: int, seed: int) -> list[dict[str, Any]]:
         ]
         return found[: count or None]
     if count < 1:
-        raise ConfigError([f"a random search needs --trials of at least 1, not {count}"])
+        raise ConfigError(f"a random search needs --trials of at least 1, not {count}")
     return [
         {
             field: _drawn(choice, np.random.default_rng([numpy_seed(seed), trial, number]))
@@ -175,9 +175,7 @@ def result_of(sweep: Sweep, run_folder: Path) -> float:
     if not found:
         names = sorted({name for r in records if r["stage"] == sweep.stage for name in r})
         raise ConfigError(
-            [
-                f"metric.name: {run_folder} has no {sweep.metric!r} of the {sweep.stage} stage; "
-                f"it has {', '.join(names) or 'no such stage'}"
-            ]
+            f"metric.name: {run_folder} has no {sweep.metric!r} of the {sweep.stage} stage; "
+            f"it has {', '.join(names) or 'no such stage'}"
         )
     return math.nan if found[-1] is None else float(found[-1])

@@ -18,9 +18,9 @@ import optax
 
 from benchmark import naive
 from benchmark.measure import Measured, Runner
-from conlens_jax.lens.decoder import generate, teacher_forced_logits
+from conlens_jax.lens.decoder import decoder_head, generate, teacher_forced_states
 from conlens_jax.lens.encoder import encode_embeddings
-from conlens_jax.lens.gumbel import Purpose, example_keys, gumbel_noise
+from conlens_jax.lens.gumbel import Purpose, drawn_noise, example_keys
 from conlens_jax.lens.losses import entropy, kl_divergence, reconstruction_error
 from conlens_jax.lens.objective import (
     Scheduled,
@@ -59,7 +59,7 @@ def scheduled(work: Workload, step: jax.Array) -> Scheduled:
 
 def draw_noise(work: Workload, step: jax.Array, examples_B: jax.Array) -> jax.Array:
     keys_B = example_keys(work.config.train.seed, step, examples_B, Purpose.TRAINING_TEXT)
-    return gumbel_noise(keys_B, work.spec.text_len, work.spec.model.vocab_size)
+    return drawn_noise(keys_B, work.spec.text_len).values(work.spec.model.vocab_size)
 
 
 def with_history(work: Workload, history_gradient: str) -> Workload:
@@ -77,7 +77,8 @@ def our_phases(work: Workload, runner: Runner) -> Phases:
 
     def forward_again(trainable, frozen, activation_BD, text_BT):
         decoder = decoder_of(trainable, frozen)
-        return teacher_forced_logits(decoder, activation_BD, text_BT, spec=spec)
+        states = teacher_forced_states(decoder, activation_BD, text_BT, spec=spec)
+        return decoder_head(decoder, spec).logits(states)
 
     def encode(trainable, frozen, text_BT):
         encoder = encoder_of(trainable, frozen, spec)

@@ -38,19 +38,22 @@ class Event(NamedTuple):
 def time_by_operation(folder: Path) -> dict[str, float]:
     """Seconds of each operation of the newest profile below a folder, summed over all lines.
 
+    Call it in another process than the profiled one: JAX 0.11 has crashed under Python 3.12 when it
+    read a profile that it had just made.
+
     Raises:
       ConfigError: there is no profile, or none of its events is an operation.
     """
     files = sorted(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
     if not files:
-        raise ConfigError([f"{folder}: no *.xplane.pb; train with --config.profile.steps=(a,b)"])
+        raise ConfigError(f"{folder}: no *.xplane.pb; train with --config.profile.steps=(a,b)")
     seconds: collections.Counter[str] = collections.Counter()
     for plane in jax.profiler.ProfileData.from_file(str(files[-1])).planes:
         for line in plane.lines:
             for name, nanoseconds in own_times(_operations(line)):
                 seconds[name] += nanoseconds / 1e9
     if not seconds:
-        raise ConfigError([f"{files[-1]}: no event has the statistic hlo_op"])
+        raise ConfigError(f"{files[-1]}: no event has the statistic hlo_op")
     return dict(seconds)
 
 

@@ -154,10 +154,10 @@ def read_config_file(path: str) -> ExperimentConfig:
       ConfigError: the file does not exist, or has no ``get_config()``.
     """
     if not Path(path).is_file():
-        raise ConfigError([f"--config={path!r}: there is no such file"])
+        raise ConfigError(f"--config={path!r}: there is no such file")
     names = runpy.run_path(path)
     if "get_config" not in names:
-        raise ConfigError([f"--config={path!r} has no get_config()"])
+        raise ConfigError(f"--config={path!r} has no get_config()")
     return from_config_dict(names["get_config"]().to_dict())
 
 
@@ -175,8 +175,8 @@ def _workload(
         after, first = max(after, config.warm.after), max(first, config.warm.before)
     if context <= first + after:
         raise ConfigError(
-            [f"context length {context} is too short: positions begin at {first}, and {after} "
-             "tokens are read after them"]
+            f"context length {context} is too short: positions begin at {first}, and {after} "
+             "tokens are read after them"
         )  # fmt: skip
     rng = np.random.default_rng(0)
     shared = config.joint.rows_per_document

@@ -255,13 +255,13 @@ def open_problem(session: Session, checkpoint: str | Path, n_rows: int) -> Probl
         session.model.params, session.spec, reference.mean_D, reference.scale
     )
     if not template["decoder"]:
-        raise ConfigError([f"--checkpoint={checkpoint}: no part of its decoder is trained"])
+        raise ConfigError(f"--checkpoint={checkpoint}: no part of its decoder is trained")
     steps = config.joint.steps
     steps_per_epoch = len(train) / config.joint.batch_size
     schedules = session.objective.schedules(stage_steps=steps, steps_per_epoch=steps_per_epoch)
     weights = schedules(jnp.int32(steps)).weights
     if not (weights["mse"] or weights["kl"]):
-        raise ConfigError([f"--checkpoint={checkpoint}: both loss.mse and loss.kl end at 0"])
+        raise ConfigError(f"--checkpoint={checkpoint}: both loss.mse and loss.kl end at 0")
     # Rows of one document are adjacent: spread over the split they are of different documents.
     rows = validation.rows(np.linspace(0, len(validation) - 1, n_rows).astype(np.int64))
     return Problem(

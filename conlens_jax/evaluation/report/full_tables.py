@@ -6,61 +6,24 @@ from collections.abc import Mapping, Sequence
 
 from conlens_jax.evaluation.report.report_data import (
     HIGHER,
-    LOWER,
     NEITHER,
+    TABLES,
+    Intervals,
     MetricGroup,
     MetricRow,
-    Metrics,
-    Rowspec,
 )
 from conlens_jax.evaluation.report.svg import CurveChart, Series
 from conlens_jax.evaluation.report.truth_tables import truth_by
 from conlens_jax.evaluation.studies.best_of import best_of_curves
 from conlens_jax.evaluation.studies.text_changes import CHANGES
 
-AUDIT: tuple[Rowspec, ...] = (
-    ("gap_frozen", "fve_nrm of the lens's own encoder minus the audit encoder's", LOWER),
-    ("sampled_gap_frozen", "the same with sampled text", LOWER),
-    ("gap_frozen_window", "the same on true text, where there can be no code", NEITHER),
-    ("frozen_fve_nrm", "greedy text read by the audit encoder", HIGHER),
-    ("frozen_kl_frac_mean", "the same", HIGHER),
-    ("frozen_sampled_fve_nrm", "sampled text read by it", HIGHER),
-    ("frozen_null_shuffle_fve_nrm", "the text of another row read by it", NEITHER),
-    ("tokens_to_0", "fewest first tokens that explain more than nothing", NEITHER),
-    ("tokens_to_half", "… half of what the whole text explains", NEITHER),
-    ("frozen_tokens_to_half", "the same for the audit encoder", NEITHER),
-)
-_COMPARED: tuple[tuple[str, str, str], ...] = (
-    ("", "lens, greedy text", "read by its own encoder"),
-    ("sampled_", "lens, sampled text", "read by its own encoder"),
-    ("frozen_", "lens, greedy text, audited", "read by an encoder that never saw a decoder's text"),
-    ("frozen_sampled_", "lens, sampled text, audited", "read by the same encoder"),
-    ("untrained_encoder_", "lens, greedy text, untrained reader", "M cut after block L"),
-    ("null_shuffle_", "control: text of another row", "own encoder"),
-    ("null_novec_", "control: decoder without the vector", "given the mean activation"),
-    ("random_words_", "control: random words", "tokens of the corpus, audit encoder"),
-    ("hard_prompt_", "untrained decoder", "M with a in the slot of the prompt, audit encoder"),
-    ("text_only_", "M's own words", "M continues the context, no vector, audit encoder"),
-    ("logit_lens_words_", "logit lens, as words", "its T likeliest tokens, audit encoder"),
-    ("tuned_lens_words_", "tuned lens, as words", "its T likeliest tokens, audit encoder"),
-    ("logit_lens_", "logit lens, as a prediction", "M's head on a, against M"),
-    (
-        "tuned_lens_",
-        "tuned lens, as a prediction",
-        "a linear map to M's last state, its head",
-    ),
-    ("last_tokens_", "the last T source tokens", "an encoder of their own reads them"),
-    ("window_", "the true window", "own encoder; contains the true continuation"),
-    ("frozen_window_", "the true window, audited", "audit encoder"),
-    ("linear_code_", "linear code", "principal components with the bits of a text"),
-)
 _COMPARED_BY = ("fve_nrm", "kl_frac_mean", "top1_agree")
 
 
-def comparison(metrics: Metrics) -> MetricGroup:
+def comparison(metrics: Intervals) -> MetricGroup:
     """Everything that explains the same activations, in one table."""
     rows = []
-    for prefix, name, explanation in _COMPARED:
+    for prefix, name, explanation in TABLES["side_by_side"]["rows"]:
         values = [metrics.get(prefix + metric) for metric in _COMPARED_BY]
         if any(values):
             rows.append(MetricRow(name, explanation, NEITHER, values))
@@ -75,7 +38,7 @@ def comparison(metrics: Metrics) -> MetricGroup:
     )
 
 
-def damage(systems: Mapping[str, Metrics]) -> MetricGroup:
+def damage(systems: Mapping[str, Intervals]) -> MetricGroup:
     """What is left of each lens's text after each change, for both readers.
 
     Args:
@@ -103,7 +66,7 @@ def damage(systems: Mapping[str, Metrics]) -> MetricGroup:
     )
 
 
-def interventions(metrics: Metrics, variables: Sequence[str]) -> MetricGroup:
+def interventions(metrics: Intervals, variables: Sequence[str]) -> MetricGroup:
     """The edit and its two controls, all rows together and by variable."""
     columns = ("edit to w", "control: to a third value", "control: random word")
     prefixes = ("", "third_value_", "random_word_")
@@ -126,7 +89,7 @@ def interventions(metrics: Metrics, variables: Sequence[str]) -> MetricGroup:
     )
 
 
-def parts(metrics: Metrics) -> MetricGroup:
+def parts(metrics: Intervals) -> MetricGroup:
     """Greedy text by position in the context and by the norm of the activation."""
     columns = ("rows", "fve_nrm", "kl_frac_mean")
     names = [
@@ -142,7 +105,7 @@ def parts(metrics: Metrics) -> MetricGroup:
 
 
 def full_groups(
-    main: str, systems: Mapping[str, Metrics], variables: Sequence[str]
+    main: str, systems: Mapping[str, Intervals], variables: Sequence[str]
 ) -> list[MetricGroup]:
     """Tables with columns of their own; empty ones are left out.
 
@@ -158,7 +121,7 @@ def full_groups(
     return [group for group in groups if group.rows]
 
 
-def full_charts(metrics: Metrics) -> list[CurveChart]:
+def full_charts(metrics: Intervals) -> list[CurveChart]:
     """Best of K, and FVE by the number of tokens that are read."""
     charts = []
     by_size = best_of_curves(metrics)

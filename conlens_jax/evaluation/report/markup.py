@@ -5,6 +5,10 @@ from __future__ import annotations
 import html
 import math
 import re
+from collections.abc import Callable
+
+import jinja2
+from markupsafe import Markup
 
 from conlens_jax.measurement.bootstrap import Interval
 from conlens_jax.models.written import Written
@@ -82,3 +86,32 @@ def format_interval(interval: Interval) -> tuple[str, str]:
     if not math.isfinite(interval.hi):
         return value, f"{_with_decimals(interval.lo, decimals)} or more"
     return value, " to ".join(_with_decimals(end, decimals) for end in ends)
+
+
+def template_environment(package: str) -> jinja2.Environment:
+    """The templates of a package, for HTML: what they show is escaped and made printable."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(package),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "number": format_number,
+        "token": as_markup(show_token),
+        "token_marks": lambda text: tuple(map(Markup, token_marks(text))),
+    }
+    return environment
+
+
+def _finalize(value: object) -> object:
+    """What a template shows, before it is escaped: markup as it is, anything else printable."""
+    return value if hasattr(value, "__html__") else printable(value)
+
+
+def as_markup(function: Callable[..., str]) -> Callable[..., Markup]:
+    """A filter from a function that returns markup, its text escaped."""
+    return lambda *arguments: Markup(function(*arguments))

@@ -9,76 +9,21 @@ from typing import Any
 import numpy as np
 
 from conlens_jax.data.rows import Rows
-from conlens_jax.evaluation.report.full_tables import AUDIT, full_charts, full_groups
+from conlens_jax.evaluation.report.full_tables import full_charts, full_groups
 from conlens_jax.evaluation.report.heat_map import HeatMap
 from conlens_jax.evaluation.report.report_data import (
     HIGHER,
-    LOWER,
-    NEITHER,
+    TABLES,
     Example,
     MetricGroup,
     MetricRow,
     Report,
-    Rowspec,
 )
 from conlens_jax.evaluation.report.svg import CurveChart, HistogramChart, Series
-from conlens_jax.evaluation.report.truth_tables import TRUTH
 from conlens_jax.evaluation.suite import HEADLINE, Evaluated
 from conlens_jax.measurement.bootstrap import Interval
 from conlens_jax.models.tokenizer import Tokenizer
 from conlens_jax.models.written import written_texts
-
-_CARRIES: tuple[Rowspec, ...] = (
-    ("fve_nrm", "share of the directional variance explained, greedy text", HIGHER),
-    ("kl_frac_mean", "share of the mean activation's KL removed, greedy text", HIGHER),
-    ("sampled_fve_nrm", "the same with sampled text", HIGHER),
-    ("sampled_kl_frac_mean", "the same with sampled text", HIGHER),
-    ("cos", "cosine of reconstruction and activation", HIGHER),
-    ("fve_raw", "share of the raw variance explained", HIGHER),
-    ("kl_at", "KL(M ‖ M with the reconstruction) at P, nats", LOWER),
-    ("kl_cont", "the same, mean over P and the predictions after it, nats", LOWER),
-    ("kl_frac_zero", "share of the zero vector's KL removed", HIGHER),
-    ("kl_frac_other", "share of another row's activation's KL removed", HIGHER),
-    ("ce_rec", "cross-entropy recovered, 0 = mean activation, 1 = no swap", HIGHER),
-    ("top1_agree", "M's top prediction stays the same", HIGHER),
-)
-_CONTROLS: tuple[Rowspec, ...] = (
-    ("null_shuffle_fve_nrm", "the text of another row", NEITHER),
-    ("null_shuffle_kl_frac_mean", "the text of another row", NEITHER),
-    ("null_shuffle_sampled_fve_nrm", "another row's sampled text", NEITHER),
-    ("null_shuffle_sampled_kl_frac_mean", "another row's sampled text", NEITHER),
-    ("null_novec_fve_nrm", "text written from the mean activation", NEITHER),
-    ("null_novec_kl_frac_mean", "text written from the mean activation", NEITHER),
-    ("kl_floor", "KL of swapping the activation for itself", LOWER),
-)
-_BASELINES: tuple[Rowspec, ...] = (
-    ("last_tokens_fve_nrm", "an encoder reads the true last T source tokens", NEITHER),
-    ("last_tokens_kl_frac_mean", "an encoder reads the true last T source tokens", NEITHER),
-    ("window_fve_nrm", "the encoder reads the true window that the warm start teaches", NEITHER),
-    ("window_kl_frac_mean", "the same window", NEITHER),
-    ("kl_mean", "KL of swapping in the mean activation, nats", NEITHER),
-    ("kl_zero", "KL of swapping in zeros, nats", NEITHER),
-    ("kl_other", "KL of swapping in another row's activation, nats", NEITHER),
-)
-_TEXT: tuple[Rowspec, ...] = (
-    (
-        "attribute_stated",
-        "where M's top prediction is an attribute word: the text states it",
-        HIGHER,
-    ),
-    ("null_shuffle_attribute_stated", "… and in the text of another row", NEITHER),
-    ("attribute_ratio", "the first over the second", HIGHER),
-    ("sampled_attribute_stated", "… in the sampled text", HIGHER),
-    *(
-        (f"fve_nrm_at_{k}", f"fve_nrm where only the first {k} tokens are read", HIGHER)
-        for k in (1, 2, 4, 8, 16, 32)
-    ),
-    ("nll_text", "NLL per token of the greedy text under M reading it alone, nats", LOWER),
-    ("sampled_nll_text", "NLL per token of the sampled text", LOWER),
-    ("nll_window", "NLL per token of true windows of the corpus, read the same way", NEITHER),
-    ("distinct_2", "different bigrams over all bigrams, greedy texts together", NEITHER),
-    ("repeat_4gram", "share of 4-grams that repeat within a text", LOWER),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,34 +70,9 @@ def build_report(data: PageData, tokenizer: Tokenizer) -> Report:
     """The report of a run."""
     main = next(system for system in data.systems if system.key == data.main)
     groups = [
-        _group("Does the text carry the activation?", "", _CARRIES, data),
-        _group(
-            "Controls: what a text that does not depend on the activation scores",
-            "A lens is worth nothing where these reach its own numbers.",
-            _CONTROLS,
-            data,
-        ),
-        _group(
-            "Baselines",
-            "An encoder is given true text instead of an explanation. The window contains the true "
-            "continuation of the text: it is no explanation but the warm start's own target.",
-            _BASELINES,
-            data,
-        ),
-        _group("The text", "", _TEXT, data),
-        _group(
-            "Audit: is the text a private code?",
-            "The audit encoder has read true text only. True text has a gap too, where the readers "
-            "differ in skill.",
-            AUDIT,
-            data,
-        ),
-        _group(
-            "Truth: what the text states of what is known",
-            "The generator of the corpus knows every value. A text may be right about what M is "
-            "about to write because the warm start taught it to look ahead.",
-            TRUTH,
-            data,
+        *(
+            _group(table["title"], table.get("note", ""), table["rows"], data)
+            for table in TABLES["table"]
         ),
         *full_groups(
             main.name, {s.name: s.evaluated.metrics for s in data.systems}, data.variables
@@ -175,7 +95,7 @@ def build_report(data: PageData, tokenizer: Tokenizer) -> Report:
     )
 
 
-def _group(title: str, note: str, specs: Sequence[Rowspec], data: PageData) -> MetricGroup:
+def _group(title: str, note: str, specs: Sequence[Sequence[str]], data: PageData) -> MetricGroup:
     rows = [
         MetricRow(name, explanation, better, values)
         for name, explanation, better in specs
@@ -186,7 +106,7 @@ def _group(title: str, note: str, specs: Sequence[Rowspec], data: PageData) -> M
 
 def _difference_groups(data: PageData) -> list[MetricGroup]:
     """The differences are in the column of the main system."""
-    explanations = {name: explanation for name, explanation, _ in _CARRIES}
+    explanations = {name: said for table in TABLES["table"] for name, said, _ in table["rows"]}
     return [
         MetricGroup(
             title,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.resources
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +14,11 @@ from conlens_jax.measurement.bootstrap import Interval
 
 HIGHER, LOWER, NEITHER = "higher", "lower", ""
 """The direction in which a metric is better."""
-Rowspec = tuple[str, str, str]
-"""Name of a metric, its explanation, and its better direction."""
-Metrics = Mapping[str, Interval]
+TABLES = tomllib.loads(
+    importlib.resources.files(__package__).joinpath("tables.toml").read_text("utf-8")
+)
+"""The content of ``tables.toml``: which metrics the tables have, and what they are."""
+Intervals = Mapping[str, Interval]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,29 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from conlens_jax.evaluation.report.report_data import (
-    HIGHER,
     NEITHER,
+    Intervals,
     MetricGroup,
     MetricRow,
-    Metrics,
-    Rowspec,
 )
 from conlens_jax.evaluation.studies.truth import RANGES, SOON
-
-TRUTH: tuple[Rowspec, ...] = (
-    ("recall", "share of the probe-readable values that the greedy text states", HIGHER),
-    ("sampled_recall", "… the sampled text", HIGHER),
-    ("null_shuffle_recall", "… the text of another row", NEITHER),
-    ("text_only_recall", "… M's own continuation of the context, without the vector", NEITHER),
-    ("window_recall", "… the true window that the warm start teaches", NEITHER),
-    ("precision", "share of the values that the greedy text states which are right", HIGHER),
-    ("sampled_precision", "… the sampled text", HIGHER),
-    ("null_shuffle_precision", "… the text of another row", NEITHER),
-    ("text_only_precision", "… M's own continuation, without the vector", NEITHER),
-    ("window_precision", "… the true window", NEITHER),
-    ("probe_read", "share of the decided values that a linear probe reads from a", NEITHER),
-    ("prior_read", "… that are the most frequent value of training rows", NEITHER),
-)
 
 # The true window stays in metrics.json: more columns than these do not fit a page.
 _TEXTS = {"greedy text": "", "another row's text": "null_shuffle_", "M's own words": "text_only_"}
@@ -36,7 +19,7 @@ _PRECISION = {f"precision, {name}": f"{prefix}precision{{}}" for name, prefix in
 _READ = {"probe": "probe_read{}", "most frequent value": "prior_read{}"}
 
 
-def truth_by(metrics: Metrics, variables: Sequence[str]) -> list[MetricGroup]:
+def truth_by(metrics: Intervals, variables: Sequence[str]) -> list[MetricGroup]:
     """Texts by variable, by distance from where the context states it, and by layer."""
     views = {
         "by variable": (
@@ -67,7 +50,7 @@ def truth_by(metrics: Metrics, variables: Sequence[str]) -> list[MetricGroup]:
     return groups + _by_layer(metrics, variables)
 
 
-def _by_layer(metrics: Metrics, variables: Sequence[str]) -> list[MetricGroup]:
+def _by_layer(metrics: Intervals, variables: Sequence[str]) -> list[MetricGroup]:
     key = "recall_layer_"
     layers = [name.removeprefix(key) for name in metrics if name.startswith(key)]
     if not layers:
@@ -104,7 +87,7 @@ def _in_words(name: str) -> str:
 
 
 def _table(
-    title: str, note: str, rows: Mapping[str, str], columns: Mapping[str, str], metrics: Metrics
+    title: str, note: str, rows: Mapping[str, str], columns: Mapping[str, str], metrics: Intervals
 ) -> MetricGroup:
     """Cells by name of a metric: a column's with the row's part in its braces. Empty rows and
     columns are left out."""

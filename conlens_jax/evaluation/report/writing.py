@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +21,10 @@ from markupsafe import Markup
 
 from conlens_jax.evaluation.report.heat_map import STEPS
 from conlens_jax.evaluation.report.markup import (
+    as_markup,
     format_interval,
     format_number,
-    printable,
-    show_token,
-    token_marks,
+    template_environment,
 )
 from conlens_jax.evaluation.report.report_data import (
     HIGHER,
@@ -119,42 +118,21 @@ def _sections(report: Report, colour_of: Mapping[str, int]) -> list[_Section]:
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("conlens_jax.evaluation.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_finalize,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = template_environment("conlens_jax.evaluation.report")
     environment.filters |= {
         "bar": _bar_width,
         "best": _best,
         "interval": format_interval,
         "largest_probability": _largest_probability,
-        "number": format_number,
         "percent": _percent,
         "split_space": _split_space,
-        "strip": _markup(interval_strip),
-        "token": _markup(show_token),
-        "token_marks": lambda text: tuple(map(Markup, token_marks(text))),
+        "strip": as_markup(interval_strip),
     }
     environment.globals |= {
         "heat_starts": ["0", *(f"{step:g}" for step in STEPS)],
         "n_open": _OPEN_EXAMPLES,
     }
     return environment
-
-
-def _finalize(value: object) -> object:
-    """What a template shows, before it is escaped: markup as it is, anything else printable."""
-    return value if hasattr(value, "__html__") else printable(value)
-
-
-def _markup(function: Callable[..., str]) -> Callable[..., Markup]:
-    """A filter from a function that returns markup, its text escaped."""
-    return lambda *arguments: Markup(function(*arguments))
 
 
 def _best(row: MetricRow) -> int | None:

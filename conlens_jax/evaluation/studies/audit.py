@@ -76,7 +76,7 @@ def audit_lens(
         ("frozen_null_shuffle", "frozen_null_shuffle_"),
         ("frozen_window", "frozen_window_"),
     ):
-        statistics |= _short(candidate, prefix, resultant)
+        statistics |= reconstruction_statistics(candidate, prefix, resultant, SHORT)
     for name, text in (("", "whole"), ("sampled_", "whole_sampled"), ("window_", "window")):
         statistics[_gap_name(name)] = difference_of(
             fve_nrm_of(f"{text}.cos", resultant), fve_nrm_of(f"frozen_{text}.cos", resultant)
@@ -85,11 +85,13 @@ def audit_lens(
         for name in damaged:
             mask = touched[name]
             per_row |= _where(mask, f"{reader}{name}", f"{reader}whole", per_row)
-            statistics |= _short(f"{reader}{name}", f"{reader}{name}_", resultant)
+            statistics |= reconstruction_statistics(
+                f"{reader}{name}", f"{reader}{name}_", resultant, SHORT
+            )
             statistics |= _retention(f"{reader}{name}", resultant)
             statistics[f"{name}_rows"] = mean_of(f"{reader}{name}.touched")
         for k in lengths:
-            short = _short(f"{reader}first_{k}", "", resultant)
+            short = reconstruction_statistics(f"{reader}first_{k}", "", resultant, SHORT)
             statistics |= {f"{reader}{metric}_at_{k}": short[metric] for metric in SHORT}
         statistics |= {
             f"{reader}tokens_to_0": _tokens_to(reader, lengths, 0.0, resultant),
@@ -100,11 +102,6 @@ def audit_lens(
 
 def _gap_name(text: str) -> str:
     return "gap_frozen_window" if text == "window_" else f"{text}gap_frozen"
-
-
-def _short(candidate: str, prefix: str, resultant: float) -> dict[str, Statistic]:
-    statistics = reconstruction_statistics(candidate, prefix, resultant)
-    return {prefix + name: statistics[prefix + name] for name in SHORT}
 
 
 def _where(mask_N: np.ndarray, after: str, before: str, per_row: Mapping) -> PerRow:

@@ -12,8 +12,8 @@ import numpy as np
 
 from conlens_jax.data.rows import Rows
 from conlens_jax.evaluation.studies.linear_code import LinearCode, bits_of_text
-from conlens_jax.evaluation.studies.probe import LinearMap
-from conlens_jax.evaluation.suite import Evaluated, PerRow, Suite
+from conlens_jax.evaluation.studies.probe import linear_map
+from conlens_jax.evaluation.suite import Evaluated, Suite
 from conlens_jax.measurement.aggregates import mean_of, reconstruction_statistics
 from conlens_jax.measurement.bootstrap import Interval, Statistic
 from conlens_jax.measurement.metrics import fraction_removed, top1_agreement
@@ -58,7 +58,7 @@ def baselines(
     text_len, vocab_size = measurer.spec.text_len, measurer.spec.model.vocab_size
     n_bits = bits_of_text(text_len, vocab_size)
     code = LinearCode.fit(train.activations_ND, n_bits)
-    tuned = LinearMap.fit(train.activations_ND, measurer.last_states(original, train))
+    tuned = linear_map(train.activations_ND, measurer.last_states(original, train))
     states = {"logit_lens": rows.activations_ND, "tuned_lens": tuned(rows.activations_ND)}
     predicted = {name: measurer.unembedded(original, rows, states[name]) for name in LENSES}
     rng = np.random.default_rng(seed)
@@ -77,11 +77,13 @@ def baselines(
     vectors["untrained_encoder"] = measurer.read(untrained, frozen, greedy)
     per_row = suite.score(evaluated, original, vectors)
     statistics: dict[str, Statistic] = {}
+    resultant = suite.reference.resultant
     for name in vectors:
-        found = reconstruction_statistics(name, f"{name}_", suite.reference.resultant)
-        statistics |= {f"{name}_{metric}": found[f"{name}_{metric}"] for metric in SHORT}
+        statistics |= reconstruction_statistics(name, f"{name}_", resultant, SHORT)
+    clean = evaluated.effects["clean"].top_tokens[:, 0]
     for name, (effect, _) in predicted.items():
-        per_row |= _prediction_rows(name, effect, evaluated)
+        per_row[f"{name}.kl_at"] = effect.kl_at
+        per_row[f"{name}.top1"] = top1_agreement(effect.top_tokens[:, 0], clean)
         statistics[f"{name}_kl_at"] = mean_of(f"{name}.kl_at")
         statistics[f"{name}_top1_agree"] = mean_of(f"{name}.top1")
         statistics[f"{name}_kl_frac_mean"] = lambda means, name=name: fraction_removed(
@@ -91,12 +93,4 @@ def baselines(
         **suite.intervals(statistics, per_row),
         "linear_code_bits": Interval(code.bits),
         "text_bits": Interval(float(n_bits)),
-    }
-
-
-def _prediction_rows(name: str, effect, evaluated: Evaluated) -> PerRow:
-    clean = evaluated.effects["clean"].top_tokens[:, 0]
-    return {
-        f"{name}.kl_at": effect.kl_at,
-        f"{name}.top1": top1_agreement(effect.top_tokens[:, 0], clean),
     }

@@ -34,9 +34,9 @@ def best_of(
             vectors[f"best_of_{draw + 1}"] = best_ND.copy()
     per_row = suite.score(evaluated, frozen["original"], vectors)
     statistics: dict[str, Statistic] = {}
+    resultant = suite.reference.resultant
     for name in vectors:
-        found = reconstruction_statistics(name, f"{name}_", suite.reference.resultant)
-        statistics |= {f"{name}_{metric}": found[f"{name}_{metric}"] for metric in SHORT}
+        statistics |= reconstruction_statistics(name, f"{name}_", resultant, SHORT)
     return suite.intervals(statistics, per_row)
 
 

@@ -33,6 +33,7 @@ from conlens_jax.models.families import (
     olmo,
     olmo2,
     olmo3,
+    olmoe,
     opt,
     phi,
     phi3,
@@ -43,6 +44,7 @@ from conlens_jax.models.families import (
     stablelm,
     starcoder2,
 )
+from conlens_jax.models.families.text_parts import WHOLES, text_part
 from conlens_jax.models.transformer_config import TransformerConfig
 
 _MODULES = (
@@ -69,6 +71,7 @@ _MODULES = (
     ministral3,
     stablelm,
     nemotron,
+    olmoe,
     phi,
     gptj,
     glm,
@@ -97,7 +100,8 @@ def family_of(config: TransformerConfig) -> ModuleType:
 
 
 def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
-    """The shape of a model from its parsed config.json.
+    """The shape of a model, or of the text part of one that also reads images, from its parsed
+    config.json.
 
     Raises:
       ValueError: unknown ``model_type``, or keys that the family does not support.
@@ -107,11 +111,38 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
         raise ValueError(
             f"config.json: model_type={model_type!r} is not supported: {_UNSUPPORTED[model_type]}"
         )
-    if model_type not in _BY_MODEL_TYPE:
-        remote = "; code that comes with a model (auto_map) is never run" * ("auto_map" in values)
+    values = text_part(values)
+    if values.get("model_type") not in _BY_MODEL_TYPE:
         raise ValueError(
-            f"config.json: model_type={model_type!r} is not supported; known families: "
-            + ", ".join(_BY_MODEL_TYPE)
-            + remote
+            f"config.json: model_type={model_type!r} is not supported{_why(values, model_type)}; "
+            f"known families: {', '.join(_BY_MODEL_TYPE)}; text parts of: {', '.join(WHOLES)}"
         )
-    return _BY_MODEL_TYPE[model_type].config_from_hf(values)
+    return _BY_MODEL_TYPE[values["model_type"]].config_from_hf(values)
+
+
+# Some of the types that people have; others are named by their model_type alone.
+_ENCODERS = frozenset(
+    "albert bert camembert deberta deberta-v2 distilbert electra esm eurobert ernie longformer "
+    "modernbert mpnet nomic_bert roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl".split()
+)
+_ENCODER_DECODERS = frozenset(
+    "bart blenderbot encoder-decoder led longt5 m2m_100 marian mbart mt5 pegasus t5 t5gemma "
+    "umt5 whisper".split()
+)
+
+
+def _why(values: Mapping[str, Any], model_type: Any) -> str:
+    """What kind of model it is, for the message."""
+    if model_type in _ENCODERS:
+        return " (an encoder: it reads in both directions and does not continue a text)"
+    if model_type in _ENCODER_DECODERS or values.get("is_encoder_decoder"):
+        return " (an encoder with a decoder; only decoder-only models are)"
+    if values.get("model_type") != model_type:
+        return f" (its text part is of type {values.get('model_type')!r})"
+    if "text_config" in values:
+        return (
+            " (a model of several kinds of input, whose text part is not known to be one of ours)"
+        )
+    if "auto_map" in values:
+        return " (code that comes with a model, auto_map, is never run)"
+    return ""

@@ -1,4 +1,4 @@
-"""Falcon: attention and MLP in parallel; in 7B behind one layer norm and with one key-value head,
+"""Falcon: attention and MLP in parallel; in 7B after one layer norm and with one key-value head,
 in 40B, 180B and 11B (``new_decoder_architecture``) with several of both. ALiBi (Falcon-RW) is
 refused.
 

@@ -1,9 +1,6 @@
 """Gemma 3, its text part: Gemma 2 with a norm of each head's query and key in place of the soft
 caps, five layers with a window to one without, and a separate rotation for each kind.
 
-Of a multimodal folder only the text part is read: the keys of ``text_config``, and the tensors of
-the language model. A model is saved as a text model.
-
 Source: transformers' ``modeling_gemma3.py`` and ``configuration_gemma3.py``; arXiv:2503.19786.
 """
 
@@ -13,20 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from conlens_jax.models.families import common, gemma2
-from conlens_jax.models.hf_config import HFConfigReader, parse_token_ids
+from conlens_jax.models.hf_config import HFConfigReader
 from conlens_jax.models.hf_rope import read_ropes, ropes_to_hf
 from conlens_jax.models.param_table import ParamRow
 from conlens_jax.models.transformer_config import TransformerConfig
 
 MODEL_TYPE = "gemma3_text"
-MODEL_TYPES = ("gemma3_text", "gemma3")
-# Names of the language model in a multimodal folder, as on the hub and as v5 has them in memory.
-RENAMES = (
-    (r"^language_model\.model\.", "model."),
-    (r"^language_model\.lm_head\.", "lm_head."),
-    (r"^model\.language_model\.", "model."),
-)
-IGNORED = (r"(model\.)?vision_tower\..*", r"(model\.)?multi_modal_projector\..*")
 _IGNORED_KEYS = common.IGNORED_KEYS | {"hidden_act", "_sliding_window_pattern"}
 # transformers has a key for a soft cap of the scores but does not use it.
 _NEUTRAL = {"use_bidirectional_attention": (None, False), "attn_logit_softcapping": None}
@@ -34,8 +23,6 @@ _NEUTRAL = {"use_bidirectional_attention": (None, False), "attn_logit_softcappin
 
 def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
     """Reads config.json; raises ValueError as every family does."""
-    if values["model_type"] == "gemma3":
-        values = _text_part(values)
     read = HFConfigReader(values, "Gemma3TextConfig")
     sizes = common.read_sizes(
         read,
@@ -67,19 +54,6 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
     )
     read.finish(ignored=_IGNORED_KEYS, neutral=_NEUTRAL)
     return config
-
-
-def _text_part(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of ``text_config``, and those that a multimodal config.json has outside it."""
-    outside = ("bos_token_id", "eos_token_id", "tie_word_embeddings", "quantization_config")
-    found = {key: values[key] for key in outside if values.get(key) is not None}
-    text = dict(values.get("text_config") or {})
-    ends = [
-        token
-        for part in (found, text)
-        for token in parse_token_ids(part.get("eos_token_id"), "eos_token_id")
-    ]
-    return found | text | ({"eos_token_id": ends} if ends else {}) | {"model_type": MODEL_TYPE}
 
 
 def config_to_hf(config: TransformerConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""GPT-J: attention and MLP in parallel behind one layer norm, a part of each head rotated,
+"""GPT-J: attention and MLP in parallel after one layer norm, a part of each head rotated,
 neighbour with neighbour, a bias at the output head.
 
 Source: transformers' ``modeling_gptj.py`` and ``configuration_gptj.py``.

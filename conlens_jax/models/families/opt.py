@@ -1,6 +1,6 @@
 """OPT, and Galactica: learned positions from row 2 of their table on, layer norms, a plain MLP.
 
-OPT-350M is another network (norms behind the residual stream, narrower embeddings): refused.
+OPT-350M is another network (norms after the residual addition, narrower embeddings): refused.
 
 Source: transformers' ``modeling_opt.py`` and ``configuration_opt.py``; arXiv:2205.01068.
 """

@@ -1,4 +1,4 @@
-"""Phi 1, 1.5 and 2: attention and MLP in parallel behind one layer norm, a part of each head
+"""Phi 1, 1.5 and 2: attention and MLP in parallel after one layer norm, a part of each head
 rotated, biases everywhere, at the output head too.
 
 Source: transformers' ``modeling_phi.py`` and ``configuration_phi.py``.

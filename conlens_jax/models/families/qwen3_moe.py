@@ -67,12 +67,19 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
 
 
 def param_table(config: TransformerConfig) -> list[ParamRow]:
-    expert, bias = LAYER + "mlp.experts.{expert}.", config.attention_bias
+    bias = config.attention_bias
     return [
         *common.end_rows(config),
         *common.pre_norm_rows(),
         *common.attention_rows(qkv_bias=bias, out_bias=bias),
         *common.qk_norm_rows("X", "X"),
+        *expert_rows(),
+    ]
+
+
+def expert_rows() -> list[ParamRow]:
+    expert = LAYER + "mlp.experts.{expert}."
+    return [
         layer_row("router", "DE", LAYER + "mlp.gate.weight"),
         layer_row("gate", "EDF", expert + "gate_proj.weight"),
         layer_row("up", "EDF", expert + "up_proj.weight"),

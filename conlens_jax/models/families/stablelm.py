@@ -1,5 +1,5 @@
 """StableLM (3B, 2 1.6B, 2 12B, Zephyr): Llama with layer norms and a part of each head rotated; the
-12B with attention and MLP in parallel behind one norm, and a norm for each head's query and key.
+12B with attention and MLP in parallel after one norm, and a norm for each head's query and key.
 
 Source: transformers' ``modeling_stablelm.py`` and ``configuration_stablelm.py``; arXiv:2402.17834.
 """

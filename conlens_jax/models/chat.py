@@ -29,7 +29,11 @@ def render_chat(messages: Sequence[Mapping], folder: Path, *, answer: bool = Fal
         message names its file, the line and the reason.
     """
     settings = {name: _json(folder / name) for name in (CONFIG_FILE, SPECIAL_FILE)}
-    name, template = _chat_template(folder, settings[CONFIG_FILE])
+    name, template = chat_template(folder)
+    if template is None:
+        raise ValueError(
+            f"the model in {folder} has no chat template; give plain text instead of messages"
+        )
     # Imported here: transformers takes half a second to import. It needs no torch for this.
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -53,20 +57,21 @@ def render_chat(messages: Sequence[Mapping], folder: Path, *, answer: bool = Fal
     return text
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
-    """The name of the template's file, and the template."""
+def chat_template(folder: Path) -> tuple[str, str | None]:
+    """The name of the template's file, and the template; None if the model has none.
+
+    Raises:
+      ValueError: a file is not JSON, or has several templates and none named default.
+    """
     for name in _TEMPLATE_FILES:
         file = folder / name
         if name.endswith(".jinja"):
             template = file.read_text(encoding="utf-8") if file.is_file() else None
         else:
-            values = config if name == CONFIG_FILE else _json(file)
-            template = _default(values.get("chat_template"), file)
+            template = _default(_json(file).get("chat_template"), file)
         if template is not None:
             return name, template
-    raise ValueError(
-        f"the model in {folder} has no chat template; give plain text instead of messages"
-    )
+    return "", None
 
 
 def _default(template: Any, file: Path) -> str | None:
