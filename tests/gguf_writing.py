@@ -22,7 +22,7 @@ ARCHITECTURES = {
     "gpt_neox": "gptneox",
     "gpt_oss": "gpt-oss",
     **{name: name for name in ("gemma", "olmo", "smollm3", "granite", "starcoder2", "stablelm")},
-    **{name: name for name in ("nemotron", "falcon", "glm4")},
+    **{name: name for name in ("nemotron", "falcon", "glm4", "olmoe")},
     "olmo3": "olmo2",
     "ministral3": "mistral3",
     "phi": "phi2",
@@ -199,7 +199,7 @@ def _values(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
             values[name] = config[key]
     if family in ("gpt_neox", "stablelm"):
         values["use_parallel_residual"] = get("use_parallel_residual")
-    if family in ("mixtral", "qwen3_moe", "gpt_oss"):
+    if family in ("mixtral", "qwen3_moe", "gpt_oss", "olmoe"):
         values["expert_count"] = get("num_local_experts", "num_experts")
         values["expert_used_count"] = get("num_experts_per_tok")
     if family in ("qwen3_moe", "gpt_oss"):

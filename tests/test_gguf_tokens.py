@@ -97,6 +97,22 @@ def test_byte_level(pre, byte_tokens, tmp_path):
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
 
 
+def test_words_that_need_no_merges(byte_tokens, tmp_path):
+    """Llama 3's tokenizer takes a word of the vocabulary as it is."""
+    more = {"tokens": [*byte_tokens["tokens"], "zqx"]}
+    more["token_type"] = [*byte_tokens["token_type"], NORMAL]
+    for pre, n_tokens in (("llama-bpe", 1), ("gpt-2", 3)):
+        ours, _ = both(tmp_path, "llama", byte_tokens | more | {"pre": pre})
+        assert len(ours.encode("zqx")) == n_tokens
+
+
+def test_falcons_words(byte_tokens, tmp_path):
+    """Digits by three, runs of signs: transformers' reading has neither."""
+    ours, _ = both(tmp_path, "falcon", byte_tokens | {"pre": "falcon"})
+    pieces = ["the", " fox", "!?", " ", "123", "456", "7", "..."]
+    assert ours.encode("".join(pieces)) == [id for piece in pieces for id in ours.encode(piece)]
+
+
 @pytest.mark.parametrize(("architecture", "prefix"), [("phi3", True), ("gemma2", False)])
 def test_sentencepiece(architecture, prefix, tmp_path):
     """Phi-3's are Llama 2's; Gemma's have runs of spaces, written as spaces."""

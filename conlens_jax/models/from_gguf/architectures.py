@@ -234,6 +234,13 @@ def _qwen3_moe(keys: Keys) -> Values:
     }
 
 
+def _olmoe(keys: Keys) -> Values:
+    return _biased(keys) | {
+        "num_experts": keys.need("expert_count"),
+        "num_experts_per_tok": keys.need("expert_used_count"),
+    }
+
+
 def _gemma(keys: Keys, layers_of_27b: int) -> Values:
     """What Gemma 2 and 3 share. The scale of the scores is not in the file: as in llama.cpp, that
     of the largest model, which is known by its number of layers, is an exception."""
@@ -435,6 +442,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmo2": Architecture("olmo2", _biased),
     # Files of this kind have the architecture olmo2.
     "olmo3": Architecture("olmo3", _olmo3),
+    "olmoe": Architecture("olmoe", _olmoe),
     "gemma": Architecture("gemma", _shared),
     "olmo": Architecture("olmo", _olmo, permuted=True),
     "smollm3": Architecture("smollm3", _smollm3, permuted=True),

@@ -58,20 +58,27 @@ class _Words(NamedTuple):
 
     Attributes:
       pattern: of a word; empty: GPT-2's.
-      digits: each is a word of its own.
+      before, after: further cuts.
       whole: a word that is in the vocabulary is one token, without merges.
       bos: whether a text begins with the bos token if the file does not say so.
       nfc: composed characters.
     """
 
     pattern: str = ""
-    digits: bool = False
+    before: tuple[Any, ...] = ()
+    after: tuple[Any, ...] = ()
     whole: bool = False
     bos: bool = False
     nfc: bool = False
 
 
-_GPT2_WORDS, _DIGIT_WORDS = _Words(), _Words(digits=True)
+_GPT2_WORDS = _Words()
+_DIGIT_WORDS = _Words(before=(pre_tokenizers.Digits(individual_digits=True),))
+_THREE_DIGITS = pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated")
+_FALCON_WORDS = _Words(
+    before=(pre_tokenizers.Punctuation("contiguous"),),
+    after=(pre_tokenizers.Digits(individual_digits=False), _THREE_DIGITS),
+)
 _LLAMA3_WORDS = _Words(_LLAMA3, whole=True, bos=True)
 _CL100K_WORDS, _QWEN2_WORDS = _Words(_LLAMA3), _Words(_QWEN2, nfc=True)
 _O200K_WORDS = _Words(_cased(f"{_CONTRACTIONS}?", r"\p{N}{1,3}"))
@@ -84,6 +91,7 @@ _WORDS = {
     **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"), _CL100K_WORDS),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2_WORDS),
     "stablelm2": _Words(_QWEN2),
+    "falcon": _FALCON_WORDS,
     "qwen35": _Words(_QWEN35, nfc=True),
     "tekken": _Words(_cased("", r"\p{N}"), whole=True, bos=True),
     **dict.fromkeys(("gpt-4o", "llama4", "o200k"), _O200K_WORDS),
@@ -176,11 +184,10 @@ def _byte_level(file: GGUFFile, found: _Vocabulary) -> tuple[tokenizers.Tokenize
     backend = tokenizers.Tokenizer(models.BPE(found.ids(), pairs, ignore_merges=words.whole))
     if words.nfc:
         backend.normalizer = normalizers.NFC()
-    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if words.digits else []
-    if words.pattern:
-        steps.append(pre_tokenizers.Split(Regex(words.pattern), "isolated"))
+    split = [pre_tokenizers.Split(Regex(words.pattern), "isolated")] if words.pattern else []
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not words.pattern)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, level])
+    steps = [*words.before, *split, level, *words.after]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
     _add_tokens(backend, found)
     return backend, words.bos
