@@ -136,7 +136,8 @@ def _read_prompts(
     scanned = dataclasses.replace(config, unroll=config.unroll or 1)
 
     def read(tokens: Array, positions: Array, **cache) -> tuple[Array, KVCache]:
-        x = add_position_embeddings(params, embed_tokens(params, tokens, config), positions)
+        x = embed_tokens(params, tokens, config)
+        x = add_position_embeddings(params, x, positions, config)
         return run_layers(params["layers"], x, positions, config=scanned, **cache)
 
     if shared:
@@ -181,7 +182,7 @@ def _write_rest(
         token_B = jax.lax.dynamic_index_in_dim(written_BT, step - 1, axis=1, keepdims=False)
         positions_B1 = (n_valid_B + step - 1)[:, None]
         x_B1D = add_position_embeddings(
-            params, embed_tokens(params, token_B[:, None], config), positions_B1
+            params, embed_tokens(params, token_B[:, None], config), positions_B1, config
         )
         x_B1D, cache = _run(
             params["layers"], x_B1D, positions_B1, cache, first_slot + step - 1, config
@@ -219,7 +220,7 @@ def _run(
     for number, weights in enumerate(layers):
         index = jax.tree.map(lambda array, number=number: array[number], index_N)
         here, products = mask_and_rope.of(index), Products(weights)
-        query, key, value = attention_inputs(x_B1D, products, here.rotation, config)
+        query, key, value = attention_inputs(x_B1D, products, here, config)
         # Written before they are read: otherwise XLA keeps the old cache too, and copies it.
         keys.append(write_slots(cache.keys[number], jnp.swapaxes(key, -1, -2), slot, axis=3))
         values.append(write_slots(cache.values[number], value, slot, axis=2))
