@@ -59,7 +59,7 @@ def model(folder, mesh):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(model_documents, "_PRODUCT_WIDTH", 64)
+    monkeypatch.setattr(model_documents, "_PRODUCT_WIDTH", {"cpu": 64})
 
 
 @pytest.fixture
