@@ -90,6 +90,8 @@ def ensure_documents(
         console.line("corpus", found=folder)
         return folder
     broadcast_from_first(lambda: _make_folder(folder, recipe))
+    if config.writes == "answers" and not recipe["chat_template"]:
+        console.line("corpus", note="without a chat template, prompts are continued as plain text")
     _write_batches(_Batches(config, model, mesh, prompts), missing, len(numbers), folder, console)
     barrier("documents")
     console.line("corpus", documents=config.n_documents, saved=folder)
