@@ -8,8 +8,9 @@ Times ``TextWriter`` (what ``corpus.kind="model"`` uses) and, for comparison wit
 seconds of this process, which other processes change less than seconds. *Share*: 2 FLOPs for each
 weight that a token uses, as a share of the rate of a product of matrices [2048, 2048].
 
-Measured with SmolLM2-135M, fp32, on 2 CPU cores that 16 other processes used too, 64 texts of 64
-tokens, temperature 0.8, top_p 0.95, per CPU second: RESULTS
+Measured with SmolLM2-135M, fp32, batch 64, temperature 0.8, top_p 0.95, on 2 CPU cores that other
+processes used too: ``TextWriter`` (64 tokens) 240 tokens per CPU second, 74 % of the products' rate
+(by seconds 69 %); ``generate`` (16 tokens) 56, 16 % (by seconds 9 %).
 """
 
 from __future__ import annotations

@@ -49,6 +49,7 @@ TINY: dict[str, Any] = {
     "embedded.seq_len": 64,
     "embedded.learning_rate": 1e-2,
     "corpus.n_documents": 400,
+    "corpus.max_tokens": 16,
     "corpus.validation_fraction": 0.2,
     "dump.seq_len": 40,
     "dump.n_samples": 192,

@@ -59,7 +59,7 @@ def model(folder, mesh):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(model_documents, "_PRODUCT_WIDTH", 64)
+    monkeypatch.setattr(model_documents, "_PRODUCT_WIDTH", {"cpu": 64})
 
 
 @pytest.fixture
@@ -202,6 +202,7 @@ def test_an_interrupted_corpus_is_the_same(config, model, mesh, tmp_path, monkey
     assert ensure_documents(config, model, mesh, console) == folder
     assert written(folder) == written(whole) and not list(folder.glob("*.tmp"))
     assert (folder / "batch-000000.jsonl").stat().st_mtime_ns == first
+    assert "prompts are continued as plain text" in printed.getvalue()
     assert "done=40/40" in printed.getvalue() and "gflops_of_matrix_products=" in printed.getvalue()
 
 

