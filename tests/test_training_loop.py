@@ -248,7 +248,7 @@ def test_a_lens_that_does_not_see_its_activation_is_called_so(world):
     session = world.session
     (train, validation), reference = session.caches, session.reference
     run = loop.Run(session, world.run, train, validation, reference, session.measurer(), None)
-    projection = jax.tree.map(np.zeros_like, trainable["decoder"]["projection"])
+    projection = jax.tree.map(jax.numpy.zeros_like, trainable["decoder"]["projection"])
     blind = {**trainable, "decoder": {**trainable["decoder"], "projection": projection}}
     assert "does not depend on the activation" in validate(run, blind, frozen).warning
 

@@ -150,7 +150,9 @@ def local_rows(sharding: Sharding, n_rows: int) -> np.ndarray:
 
 def on_devices(local: np.ndarray, sharding: Sharding, n_rows: int) -> jax.Array:
     """A global array of ``n_rows`` from each process's :func:`local_rows` of it."""
-    return jax.make_array_from_process_local_data(sharding, local, (n_rows, *local.shape[1:]))
+    # An explicit copy, which JAX counts as an implicit one where there are several processes.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_process_local_data(sharding, local, (n_rows, *local.shape[1:]))
 
 
 def to_host(tree: PyTree) -> PyTree:
