@@ -27,8 +27,8 @@ LOSS = LossConfig(
 )
 TAU = 0.5
 # One family a kind of network, with its head tied as in the published models: learned positions
-# (from row 2 on) and layer norms; a parallel residual behind one norm, a bias at the head; soft
-# caps; two rotations and windows; norms behind; experts and sinks.
+# (from row 2 on) and layer norms; a parallel residual after one norm, a bias at the head; soft
+# caps; two rotations and windows; norms at the outputs; experts and sinks.
 KINDS = {
     "opt": True,
     "phi": False,

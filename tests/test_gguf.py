@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from family_cases import _LONGROPE, _YARN, CASES, _rope
@@ -238,7 +240,7 @@ def test_another_content_is_another_folder(parts, path, cache):
 
 def test_a_conversion_that_is_cut_off_leaves_nothing(path, cache, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "values", lambda *_: 1 / 0)
+        patch.setattr(conversion, "read_tensor", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             resolve_folder(str(path))
     assert not list(cache.iterdir())
@@ -248,6 +250,23 @@ def test_a_conversion_that_is_cut_off_leaves_nothing(path, cache, monkeypatch):
         os.utime(cache / f"{name}.1.partial", (time.time() - age,) * 2)
     found = resolve_folder(str(path))
     assert {folder.name for folder in cache.iterdir()} == {found.name, "new.1.partial"}
+
+
+def test_room_for_the_folder_is_there_before_it_is_written(path, cache, monkeypatch):
+    usage = shutil.disk_usage(path.parent)._replace(free=1000)
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match=r"takes 0\.0 GB in .* 0\.0 GB free; .* CONLENS_CACHE"):
+        resolve_folder(str(path))
+    assert not list(cache.iterdir())
+
+
+def test_several_weight_files_are_one_model(path, cache, monkeypatch):
+    whole = load_model(path)
+    shutil.rmtree(cache)
+    monkeypatch.setattr(conversion, "_FILE_BYTES", 4096)
+    parted = load_model(path)
+    assert len(list(parted.folder.glob("*.safetensors"))) > 3
+    jax.tree.map(np.testing.assert_array_equal, parted.params, whole.params)
 
 
 def test_another_process_may_be_faster(path, cache, monkeypatch):

@@ -228,18 +228,14 @@ class _Batches:
         tokens = self.encode(prompt)
         if not tokens:
             raise ConfigError(
-                [
-                    "corpus.prompts must be given: the model's tokenizer has no bos token to begin "
-                    "a text with"
-                ]
+                "corpus.prompts must be given: the model's tokenizer has no bos token to begin a "
+                "text with"
             )
         if len(tokens) + config.max_tokens > model.config.max_positions:
             raise ConfigError(
-                [
-                    f"corpus.max_tokens={config.max_tokens} and the {len(tokens)} tokens of the "
-                    f"prompt {prompt[:60]!r} are more than the {model.config.max_positions} "
-                    f"positions of {model.model_id}: lower it, or shorten the prompt"
-                ]
+                f"corpus.max_tokens={config.max_tokens} and the {len(tokens)} tokens of the prompt "
+                f"{prompt[:60]!r} are more than the {model.config.max_positions} positions of "
+                f"{model.model_id}: lower it, or shorten the prompt"
             )
         return tokens
 

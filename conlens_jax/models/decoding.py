@@ -132,7 +132,7 @@ def _read_prompts(
     batch, shared = len(tokens_BS), len(prefix_P)
     positions_BS = positions_of(mask_BS)
     positions_BS = jnp.where(mask_BS, shared + positions_BS, NO_POSITION)
-    # A scan compiles faster, and costs nothing for so many tokens.
+    # A scan compiles faster, and with so many tokens it is as fast.
     scanned = dataclasses.replace(config, unroll=config.unroll or 1)
 
     def read(tokens: Array, positions: Array, **cache) -> tuple[Array, KVCache]:

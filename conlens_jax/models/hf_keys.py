@@ -64,7 +64,7 @@ def read_by_transformers(model_type: str, keys: Iterable[str]) -> set[str]:
     """Those of some keys that the installed transformers takes from a config.json of this type.
 
     The source is searched as text: for a field, argument or attribute of the configuration, and
-    for a name in quotes or behind ``config.`` in the model. Importing the classes costs seconds,
+    for a name in quotes or after ``config.`` in the model. Importing the classes costs seconds,
     most of them for torch. A mention too many only means that a key is looked at more closely.
 
     Raises:

@@ -38,12 +38,20 @@ def save_model(
     """
     _check_plain(config, params)
     folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder, _tensors(config, params), max_file_bytes=max_file_bytes)
+    _write_json(folder / "config.json", family_of(config).config_to_hf(config))
+
+
+def save_tensors(
+    folder: Path, tensors: Iterable[tuple[str, np.ndarray]], *, max_file_bytes: int
+) -> None:
+    """Writes the weight files of a folder; only the tensors of one file are on the host."""
     for leftover in folder.glob("*" + _UNFINISHED):
         leftover.unlink()
     sizes: list[dict[str, int]] = []
-    for part, tensors in enumerate(_parts(_tensors(config, params), max_file_bytes)):
-        save_file(tensors, _unfinished(folder, part), metadata={"format": "pt"})
-        sizes.append({name: tensor.nbytes for name, tensor in tensors.items()})
+    for number, part in enumerate(_parts(tensors, max_file_bytes)):
+        save_file(part, _unfinished(folder, number), metadata={"format": "pt"})
+        sizes.append({name: tensor.nbytes for name, tensor in part.items()})
     for old in [folder / INDEX_FILE, folder / WHOLE_FILE, *folder.glob("model-*-of-*.safetensors")]:
         old.unlink(missing_ok=True)
     names = [_PART.format(part=part + 1, parts=len(sizes)) for part in range(len(sizes))]
@@ -58,7 +66,6 @@ def save_model(
         }
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / INDEX_FILE, index)
-    _write_json(folder / "config.json", family_of(config).config_to_hf(config))
 
 
 def _check_plain(config: TransformerConfig, params: Params) -> None:

@@ -28,7 +28,7 @@ _OTHER_FORMATS = ("*.onnx", "*.h5", "*.msgpack", "*.npz")
 _ORIGINAL = "consolidated"
 # The longest header that the format's own reader accepts.
 _MAX_HEADER_BYTES = 100_000_000
-_LFS_POINTER = b"version https://git-lfs"
+LFS_POINTER = b"version https://git-lfs"
 _NAMES_SHOWN = 10
 
 
@@ -178,7 +178,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         start = stream.read(8)
         length = int.from_bytes(start, "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            if (start + stream.read(32)).startswith(_LFS_POINTER):
+            if (start + stream.read(32)).startswith(LFS_POINTER):
                 raise ValueError(
                     f"{file} is a Git LFS pointer, not the weights: run git lfs pull in its folder"
                 )

@@ -106,7 +106,9 @@ def _group(title: str, note: str, specs: Sequence[Sequence[str]], data: PageData
 
 def _difference_groups(data: PageData) -> list[MetricGroup]:
     """The differences are in the column of the main system."""
-    explanations = {name: said for table in TABLES["table"] for name, said, _ in table["rows"]}
+    explanations = {
+        name: explanation for table in TABLES["table"] for name, explanation, _ in table["rows"]
+    }
     return [
         MetricGroup(
             title,

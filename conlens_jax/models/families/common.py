@@ -30,17 +30,12 @@ def read_sizes(
     max_positions: int,
     head_dim: int | None = None,
     norm_eps: float = 1e-6,
-    norm_key: str = "rms_norm_eps",
     initializer_range: float = 0.02,
     tied: bool = False,
     bos: int | None = None,
     eos: int | None = None,
 ) -> dict[str, Any]:
-    """The fields read from Llama's keys, with the defaults of a family.
-
-    Args:
-      norm_key: the family's name of the norms' ε; empty if it has none.
-    """
+    """The fields read from Llama's keys, with the defaults of a family."""
     d_model, n_heads = read("hidden_size", d_model), read("num_attention_heads", n_heads)
     return {
         "vocab_size": read("vocab_size", vocab_size),
@@ -51,7 +46,7 @@ def read_sizes(
         "head_dim": read("head_dim", head_dim) or d_model // n_heads,
         "d_mlp": read("intermediate_size", d_mlp) or 4 * d_model,
         "max_positions": read("max_position_embeddings", max_positions),
-        "norm_eps": read(norm_key, norm_eps) if norm_key else norm_eps,
+        "norm_eps": read("rms_norm_eps", norm_eps),
         "tied_embeddings": read("tie_word_embeddings", tied),
         "initializer_range": read("initializer_range", initializer_range),
         "bos_token_id": read.token_id("bos_token_id", bos),
@@ -63,7 +58,6 @@ def sizes_to_hf(
     config: TransformerConfig,
     model_type: str,
     architecture: str,
-    norm_key: str = "rms_norm_eps",
     names: Mapping[str, str | None] | None = None,
 ) -> dict[str, Any]:
     """The inverse of :func:`read_sizes`, with activation and rotation; ``names`` as in
@@ -79,7 +73,7 @@ def sizes_to_hf(
         "head_dim": config.head_dim,
         "intermediate_size": config.d_mlp,
         "max_position_embeddings": config.max_positions,
-        **({norm_key: config.norm_eps} if norm_key else {}),
+        "rms_norm_eps": config.norm_eps,
         "hidden_act": activation_to_hf(config.activation),
         "tie_word_embeddings": config.tied_embeddings,
         "initializer_range": config.initializer_range,
@@ -119,32 +113,28 @@ def layer_norm_rows(name: str, hf_name: str, dims: str = "D", init: str = "ones"
     return [weight, bias_row(name + "_bias", dims, hf_name + ".bias")]
 
 
-def end_rows(config: TransformerConfig) -> list[ParamRow]:
-    """Embedding, final norm, output head."""
-    rows = [ParamRow(("embedding",), "VD", "model.embed_tokens.weight", "same")]
+def end_rows(
+    config: TransformerConfig,
+    embedding: str = "model.embed_tokens",
+    final_norm: str = "model.norm",
+    *,
+    head_bias: bool = False,
+) -> list[ParamRow]:
+    """Embedding, final norm, output head; whole names without the last part."""
+    rows = [ParamRow(("embedding",), "VD", embedding + ".weight", "same")]
     if config.norm_weights:
         init = "zeros" if config.norm_offset else "ones"
-        rows.append(ParamRow(("final_norm",), "D", "model.norm.weight", "same", init))
+        rows.append(ParamRow(("final_norm",), "D", final_norm + ".weight", "same", init))
+        if config.norm == "layer":
+            bias = ParamRow(("final_norm_bias",), "D", final_norm + ".bias", "same", "zeros")
+            rows.append(bias)
+    if head_bias:
+        rows.append(ParamRow(("output_head_bias",), "V", "lm_head.bias", "same", "zeros"))
     return rows if config.tied_embeddings else [*rows, head_row()]
 
 
 def head_row(hf_name: str = "lm_head.weight") -> ParamRow:
     return ParamRow(("output_head",), "DV", hf_name)
-
-
-def layer_normed_end_rows(
-    config: TransformerConfig, embedding: str, final_norm: str, *, head_bias: bool = False
-) -> list[ParamRow]:
-    """Embedding, final layer norm, output head; whole names without the last part."""
-    norm_init = "zeros" if config.norm_offset else "ones"
-    rows = [
-        ParamRow(("embedding",), "VD", embedding + ".weight", "same"),
-        ParamRow(("final_norm",), "D", final_norm + ".weight", "same", norm_init),
-        ParamRow(("final_norm_bias",), "D", final_norm + ".bias", "same", "zeros"),
-    ]
-    if head_bias:
-        rows.append(ParamRow(("output_head_bias",), "V", "lm_head.bias", "same", "zeros"))
-    return rows if config.tied_embeddings else [*rows, head_row()]
 
 
 def pre_norm_rows(init: str = "ones") -> list[ParamRow]:

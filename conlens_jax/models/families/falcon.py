@@ -19,8 +19,8 @@ from conlens_jax.models.transformer_config import TransformerConfig
 
 MODEL_TYPE = "falcon"
 _LAYER = "transformer.h.{layer}."
-_NORM_KEY = "layer_norm_epsilon"
 _NAMES = {
+    "rms_norm_eps": "layer_norm_epsilon",
     "num_key_value_heads": None,
     "head_dim": None,
     "intermediate_size": "ffn_hidden_size",
@@ -47,7 +47,6 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
         n_kv_heads=None,
         max_positions=2048,
         norm_eps=1e-5,
-        norm_key=_NORM_KEY,
         tied=True,
         bos=11,
         eos=11,
@@ -81,7 +80,7 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
 
 
 def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
-    values = common.sizes_to_hf(config, MODEL_TYPE, "FalconForCausalLM", _NORM_KEY, _NAMES)
+    values = common.sizes_to_hf(config, MODEL_TYPE, "FalconForCausalLM", _NAMES)
     two_norms = config.parallel_residual and not config.shared_norm
     return values | {
         "new_decoder_architecture": two_norms or 1 < config.n_kv_heads < config.n_heads,
@@ -99,7 +98,7 @@ def param_table(config: TransformerConfig) -> list[ParamRow]:
     if config.parallel_residual and not config.shared_norm:
         norms = "ln_attn", "ln_mlp"
     rows = [
-        *common.layer_normed_end_rows(config, "transformer.word_embeddings", "transformer.ln_f"),
+        *common.end_rows(config, "transformer.word_embeddings", "transformer.ln_f"),
         *common.layer_norm_rows("attention_norm", _LAYER + norms[0]),
         layer_row("attention_out", "HXD", attention + "dense.weight", "linear", "residual"),
         *common.plain_mlp_rows(mlp + "dense_h_to_4h", mlp + "dense_4h_to_h", bias=bias),

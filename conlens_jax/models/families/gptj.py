@@ -18,8 +18,8 @@ from conlens_jax.models.transformer_config import RopeConfig, TransformerConfig
 MODEL_TYPE = "gptj"
 IGNORED = (r".*\.attn\.(masked_)?bias",)
 _LAYER = "transformer.h.{layer}."
-_NORM_KEY = "layer_norm_epsilon"
 _NAMES = {
+    "rms_norm_eps": "layer_norm_epsilon",
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
@@ -51,7 +51,6 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
         n_kv_heads=None,
         max_positions=2048,
         norm_eps=1e-5,
-        norm_key=_NORM_KEY,
         bos=50_256,
         eos=50_256,
     )
@@ -79,16 +78,14 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
 
 
 def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
-    values = common.sizes_to_hf(config, MODEL_TYPE, "GPTJForCausalLM", _NORM_KEY, _NAMES)
+    values = common.sizes_to_hf(config, MODEL_TYPE, "GPTJForCausalLM", _NAMES)
     return values | {"rotary_dim": int(config.head_dim * config.rope.fraction)}
 
 
 def param_table(config: TransformerConfig) -> list[ParamRow]:
     mlp = _LAYER + "mlp."
     return [
-        *common.layer_normed_end_rows(
-            config, "transformer.wte", "transformer.ln_f", head_bias=True
-        ),
+        *common.end_rows(config, "transformer.wte", "transformer.ln_f", head_bias=True),
         *common.layer_norm_rows("attention_norm", _LAYER + "ln_1"),
         *common.attention_rows(within=_LAYER + "attn.", out="out_proj"),
         *common.plain_mlp_rows(mlp + "fc_in", mlp + "fc_out", bias=True),

@@ -17,12 +17,12 @@ from conlens_jax.models.param_table import ParamRow
 from conlens_jax.models.transformer_config import TransformerConfig
 
 MODEL_TYPE = "nemotron"
-_NORM_KEY = "norm_eps"
+_NAMES = {"rms_norm_eps": "norm_eps"}
 
 
 def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
     """Reads config.json; raises ValueError as every family does."""
-    read = HFConfigReader(values, "NemotronConfig")
+    read = HFConfigReader(values, "NemotronConfig", _NAMES)
     sizes = common.read_sizes(
         read,
         vocab_size=256_000,
@@ -33,7 +33,6 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
         n_kv_heads=None,
         max_positions=4096,
         norm_eps=1e-5,
-        norm_key=_NORM_KEY,
         initializer_range=0.0134,
         bos=2,
         eos=3,
@@ -55,7 +54,7 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
 
 
 def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
-    values = common.sizes_to_hf(config, MODEL_TYPE, "NemotronForCausalLM", _NORM_KEY)
+    values = common.sizes_to_hf(config, MODEL_TYPE, "NemotronForCausalLM", _NAMES)
     # 1.0, a whole head, is written too: the default is a half.
     values["rope_parameters"]["partial_rotary_factor"] = config.rope.fraction
     return values | {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
@@ -64,7 +63,7 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
 def param_table(config: TransformerConfig) -> list[ParamRow]:
     bias, mlp = config.attention_bias, LAYER + "mlp."
     return [
-        *common.layer_normed_end_rows(config, "model.embed_tokens", "model.norm"),
+        *common.end_rows(config),
         *common.layer_norm_rows("attention_norm", LAYER + "input_layernorm", init="zeros"),
         *common.layer_norm_rows("mlp_norm", LAYER + "post_attention_layernorm", init="zeros"),
         *common.attention_rows(qkv_bias=bias, out_bias=bias),

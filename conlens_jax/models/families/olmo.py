@@ -15,11 +15,12 @@ from conlens_jax.models.param_table import ParamRow
 from conlens_jax.models.transformer_config import TransformerConfig
 
 MODEL_TYPE = "olmo"
+_NAMES = {"rms_norm_eps": None}  # a constant of transformers' code
 
 
 def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
     """Reads config.json; raises ValueError as every family does."""
-    read = HFConfigReader(values, "OlmoConfig")
+    read = HFConfigReader(values, "OlmoConfig", _NAMES)
     sizes = common.read_sizes(
         read,
         vocab_size=50_304,
@@ -29,9 +30,7 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
         n_heads=32,
         n_kv_heads=None,
         max_positions=2048,
-        # A constant of transformers' code.
         norm_eps=1e-5,
-        norm_key="",
         eos=50_279,
     )
     config = TransformerConfig(
@@ -49,7 +48,7 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
 
 
 def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
-    return common.sizes_to_hf(config, MODEL_TYPE, "OlmoForCausalLM", norm_key="") | {
+    return common.sizes_to_hf(config, MODEL_TYPE, "OlmoForCausalLM", _NAMES) | {
         "attention_bias": config.attention_bias,
         "clip_qkv": config.qkv_clip or None,
     }

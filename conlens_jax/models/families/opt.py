@@ -19,6 +19,8 @@ MODEL_TYPE = "opt"
 _DECODER = "model.decoder."
 _LAYER = _DECODER + "layers.{layer}."
 _NAMES = {
+    # ε is a constant of transformers' code.
+    "rms_norm_eps": None,
     "num_key_value_heads": None,
     "head_dim": None,
     "intermediate_size": "ffn_dim",
@@ -43,9 +45,7 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
         n_heads=12,
         n_kv_heads=None,
         max_positions=2048,
-        # A constant of transformers' code.
         norm_eps=1e-5,
-        norm_key="",
         tied=True,
         bos=2,
         eos=2,
@@ -76,7 +76,7 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
 
 
 def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
-    values = common.sizes_to_hf(config, MODEL_TYPE, "OPTForCausalLM", "", _NAMES)
+    values = common.sizes_to_hf(config, MODEL_TYPE, "OPTForCausalLM", _NAMES)
     return values | {
         "word_embed_proj_dim": config.d_model,
         "enable_bias": config.attention_bias,
@@ -87,9 +87,7 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
 def param_table(config: TransformerConfig) -> list[ParamRow]:
     bias = config.attention_bias
     rows = [
-        *common.layer_normed_end_rows(
-            config, _DECODER + "embed_tokens", _DECODER + "final_layer_norm"
-        ),
+        *common.end_rows(config, _DECODER + "embed_tokens", _DECODER + "final_layer_norm"),
         ParamRow(("position_embedding",), "PD", _DECODER + "embed_positions.weight", "same"),
         *common.layer_norm_rows("attention_norm", _LAYER + "self_attn_layer_norm"),
         *common.layer_norm_rows("mlp_norm", _LAYER + "final_layer_norm"),

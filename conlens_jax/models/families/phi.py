@@ -17,13 +17,13 @@ from conlens_jax.models.param_table import ParamRow
 from conlens_jax.models.transformer_config import TransformerConfig
 
 MODEL_TYPE = "phi"
-_NORM_KEY = "layer_norm_eps"
+_NAMES = {"rms_norm_eps": "layer_norm_eps"}
 _IGNORED_KEYS = common.IGNORED_KEYS | {"resid_pdrop", "embd_pdrop"}
 
 
 def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
     """Reads config.json; raises ValueError as every family does."""
-    read = HFConfigReader(values, "PhiConfig")
+    read = HFConfigReader(values, "PhiConfig", _NAMES)
     sizes = common.read_sizes(
         read,
         vocab_size=51_200,
@@ -34,7 +34,6 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
         n_kv_heads=None,
         max_positions=2048,
         norm_eps=1e-5,
-        norm_key=_NORM_KEY,
         bos=1,
         eos=2,
     )
@@ -57,7 +56,7 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
 
 
 def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
-    values = common.sizes_to_hf(config, MODEL_TYPE, "PhiForCausalLM", _NORM_KEY)
+    values = common.sizes_to_hf(config, MODEL_TYPE, "PhiForCausalLM", _NAMES)
     # 1.0, a whole head, is written too: the default is a half.
     values["rope_parameters"]["partial_rotary_factor"] = config.rope.fraction
     return values | {"qk_layernorm": bool(config.qk_norm)}
@@ -66,9 +65,7 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
 def param_table(config: TransformerConfig) -> list[ParamRow]:
     attention = LAYER + "self_attn."
     rows = [
-        *common.layer_normed_end_rows(
-            config, "model.embed_tokens", "model.final_layernorm", head_bias=True
-        ),
+        *common.end_rows(config, "model.embed_tokens", "model.final_layernorm", head_bias=True),
         *common.layer_norm_rows("attention_norm", LAYER + "input_layernorm"),
         *common.attention_rows(qkv_bias=True, out_bias=True, out="dense"),
         *common.plain_mlp_rows(LAYER + "mlp.fc1", LAYER + "mlp.fc2", bias=True),

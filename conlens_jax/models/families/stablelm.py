@@ -17,12 +17,12 @@ from conlens_jax.models.param_table import ParamRow
 from conlens_jax.models.transformer_config import TransformerConfig
 
 MODEL_TYPE = "stablelm"
-_NORM_KEY = "layer_norm_eps"
+_NAMES = {"rms_norm_eps": "layer_norm_eps"}
 
 
 def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
     """Reads config.json; raises ValueError as every family does."""
-    read = HFConfigReader(values, "StableLmConfig")
+    read = HFConfigReader(values, "StableLmConfig", _NAMES)
     sizes = common.read_sizes(
         read,
         vocab_size=50_304,
@@ -33,7 +33,6 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
         n_kv_heads=32,
         max_positions=4096,
         norm_eps=1e-5,
-        norm_key=_NORM_KEY,
         bos=0,
         eos=0,
     )
@@ -55,7 +54,7 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
 
 
 def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
-    values = common.sizes_to_hf(config, MODEL_TYPE, "StableLmForCausalLM", _NORM_KEY)
+    values = common.sizes_to_hf(config, MODEL_TYPE, "StableLmForCausalLM", _NAMES)
     # 1.0, a whole head, is written too: the default is a quarter.
     values["rope_parameters"]["partial_rotary_factor"] = config.rope.fraction
     return values | {
@@ -67,7 +66,7 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
 
 def param_table(config: TransformerConfig) -> list[ParamRow]:
     rows = [
-        *common.layer_normed_end_rows(config, "model.embed_tokens", "model.norm"),
+        *common.end_rows(config),
         *common.layer_norm_rows("attention_norm", LAYER + "input_layernorm"),
         *common.attention_rows(qkv_bias=config.attention_bias),
         *common.gated_mlp_rows(),

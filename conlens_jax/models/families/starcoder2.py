@@ -17,7 +17,7 @@ from conlens_jax.models.param_table import ParamRow
 from conlens_jax.models.transformer_config import TransformerConfig
 
 MODEL_TYPE = "starcoder2"
-_NORM_KEY = "norm_epsilon"
+_NAMES = {"rms_norm_eps": "norm_epsilon"}
 _IGNORED_KEYS = common.IGNORED_KEYS | {
     *("residual_dropout", "embedding_dropout"),
     # Of the published files; transformers has one kind of each, and does not read them.
@@ -27,7 +27,7 @@ _IGNORED_KEYS = common.IGNORED_KEYS | {
 
 def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
     """Reads config.json; raises ValueError as every family does."""
-    read = HFConfigReader(values, "Starcoder2Config")
+    read = HFConfigReader(values, "Starcoder2Config", _NAMES)
     sizes = common.read_sizes(
         read,
         vocab_size=49_152,
@@ -38,7 +38,6 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
         n_kv_heads=2,
         max_positions=4096,
         norm_eps=1e-5,
-        norm_key=_NORM_KEY,
         initializer_range=0.018042,
         tied=True,
         bos=50_256,
@@ -62,7 +61,7 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
 
 
 def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
-    return common.sizes_to_hf(config, MODEL_TYPE, "Starcoder2ForCausalLM", _NORM_KEY) | {
+    return common.sizes_to_hf(config, MODEL_TYPE, "Starcoder2ForCausalLM", _NAMES) | {
         "use_bias": config.attention_bias,
         "sliding_window": max(config.windows, default=None),
     }
@@ -71,7 +70,7 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
 def param_table(config: TransformerConfig) -> list[ParamRow]:
     bias = config.attention_bias
     return [
-        *common.layer_normed_end_rows(config, "model.embed_tokens", "model.norm"),
+        *common.end_rows(config),
         *common.layer_norm_rows("attention_norm", LAYER + "input_layernorm"),
         *common.layer_norm_rows("mlp_norm", LAYER + "post_attention_layernorm"),
         *common.attention_rows(qkv_bias=bias, out_bias=bias),

@@ -9,28 +9,24 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from conlens_jax.files.paths import cache_folder
-from conlens_jax.files.whole import naming_full_disk, write_atomically
 from conlens_jax.models.families import config_from_hf
 from conlens_jax.models.from_gguf.architectures import config_values
 from conlens_jax.models.from_gguf.header import GGUFFile, read_gguf
-from conlens_jax.models.from_gguf.tensors import Target, targets, values
+from conlens_jax.models.from_gguf.tensors import read_tensor, targets
 from conlens_jax.models.from_gguf.tokenizer import tokenizer_files
+from conlens_jax.models.model_saving import save_tensors
 from conlens_jax.models.tokenizer import Tokenizer
 from conlens_jax.models.transformer_config import TransformerConfig
-from conlens_jax.models.weight_files import WHOLE_FILE
 
 _LOG = logging.getLogger(__name__)
 # Part of a folder's name: a change of it converts every file again.
 _FORMAT = 1
 _PARTIAL, _OLD_SECONDS = ".partial", 24 * 3600
-_DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# Of a weight file: so much, or one tensor, is in memory at once.
+_FILE_BYTES = 1 << 28
 
 
 def folder_of_gguf(path: Path) -> Path:
@@ -102,28 +98,14 @@ def _convert(file: GGUFFile, folder: Path) -> None:
     tensors = targets(file, architecture, config)
     for name, content in tokenizer_files(file).items():
         (folder / name).write_bytes(content)
-    header, total = _header(tensors)
-    _LOG.warning("%s: converting it to a folder of %.1f GB", file.path.name, total / 1e9)
-    chunks = (chunk for target in tensors for chunk in values(file, target, architecture, config))
-    with naming_full_disk(folder / WHOLE_FILE):
-        write_atomically(folder / WHOLE_FILE, _bytes(header, chunks))
+    needed = sum(math.prod(target.shape) * target.dtype.itemsize for target in tensors)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"{file.path}: converting it takes {needed / 1e9:.1f} GB in {folder.parent}, which has "
+            f"{free / 1e9:.1f} GB free; make room, or set CONLENS_CACHE to another folder"
+        )
+    _LOG.warning("%s: converting it to a folder of %.1f GB", file.path.name, needed / 1e9)
+    read = ((target.name, read_tensor(file, target, architecture, config)) for target in tensors)
+    save_tensors(folder, read, max_file_bytes=_FILE_BYTES)
     (folder / "config.json").write_text(json.dumps(config_json, indent=2) + "\n", "utf-8")
-
-
-def _header(tensors: list[Target]) -> tuple[bytes, int]:
-    """The header of a safetensors file, and the size of what comes after it."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for target in tensors:
-        start, end = end, end + math.prod(target.shape) * target.dtype.itemsize
-        dtype = _DTYPE_NAMES[target.dtype.name]
-        entries[target.name] = {"dtype": dtype, "shape": target.shape, "data_offsets": [start, end]}
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)  # aligns the tensors
-    return len(text).to_bytes(8, "little") + text, end
-
-
-def _bytes(header: bytes, chunks: Iterator[np.ndarray]) -> Iterator[bytes | memoryview]:
-    yield header
-    for chunk in chunks:
-        yield memoryview(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8))

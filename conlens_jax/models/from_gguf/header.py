@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from conlens_jax.models.weight_files import LFS_POINTER
+
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = "general.alignment"
-_LFS_POINTER = b"version https://git-lfs"
 _FINGERPRINT_BYTES = 4096
 # Types of metadata values, by their number in the file.
 _NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
@@ -96,7 +97,7 @@ def read_gguf(path: Path) -> GGUFFile:
         of several, or a tensor stored in a way that the installed ``gguf`` does not know.
     """
     with open(path, "rb") as stream:
-        first = stream.read(len(_LFS_POINTER))
+        first = stream.read(len(LFS_POINTER))
         if not first.startswith(MAGIC):
             raise ValueError(f"{path} {_not_gguf(first)}")
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -110,7 +111,7 @@ def read_gguf(path: Path) -> GGUFFile:
 
 
 def _not_gguf(first: bytes) -> str:
-    if first.startswith(_LFS_POINTER):
+    if first.startswith(LFS_POINTER):
         return "is a Git LFS pointer, not the model: run git lfs pull in its folder"
     return f"is not a GGUF file: it begins with {first[:4]!r}, not {MAGIC!r}"
 

@@ -14,8 +14,9 @@ import ml_dtypes
 import numpy as np
 
 from conlens_jax.models.families import family_of
-from conlens_jax.models.from_gguf.architectures import OTHER_PARTS, ROPE_TENSORS, Architecture
+from conlens_jax.models.from_gguf.architectures import Architecture
 from conlens_jax.models.from_gguf.header import GGUFFile
+from conlens_jax.models.from_gguf.metadata import OTHER_PARTS, ROPE_TENSORS
 from conlens_jax.models.param_table import ParamRow
 from conlens_jax.models.transformer_config import TransformerConfig
 
@@ -132,20 +133,18 @@ def _has_offset(row: ParamRow, config: TransformerConfig) -> bool:
     return bool(config.norm_offset) and row.path[-1].endswith("norm")
 
 
-def values(
+def read_tensor(
     file: GGUFFile, target: Target, architecture: Architecture, config: TransformerConfig
-) -> Iterator[np.ndarray]:
-    """The values of a tensor that is written, in parts of its first dimension: the embedding and
-    the head are large."""
-    first = target.parts[0]
-    if first.row.path in (("embedding",), ("output_head",)):
+) -> np.ndarray:
+    """The values of a tensor that is written."""
+    first, whole = target.parts[0], np.empty(target.shape, target.dtype)
+    if first.row.path in (("embedding",), ("output_head",)):  # large: dequantised piece by piece
         rows, columns = target.shape
         at_once = max(1, _CHUNK_BYTES // (4 * columns))
         for start in range(0, rows, at_once):
-            part = file.array(first.source, slice(start, start + at_once))
-            yield part.astype(target.dtype)
-        return
-    whole = np.empty(target.shape, target.dtype)
+            piece = slice(start, start + at_once)
+            whole[piece] = file.array(first.source, piece)
+        return whole
     for part in target.parts:
         chosen = slice(None) if part.item is None else slice(part.item, part.item + 1)
         source = file.array(part.source, chosen)
@@ -156,4 +155,4 @@ def values(
         if _has_offset(part.row, config):
             ours = ours.astype(np.float32) - np.float32(config.norm_offset)
         part.row.write(whole, ours, config)
-    yield whole
+    return whole
