@@ -386,9 +386,9 @@ def compiled_step(stage, config, state, frozen, batch):
     return step.lower(state, frozen, batch).compile()
 
 
-def warm_loss_that_can_overflow(trainable, frozen, batch, *, objective):
+def warm_loss_that_can_overflow(trainable, frozen, batch, gap_keys_B, *, objective):
     """Infinite, with finite gradients, where the first length is negative; else the warm loss."""
-    total, terms = warm_loss(trainable, frozen, batch, objective=objective)
+    total, terms = warm_loss(trainable, frozen, batch, gap_keys_B, objective=objective)
     return total + jnp.where(batch.lengths_G[0] < 0, jnp.inf, 0.0), terms
 
 

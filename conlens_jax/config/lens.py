@@ -35,7 +35,13 @@ class LensConfig:
     """The shape of the lens: decoder D and encoder E, which parts are trained, and which gradient
     comes back through D's text."""
 
-    text_len: int = 8  # T: tokens per explanation
+    text_len: int = 8  # T: tokens per explanation, at most
+    # An explanation is over after this token of the vocabulary, "<eos>" for the tokenizer's own;
+    # empty: it has T tokens.
+    end_token: str = ""
+    # This token of the vocabulary stands for something that cannot be named (warm.gap_rate); empty:
+    # none does.
+    gap_token: str = ""
     decoder_prompt: str = "Short explanation of <embed>:"  # <embed>: the slot of the activation
     # <text>: the place of the explanation; the reconstruction is read at the last position.
     encoder_prompt: str = "<text>"

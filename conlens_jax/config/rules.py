@@ -25,6 +25,7 @@ _CHOICES = {
     "corpus.encoding_errors": ("error", "replace"),
     "data.source": ("cache", "stream"),
     "dump.add_bos": ("auto", "true", "false"),
+    "target.kind": ("window", "words", "facts", "file", "model"),
     "lens.train_decoder": ("full", "frozen", "lora"),
     "lens.train_encoder": ("full", "frozen", "lora"),
     "lens.history_gradient": ("exact", "sweeps", "detached"),
@@ -55,7 +56,7 @@ _AT_LEAST_ONE = (
     *("train.validation_rows", "checkpoint.every", "checkpoint.keep_latest"),
     *("mesh.fsdp", "mesh.tensor", "distributed.timeout"),
     *(f"evaluate.{name}" for name in ("batch_size", "bootstrap", "kl_horizon")),
-    *("evaluate.audit_steps", "evaluate.best_of"),
+    *("evaluate.audit_steps", "evaluate.best_of", "target.next_words", "target.batch_size"),
 )
 _AT_LEAST_ZERO = (
     *("model.layer", "model.unroll", "corpus.n_documents", "corpus.seed", "embedded.seed"),
@@ -65,7 +66,7 @@ _AT_LEAST_ZERO = (
     *("mesh.slices", "distributed.num_processes"),
     *(f"evaluate.{name}" for name in ("rows", "n_examples", "seed", "audit_seed", "audit_shift")),
     "embedded.copy_init",
-    *("lens.input_patches", "lens.history_sweeps", "corpus.temperature"),
+    *("lens.input_patches", "lens.history_sweeps", "corpus.temperature", "target.context_words"),
 )
 
 
@@ -90,6 +91,7 @@ def config_problems(config: ExperimentConfig) -> Iterator[str]:
         if isinstance(value, ScheduleConfig):
             yield from _schedule_problems(name, value)
     yield from _shape_problems(config)
+    yield from _target_problems(config)
     yield from _prompt_problems(config.lens)
     yield from _int8_problems(config)
     yield from _lora_problems(config.lens)
@@ -142,7 +144,7 @@ def _shape_problems(config: ExperimentConfig) -> Iterator[str]:
         yield (
             f"dump.max_position={dump.max_position} is below dump.min_position={dump.min_position}"
         )
-    if warm.before + warm.after != lens.text_len:
+    if config.target.kind == "window" and warm.before + warm.after != lens.text_len:
         yield (
             f"warm.before={warm.before} + warm.after={warm.after} must be "
             f"lens.text_len={lens.text_len}: the window is what the decoder learns to write"
@@ -332,6 +334,37 @@ def _prefix_problems(config: ExperimentConfig) -> Iterator[str]:
         )
     if share and config.lens.text_len < 2:
         yield f"loss.prefix_share={share} needs lens.text_len of at least 2"
+
+
+def _target_problems(config: ExperimentConfig) -> Iterator[str]:
+    target, lens, gap_rate = config.target, config.lens, config.warm.gap_rate
+    if target.kind != "window" and not lens.end_token:
+        yield (
+            f"target.kind={target.kind!r} has texts of different lengths: give lens.end_token "
+            "('<eos>' is the tokenizer's own)"
+        )
+    if target.kind != "window" and config.data.source == "stream":
+        yield (
+            f"target.kind={target.kind!r} is made when activations are dumped: data.source must be "
+            "'cache', not 'stream'"
+        )
+    if target.kind == "file" and not target.path:
+        yield "target.path must be given for target.kind='file'"
+    if target.kind == "facts" and config.corpus.kind not in GENERATED_CORPORA:
+        yield (
+            f"target.kind='facts' needs a corpus.kind whose facts are known "
+            f"({', '.join(GENERATED_CORPORA)}), not {config.corpus.kind!r}"
+        )
+    if not 0 <= target.next_probability < 1:
+        yield f"target.next_probability must be in [0, 1), not {target.next_probability}"
+    if target.nearness < 0:
+        yield f"target.nearness must not be negative, not {target.nearness}"
+    if not 0 <= gap_rate < 1:
+        yield f"warm.gap_rate must be in [0, 1), not {gap_rate}"
+    if gap_rate and not lens.gap_token:
+        yield f"warm.gap_rate={gap_rate} needs lens.gap_token"
+    if lens.gap_token and lens.gap_token == lens.end_token:
+        yield f"lens.gap_token and lens.end_token must differ, both are {lens.gap_token!r}"
 
 
 def _prompt_problems(lens: LensConfig) -> Iterator[str]:

@@ -10,6 +10,7 @@ from conlens_jax.config.devices import DistributedConfig, LaunchConfig, MeshConf
 from conlens_jax.config.evaluation import EvaluateConfig
 from conlens_jax.config.lens import LensConfig, LossConfig
 from conlens_jax.config.model import EmbeddedConfig, ModelConfig
+from conlens_jax.config.target import TargetConfig
 from conlens_jax.config.training import (
     BaselineConfig,
     CheckpointConfig,
@@ -32,6 +33,7 @@ class ExperimentConfig:
     data: DataConfig = DataConfig()
     dump: DumpConfig = DumpConfig()
     lens: LensConfig = LensConfig()
+    target: TargetConfig = TargetConfig()
     loss: LossConfig = LossConfig()
     warm: WarmConfig = WarmConfig()
     joint: JointConfig = JointConfig()

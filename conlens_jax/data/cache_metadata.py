@@ -13,7 +13,8 @@ import numpy as np
 from conlens_jax.data.rows import ACTIVATION_DTYPES
 from conlens_jax.files.paths import local_path
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSIONS = (1, 2)
+"""Version 2 has targets; a cache without them is written as version 1."""
 METADATA_FILE = "metadata.json"
 
 # Where the user changes each setting.
@@ -54,6 +55,7 @@ class CacheMetadata:
       dtype: ``"float32"`` or ``"bfloat16"``, of the activations on disk.
       corpus, dump: settings that determine the rows, as plain JSON values. Leave out settings that
         do not change the rows (such as a folder's name): a difference prevents resuming.
+      target: settings of the rows' targets; empty without them.
     """
 
     model_id: str
@@ -69,16 +71,21 @@ class CacheMetadata:
     seed: int
     n_rows: int = 0
     shards: tuple[Shard, ...] = ()
-    schema_version: int = SCHEMA_VERSION
+    target: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    schema_version: int = 1
 
     def __post_init__(self):
+        object.__setattr__(self, "schema_version", 2 if self.target else 1)
         if self.dtype not in ACTIVATION_DTYPES:
             raise ValueError(
                 f"dump.dtype must be one of {', '.join(ACTIVATION_DTYPES)}, not {self.dtype!r}"
             )
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, default=to_plain)
+        values = dataclasses.asdict(self)
+        if not self.target:
+            del values["target"]
+        return json.dumps(values, indent=1, sort_keys=True, default=to_plain)
 
     @classmethod
     def from_json(cls, text: str, source: str = METADATA_FILE) -> CacheMetadata:
@@ -88,12 +95,14 @@ class CacheMetadata:
         except json.JSONDecodeError as error:
             raise CacheError(f"{source} is not valid JSON ({error}); dump again") from error
         version = values.get("schema_version") if isinstance(values, dict) else None
-        if version != SCHEMA_VERSION:
+        if version not in SCHEMA_VERSIONS:
             raise CacheError(
                 f"{source} has schema_version {version!r}, but this version of conlens_jax reads "
-                f"{SCHEMA_VERSION}: dump again, or read it with the version that wrote it"
+                "1 and 2: dump again, or read it with the version that wrote it"
             )
         names = {field.name for field in dataclasses.fields(cls)}
+        if version == 1:
+            names.remove("target")
         problems = [f"unknown key {name!r}" for name in sorted(values.keys() - names)]
         problems += [f"missing key {name!r}" for name in sorted(names - values.keys())]
         if problems:
@@ -129,8 +138,9 @@ def to_plain(value: Any) -> Any:
 def _flat_settings(metadata: CacheMetadata) -> dict[str, Any]:
     values = json.loads(metadata.to_json())
     del values["n_rows"], values["shards"], values["schema_version"]
-    for section in ("corpus", "dump"):
-        values |= {f"{section}.{name}": value for name, value in values.pop(section).items()}
+    for section in ("corpus", "dump", "target"):
+        fields = values.pop(section, {})
+        values |= {f"{section}.{name}": value for name, value in fields.items()}
     return values
 
 

@@ -55,4 +55,5 @@ def _on_devices(
         put_per_document(rows.lengths_N),
         put(rows.positions_N),
         put(examples.astype(np.int32)),
+        put(rows.targets_NT) if rows.targets_NT.shape[1] else None,
     )

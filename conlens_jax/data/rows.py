@@ -26,6 +26,8 @@ class Rows:
       positions_N: int32, P, 0-based.
       lengths_N: int32, number of tokens that are not padding.
       documents_N: int64, document of each row (rows of one document are not independent).
+      targets_NT: int32, the text that the warm start teaches for each row, filled up with the end
+        token; of width 0 (None is made one) where that is a window of the context.
 
     Raises:
       ValueError: shapes or dtypes are wrong (all are listed).
@@ -36,14 +38,19 @@ class Rows:
     positions_N: np.ndarray
     lengths_N: np.ndarray
     documents_N: np.ndarray
+    targets_NT: np.ndarray | None = None
 
     def __post_init__(self):
+        if self.targets_NT is None:
+            nothing = np.zeros((len(self.positions_N), 0), np.int32)
+            object.__setattr__(self, "targets_NT", nothing)
         dtypes = {
             "activations_ND": tuple(ACTIVATION_DTYPES.values()),
             "tokens_NS": (np.dtype(np.int32),),
             "positions_N": (np.dtype(np.int32),),
             "lengths_N": (np.dtype(np.int32),),
             "documents_N": (np.dtype(np.int64),),
+            "targets_NT": (np.dtype(np.int32),),
         }
         problems = []
         n_rows = len(self.positions_N)

@@ -28,6 +28,8 @@ def shard_chunks(rows: Rows) -> list[bytes | memoryview]:
     """
     codes = {dtype: code for code, dtype in _SAFETENSORS_DTYPES.items()}
     names = [field.name for field in dataclasses.fields(Rows)]
+    if not rows.targets_NT.shape[1]:
+        names.remove("targets_NT")
     arrays = {
         name: np.ascontiguousarray(getattr(rows, name)) for name in reversed(names)
     }  # documents (int64) first
@@ -76,10 +78,9 @@ def map_shard(path: Path) -> Rows:
     data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8:start].tobytes())
-    arrays = []
-    for field in dataclasses.fields(Rows):
-        entry = header[field.name]
+    arrays = {}
+    for name, entry in header.items():
         begin, end = entry["data_offsets"]
         flat = data[start + begin : start + end].view(_SAFETENSORS_DTYPES[entry["dtype"]])
-        arrays.append(flat.reshape(entry["shape"]))
-    return Rows(*arrays)
+        arrays[name] = flat.reshape(entry["shape"])
+    return Rows(**arrays)

@@ -18,7 +18,8 @@ class Batch:
 
     The context of rows that share a document is stored once: ``tokens_GS`` and ``lengths_G`` have
     one entry per document, and B / G consecutive rows belong to each. ``examples_B`` is the index
-    of each row in the global batch.
+    of each row in the global batch. ``target_BT`` is the text that the warm start teaches, or None
+    where that is a window of the context.
     """
 
     activation_BD: Float[Array, "B D"]
@@ -26,6 +27,7 @@ class Batch:
     lengths_G: Int[Array, "G"]
     positions_B: Int[Array, "B"]
     examples_B: Int[Array, "B"]
+    target_BT: Int[Array, "B T"] | None = None
 
     @property
     def mask_GS(self) -> Bool[Array, "G S"]:

@@ -77,7 +77,8 @@ def generate(
     *,
     spec: LensSpec,
 ) -> Int[Array, "B T"]:
-    """Writes T tokens: argmax(logits + noise), greedy if ``noise`` is None.
+    """Writes T tokens: argmax(logits + noise), greedy if ``noise`` is None. After an end token
+    (:mod:`~conlens_jax.lens.text`) all are end tokens.
 
     Not differentiable; the gradient comes from :func:`~conlens_jax.lens.history.text_states`.
     """
@@ -136,7 +137,10 @@ def next_token(
         cache=state.cache,
         slot=slot,
     )
-    return DecodingState(_choose(decoder, x_B1D[:, 0], step, noise, spec), cache)
+    token_B = _choose(decoder, x_B1D[:, 0], step, noise, spec)
+    if spec.end is not None:
+        token_B = jnp.where(state.token_B == spec.end, spec.end, token_B)
+    return DecodingState(token_B, cache)
 
 
 def _choose(decoder, x_BD, step, noise: Noise | None, spec: LensSpec) -> Int[Array, "B"]:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from conlens_jax.lens.spec import Encoder, LensSpec, around, denormalise, normalise, project
+from conlens_jax.lens.text import last_real, real_tokens, take_places
 from conlens_jax.models.transformer import (
     add_position_embeddings,
     all_positions,
@@ -21,6 +22,7 @@ def encode_embeddings(
     *,
     spec: LensSpec,
     mask_BT: Bool[Array, "B T"] | None = None,
+    last_B: Int[Array, "B"] | None = None,
 ) -> Float[Array, "B D"]:
     """The reconstruction â, fp32, in the units of the activation.
 
@@ -29,8 +31,14 @@ def encode_embeddings(
         :func:`~conlens_jax.models.transformer.embed_tokens` returns them (straight-through
         embeddings, if the gradient is to reach the decoder).
       mask_BT: False on padding, which is on the left of the text; None: no padding.
+      last_B: the last real token of each text; what follows it is not read. None: the last of all.
     """
-    return _reconstruct(encoder, _states(encoder, text_BTD, spec, mask_BT)[:, -1])
+    if last_B is None:
+        return _reconstruct(encoder, _states(encoder, text_BTD, spec, mask_BT)[:, -1])
+    if spec.encoder_right:
+        return encode_ragged(encoder, text_BTD, last_B + 1, spec=spec)
+    states_BSD = _states(encoder, text_BTD, spec, mask_BT)
+    return _reconstruct(encoder, take_places(states_BSD, len(spec.encoder_left) + last_B))
 
 
 def encode_prefixes(
@@ -92,6 +100,9 @@ def encode_tokens(
     spec: LensSpec,
     mask_BT: Bool[Array, "B T"] | None = None,
 ) -> Float[Array, "B D"]:
-    """The reconstruction from given text; ``mask_BT`` as for :func:`encode_embeddings`."""
+    """The reconstruction from given text, up to its end token; ``mask_BT`` as for
+    :func:`encode_embeddings`, of texts without an end token."""
     text_BTD = embed_tokens(encoder.base, tokens_BT, spec.model)
-    return encode_embeddings(encoder, text_BTD, spec=spec, mask_BT=mask_BT)
+    real_BT = None if mask_BT is not None else real_tokens(tokens_BT, spec.end)
+    last_B = None if real_BT is None else last_real(real_BT)
+    return encode_embeddings(encoder, text_BTD, spec=spec, mask_BT=mask_BT, last_B=last_B)

@@ -31,6 +31,7 @@ class Purpose(enum.IntEnum):
     MEASURED_TEXT = 2
     ESTIMATOR = 3  # noise that an estimator draws in the backward pass
     EXPLANATION = 4
+    GAPS = 5  # the words of a target that are replaced
 
 
 def first_argmax(logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:

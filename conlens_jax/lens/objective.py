@@ -1,7 +1,7 @@
 """The loss of each stage.
 
-Warm start: the encoder reconstructs a from a real window of text around P, and the decoder writes
-that window from a.
+Warm start: the encoder reconstructs a from a given text, its target (a window of the source around
+P, or what ``target.kind`` makes of it), and the decoder writes that text from a.
 Joint: total = w_lm L_LM + w_kl L_KL + w_mse L_MSE + w_text L_text − w_ent H, through the decoder's
 own text.
 
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from conlens_jax.config import LossConfig, ScheduleConfig, WarmConfig
 from conlens_jax.config.estimator import (
@@ -39,6 +39,13 @@ from conlens_jax.lens.original import Context
 from conlens_jax.lens.policy import policy_loss
 from conlens_jax.lens.schedules import make_schedule
 from conlens_jax.lens.spec import Decoder, Encoder, LensSpec, decoder_of, encoder_of
+from conlens_jax.lens.text import (
+    last_real,
+    mean_of_texts,
+    real_tokens,
+    sum_of_text,
+    take_places,
+)
 from conlens_jax.lens.vocabulary import ReferenceLogits, sampled_embeddings, text_terms
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import embed_tokens, scale_embeddings
@@ -65,6 +72,7 @@ class Prepared(NamedTuple):
     context: Context | None
     reference: ReferenceLogits | None
     keys_BT: Key[Array, "B T"] | None
+    gap_keys_B: Key[Array, "B"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +83,8 @@ class Objective:
     loss: LossConfig
     warm: WarmConfig
     spec: LensSpec
+    target: str = "window"  # target.kind
+    marks: tuple[int, ...] = ()  # tokens between the words of a target, which are never gaps
 
     def uses(self, term: str) -> bool:
         """False if the weight is 0 for the whole stage; then the term is not computed."""
@@ -126,26 +136,50 @@ def source_window(
     return tokens_GS[documents_B[:, None], positions_B[:, None] + offsets[None]]
 
 
+def target_text(
+    batch: Batch, keys_B: Key[Array, "B"] | None, objective: Objective
+) -> Int[Array, "B T"]:
+    """The target of each row: what the cache has, or a window of the context; with gaps
+    (``warm.gap_rate``), if there are keys to draw them."""
+    warm, spec, target_BT = objective.warm, objective.spec, batch.target_BT
+    if objective.target == "window":
+        target_BT = source_window(batch.tokens_GS, batch.positions_B, warm.before, warm.after)
+    if keys_B is None or not warm.gap_rate:
+        return target_BT
+    draw = lambda key: jax.random.uniform(key, (spec.text_len,))
+    marks = jnp.asarray([m for m in (spec.end, *objective.marks) if m is not None], jnp.int32)
+    is_gap_BT = (jax.vmap(draw)(keys_B) < warm.gap_rate) & ~jnp.isin(target_BT, marks)
+    return jnp.where(is_gap_BT, spec.gap, target_BT)
+
+
 def warm_loss(
-    trainable: Params, frozen: Params, batch: Batch, *, objective: Objective, reads: bool = True
+    trainable: Params,
+    frozen: Params,
+    batch: Batch,
+    gap_keys_B: Key[Array, "B"] | None = None,
+    *,
+    objective: Objective,
+    reads: bool = True,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The encoder's error on real windows (if ``reads``) plus, if any part of the decoder is
-    trained, the decoder's cross-entropy on them."""
-    spec, warm = objective.spec, objective.warm
-    window_BT = source_window(batch.tokens_GS, batch.positions_B, warm.before, warm.after)
+    """The encoder's error on the targets (if ``reads``) plus, if any part of the decoder is
+    trained, the decoder's cross-entropy on them; each the mean over rows of the mean over a row's
+    tokens."""
+    spec = objective.spec
+    target_BT = target_text(batch, gap_keys_B, objective)
+    real_BT = real_tokens(target_BT, spec.end)
     parts: Metrics = {}
     if reads:
         encoder = encoder_of(trainable, frozen, spec)
         with jax.named_scope("read"):
-            window_BTD = embed_tokens(encoder.base, window_BT, spec.model)
-            _, error_B = read_text(encoder, window_BTD, batch.activation_BD, objective)
+            target_BTD = embed_tokens(encoder.base, target_BT, spec.model)
+            _, error_B = read_text(encoder, target_BTD, real_BT, batch.activation_BD, objective)
         parts["encoder_error"] = jnp.mean(error_B)
     if trainable["decoder"]:
         decoder = decoder_of(trainable, frozen)
         with jax.named_scope("write"):
-            states = teacher_forced_states(decoder, batch.activation_BD, window_BT, spec=spec)
-            terms = text_terms(decoder_head(decoder, spec), states, window_BT)
-        parts["decoder_nll"] = jnp.mean(terms["nll"])
+            states = teacher_forced_states(decoder, batch.activation_BD, target_BT, spec=spec)
+            terms = text_terms(decoder_head(decoder, spec), states, target_BT)
+        parts["decoder_nll"] = mean_of_texts(terms["nll"], real_BT)
     return sum(parts.values(), jnp.float32(0)), parts
 
 
@@ -155,6 +189,7 @@ def prepare(
     batch: Batch,
     noise: Noise | Float[Array, "B T V"],
     keys_B: Key[Array, "B"] | None = None,
+    gap_keys_B: Key[Array, "B"] | None = None,
     *,
     objective: Objective,
 ) -> Prepared:
@@ -162,7 +197,7 @@ def prepare(
 
     A score-function estimator samples k texts per row: then B = R k in everything but ``batch``,
     with the texts of one row in succession. ``keys_B`` are for an estimator that draws its own
-    noise in the backward pass.
+    noise in the backward pass, ``gap_keys_B`` for the anchor's targets.
     """
     spec, original, noise = objective.spec, frozen["original"], as_noise(noise)
     decoder, copies = decoder_of(trainable, frozen), objective.texts_per_row
@@ -188,7 +223,7 @@ def prepare(
     keys_BT = None
     if objective.estimator.kind == "gumbel_rao" and keys_B is not None:
         keys_BT = token_keys(keys_B, spec.text_len)
-    return Prepared(text_BT, noise, context, reference, keys_BT)
+    return Prepared(text_BT, noise, context, reference, keys_BT, gap_keys_B)
 
 
 def reference_text(
@@ -238,54 +273,61 @@ def joint_loss(
     with jax.named_scope("text_terms"):
         head = decoder_head(decoder, spec)
         of_tokens = text_terms(head, state_BTD, prepared.text_BT, prepared.reference)
+    real_BT = real_tokens(prepared.text_BT, spec.end)
     with jax.named_scope("encode"):
-        reconstruction_BD, error_B = read_text(encoder, text_BTD, activation_BD, objective)
+        reconstruction_BD, error_B = read_text(encoder, text_BTD, real_BT, activation_BD, objective)
 
-    values = {"mse": error_B}
-    # Nothing else needs the states of a detached text.
-    if objective.estimator.kind != "detached" or objective.uses("entropy"):
-        values["entropy"] = of_tokens["entropy"]
+    costs = {"mse": error_B}
     if prepared.context is not None:
-        values["kl"] = swap_kl(
+        costs["kl"] = swap_kl(
             frozen, batch, prepared.context, reconstruction_BD, activation_BD, objective
         )
+    terms, anchor = {name: jnp.mean(cost_B) for name, cost_B in costs.items()}, {}
+    # Nothing else needs the states of a detached text.
+    if objective.estimator.kind != "detached" or objective.uses("entropy"):
+        terms["entropy"] = mean_of_texts(of_tokens["entropy"], real_BT)
     if prepared.reference is not None:
-        values["lm"] = of_tokens["lm"]
-    terms, anchor = {name: jnp.mean(value) for name, value in values.items()}, {}
+        terms["lm"] = mean_of_texts(of_tokens["lm"], real_BT)
     if objective.uses("text"):
-        terms["text"], anchor = text_anchor(trainable, frozen, batch, objective)
+        terms["text"], anchor = text_anchor(
+            trainable, frozen, batch, prepared.gap_keys_B, objective
+        )
 
     used = [name for name in TERMS if name in terms and objective.uses(name)]
     total = sum(TERMS[name] * weights[name] * terms[name] for name in used)
     if objective.estimator.kind in SCORE_FUNCTION:
-        total += policy_term(values, of_tokens["nll"], weights, objective)
+        log_p_B = -sum_of_text(of_tokens["nll"], real_BT)
+        total += policy_term(costs, log_p_B, weights, objective)
     return jnp.asarray(total, jnp.float32), {**terms, **anchor}
 
 
 def text_anchor(
-    trainable: Params, frozen: Params, batch: Batch, objective: Objective
+    trainable: Params,
+    frozen: Params,
+    batch: Batch,
+    gap_keys_B: Key[Array, "B"] | None,
+    objective: Objective,
 ) -> tuple[Float[Array, ""], Metrics]:
     """L_text, the warm start's loss on the same rows; ``loss.text_read``: for the encoder too."""
     reads = objective.loss.text_read
     with jax.named_scope("text_anchor"):
-        return warm_loss(trainable, frozen, batch, objective=objective, reads=reads)
+        return warm_loss(trainable, frozen, batch, gap_keys_B, objective=objective, reads=reads)
 
 
 def policy_term(
-    values: Mapping[str, Array],
-    nll_BT: Float[Array, "B T"],
+    costs: Mapping[str, Float[Array, "B"]],
+    log_p_B: Float[Array, "B"],
     weights: Mapping[str, Float[Array, ""]],
     objective: Objective,
 ) -> Float[Array, ""]:
     """The score-function gradient of the cost w_mse L_MSE + w_kl L_KL of each text.
 
     Args:
-      values: the terms, [B].
-      nll_BT: −log p of each token of the texts.
+      costs: L_MSE and L_KL of each text.
+      log_p_B: log probability of each text, up to its end.
     """
-    costs = [weights[name] * values[name] for name in ("mse", "kl") if name in values]
-    log_p_B = -jnp.sum(nll_BT, axis=-1)
-    return policy_loss(sum(costs), log_p_B, objective.texts_per_row, objective.estimator.kind)
+    cost_B = sum(weights[name] * cost_B for name, cost_B in costs.items())
+    return policy_loss(cost_B, log_p_B, objective.texts_per_row, objective.estimator.kind)
 
 
 def write_text(
@@ -327,25 +369,33 @@ def write_text(
 def read_text(
     encoder: Encoder,
     text_BTD: Float[Array, "B T D"],
+    real_BT: Bool[Array, "B T"] | None,
     activation_BD: Float[Array, "B D"],
     objective: Objective,
 ) -> tuple[Float[Array, "B D"], Float[Array, "B"]]:
     """The encoder's reconstruction from the text, and its error (L_MSE of each row).
 
     ``loss.prefix_share`` is the share of the error that is the mean over all shorter prefixes of
-    the text, from the same pass.
+    the text, from the same pass. ``real_BT`` are the tokens up to the end, None: all.
     """
     spec, share = objective.spec, objective.loss.prefix_share
     error = functools.partial(
         reconstruction_error, statistics=encoder.statistics, kind=objective.loss.mse_kind
     )
+    last_B = None if real_BT is None else last_real(real_BT)
     if not share:
-        reconstruction_BD = encode_embeddings(encoder, text_BTD, spec=spec)
+        reconstruction_BD = encode_embeddings(encoder, text_BTD, spec=spec, last_B=last_B)
         return reconstruction_BD, error(reconstruction_BD, activation_BD)
     prefixes_BTD = encode_prefixes(encoder, text_BTD, spec=spec)
     error_BT = error(prefixes_BTD, activation_BD[:, None])
-    error_B = (1 - share) * error_BT[:, -1] + share * jnp.mean(error_BT[:, :-1], axis=1)
-    return prefixes_BTD[:, -1], error_B
+    if last_B is None:
+        error_B = (1 - share) * error_BT[:, -1] + share * jnp.mean(error_BT[:, :-1], axis=1)
+        return prefixes_BTD[:, -1], error_B
+    whole_B = take_places(error_BT[..., None], last_B)[:, 0]
+    shorter_B = jnp.sum(jnp.where(real_BT, error_BT, 0.0), axis=1) - whole_B
+    # A text of one token has no shorter prefix.
+    shorter_B = jnp.where(last_B > 0, shorter_B / jnp.maximum(last_B, 1), whole_B)
+    return take_places(prefixes_BTD, last_B), (1 - share) * whole_B + share * shorter_B
 
 
 def swap_kl(

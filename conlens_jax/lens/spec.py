@@ -47,6 +47,8 @@ class LensSpec:
       decoder_left, decoder_right: prompt tokens before and after the activation's slot.
       encoder_left, encoder_right: prompt tokens before and after the text.
       bos: first token where M reads a text alone, or None.
+      end: the token that a text ends with, or None if all texts have T tokens.
+      gap: the token that stands for what cannot be named, or None.
     """
 
     model: TransformerConfig
@@ -57,6 +59,8 @@ class LensSpec:
     encoder_left: tuple[int, ...]
     encoder_right: tuple[int, ...]
     bos: int | None
+    end: int | None = None
+    gap: int | None = None
 
     @property
     def text_len(self) -> int:
@@ -108,7 +112,30 @@ def make_spec(
         encoder_left=start + pieces[2],
         encoder_right=pieces[3],
         bos=tokenizer.bos_id,
+        end=token_of_field("lens.end_token", lens.end_token, tokenizer),
+        gap=token_of_field("lens.gap_token", lens.gap_token, tokenizer),
     )
+
+
+def token_of_field(field: str, text: str, tokenizer: Tokenizer) -> int | None:
+    """The id of the one token that a setting names, ``"<eos>"`` for the tokenizer's own end of
+    text; None if it is empty.
+
+    Raises:
+      ValueError: it is not one token of the vocabulary.
+    """
+    if not text:
+        return None
+    ids = tokenizer.encode(text)
+    if text == "<eos>" and tokenizer.eos_id is not None:
+        ids = [tokenizer.eos_id]
+    if len(ids) != 1 or ids[0] == tokenizer.unk_id:
+        found = ", ".join(repr(tokenizer.token(i)) for i in ids) or "nothing"
+        raise ValueError(
+            f"{field}={text!r} must be one token of the model's vocabulary, where it is {found}; "
+            "choose another, or leave it empty"
+        )
+    return ids[0]
 
 
 def _check_adapters(model: TransformerConfig, lens: LensConfig) -> None:

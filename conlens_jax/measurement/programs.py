@@ -25,6 +25,7 @@ from conlens_jax.lens.original import (
     text_alone,
 )
 from conlens_jax.lens.spec import LensSpec, decoder_of, encoder_of
+from conlens_jax.lens.text import last_real, real_tokens, sum_of_text, take_places
 from conlens_jax.lens.vocabulary import text_terms
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer import embed_tokens, unembed
@@ -64,6 +65,7 @@ def explain(
     keys_B = example_keys(seed, draw, batch.examples_B, Purpose.MEASURED_TEXT)
     noise = drawn_noise(keys_B, spec.text_len, noise_scale)
     text_BT = generate(decoder, batch.activation_BD, noise, spec=spec)
+    real_BT = real_tokens(text_BT, spec.end)
     if spec.encoder_right:
         no_prefixes = jnp.zeros((text_BT.shape[0], 0), jnp.float32)
         return text_BT, encode_tokens(encoder, text_BT, spec=spec), no_prefixes
@@ -71,7 +73,11 @@ def explain(
         encoder, embed_tokens(encoder.base, text_BT, spec.model), spec=spec
     )
     cos_BT = 1 - direction_error(prefixes_BTD, batch.activation_BD[:, None]) / 2
-    return text_BT, prefixes_BTD[:, -1], cos_BT
+    if real_BT is None:
+        return text_BT, prefixes_BTD[:, -1], cos_BT
+    last_B = last_real(real_BT)
+    whole_B1 = take_places(cos_BT[..., None], last_B)
+    return text_BT, take_places(prefixes_BTD, last_B), jnp.where(real_BT, cos_BT, whole_B1)
 
 
 def read_text(
@@ -79,13 +85,23 @@ def read_text(
 ) -> jax.Array:
     encoder = encoder_of(trainable, frozen, spec)
     text_BTD = embed_tokens(encoder.base, text_BT, spec.model)
+    real_BT = real_tokens(text_BT, spec.end)
+    if real_BT is not None:
+        lengths_B = jnp.minimum(lengths_B, last_real(real_BT) + 1)
     return encode_ragged(encoder, text_BTD, lengths_B, spec=spec)
 
 
 def text_nll(original: Params, text_BT: jax.Array, *, spec: LensSpec):
     start = () if spec.bos is None else (spec.bos,)
     alone = text_alone(original, text_BT, start, spec)
-    return jnp.mean(text_terms(alone.head, alone.state_BTD, text_BT)["nll"], axis=-1)
+    nll_BT = text_terms(alone.head, alone.state_BTD, text_BT)["nll"]
+    real_BT = real_tokens(text_BT, spec.end)
+    if real_BT is None:
+        return jnp.mean(nll_BT, axis=-1)
+    # M never ends where an explanation does: its end token does not count.
+    words_BT = real_BT & (text_BT != spec.end)
+    count_B = jnp.maximum(jnp.sum(words_BT, axis=1, dtype=jnp.float32), 1.0)
+    return sum_of_text(nll_BT, words_BT) / count_B
 
 
 def context_of_batch(

@@ -93,7 +93,7 @@ def _train_baseline(run: Run, encoder: Params, frozen: Params) -> None:
     """Trains a separate encoder on the true last T source tokens."""
     config, session = run.config, run.session
     window = dataclasses.replace(config.warm, before=config.lens.text_len, after=0)
-    objective = dataclasses.replace(session.objective, warm=window)
+    objective = dataclasses.replace(session.objective, warm=window, target="window")
     stage = Stage(
         BASELINE, config.baseline.steps, config.baseline.batch_size, config.baseline.optimizer
     )

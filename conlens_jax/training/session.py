@@ -19,12 +19,13 @@ from conlens_jax.data.stream import TokenStream, open_stream
 from conlens_jax.embedded.language_model import ensure_language_model
 from conlens_jax.files.paths import checkpoint_path_problem, local_path
 from conlens_jax.lens.objective import Objective
-from conlens_jax.lens.spec import LensSpec, make_spec
+from conlens_jax.lens.spec import LensSpec, make_spec, token_of_field
 from conlens_jax.measurement.runner import ActivationStatistics, Measurer, activation_statistics
 from conlens_jax.models.from_gguf.source import gguf_source
 from conlens_jax.models.hub import resolve_folder
 from conlens_jax.models.model import LanguageModel, load_model
 from conlens_jax.models.sharding import loading_report
+from conlens_jax.models.tokenizer import Tokenizer
 from conlens_jax.models.transformer_config import TransformerConfig
 from conlens_jax.parallel.host import use_compilation_cache
 from conlens_jax.parallel.mesh import check_batch, make_mesh
@@ -149,7 +150,19 @@ def open_session(
         vocabulary=model.config.vocab_size,
         devices=mesh.size,
     )
-    return Session(config, console, mesh, model, spec, Objective(config.loss, config.warm, spec))
+    return Session(
+        config, console, mesh, model, spec, make_objective(config, spec, model.tokenizer)
+    )
+
+
+def make_objective(config: ExperimentConfig, spec: LensSpec, tokenizer: Tokenizer) -> Objective:
+    """The static part of the loss; raises ValueError if a mark between words is not one token."""
+    marks = ()
+    if config.target.kind == "words":
+        fields = {f"target.{name}": getattr(config.target, name) for name in ("comma", "separator")}
+        ids = [token_of_field(name, text, tokenizer) for name, text in fields.items()]
+        marks = tuple(token_id for token_id in ids if token_id is not None)
+    return Objective(config.loss, config.warm, spec, config.target.kind, marks)
 
 
 def _run_dir_problem(config: ExperimentConfig) -> str | None:

@@ -134,13 +134,13 @@ def make_step(
     """:func:`train_step` of a stage, jitted; the state is donated.
 
     Args:
-      seed: for the noise that the texts are sampled with.
+      seed: for the noise that the texts are sampled with, and the gaps in targets.
       n_rows: rows of the training data, for schedules in epochs.
       state_shardings: of the state, and of the new state. Without them the compiler chooses the
         new state's shardings, which on a mesh can differ from the old ones.
     """
     if stage.supervised:
-        gradients = functools.partial(supervised_gradients, objective=objective)
+        gradients = functools.partial(supervised_gradients, objective=objective, seed=seed)
     else:
         steps_per_epoch = n_rows / stage.batch_size
         schedules = objective.schedules(stage_steps=stage.steps, steps_per_epoch=steps_per_epoch)
@@ -182,12 +182,21 @@ def train_step(
 
 
 def supervised_gradients(
-    trainable: Params, frozen: Params, batch: Batch, step: Array, *, objective: Objective
+    trainable: Params,
+    frozen: Params,
+    batch: Batch,
+    step: Array,
+    *,
+    objective: Objective,
+    seed: int,
 ) -> tuple[Array, Metrics, Params]:
-    """(loss, terms, gradients) of the warm start's loss, on real text."""
+    """(loss, terms, gradients) of the warm start's loss, on the targets."""
     batch = captured(batch, frozen, objective)
+    gap_keys_B = example_keys(seed, step, batch.examples_B, Purpose.GAPS)
     loss = functools.partial(warm_loss, objective=objective)
-    (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch)
+    (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(
+        trainable, frozen, batch, gap_keys_B
+    )
     return total, terms, grads
 
 
@@ -210,7 +219,9 @@ def joint_gradients(
     # argmax(logits / s + g) = argmax(logits + s g): scaled noise samples at temperature s.
     noise = noise_of_texts(keys_B, spec.text_len, spec.model.vocab_size, now.sample_tau)
     estimator_keys_B = example_keys(seed, step, texts_B, Purpose.ESTIMATOR)
-    prepared = prepare(trainable, frozen, batch, noise, estimator_keys_B, objective=objective)
+    gap_keys_B = example_keys(seed, step, batch.examples_B, Purpose.GAPS)
+    keys = (estimator_keys_B, gap_keys_B)
+    prepared = prepare(trainable, frozen, batch, noise, *keys, objective=objective)
     loss = functools.partial(joint_loss, objective=objective)
     (total, terms), grads = jax.value_and_grad(loss, has_aux=True)(
         trainable, frozen, batch, prepared, now.weights, now.tau

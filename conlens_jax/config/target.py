@@ -1,0 +1,39 @@
+"""The text that the warm start teaches for each activation."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetConfig:
+    """The target of the decoder, and what the encoder learns to read: of the warm start, and of
+    every stage that uses its loss (the anchor, the control).
+
+    All but windows end with ``lens.end_token``, are made when the activations are dumped and are
+    kept in the cache.
+    """
+
+    # "window": the source tokens around P, warm.before and warm.after of them. "words": the words
+    # that M is about to say, a separator, then content words of the context. "facts": what a
+    # generated document has stated so far, the nearest first. "file": explanations of your own.
+    # "model": a language model's description of the context.
+    kind: str = "window"
+    # "words": M's likeliest next tokens, at most so many, the likeliest first; only the first may
+    # be less probable than next_probability.
+    next_words: int = 4
+    next_probability: float = 0.05
+    # "words": then so many words of the context at most, in the order of the text: those with the
+    # largest idf − nearness · (tokens from the word to P), where a word that n of N documents have
+    # has idf log(N / n).
+    context_words: int = 4
+    nearness: float = 0.05
+    # Tokens between two next words, and between these and the words of the context; each must be
+    # one token of the vocabulary, or is left out if empty.
+    comma: str = ","
+    separator: str = "|"
+    path: str = ""  # "file": jsonl or parquet file, folder or glob
+    # "model": what M is asked; <context> is the text up to P.
+    prompt: str = "Say in a few words what this text is about and what comes next: <context>"
+    describer: str = ""  # "model": folder or name of another model that describes; empty: M itself
+    batch_size: int = 64  # "model": descriptions written at the same time
