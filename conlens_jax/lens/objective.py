@@ -394,7 +394,9 @@ def read_text(
     whole_B = take_places(error_BT[..., None], last_B)[:, 0]
     shorter_B = jnp.sum(jnp.where(real_BT, error_BT, 0.0), axis=1) - whole_B
     # A text of one token has no shorter prefix.
-    shorter_B = jnp.where(last_B > 0, shorter_B / jnp.maximum(last_B, 1), whole_B)
+    shorter_B = jnp.where(
+        last_B > 0, shorter_B / jnp.maximum(last_B, 1).astype(jnp.float32), whole_B
+    )
     return take_places(prefixes_BTD, last_B), (1 - share) * whole_B + share * shorter_B
 
 

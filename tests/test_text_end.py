@@ -1,0 +1,296 @@
+"""Explanations that end: losses, gradients and texts of unequal length, against plain autodiff.
+
+The oracle treats each row alone: its own tokens up to the end, no masks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_lens import (
+    TEXT_LEN,
+    plain_encoder_table,
+    plain_predictions,
+    plain_prompt,
+    plain_reconstruction,
+    plain_swap,
+    plain_text,
+    relative_error,
+    tiny_batch,
+    tiny_lens,
+    tiny_noise,
+    tiny_spec,
+)
+
+from conlens_jax.config import LossConfig, WarmConfig, constant
+from conlens_jax.lens.decoder import generate
+from conlens_jax.lens.encoder import encode_tokens
+from conlens_jax.lens.objective import Objective, joint_loss, prepare, target_text, warm_loss
+from conlens_jax.lens.spec import decoder_of, encoder_of
+from conlens_jax.lens.text import last_real, lengths_of, real_tokens, without_end
+from conlens_jax.models.transformer import forward
+
+END, GAP = 17, 23
+LENGTHS = (1, TEXT_LEN, 2, TEXT_LEN)  # of texts and targets: one ends at once, one not at all
+NO_END = (1,)  # rows whose text is cut at T
+BATCH = len(LENGTHS)
+TAU = 0.7
+WEIGHTS = {"lm": 0.3, "kl": 1.7, "mse": 0.6, "entropy": 0.2, "text": 0.4}
+SIGNS = {"lm": 1, "kl": 1, "mse": 1, "entropy": -1, "text": 1}
+PROMPTS = {"after the text": (9, 10), "none after it": ()}
+
+
+def spec_with_end(encoder_right=(9, 10), **lens):
+    spec = tiny_spec(dual_path=False, **lens)
+    return dataclasses.replace(spec, end=END, gap=GAP, encoder_right=encoder_right)
+
+
+def noise_that_ends(draw: int = 0) -> jax.Array:
+    """Noise with which the texts have :data:`LENGTHS`, whatever the logits."""
+    noise = np.array(tiny_noise(BATCH, seed=draw))
+    noise[..., END] = -1e3
+    for row, length in enumerate(LENGTHS):
+        if row not in NO_END:
+            noise[row, length - 1, END] = 1e3
+    return jnp.asarray(noise)
+
+
+def objective_of(spec, **loss) -> Objective:
+    terms = {name: constant(value) for name, value in WEIGHTS.items()}
+    values = LossConfig(**{**terms, "lm_reference": "text", "kl_horizon": 2, **loss})
+    return Objective(values, WarmConfig(), spec, target="words")
+
+
+@functools.cache
+def case(encoder_right=(9, 10)):
+    """(trainable, frozen, batch with targets of unequal length)."""
+    spec = spec_with_end(encoder_right)
+    trainable, frozen = tiny_lens(spec)
+    batch = tiny_batch(spec, frozen["original"], BATCH)
+    rng = np.random.default_rng(5)
+    target = rng.integers(24, 48, (BATCH, TEXT_LEN)).astype(np.int32)
+    for row, length in enumerate(LENGTHS):
+        target[row, length - 1 if row not in NO_END else TEXT_LEN :] = END
+    return trainable, frozen, batch.replace(target_BT=jnp.asarray(target))
+
+
+# --- the oracle: one row at a time --------------------------------------------------------------
+
+
+def error_of(found_1D, wanted_1D):
+    sizes = jnp.linalg.norm(found_1D), jnp.linalg.norm(wanted_1D)
+    cos = jnp.sum(found_1D * wanted_1D) / sizes[0] / sizes[1]
+    return 2 - 2 * cos + (sizes[0] / sizes[1] - 1) ** 2
+
+
+def plain_read(trainable, frozen, text_1nD, activation_1D, spec, share):
+    """(reconstruction, error) of one text of n tokens, with the share of its shorter prefixes."""
+    read = lambda n: plain_reconstruction(trainable, frozen, text_1nD[:, :n], spec)
+    n = text_1nD.shape[1]
+    found = read(n)
+    error = error_of(found, activation_1D)
+    if n == 1 or not share:
+        return found, error
+    shorter = sum(error_of(read(k), activation_1D) for k in range(1, n)) / (n - 1)
+    return found, (1 - share) * error + share * shorter
+
+
+def plain_target_terms(trainable, frozen, row, target, spec, share):
+    table = plain_encoder_table(trainable, frozen)
+    ids = jnp.asarray(target)
+    _, error = plain_read(trainable, frozen, table[ids][None], row.activation_BD, spec, share)
+    prompt = plain_prompt(trainable, frozen, row.activation_BD, spec)
+    seen = trainable["decoder"]["base"]["embedding"][ids[:-1]][None]
+    logits = plain_predictions(trainable, frozen, jnp.concatenate([prompt, seen], 1), spec)
+    log_p = jax.nn.log_softmax(logits[0, prompt.shape[1] - 1 :])
+    return error - jnp.mean(log_p[jnp.arange(len(target)), ids])
+
+
+def plain_row(trainable, frozen, row, noise_1TV, length, target, spec, share):
+    """The terms of one row whose text has ``length`` tokens."""
+    noise = noise_1TV[:, :length]
+    logits, choice = plain_text(trainable, frozen, row.activation_BD, noise, jnp.float32(TAU), spec)
+    text_1nD = choice @ plain_encoder_table(trainable, frozen)
+    found, error = plain_read(trainable, frozen, text_1nD, row.activation_BD, spec, share)
+    original, at = frozen["original"], row.positions_B[0]
+    kl_of = lambda p, q: jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+    log = lambda logits, n: jax.nn.log_softmax(jax.lax.dynamic_slice_in_dim(logits[0], at, n))
+    clean = forward(original, row.tokens_GS, config=spec.model, mask_BS=row.mask_GS)
+    swapped = plain_swap(original, row, found, spec)
+    start = jnp.full((1, 1), spec.bos, jnp.int32)
+    ids = jnp.argmax(choice, axis=-1).astype(jnp.int32)
+    alone = forward(original, jnp.concatenate([start, ids[:, :-1]], 1), config=spec.model)
+    log_p = jax.nn.log_softmax(logits[0])
+    return {
+        "mse": error,
+        "kl": jnp.mean(kl_of(log(clean, 2), log(swapped, 2))),
+        "lm": jnp.mean(kl_of(jax.nn.log_softmax(alone[0]), log_p)),
+        "entropy": -jnp.mean(jnp.sum(jnp.exp(log_p) * log_p, axis=-1)),
+        "text": plain_target_terms(trainable, frozen, row, target, spec, share),
+    }
+
+
+def plain_total(trainable, frozen, batch, noise_BTV, targets, spec, share):
+    """(total, terms) and gradient."""
+
+    @functools.partial(jax.jit, static_argnames="length")
+    def of_row(trainable, row, noise_1TV, target, length):
+        def total(trainable):
+            inputs = (row, noise_1TV, length, target, spec, share)
+            terms = plain_row(trainable, frozen, *inputs)
+            return sum(SIGNS[name] * WEIGHTS[name] * terms[name] for name in terms), terms
+
+        return jax.value_and_grad(total, has_aux=True)(trainable)
+
+    rows = []
+    for number, length in enumerate(LENGTHS):
+        row = jax.tree.map(lambda leaf, n=number: leaf[n : n + 1], batch)
+        noise_1TV = noise_BTV[number : number + 1]
+        rows.append(of_row(trainable, row, noise_1TV, jnp.asarray(targets[number]), length))
+    return jax.tree.map(lambda *values: sum(values) / len(values), *rows)
+
+
+# --- losses and gradients -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("encoder_right", "share"), [((9, 10), 0.0), ((), 0.3)], ids=str)
+def test_losses_and_gradients_equal_those_of_each_row_alone(encoder_right, share):
+    trainable, frozen, batch = case(encoder_right)
+    spec, noise = spec_with_end(encoder_right), noise_that_ends()
+    objective = objective_of(spec, prefix_share=share)
+    weights = {name: jnp.float32(value) for name, value in WEIGHTS.items()}
+
+    @jax.jit
+    def ours(trainable):
+        prepared = prepare(trainable, frozen, batch, noise, objective=objective)
+        loss = functools.partial(joint_loss, objective=objective)
+        found = jax.value_and_grad(loss, has_aux=True)(
+            trainable, frozen, batch, prepared, weights, jnp.float32(TAU)
+        )
+        return prepared.text_BT, found
+
+    text, ((total, terms), gradient) = ours(trainable)
+    assert lengths_of(np.asarray(text), END).tolist() == list(LENGTHS)
+    target_NT = np.asarray(batch.target_BT)
+    targets = [t[:n] for t, n in zip(target_NT, lengths_of(target_NT, END), strict=True)]
+    assert [len(target) for target in targets] == list(LENGTHS)
+    (expected, expected_terms), expected_gradient = plain_total(
+        trainable, frozen, batch, noise, targets, spec, share
+    )
+    for name, value in expected_terms.items():
+        assert terms[name] == pytest.approx(float(value), rel=1e-5), name
+    assert total == pytest.approx(float(expected), rel=1e-5)
+    assert relative_error(gradient, expected_gradient) < 1e-5
+
+
+@pytest.mark.parametrize("estimator", ["gumbel_rao", "rloo"])
+def test_nothing_after_the_end_matters(estimator):
+    """Other tokens and other noise after the end change neither loss nor gradient."""
+    trainable, frozen, batch = case()
+    spec = spec_with_end(estimator=estimator, estimator_samples=2)
+    objective = objective_of(spec)
+    weights = {name: jnp.float32(value) for name, value in WEIGHTS.items()}
+    k = objective.texts_per_row
+    noise = jnp.repeat(noise_that_ends(), k, axis=0)
+    keys = jax.random.split(jax.random.key(0, impl="threefry2x32"), BATCH * k)
+
+    @jax.jit
+    def run(noise, replaced):
+        prepared = prepare(trainable, frozen, batch, noise, keys, objective=objective)
+        after = ~real_tokens(prepared.text_BT, END)
+        text = jnp.where(after & replaced, 5, prepared.text_BT)
+        loss = functools.partial(joint_loss, objective=objective)
+        return jax.value_and_grad(loss, has_aux=True)(
+            *(trainable, frozen, batch, prepared._replace(text_BT=text)),
+            *(weights, jnp.float32(TAU)),
+        )
+
+    (total, _), gradient = run(noise, False)
+    after = np.arange(TEXT_LEN)[None] >= np.repeat(LENGTHS, k)[:, None]
+    other = jnp.where(
+        jnp.asarray(after)[..., None], noise + 3.0 * tiny_noise(BATCH * k, seed=9), noise
+    )
+    (same_total, _), same = run(other, True)
+    assert same_total == pytest.approx(float(total), rel=1e-6)
+    assert relative_error(same, gradient) < 1e-6
+    # A change before the end does matter.
+    (changed, _), _ = run(noise.at[:, 0, 30].add(2e3), False)
+    assert abs(float(changed - total)) > 1e-3
+
+
+def test_the_warm_start_reads_and_writes_targets_with_gaps():
+    trainable, frozen, batch = case()
+    spec = spec_with_end()
+    objective = dataclasses.replace(
+        objective_of(spec), warm=WarmConfig(gap_rate=0.5), marks=(30, 31)
+    )
+    keys = jax.random.split(jax.random.key(1, impl="threefry2x32"), BATCH)
+    target = np.asarray(batch.target_BT).copy()
+    target[0, 0] = 30
+    many = batch.replace(target_BT=jnp.asarray(target))
+    found = np.asarray(target_text(many, keys, objective))
+    changed = found != target
+    assert (found[changed] == GAP).all()
+    words = ~np.isin(target, (END, 30, 31))
+    assert 0 < changed.sum() < words.sum() and not changed[~words].any()
+    np.testing.assert_array_equal(target_text(many, None, objective), target)
+    # The loss is that of the replaced targets.
+    given = batch.replace(target_BT=jnp.asarray(found))
+    ours = jax.jit(functools.partial(warm_loss, objective=objective))
+    total, _ = ours(trainable, frozen, many, keys)
+    expected, _ = ours(trainable, frozen, given, None)
+    assert total == pytest.approx(float(expected), rel=1e-6)
+
+
+# --- writing and reading ------------------------------------------------------------------------
+
+
+def test_a_text_is_filled_up_with_its_end():
+    trainable, frozen, batch = case()
+    spec = spec_with_end()
+    text = np.asarray(
+        jax.jit(functools.partial(generate, spec=spec))(
+            decoder_of(trainable, frozen), batch.activation_BD, noise_that_ends()
+        )
+    )
+    without = np.asarray(
+        jax.jit(functools.partial(generate, spec=dataclasses.replace(spec, end=None)))(
+            decoder_of(trainable, frozen), batch.activation_BD, noise_that_ends()
+        )
+    )
+    for row, length in enumerate(LENGTHS):
+        np.testing.assert_array_equal(text[row, :length], without[row, :length])
+        assert (text[row, length:] == END).all()
+    assert (without[0, 1:] != END).any()
+    shown = without_end(text, END)
+    assert [len(tokens) for tokens in shown] == [
+        length - (row not in NO_END) for row, length in enumerate(LENGTHS)
+    ]
+
+
+@pytest.mark.parametrize("encoder_right", PROMPTS.values(), ids=PROMPTS)
+def test_the_encoder_reads_up_to_the_end(encoder_right):
+    trainable, frozen, batch = case(encoder_right)
+    spec = spec_with_end(encoder_right)
+    read = jax.jit(lambda text: encode_tokens(encoder_of(trainable, frozen, spec), text, spec=spec))
+    text = np.asarray(batch.target_BT)
+    found = read(text)
+    for row, length in enumerate(lengths_of(text, END)):
+        alone = read(text[row : row + 1, :length])
+        np.testing.assert_allclose(found[row], alone[0], rtol=0, atol=1e-5)
+
+
+def test_real_tokens_by_hand():
+    texts = np.array([[END, 1, END], [1, END, 2], [1, 2, 3], [1, 2, END]], np.int32)
+    mask = np.asarray(real_tokens(jnp.asarray(texts), END))
+    np.testing.assert_array_equal(mask, [[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 1]])
+    np.testing.assert_array_equal(last_real(jnp.asarray(mask)), [0, 1, 2, 2])
+    assert lengths_of(texts, END).tolist() == [1, 2, 3, 3]
+    assert lengths_of(texts, None).tolist() == [3, 3, 3, 3]
+    assert [list(text) for text in without_end(texts, END)] == [[], [1], [1, 2, 3], [1, 2]]
+    assert real_tokens(jnp.asarray(texts), None) is None
