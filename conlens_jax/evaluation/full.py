@@ -121,7 +121,7 @@ class Studies:
                     "sampled_": texts["sampled"],
                     "null_shuffle_": texts["greedy"][suite.partner_N],
                     "text_only_": text_only(suite, self.frozen["original"]),
-                    "window_": suite.window(suite.warm.before, suite.warm.after),
+                    "window_": suite.targets_NT,
                 },
             )
         return measured

@@ -166,6 +166,7 @@ def _write(session: Session, run_folder: Path, results: _Results) -> Path:
         heat_maps=results.heat_maps,
         variables=() if results.studies is None else results.studies.variables,
         ranked=results.studies is not None,
+        end=session.spec.end,
     )
     page = build_report(data, session.model.tokenizer)
     report = write_report(page, run_folder / "report.html")

@@ -10,6 +10,7 @@ text instead of an explanation. ``fve_nrm_at_k`` reads only the first k tokens o
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -18,6 +19,7 @@ from conlens_jax.config import WarmConfig
 from conlens_jax.corpora.generators import GENERATORS
 from conlens_jax.corpora.statements import token_variables
 from conlens_jax.data.rows import Rows
+from conlens_jax.lens.text import without_end
 from conlens_jax.measurement import metrics
 from conlens_jax.measurement.aggregates import (
     REFERENCES,
@@ -108,7 +110,7 @@ class Suite:
         mean_rows = dataclasses.replace(self.rows, activations_ND=np.array(mean_ND))
         without_vector = measurer.explain(trainable, frozen, mean_rows).reconstructions
         own = explained.reconstructions
-        text_len = self.warm.before + self.warm.after
+        text_len = measurer.spec.text_len
         reader = trainable if self.baseline is None else {**trainable, **self.baseline}
         candidates = {
             **own,
@@ -117,9 +119,7 @@ class Suite:
             "null_novec": without_vector["greedy"],
             "null_novec_sampled": without_vector["sampled"],
             "last_tokens": measurer.read(reader, frozen, self.window(text_len, 0)),
-            "window": measurer.read(
-                trainable, frozen, self.window(self.warm.before, self.warm.after)
-            ),
+            "window": measurer.read(trainable, frozen, self.targets_NT),
             "mean": mean_ND,
             "zero": np.zeros_like(actual),
             "other": actual[self.partner_N],
@@ -160,6 +160,13 @@ class Suite:
         offsets = self.rows.positions_N[:, None] + np.arange(1 - before, after + 1)
         return self.rows.tokens_NS[np.arange(len(self.rows))[:, None], np.maximum(offsets, 0)]
 
+    @functools.cached_property
+    def targets_NT(self) -> np.ndarray:
+        """The texts that the warm start teaches for these rows, [N, T]."""
+        if self.rows.targets_NT.shape[1]:
+            return self.rows.targets_NT
+        return self.window(self.warm.before, self.warm.after)
+
     def quantities(
         self, candidates: Mapping[str, np.ndarray], effects: Mapping[str, SwapEffect]
     ) -> PerRow:
@@ -183,14 +190,14 @@ class Suite:
         next_token_N = clean.top_tokens[:, 0]
         is_attribute = np.isin(next_token_N, sorted(self.attribute_ids))
         states = lambda texts: np.any(texts == next_token_N[:, None], axis=1) & is_attribute
-        window = self.window(self.warm.before, self.warm.after)
         per_row = {"attribute": is_attribute}
-        per_row["window.nll"] = self.measurer.text_nll(original, window)
+        per_row["window.nll"] = self.measurer.text_nll(original, self.targets_NT)
         for name, cos_NT in explained.prefix_cos.items():
             per_row |= {f"{name}.cos_at_{k}": cos_NT[:, k - 1] for k in doublings(cos_NT.shape[1])}
         for name, texts in explained.texts.items():
             per_row[f"{name}.nll"] = self.measurer.text_nll(original, texts)
-            per_row[f"{name}.repeat_4gram"] = metrics.repeat_4gram(texts)
+            words = without_end(texts, self.measurer.spec.end)
+            per_row[f"{name}.repeat_4gram"] = metrics.repeat_4gram(words)
             per_row[f"{name}.stated"] = states(texts)
             per_row[f"{name}.stated_shuffled"] = states(texts[self.partner_N])
         return per_row
@@ -199,7 +206,8 @@ class Suite:
         intervals = self.intervals(self._statistics(explained), per_row)
         # Over all texts together: a resample repeats documents, which would bias it.
         for name, prefix in (("greedy", ""), ("sampled", "sampled_")):
-            intervals[f"{prefix}distinct_2"] = Interval(metrics.distinct_2(explained.texts[name]))
+            words = without_end(explained.texts[name], self.measurer.spec.end)
+            intervals[f"{prefix}distinct_2"] = Interval(metrics.distinct_2(words))
         return intervals
 
     def _statistics(self, explained: Explained | None = None) -> dict[str, Statistic]:

@@ -247,7 +247,7 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
     def score(request: ScoreRequest) -> dict[str, Any]:
         description, tokens = request.description, request.description_tokens
         if tokens is not None:
-            description = with_its_tokens(description, tokens, lens.model.tokenizer)
+            description = with_its_tokens(description, tokens, lens.model.tokenizer, lens.spec.end)
         elif not description.strip():
             raise ValueError("the description is empty")
         return scored(lens.as_read(description), vector_of(request.activation))

@@ -183,7 +183,9 @@ def make_app(
         tokens_of(request.explanation)
         explanation = request.explanation
         if request.tokens is not None:
-            explanation = with_its_tokens(explanation, request.tokens, lens.model.tokenizer)
+            explanation = with_its_tokens(
+                explanation, request.tokens, lens.model.tokenizer, lens.spec.end
+            )
         elif not explanation.strip():
             raise ValueError("the explanation is empty")
         with turns.turn():

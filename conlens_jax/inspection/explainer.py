@@ -105,7 +105,7 @@ class LensExplainer(LensReader):
         text_BT, effect = self._programs.explain(
             self.trainable, self.frozen, states, documents_B, positions_B, sampling
         )
-        texts = written_texts(np.asarray(text_BT), self.model.tokenizer)
+        texts = written_texts(np.asarray(text_BT), self.model.tokenizer, self.spec.end)
         effect = jax.tree.map(np.asarray, effect)
         numbers_of: dict[tuple[int, int], list[int]] = {}  # of the samples of each token
         for number, row in enumerate(rows):
@@ -185,13 +185,20 @@ class LensExplainer(LensReader):
     ) -> Iterator[list[Written]]:
         state = self._programs.first_token(self.trainable, self.frozen, vector_BD, sampling)
         tokens_TB = [np.array(state.token_B)]  # a copy: the state is donated
+        texts = lambda: written_texts(
+            np.stack(tokens_TB, axis=1)[:count], self.model.tokenizer, self.spec.end
+        )
         for step in range(1, self.spec.text_len):
-            yield written_texts(np.stack(tokens_TB, axis=1)[:count], self.model.tokenizer)
+            yield written_texts(
+                np.stack(tokens_TB, axis=1)[:count], self.model.tokenizer, self.spec.end
+            )
             state = self._programs.next_token(
                 self.trainable, self.frozen, state, jnp.int32(step), sampling
             )
             tokens_TB.append(np.array(state.token_B))
-        yield written_texts(np.stack(tokens_TB, axis=1)[:count], self.model.tokenizer)
+        yield written_texts(
+            np.stack(tokens_TB, axis=1)[:count], self.model.tokenizer, self.spec.end
+        )
 
 
 def _check_explain(samples: int, decoding: str, batch_size: int, temperature: float) -> None:

@@ -65,7 +65,9 @@ class LensReader(LensParts):
         size = batching.power_of_two(len(vectors))
         rows = jnp.asarray(batching.filled(vectors, size))
         written = self._programs.write(self.trainable, self.frozen, rows, None)
-        texts = written_texts(np.asarray(written)[: len(vectors)], self.model.tokenizer)
+        texts = written_texts(
+            np.asarray(written)[: len(vectors)], self.model.tokenizer, self.spec.end
+        )
         return texts[0] if np.ndim(activations) == 1 else texts
 
     def as_read(self, explanation: Explanation) -> Written:
@@ -80,7 +82,7 @@ class LensReader(LensParts):
         Raises:
           ValueError: no explanation, or one without a token or with more than the model can read.
         """
-        (written,) = read_explanations([explanation], self.model)
+        (written,) = read_explanations([explanation], self.model, self.spec.end)
         return written
 
     def encode(self, explanation: Explanation | Sequence[Explanation]) -> Float[np.ndarray, "*N D"]:
@@ -94,7 +96,8 @@ class LensReader(LensParts):
           ValueError: as :meth:`as_read`.
         """
         one = is_one_explanation(explanation)
-        explanations = read_explanations([explanation] if one else list(explanation), self.model)
+        values = [explanation] if one else list(explanation)
+        explanations = read_explanations(values, self.model, self.spec.end)
         lists = [written.tokens for written in explanations]
         arrays = map(jnp.asarray, batching.aligned_right(lists))
         vectors = self._programs.encode(self.trainable, self.frozen, *arrays)

@@ -108,35 +108,46 @@ def is_one_explanation(value: Any) -> bool:
     return isinstance(value, str | Reading | ExplainedToken) or _is_ids(value)
 
 
-def read_explanations(values: Sequence[Explanation], model: LanguageModel) -> list[Written]:
+def read_explanations(
+    values: Sequence[Explanation], model: LanguageModel, end: int | None = None
+) -> list[Written]:
     """Every explanation with the tokens that the encoder reads.
 
-    A text that does not carry the tokens of the model's tokenizer is tokenised.
+    A text that does not carry the tokens of the model's tokenizer is tokenised, and ends with the
+    token ``end``.
 
     Raises:
       ValueError: something else, an explanation without a token or with more than the model can
         read, or a reading with the tokens of another tokenizer.
     """
-    pieces = [text_or_ids(value, model) for value in values]
+    pieces = [text_or_ids(value, model, end) for value in values]
     if any(not isinstance(piece, str) and not len(piece) for piece in pieces):
         raise ValueError("an explanation has no token")
     lists = token_lists(pieces, model, add_bos=False)
+    if end is not None:
+        lists = [
+            [*ids, end] if isinstance(piece, str) else ids
+            for piece, ids in zip(pieces, lists, strict=True)
+        ]
     return [
         Written(piece, written.tokens, True) if isinstance(piece, str) else written
-        for piece, written in zip(pieces, written_texts(lists, model.tokenizer), strict=True)
+        for piece, written in zip(pieces, written_texts(lists, model.tokenizer, end), strict=True)
     ]
 
 
-def text_or_ids(value: Explanation, model: LanguageModel) -> str | Sequence[int]:
+def text_or_ids(
+    value: Explanation, model: LanguageModel, end: int | None = None
+) -> str | Sequence[int]:
     """A text that has to be tokenised, or the tokens if there are any."""
     if isinstance(value, ExplainedToken):
         value = value.best
     if isinstance(value, Reading):
         if value.tokens is None:
             return str(value.text)
-        return with_its_tokens(value.text, value.tokens, model.tokenizer).tokens
+        return with_its_tokens(value.text, value.tokens, model.tokenizer, end).tokens
     if isinstance(value, Written):  # from another model's tokenizer it is a plain text
-        return value.tokens if model.tokenizer.decode(value.tokens) == value else str(value)
+        (again,) = written_texts([value.tokens], model.tokenizer, end)
+        return value.tokens if again == value else str(value)
     if isinstance(value, str) or _is_ids(value):
         return value
     raise ValueError(

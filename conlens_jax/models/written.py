@@ -19,7 +19,7 @@ class Written(str):
     that a tokenizer gives.
 
     Attributes:
-      tokens: the token ids that the text was decoded from.
+      tokens: the token ids that the text was decoded from, its end token included.
       reads_back: whether tokenising the text gives these tokens.
     """
 
@@ -36,24 +36,39 @@ class Written(str):
         return str(self), self.tokens, self.reads_back
 
 
-def written_texts(rows: Iterable[Sequence[int]], tokenizer: Tokenizer) -> list[Written]:
-    """The text of each row of token ids, special tokens left out."""
-    rows = [tuple(map(int, row)) for row in rows]
-    texts = [tokenizer.decode(row) for row in rows]
+def written_texts(
+    rows: Iterable[Sequence[int]], tokenizer: Tokenizer, end: int | None = None
+) -> list[Written]:
+    """The text of each row of token ids, special tokens left out; a row is over after its first
+    token ``end``."""
+    rows = [_up_to(tuple(map(int, row)), end) for row in rows]
+    texts = [tokenizer.decode(without_last(row, end)) for row in rows]
     again = tokenizer.encode_batch(texts)
     return [
-        Written(text, row, tuple(ids) == row)
+        Written(text, row, tuple(ids) == without_last(row, end))
         for text, row, ids in zip(texts, rows, again, strict=True)
     ]
 
 
-def with_its_tokens(text: str, tokens: Sequence[int], tokenizer: Tokenizer) -> Written:
+def _up_to(tokens: tuple[int, ...], end: int | None) -> tuple[int, ...]:
+    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
+def without_last(tokens: Sequence[int], end: int | None) -> tuple[int, ...]:
+    """The tokens without an end token at their end."""
+    tokens = tuple(tokens)
+    return tokens[:-1] if end is not None and tokens[-1:] == (end,) else tokens
+
+
+def with_its_tokens(
+    text: str, tokens: Sequence[int], tokenizer: Tokenizer, end: int | None = None
+) -> Written:
     """A text with the tokens that were stored or sent with it.
 
     Raises:
       ValueError: the tokens are those of another text or of another tokenizer.
     """
-    (written,) = written_texts([tokens], tokenizer)
+    (written,) = written_texts([tokens], tokenizer, end)
     if written != text:
         raise ValueError(
             f"the tokens of the explanation {text!r:.80} are {str(written)!r:.80} to this model's "

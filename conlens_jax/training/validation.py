@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from conlens_jax.data.rows import Rows
+from conlens_jax.lens.text import without_end
 from conlens_jax.measurement import metrics
 from conlens_jax.measurement.runner import SwapEffect, other_rows
 from conlens_jax.models.param_table import Params
@@ -78,7 +79,7 @@ def validate(run: Run, trainable: Params, frozen: Params) -> Validation:
         read = run.measurer.read(reader, frozen, explained.texts["greedy"])
         by_warm = metrics.fve_nrm(metrics.cosine(read, actual), run.reference.resultant)
         scores["gap_frozen"] = scores["fve_nrm_greedy"] - by_warm
-    texts = explained.texts["sampled"]
+    texts = without_end(explained.texts["sampled"], run.session.spec.end)
     scores["distinct_2"] = metrics.distinct_2(texts)
     scores["repeat_4gram"] = float(metrics.repeat_4gram(texts).mean())
     own, shuffled = distributions["cos_sampled"], distributions["cos_shuffle"]
@@ -89,11 +90,12 @@ def validate(run: Run, trainable: Params, frozen: Params) -> Validation:
 
 
 def token_shares(
-    texts_NT: np.ndarray, tokenizer: Tokenizer, count: int = 32
+    texts: Sequence[np.ndarray], tokenizer: Tokenizer, count: int = 32
 ) -> list[tuple[str, float]]:
     """The most common tokens with their shares of all tokens, most common first."""
-    counted = collections.Counter(texts_NT.reshape(-1).tolist()).most_common(count)
-    return [(tokenizer.token(token), times / texts_NT.size) for token, times in counted]
+    tokens = np.concatenate(texts)
+    counted = collections.Counter(tokens.tolist()).most_common(count)
+    return [(tokenizer.token(token), times / len(tokens)) for token, times in counted]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +137,7 @@ def verbose_samples(run: Run, trainable: Params, frozen: Params, count: int) -> 
     effects = run.measurer.effects(frozen["original"], rows, {"greedy": vectors})
     cos = metrics.cosine(vectors, rows.activations_ND)
     contexts = [context_of(rows, i, tokenizer) for i in range(count)]
-    texts = written_texts(explained.texts["greedy"], tokenizer)
+    texts = written_texts(explained.texts["greedy"], tokenizer, run.session.spec.end)
     return [
         Sample(
             context=before,

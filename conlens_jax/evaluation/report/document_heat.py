@@ -48,7 +48,8 @@ def document_heat(suite: Suite, trainable: Params, frozen: Params, tokenizer: To
         if row is None:
             tokens.append(HeatToken(shown))
         else:
-            (text,) = written_texts([explained.texts["greedy"][row]], tokenizer)
+            written = explained.texts["greedy"][row]
+            (text,) = written_texts([written], tokenizer, measurer.spec.end)
             tokens.append(HeatToken(shown, float(kl_N[row]), text))
     return HeatMap(
         f"Document {int(rows.documents_N[0])}, the longest of the held-out rows",

@@ -49,6 +49,7 @@ class PageData:
       heat_maps: documents token by token.
       variables: names of what is known of every document; only in a generated corpus.
       ranked: show the best, median and worst rows before those at equal distances.
+      end: the token that a text ends with, or None.
     """
 
     systems: Sequence[System]
@@ -64,6 +65,7 @@ class PageData:
     heat_maps: Sequence[HeatMap] = ()
     variables: Sequence[str] = ()
     ranked: bool = False
+    end: int | None = None
 
 
 def build_report(data: PageData, tokenizer: Tokenizer) -> Report:
@@ -250,15 +252,15 @@ def _examples(data: PageData, main: System, tokenizer: Tokenizer) -> list[Exampl
         greedy = [system.evaluated.explained.texts["greedy"][row] for system in data.systems]
         sampled = evaluated.explained.texts["sampled"][row]
         names = [*(system.name for system in data.systems), f"{main.name}, sampled"]
-        texts = written_texts([*greedy, sampled], tokenizer)
         other = evaluated.explained.texts["greedy"][data.partner_N[row]]
+        *texts, other_text = written_texts([*greedy, sampled, other], tokenizer, data.end)
         examples.append(
             Example(
                 context=tokenizer.decode(tokens[:position]),
                 token_at_position=tokenizer.token(tokens[position]),
                 continuation=tokenizer.decode(tokens[position + 1 : stop]),
                 explanations=list(zip(names, texts, strict=True)),
-                other_row_text=tokenizer.decode(other),
+                other_row_text=str(other_text),
                 numbers={
                     "cos": float(evaluated.per_row["greedy.cos"][row]),
                     "KL": float(evaluated.per_row["greedy.kl_at"][row]),

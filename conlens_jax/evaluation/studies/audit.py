@@ -66,8 +66,7 @@ def audit_lens(
         vectors[f"{reader}whole"] = vectors[f"{reader}first_{text_len}"]
         vectors[f"{reader}whole_sampled"] = read(Texts.whole(explained.texts["sampled"]))
         vectors[f"{reader}null_shuffle"] = vectors[f"{reader}whole"][suite.partner_N]
-        window = suite.window(suite.warm.before, suite.warm.after)
-        vectors[f"{reader}window"] = read(Texts.whole(window))
+        vectors[f"{reader}window"] = read(Texts.whole(suite.targets_NT))
     per_row = suite.score(evaluated, frozen["original"], vectors)
     statistics: dict[str, Statistic] = {}
     for candidate, prefix in (
