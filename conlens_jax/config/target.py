@@ -31,7 +31,7 @@ class TargetConfig:
     # Tokens between two next words, and between these and the words of the context; each must be
     # one token of the vocabulary, or is left out if empty.
     comma: str = ","
-    separator: str = "|"
+    separator: str = " |"
     path: str = ""  # "file": jsonl or parquet file, folder or glob
     # "model": what M is asked; <context> is the text up to P.
     prompt: str = "Say in a few words what this text is about and what comes next: <context>"

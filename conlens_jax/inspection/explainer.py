@@ -189,16 +189,12 @@ class LensExplainer(LensReader):
             np.stack(tokens_TB, axis=1)[:count], self.model.tokenizer, self.spec.end
         )
         for step in range(1, self.spec.text_len):
-            yield written_texts(
-                np.stack(tokens_TB, axis=1)[:count], self.model.tokenizer, self.spec.end
-            )
+            yield texts()
             state = self._programs.next_token(
                 self.trainable, self.frozen, state, jnp.int32(step), sampling
             )
             tokens_TB.append(np.array(state.token_B))
-        yield written_texts(
-            np.stack(tokens_TB, axis=1)[:count], self.model.tokenizer, self.spec.end
-        )
+        yield texts()
 
 
 def _check_explain(samples: int, decoding: str, batch_size: int, temperature: float) -> None:
