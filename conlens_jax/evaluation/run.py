@@ -110,10 +110,22 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
     studies = None
     if config.evaluate.suite != "basic":
         studies = Studies.make(session, suite, template, frozen, run_folder)
+    said_words = None
+    if config.target.kind == "words":
+        marks = mark_ids(config.target, tokenizer)
+        said_words = SaidWords(suite, tokenizer, **marks, gap=session.spec.gap)
     systems, heat_maps = [], []
     for lens in lenses:
         trainable = load_lens(lens.folder, template, lens.step)
         evaluated = suite.evaluate(trainable, frozen)
+        if said_words is not None:
+            texts = evaluated.explained.texts
+            shuffled_NT = texts["greedy"][suite.partner_N]
+            named = {"": texts["greedy"], "sampled_": texts["sampled"]}
+            truth = said_words.truth(
+                {**named, "null_shuffle_": shuffled_NT}, evaluated.effects["clean"]
+            )
+            evaluated = dataclasses.replace(evaluated, metrics={**evaluated.metrics, **truth})
         if studies is not None:
             more = studies.of_lens(evaluated, trainable)
             if lens == main:

