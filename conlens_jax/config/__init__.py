@@ -31,6 +31,7 @@ from conlens_jax.config.model import EMBEDDED_MODEL, EmbeddedConfig, ModelConfig
 from conlens_jax.config.older import updated
 from conlens_jax.config.rules import config_problems
 from conlens_jax.config.settings import ExperimentConfig
+from conlens_jax.config.target import TargetConfig
 from conlens_jax.config.training import (
     BaselineConfig,
     CheckpointConfig,

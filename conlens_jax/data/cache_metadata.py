@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ _CONFIG_NAMES = {
     "seq_len": "dump.seq_len",
     "dtype": "dump.dtype",
     "seed": "dump.seed",
+    "target.text_len": "lens.text_len",
+    "target.end_token": "lens.end_token",
 }
 
 
@@ -178,14 +180,15 @@ def check_metadata(metadata: CacheMetadata, folder: str, **expected: Any) -> Non
     """Compares a cache's metadata with the caller's settings (None: not compared).
 
     Equal weight hashes mean the same model, even under another name. Fields that an older cache
-    does not record (empty, or a negative layer) are not compared.
+    does not record (empty, or a negative layer) are not compared, nor are targets that the caller
+    does not use (``target`` empty).
 
     Raises:
       CacheError: there are mismatches; all are listed, with the fix.
     """
     if expected.get("weights_hash") and metadata.weights_hash == expected["weights_hash"]:
         expected.pop("model_id", None)
-    lines = []
+    lines = list(_target_differences(metadata.target, expected.pop("target", None) or {}))
     for name, wanted in expected.items():
         found = getattr(metadata, name)
         unknown = found == "" or (name == "layer" and found < 0)
@@ -196,3 +199,13 @@ def check_metadata(metadata: CacheMetadata, folder: str, **expected: Any) -> Non
             f"the activation cache {folder} does not fit this run; dump again or point "
             "dump.cache_dir elsewhere:\n" + "\n".join(f"  - {line}" for line in lines)
         )
+
+
+def _target_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
+    # Targets of another kind have other settings.
+    same_kind = found.get("kind") == wanted.get("kind")
+    for name, value in wanted.items():
+        if found.get(name) != value and (same_kind or name == "kind"):
+            field = _CONFIG_NAMES.get(f"target.{name}", f"target.{name}")
+            kept = repr(found.get(name)) if found else "no targets"
+            yield f"{field}: the cache has {kept}, this run has {value!r}"

@@ -31,8 +31,10 @@ from conlens_jax.data.cache_metadata import CacheMetadata
 from conlens_jax.data.model_documents import open_texts
 from conlens_jax.data.rows import Rows
 from conlens_jax.data.shared_writer import SharedWriter
+from conlens_jax.data.targets.opening import open_targets, target_settings
+from conlens_jax.data.targets.protocol import NextTokens, Targets, filled
 from conlens_jax.files.paths import local_path
-from conlens_jax.lens.original import capture
+from conlens_jax.lens.original import capture, capture_and_predict
 from conlens_jax.lens.spec import LensSpec
 from conlens_jax.models.model import LanguageModel
 from conlens_jax.parallel.mesh import batch_sharding, check_batch
@@ -61,6 +63,9 @@ def dump_activations(
     for note in corpus.notes:
         console.line("dump", note=note)
     root = local_path(config.dump.cache_dir)
+    extractor = functools.partial(Extractor, config.dump, model, spec, mesh, corpus)
+    contexts = lambda: extractor("train").contexts()
+    targets = open_targets(config.target, model.tokenizer, spec, contexts)
     wanted = {"train": config.dump.n_samples, "validation": config.dump.n_validation_samples}
     with watching_for_sigterm(f"the cache {root} is complete; the same command continues") as stops:
         for split in SPLITS:
@@ -69,8 +74,7 @@ def dump_activations(
             if writer.complete:
                 console.line("dump", split=split, found=root / split)
                 continue
-            extractor = Extractor(config.dump, model, spec, mesh, corpus, split)
-            _dump_split(extractor, writer, wanted[split], console, stops)
+            _dump_split(extractor(split, targets), writer, wanted[split], console, stops)
     return root
 
 
@@ -93,6 +97,7 @@ def _metadata(
         split=split,
         dump=settings,
         seed=config.dump.seed,
+        target=target_settings(config.target, config.lens),
     )
 
 
@@ -151,19 +156,22 @@ class Extractor:
         mesh: Mesh,
         corpus: Corpus,
         split: str,
+        targets: Targets | None = None,
     ):
         self.config, self.model, self.split, self.corpus = config, model, split, corpus
+        self.targets, self.spec = targets, spec
         self.sharding = batch_sharding(mesh)
         self.too_short = self.read = 0
         self.tally = Tally()
-        self._capture = functools.partial(_capture_at, spec=spec)
+        n_next = 0 if targets is None else targets.n_next
+        self._capture = functools.partial(_capture_at, spec=spec, n_next=n_next)
 
     def batches(self, cursor: Any) -> Iterator[tuple[Rows, list[Any]]]:
         """Rows after ``cursor``, which is [first document of the batch, row in the batch]."""
         start, skip = (cursor[0], cursor[1] + 1) if cursor else (0, 0)
         documents = self._usable(start)
         while batch := list(itertools.islice(documents, self.config.batch_size)):
-            rows = self._captured(*self._draw(batch))
+            rows = self._with_targets(*self._captured(*self._draw(batch)))
             cursors = [[batch[0][0], number] for number in range(len(rows))]
             yield rows.take(slice(skip, None)), cursors[skip:]
             skip = 0
@@ -176,6 +184,10 @@ class Extractor:
             rows = self._draw(batch)[0].take(slice(room))
             room -= len(rows)
             yield rows
+
+    def contexts(self) -> Iterator[list[int]]:
+        """The tokens of each document's context."""
+        return (tokens for _, tokens in self._usable(0))
 
     def captured(self, wanted: int) -> Iterator[Rows]:
         """The first ``wanted`` rows as the dump writes them."""
@@ -233,8 +245,9 @@ class Extractor:
         )
         return rows, row_of
 
-    def _captured(self, rows: Rows, row_of: np.ndarray) -> Rows:
-        """The rows of a batch of documents with their activations; M reads each document once."""
+    def _captured(self, rows: Rows, row_of: np.ndarray) -> tuple[Rows, NextTokens | None]:
+        """The rows of a batch of documents with their activations, and M's next tokens if the
+        targets need them; M reads each document once."""
         size, per_document = self.config.batch_size, self.config.positions_per_sequence
         documents, first = np.unique(row_of, return_index=True)
         number = np.arange(len(row_of)) - first[row_of]
@@ -246,15 +259,23 @@ class Extractor:
         # Otherwise tokens would not belong to their activations.
         check_same("text in the corpus", tokens_BS.tobytes())
         here = local_rows(self.sharding, size)
-        activations_BkD = self._capture(
+        captured = self._capture(
             self.model.params,
             *(
                 on_devices(array[here], self.sharding, size)
                 for array in (tokens_BS, lengths_B, positions_Bk)
             ),
         )
-        activations_ND = to_host(activations_BkD)[row_of, number]
-        return dataclasses.replace(rows, activations_ND=activations_ND)
+        activations_ND, *next_tokens = (array[row_of, number] for array in to_host(captured))
+        rows = dataclasses.replace(rows, activations_ND=activations_ND)
+        return rows, NextTokens(*next_tokens) if next_tokens else None
+
+    def _with_targets(self, rows: Rows, next_tokens: NextTokens | None) -> Rows:
+        if self.targets is None:
+            return rows
+        texts = self.targets.texts(rows, next_tokens)
+        targets_NT = filled(texts, self.spec.text_len, self.spec.end)
+        return dataclasses.replace(rows, targets_NT=targets_NT)
 
     def _positions(self, document: int, length: int) -> np.ndarray:
         """Distinct random positions in the valid range, ascending."""
@@ -281,8 +302,15 @@ def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield chunk
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def _capture_at(original, tokens_BS, lengths_B, positions_Bk, *, spec):
+@functools.partial(jax.jit, static_argnames=("spec", "n_next"))
+def _capture_at(original, tokens_BS, lengths_B, positions_Bk, *, spec, n_next):
+    """The activations at k positions of each document, and with ``n_next`` the ids and
+    probabilities of M's likeliest next tokens there."""
     mask_BS = np.arange(tokens_BS.shape[1])[None] < lengths_B[:, None]
+    if n_next:
+        x_BkD, ids_Bkn, probabilities_Bkn = capture_and_predict(
+            original, tokens_BS, mask_BS, positions_Bk, count=n_next, spec=spec
+        )
+        return x_BkD.astype(np.float32), ids_Bkn, probabilities_Bkn
     x_BSD = capture(original, tokens_BS, mask_BS, spec=spec)
-    return x_BSD[np.arange(tokens_BS.shape[0])[:, None], positions_Bk].astype(np.float32)
+    return (x_BSD[np.arange(tokens_BS.shape[0])[:, None], positions_Bk].astype(np.float32),)

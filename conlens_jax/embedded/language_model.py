@@ -53,7 +53,9 @@ from conlens_jax.tracking.console import Console
 STATISTICS_FILE = "training.json"
 RARE = 0.005
 """A token with a smaller share of the corpus is rare."""
-_FORMAT = 2  # to be raised when the same settings would give another model
+MARKS = (",", "|", "·")
+"""Tokens that a lens may write between words, or for what it cannot name, on every corpus."""
+_FORMAT = 3  # to be raised when the same settings would give another model
 
 
 def cache_root(config: EmbeddedConfig) -> Path:
@@ -161,7 +163,7 @@ def _train_tokenizer(
 ) -> Tokenizer:
     texts = [document.text for document in documents]
     if corpus.kind in GENERATED_CORPORA:
-        return train_word_tokenizer(texts, config.vocab_size)
+        return train_word_tokenizer(texts, config.vocab_size, MARKS)
     return train_bpe_tokenizer(texts, config.vocab_size)
 
 

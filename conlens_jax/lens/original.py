@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -72,6 +73,34 @@ def capture(
 ) -> Float[Array, "B S D"]:
     """The residual stream at the output of block L, all positions; stops there."""
     return transformer.capture(original, tokens_BS, mask_BS, config=spec.model, layer=spec.layer)
+
+
+def capture_and_predict(
+    original: Params,
+    tokens_BS: Int[Array, "B S"],
+    mask_BS: Bool[Array, "B S"],
+    positions_Bk: Int[Array, "B k"],
+    *,
+    count: int,
+    spec: LensSpec,
+) -> tuple[Float[Array, "B k D"], Int[Array, "B k n"], Float[Array, "B k n"]]:
+    """The residual stream at the output of block L and M's likeliest next tokens, at k positions
+    of each sequence, from one pass.
+
+    Args:
+      positions_Bk: indices into the sequence.
+      count: n, how many next tokens.
+
+    Returns:
+      Residual stream, ids and probabilities, the likeliest first.
+    """
+    layers = (spec.layer, spec.model.n_layers - 1)
+    x_BlSD = transformer.capture(original, tokens_BS, mask_BS, config=spec.model, layer=layers)
+    rows_B1 = jnp.arange(len(tokens_BS))[:, None]
+    read_BkD, state_BkD = (x_BlSD[:, index][rows_B1, positions_Bk] for index in range(2))
+    log_p_BkV = jax.nn.log_softmax(unembed(original, state_BkD, config=spec.model))
+    log_p_Bkn, ids_Bkn = jax.lax.top_k(log_p_BkV, count)
+    return read_BkD, ids_Bkn, jnp.exp(log_p_Bkn)
 
 
 def documents_of(rows_B: Array, documents_G: Array) -> Int[Array, "B"]:

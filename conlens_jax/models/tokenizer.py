@@ -207,6 +207,12 @@ class Tokenizer:
             text = written
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
+    def piece(self, token_id: int) -> str:
+        """The text of a token in the middle of a text, with the space before it if there is one;
+        empty for special tokens."""
+        # Decoding may strip the beginning of a text.
+        return self.decode([token_id, token_id])[len(self.decode([token_id])) :]
+
     def _find_special_ids(self) -> None:
         bos, eos, pad, unk = (self._special_id(name) for name in ("bos", "eos", "pad", "unk"))
         self.unk_id: int | None = unk
@@ -236,11 +242,13 @@ class Tokenizer:
         return json.loads(self._side_files.get(name, b"{}"))
 
 
-def train_word_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_word_tokenizer(
+    texts: Iterable[str], vocab_size: int, marks: Sequence[str] = ()
+) -> Tokenizer:
     """One token per word or run of punctuation, in lower case; decoding joins them by spaces.
 
     The ``vocab_size`` most frequent words (special tokens included) get an id, all others are
-    ``<unk>``.
+    ``<unk>``. Those of ``marks`` that are not among them get ids after theirs.
     """
     _check_size(vocab_size, len(SPECIAL_TOKENS) + 1, "words")
     tokenizer = tokenizers.Tokenizer(models.WordLevel(unk_token="<unk>"))
@@ -250,6 +258,11 @@ def train_word_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
+    if marks:
+        vocabulary = tokenizer.get_vocab()
+        for mark in marks:
+            vocabulary.setdefault(mark, len(vocabulary))
+        tokenizer.model = models.WordLevel(vocabulary, unk_token="<unk>")
     return _trained(tokenizer)
 
 

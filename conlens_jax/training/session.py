@@ -16,10 +16,11 @@ from conlens_jax.data.cache import ActivationCache
 from conlens_jax.data.legacy import LegacyCache, open_cache
 from conlens_jax.data.rows import Rows, RowSource
 from conlens_jax.data.stream import TokenStream, open_stream
+from conlens_jax.data.targets.opening import mark_ids, target_settings
 from conlens_jax.embedded.language_model import ensure_language_model
 from conlens_jax.files.paths import checkpoint_path_problem, local_path
 from conlens_jax.lens.objective import Objective
-from conlens_jax.lens.spec import LensSpec, make_spec, token_of_field
+from conlens_jax.lens.spec import LensSpec, make_spec
 from conlens_jax.measurement.runner import ActivationStatistics, Measurer, activation_statistics
 from conlens_jax.models.from_gguf.source import gguf_source
 from conlens_jax.models.hub import resolve_folder
@@ -159,8 +160,7 @@ def make_objective(config: ExperimentConfig, spec: LensSpec, tokenizer: Tokenize
     """The static part of the loss; raises ValueError if a mark between words is not one token."""
     marks = ()
     if config.target.kind == "words":
-        fields = {f"target.{name}": getattr(config.target, name) for name in ("comma", "separator")}
-        ids = [token_of_field(name, text, tokenizer) for name, text in fields.items()]
+        ids = mark_ids(config.target, tokenizer).values()
         marks = tuple(token_id for token_id in ids if token_id is not None)
     return Objective(config.loss, config.warm, spec, config.target.kind, marks)
 
@@ -220,6 +220,7 @@ def open_caches(session: Session) -> tuple[RowSource, RowSource]:
             tokenizer_hash=session.model.tokenizer.fingerprint,
             layer=session.config.model.layer,
             d_model=session.model.config.d_model,
+            target=target_settings(session.config.target, session.config.lens),
         )
         caches.append(cache)
     _check_rows(session.config, caches[0])

@@ -1,0 +1,69 @@
+"""The targets of a config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from conlens_jax.config import ConfigError, LensConfig, TargetConfig
+from conlens_jax.data.targets.protocol import Targets
+from conlens_jax.data.targets.words import WordTargets
+from conlens_jax.lens.spec import LensSpec, token_of_field
+from conlens_jax.models.tokenizer import Tokenizer
+
+_FIELDS = {
+    "window": (),
+    "words": (
+        *("next_words", "next_probability", "context_words", "nearness", "comma", "separator"),
+    ),
+    "facts": ("comma",),
+    "file": ("path",),
+    "model": ("prompt", "describer"),
+}
+
+
+def target_settings(target: TargetConfig, lens: LensConfig) -> dict[str, Any]:
+    """The settings that determine the targets, for a cache's metadata; empty for windows, which are
+    not in the cache."""
+    if target.kind == "window":
+        return {}
+    fields = {name: getattr(target, name) for name in _FIELDS[target.kind]}
+    ends = {"text_len": lens.text_len, "end_token": lens.end_token}
+    return {"kind": target.kind, **ends, **fields}
+
+
+def mark_ids(target: TargetConfig, tokenizer: Tokenizer) -> dict[str, int | None]:
+    """The tokens ``comma`` and ``separator``; None for one that is left out.
+
+    Raises:
+      ValueError: one is not a single token.
+    """
+    return {
+        name: token_of_field(f"target.{name}", getattr(target, name), tokenizer)
+        for name in ("comma", "separator")
+    }
+
+
+def open_targets(
+    target: TargetConfig,
+    tokenizer: Tokenizer,
+    spec: LensSpec,
+    contexts: Callable[[], Iterable[Sequence[int]]],
+) -> Targets | None:
+    """Makes the targets of ``target.kind``; None for windows.
+
+    Args:
+      contexts: the tokens of the training documents' contexts, from the first one.
+
+    Raises:
+      ValueError: a mark is not a single token.
+    """
+    if target.kind == "window":
+        return None
+    assert spec.end is not None
+    if target.kind == "words":
+        marks = mark_ids(target, tokenizer)
+        return WordTargets(
+            target, tokenizer, **marks, end=spec.end, text_len=spec.text_len, contexts=contexts
+        )
+    raise ConfigError(f"target.kind={target.kind!r} cannot be made here")

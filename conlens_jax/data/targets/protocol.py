@@ -1,0 +1,51 @@
+"""What every kind of target has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from conlens_jax.data.rows import Rows
+
+
+class NextTokens(NamedTuple):
+    """M's likeliest next tokens at P of N rows, the likeliest first.
+
+    Attributes:
+      ids_Nk: int32.
+      probabilities_Nk: float32.
+    """
+
+    ids_Nk: np.ndarray
+    probabilities_Nk: np.ndarray
+
+
+class Targets(Protocol):
+    """Makes the targets of rows, a pure function of the settings and the row.
+
+    Attributes:
+      n_next: how many of M's likeliest next tokens it needs at each position; with 0, M is run up
+        to block L only.
+    """
+
+    n_next: int
+
+    def texts(self, rows: Rows, next_tokens: NextTokens | None) -> list[Sequence[int]]:
+        """The tokens of each row's target, without the end token.
+
+        Args:
+          rows: any number of rows; their activations may be missing.
+          next_tokens: of the same rows; None if ``n_next`` is 0.
+        """
+        ...
+
+
+def filled(texts: Sequence[Sequence[int]], text_len: int, end: int) -> np.ndarray:
+    """The texts as an array, filled up with the end token; [N, text_len] int32."""
+    targets_NT = np.full((len(texts), text_len), end, np.int32)
+    for target_T, text in zip(targets_NT, texts, strict=True):
+        kept = text[:text_len]
+        target_T[: len(kept)] = kept
+    return targets_NT

@@ -1,0 +1,121 @@
+"""Targets of words: what M is about to say, then content words of the context.
+
+    Paris, the | capital France
+
+First M's likeliest next tokens at P, the likeliest first, then whole words of the context up to P,
+in the order of the text. Both can be checked on any text: the first against M, the second against
+the context.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from conlens_jax.config import TargetConfig
+from conlens_jax.data.rows import Rows
+from conlens_jax.data.targets.protocol import NextTokens
+from conlens_jax.data.targets.whole_words import WholeWords, Word
+from conlens_jax.models.tokenizer import Tokenizer
+
+COUNTED_DOCUMENTS = 20_000
+
+
+class WordTargets:
+    """Makes the target of each row; see :class:`~.protocol.Targets`.
+
+    Args:
+      comma, separator: token ids; None: nothing is written there.
+      end: the end token.
+      text_len: the most tokens of a target, its end included.
+      contexts: the tokens of the training documents' contexts, from the first one; the first 20,000
+        are counted for the words' idf, when it is needed first.
+    """
+
+    def __init__(
+        self,
+        config: TargetConfig,
+        tokenizer: Tokenizer,
+        comma: int | None,
+        separator: int | None,
+        end: int,
+        text_len: int,
+        contexts: Callable[[], Iterable[Sequence[int]]],
+    ):
+        self.n_next = config.next_words + 1  # the end token is none of them
+        self._config, self._end, self._text_len = config, end, text_len
+        self._comma = [] if comma is None else [comma]
+        self._separator = [] if separator is None else [separator]
+        self._words = WholeWords(tokenizer)
+        self._contexts = contexts
+
+    @functools.cached_property
+    def _idf(self) -> dict[str, float]:
+        """log(N / n) of each word that n of the N counted documents have."""
+        counts, n_documents = Counter(), 0
+        for tokens in itertools.islice(self._contexts(), COUNTED_DOCUMENTS):
+            counts.update({word.key for word in self._words.of(tokens)})
+            n_documents += 1
+        self._idf_unseen = math.log(max(n_documents, 1))
+        return {key: math.log(n_documents / count) for key, count in counts.items()}
+
+    def texts(self, rows: Rows, next_tokens: NextTokens | None) -> list[Sequence[int]]:
+        """See :meth:`~.protocol.Targets.texts`."""
+        assert next_tokens is not None
+        texts = []
+        documents = itertools.groupby(range(len(rows)), lambda row: rows.documents_N[row])
+        for _, group in documents:  # rows of one document share its words
+            numbers = list(group)
+            first = numbers[0]
+            words = list(self._words.of(rows.tokens_NS[first, : rows.lengths_N[first]].tolist()))
+            idf_W = np.array([self._idf.get(w.key, self._idf_unseen) for w in words])
+            last_W = np.array([word.last for word in words])
+            for row in numbers:
+                said = self._said(next_tokens.ids_Nk[row], next_tokens.probabilities_Nk[row])
+                room = self._text_len - len(said) - len(self._separator) - 1
+                named = self._named(words, idf_W, last_W, int(rows.positions_N[row]), room)
+                texts.append([*said, *(self._separator if named else ()), *named])
+        return texts
+
+    def _said(self, ids_k: np.ndarray, probabilities_k: np.ndarray) -> list[int]:
+        """The next tokens with commas between them; the less likely ones are left out if they do
+        not fit."""
+        likely = [
+            (int(token), float(probability))
+            for token, probability in zip(ids_k, probabilities_k, strict=True)
+            if token != self._end
+        ]
+        least = self._config.next_probability
+        said = [token for i, (token, p) in enumerate(likely) if i == 0 or p >= least]
+        step = 1 + len(self._comma)
+        most = max(1, (self._text_len - 1 + len(self._comma)) // step)
+        said = said[: min(self._config.next_words, most)]
+        return [token for word in said for token in (*self._comma, word)][len(self._comma) :]
+
+    def _named(
+        self,
+        words: Sequence[Word],
+        idf_W: np.ndarray,
+        last_W: np.ndarray,
+        position: int,
+        room: int,
+    ) -> list[int]:
+        """The tokens of the chosen words of the context up to P, at most ``room``. A word that goes
+        on after P is none of them."""
+        score_W = idf_W - self._config.nearness * (position - last_W)
+        # Of equal scores the later word.
+        order = sorted(np.flatnonzero(last_W <= position), key=lambda i: (-score_W[i], -i))
+        best: dict[str, int] = {}
+        for index in order:
+            if len(best) == self._config.context_words:
+                break
+            best.setdefault(words[index].key, int(index))
+        chosen = {index: self._words.after_space(words[index]) for index in best.values()}
+        while sum(map(len, chosen.values())) > room:
+            chosen.popitem()  # the one with the lowest score
+        return [token for index in sorted(chosen) for token in chosen[index]]
