@@ -348,8 +348,18 @@ def _target_problems(config: ExperimentConfig) -> Iterator[str]:
             f"target.kind={target.kind!r} is made when activations are dumped: data.source must be "
             "'cache', not 'stream'"
         )
+    if target.kind != "window" and (shift := config.evaluate.audit_shift):
+        yield (
+            f"evaluate.audit_shift={shift} must be 0 for target.kind={target.kind!r}: a target "
+            "belongs to its position"
+        )
     if target.kind == "file" and not target.path:
         yield "target.path must be given for target.kind='file'"
+    if target.kind == "file" and (split := config.corpus.validation_split):
+        yield (
+            f"target.kind='file' needs corpus.validation_split='', not {split!r}: both splits "
+            "would have documents with the same number"
+        )
     if target.kind == "facts" and config.corpus.kind not in GENERATED_CORPORA:
         yield (
             f"target.kind='facts' needs a corpus.kind whose facts are known "

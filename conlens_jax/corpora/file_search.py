@@ -13,9 +13,12 @@ from conlens_jax.corpora.corpus import CorpusError
 _NAMED = 3
 
 
-def find_files(path: str, *suffixes: str) -> list[Path]:
-    """The files of ``corpus.path``, sorted: a file, all files below a folder whose names end in one
-    of ``suffixes``, or a glob (``**`` allowed). A path that exists is never treated as a glob.
+def find_files(path: str, *suffixes: str, field: str = "corpus.path") -> list[Path]:
+    """The files of a path, sorted: a file, all files below a folder whose names end in one of
+    ``suffixes``, or a glob (``**`` allowed). A path that exists is never treated as a glob.
+
+    Args:
+      field: the setting with this path, for messages.
 
     Raises:
       CorpusError: there is no such file.
@@ -27,18 +30,18 @@ def find_files(path: str, *suffixes: str) -> list[Path]:
         looked_for = f"{' or '.join(f'*{suffix}' for suffix in suffixes)} file in the folder"
     elif os.path.lexists(path):
         raise CorpusError(
-            f"corpus.path={path!r} is not a file or folder (a pipe, a device or a broken link); "
+            f"{field}={path!r} is not a file or folder (a pipe, a device or a broken link); "
             "write the texts to a file"
         )
     elif glob.has_magic(path):
         found = _matching(path)
         looked_for = "file matching"
     else:
-        raise CorpusError(f"corpus.path={path!r} does not exist")
+        raise CorpusError(f"{field}={path!r} does not exist")
     # Pipes and devices are endless, or cannot be read twice.
     files = [file for file in found if file.is_file()]
     if not files:
-        raise CorpusError(f"there is no {looked_for} corpus.path={path!r}")
+        raise CorpusError(f"there is no {looked_for} {field}={path!r}")
     return sorted(files)
 
 

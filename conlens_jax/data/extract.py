@@ -65,11 +65,11 @@ def dump_activations(
     root = local_path(config.dump.cache_dir)
     extractor = functools.partial(Extractor, config.dump, model, spec, mesh, corpus)
     contexts = lambda: extractor("train").contexts()
-    targets = open_targets(config.target, model.tokenizer, spec, contexts)
+    targets = open_targets(config, model.tokenizer, spec, contexts)
     wanted = {"train": config.dump.n_samples, "validation": config.dump.n_validation_samples}
     with watching_for_sigterm(f"the cache {root} is complete; the same command continues") as stops:
         for split in SPLITS:
-            metadata = _metadata(config, model, corpus, split)
+            metadata = _metadata(config, model, corpus, split, targets)
             writer = SharedWriter(root / split, metadata, config.dump.rows_per_shard)
             if writer.complete:
                 console.line("dump", split=split, found=root / split)
@@ -79,7 +79,11 @@ def dump_activations(
 
 
 def _metadata(
-    config: ExperimentConfig, model: LanguageModel, corpus: Corpus, split: str
+    config: ExperimentConfig,
+    model: LanguageModel,
+    corpus: Corpus,
+    split: str,
+    targets: Targets | None,
 ) -> CacheMetadata:
     settings = dataclasses.asdict(config.dump)
     settings["add_bos"] = model.tokenizer.adds_bos(config.dump.add_bos)
@@ -97,7 +101,10 @@ def _metadata(
         split=split,
         dump=settings,
         seed=config.dump.seed,
-        target=target_settings(config.target, config.lens),
+        target={
+            **target_settings(config.target, config.lens),
+            **(targets.content if targets else {}),
+        },
     )
 
 
@@ -140,6 +147,7 @@ def _dump_split(
         rows=writer.rows_appended,
         too_short=extractor.too_short,
         **extractor.copies(),
+        **extractor.incomplete(),
         samples_per_s=(writer.rows_appended - before) / max(time.time() - started, 1e-9),
         folder=writer.folder,
     )
@@ -162,6 +170,7 @@ class Extractor:
         self.targets, self.spec = targets, spec
         self.sharding = batch_sharding(mesh)
         self.too_short = self.read = 0
+        self._without_target = self._cut = 0
         self.tally = Tally()
         n_next = 0 if targets is None else targets.n_next
         self._capture = functools.partial(_capture_at, spec=spec, n_next=n_next)
@@ -187,7 +196,7 @@ class Extractor:
 
     def contexts(self) -> Iterator[list[int]]:
         """The tokens of each document's context."""
-        return (tokens for _, tokens in self._usable(0))
+        return (tokens[: self.config.seq_len] for _, tokens in self._encoded(0))
 
     def captured(self, wanted: int) -> Iterator[Rows]:
         """The first ``wanted`` rows as the dump writes them."""
@@ -203,6 +212,12 @@ class Extractor:
         many were left out because the other split has the same text."""
         return {"duplicates": self.tally.copies, "duplicates_left_out": self.tally.left_out}
 
+    def incomplete(self) -> dict[str, int]:
+        """For the log: documents without a target at any possible position, and targets that were
+        cut at ``lens.text_len``; empty if there are none."""
+        counts = {"without_target": self._without_target, "targets_cut": self._cut}
+        return {name: count for name, count in counts.items() if count}
+
     def nothing_message(self) -> str:
         return (
             f"corpus.path={self.corpus.name!r}: none of the {self.read} documents in the "
@@ -212,18 +227,27 @@ class Extractor:
         )
 
     def _usable(self, start: int) -> Iterator[tuple[int, list[int]]]:
-        """Index and context tokens of each document that is long enough for one position."""
+        """Index and context tokens of each document that has at least one row."""
+        config = self.config
+        for index, tokens in self._encoded(start):
+            self.read += 1
+            tokens = tokens[: config.seq_len]
+            if len(tokens) <= config.min_position + config.after:
+                self.too_short += 1
+            elif not len(self._possible(index, len(tokens))):
+                self._without_target += 1
+            else:
+                yield index, tokens
+
+    def _encoded(self, start: int) -> Iterator[tuple[int, list[int]]]:
+        """Index and tokens of each document; at least those of its context."""
         config = self.config
         encode = functools.partial(self.model.tokenizer.encode_batch, add_bos=config.add_bos)
         for chunk in _chunks(self.corpus.documents(self.split, start, self.tally)):
             texts = [document.text for document in chunk]
             encoded = first_tokens(encode, texts, config.seq_len)
             for document, tokens in zip(chunk, encoded, strict=True):
-                self.read += 1
-                if len(tokens) > config.min_position + config.after:
-                    yield document.index, tokens[: config.seq_len]
-                else:
-                    self.too_short += 1
+                yield document.index, tokens
 
     def _draw(self, batch: list[tuple[int, list[int]]]) -> tuple[Rows, np.ndarray]:
         """Rows without activations, and the index of each row's document in the batch."""
@@ -274,19 +298,26 @@ class Extractor:
         if self.targets is None:
             return rows
         texts = self.targets.texts(rows, next_tokens)
+        self._cut += sum(len(text) >= self.spec.text_len for text in texts)
         targets_NT = filled(texts, self.spec.text_len, self.spec.end)
         return dataclasses.replace(rows, targets_NT=targets_NT)
 
     def _positions(self, document: int, length: int) -> np.ndarray:
-        """Distinct random positions in the valid range, ascending."""
+        """Distinct random positions among those that are possible, ascending."""
+        config = self.config
+        possible = self._possible(document, length)
+        rng = np.random.default_rng([numpy_seed(config.seed), document])
+        count = min(config.positions_per_sequence, len(possible))
+        return np.sort(rng.choice(possible, count, replace=False))
+
+    def _possible(self, document: int, length: int) -> np.ndarray:
+        """The positions in the valid range that have a target."""
         config = self.config
         last = length - 1 - config.after
         if config.max_position:
             last = min(last, config.max_position)
         possible = np.arange(config.min_position, last + 1)
-        rng = np.random.default_rng([numpy_seed(config.seed), document])
-        count = min(config.positions_per_sequence, len(possible))
-        return np.sort(rng.choice(possible, count, replace=False))
+        return possible if self.targets is None else self.targets.positions(document, possible)
 
 
 def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:

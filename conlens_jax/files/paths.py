@@ -15,6 +15,7 @@ PATH_FIELDS = (
     "corpus.path",
     "corpus.prompts",
     "dump.cache_dir",
+    "target.path",
     "train.init_from",
     "train.compile_cache",
 )

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from conlens_jax.config import ConfigError, LensConfig, TargetConfig
+from conlens_jax.config import ConfigError, ExperimentConfig, LensConfig, TargetConfig
+from conlens_jax.corpora.generators import GENERATORS
+from conlens_jax.data.targets.facts import FactTargets
+from conlens_jax.data.targets.file import FileTargets
 from conlens_jax.data.targets.protocol import Targets
 from conlens_jax.data.targets.words import WordTargets
 from conlens_jax.lens.spec import LensSpec, token_of_field
@@ -14,7 +17,8 @@ from conlens_jax.models.tokenizer import Tokenizer
 _FIELDS = {
     "window": (),
     "words": (
-        *("next_words", "next_probability", "context_words", "nearness", "comma", "separator"),
+        *("next_words", "next_probability", "context_words", "nearness"),
+        *("comma", "separator"),
     ),
     "facts": ("comma",),
     "file": ("path",),
@@ -45,7 +49,7 @@ def mark_ids(target: TargetConfig, tokenizer: Tokenizer) -> dict[str, int | None
 
 
 def open_targets(
-    target: TargetConfig,
+    config: ExperimentConfig,
     tokenizer: Tokenizer,
     spec: LensSpec,
     contexts: Callable[[], Iterable[Sequence[int]]],
@@ -56,14 +60,20 @@ def open_targets(
       contexts: the tokens of the training documents' contexts, from the first one.
 
     Raises:
-      ValueError: a mark is not a single token.
+      ValueError: a mark is not a single token, or ``target.path`` cannot be read.
     """
+    target = config.target
     if target.kind == "window":
         return None
+    if target.kind == "file":
+        return FileTargets(target.path, tokenizer)
     assert spec.end is not None
+    marks = mark_ids(target, tokenizer)
     if target.kind == "words":
-        marks = mark_ids(target, tokenizer)
         return WordTargets(
             target, tokenizer, **marks, end=spec.end, text_len=spec.text_len, contexts=contexts
         )
+    if target.kind == "facts":
+        variables = GENERATORS[config.corpus.kind].variables
+        return FactTargets(variables, tokenizer, marks["comma"], spec.text_len)
     raise ConfigError(f"target.kind={target.kind!r} cannot be made here")

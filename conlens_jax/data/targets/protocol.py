@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -28,9 +29,15 @@ class Targets(Protocol):
     Attributes:
       n_next: how many of M's likeliest next tokens it needs at each position; with 0, M is run up
         to block L only.
+      content: what determines the targets besides the settings, for the metadata of a cache.
     """
 
-    n_next: int
+    n_next: int = 0
+    content: Mapping[str, str] = MappingProxyType({})
+
+    def positions(self, document: int, possible: np.ndarray) -> np.ndarray:
+        """Those of the ``possible`` positions of a document that have a target."""
+        return possible
 
     def texts(self, rows: Rows, next_tokens: NextTokens | None) -> list[Sequence[int]]:
         """The tokens of each row's target, without the end token.

@@ -19,15 +19,15 @@ import numpy as np
 
 from conlens_jax.config import TargetConfig
 from conlens_jax.data.rows import Rows
-from conlens_jax.data.targets.protocol import NextTokens
+from conlens_jax.data.targets.protocol import NextTokens, Targets
 from conlens_jax.data.targets.whole_words import WholeWords, Word
 from conlens_jax.models.tokenizer import Tokenizer
 
 COUNTED_DOCUMENTS = 20_000
 
 
-class WordTargets:
-    """Makes the target of each row; see :class:`~.protocol.Targets`.
+class WordTargets(Targets):
+    """Makes the target of each row.
 
     Args:
       comma, separator: token ids; None: nothing is written there.
