@@ -57,4 +57,6 @@ def get_config():
     config.loss.tau = schedule("constant", 2.0)
     config.evaluate.batch_size = 64
     config.checkpoint.every = 500
+    config.train.validate_every = 1_000
+    config.train.sample_every = 2_000
     return config

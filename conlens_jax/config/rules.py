@@ -149,7 +149,8 @@ def _shape_problems(config: ExperimentConfig) -> Iterator[str]:
             f"warm.before={warm.before} + warm.after={warm.after} must be "
             f"lens.text_len={lens.text_len}: the window is what the decoder learns to write"
         )
-    if warm.before > dump.min_position + 1:
+    windows = config.target.kind == "window"
+    if windows and warm.before > dump.min_position + 1:
         yield (
             f"warm.before={warm.before} needs dump.min_position ≥ {warm.before - 1}, "
             f"not {dump.min_position}"
@@ -159,7 +160,8 @@ def _shape_problems(config: ExperimentConfig) -> Iterator[str]:
             f"baseline.steps={config.baseline.steps}: its window of lens.text_len={lens.text_len} "
             f"tokens needs dump.min_position ≥ {lens.text_len - 1}, not {dump.min_position}"
         )
-    needed = max(warm.after, config.loss.kl_horizon - 1, config.evaluate.kl_horizon - 1)
+    after = warm.after if windows else 0
+    needed = max(after, config.loss.kl_horizon - 1, config.evaluate.kl_horizon - 1)
     if needed > dump.after:
         yield (
             f"dump.after={dump.after} must be at least {needed}: warm.after, loss.kl_horizon − 1 "

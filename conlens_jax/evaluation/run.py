@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from conlens_jax.config import ConfigError, to_json_dict
+from conlens_jax.data.targets.opening import mark_ids
 from conlens_jax.embedded.language_model import STATISTICS_FILE
 from conlens_jax.evaluation.full import Studies
 from conlens_jax.evaluation.report.document_heat import document_heat
 from conlens_jax.evaluation.report.heat_map import HeatMap
 from conlens_jax.evaluation.report.page import PageData, System, build_report
 from conlens_jax.evaluation.report.writing import write_report
+from conlens_jax.evaluation.studies.said_words import SaidWords
 from conlens_jax.evaluation.suite import HEADLINE, Evaluated, Suite, attribute_token_ids
 from conlens_jax.evaluation.tracking import track_evaluation
 from conlens_jax.lens.spec import init_lens

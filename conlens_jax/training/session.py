@@ -242,11 +242,13 @@ def _check_rows(config: ExperimentConfig, cache: RowSource) -> None:
 
 
 def _row_problems(config: ExperimentConfig, cache: RowSource) -> Iterator[str]:
-    after = max(config.warm.after, config.loss.kl_horizon - 1, config.evaluate.kl_horizon - 1, 1)
+    windows = config.target.kind == "window"
+    before, after = (config.warm.before, config.warm.after) if windows else (0, 0)
+    after = max(after, config.loss.kl_horizon - 1, config.evaluate.kl_horizon - 1, 1)
     short = early = 0
     for rows in cache.places():
         short += int(np.sum(rows.positions_N + after >= rows.lengths_N))
-        early += int(np.sum(rows.positions_N + 1 < config.warm.before))
+        early += int(np.sum(rows.positions_N + 1 < before))
     if short:
         yield (
             f"dump.cache_dir: {short} rows have fewer than {after} tokens after their position, "
