@@ -16,6 +16,12 @@ from awkward_strings import awkward_texts
 from test_benchmark_step import script
 
 from conlens_jax import load_model
+from conlens_jax.config import LensConfig, TargetConfig
+from conlens_jax.data.rows import Rows
+from conlens_jax.data.targets.protocol import NextTokens
+from conlens_jax.data.targets.words import WordTargets
+from conlens_jax.lens.original import capture_and_predict
+from conlens_jax.lens.spec import make_spec
 from conlens_jax.models.chat import render_chat
 from conlens_jax.models.from_gguf.source import PACKAGED, gguf_source
 
@@ -121,6 +127,37 @@ def test_the_captured_value_swapped_in_changes_nothing(model, batch, logits):
     other = np.asarray(model.swap(tokens, LAYER, -1, activations[::-1], mask))
     last = np.arange(len(tokens)), mask.sum(axis=1) - 1
     assert np.abs(other - logits)[last].max() > 1
+
+
+def test_targets_of_words_are_read_without_a_legend(model, batch, logits):
+    """Activations and next tokens of the prompts from one pass, and the target of one."""
+    (tokens, mask), tokenizer = batch, model.tokenizer
+    last = (mask.sum(axis=1) - 1).astype(np.int32)
+    spec = make_spec(model.config, LAYER, LensConfig(), tokenizer)
+    read, ids, probabilities = (
+        np.asarray(array)[:, 0]
+        for array in capture_and_predict(
+            model.params, tokens, mask, last[:, None], count=5, spec=spec
+        )
+    )
+    np.testing.assert_allclose(read, model.capture(tokens, LAYER, -1, mask), rtol=1e-4, atol=1e-3)
+    expected = np.asarray(jax.nn.softmax(jnp.asarray(logits)))[np.arange(len(last)), last]
+    np.testing.assert_array_equal(ids, np.argsort(-expected, axis=-1, kind="stable")[:, :5])
+    np.testing.assert_allclose(probabilities, -np.sort(-expected, axis=-1)[:, :5], rtol=1e-3)
+
+    contexts = [
+        tokenizer.encode(text)
+        for text in ("The house is of wood and stone", "The end of the cat is")
+    ]
+    comma, separator = tokenizer.encode(",")[0], tokenizer.encode(" |")[0]
+    config = TargetConfig(kind="words", next_words=3, context_words=2)
+    targets = WordTargets(
+        config, tokenizer, comma, separator, tokenizer.eos_id, 16, lambda: contexts
+    )
+    rows = Rows(read, tokens, last, last + 1, np.arange(len(last), dtype=np.int64))
+    number = next(i for i, prompt in enumerate(PROMPTS) if prompt.endswith("capital of Japan is"))
+    text = tokenizer.decode(targets.texts(rows, NextTokens(ids, probabilities))[number])
+    assert text.startswith(" Tokyo") and text.endswith(" | capital Japan")
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,16 @@ def bpe():
     return train_bpe_tokenizer([*STORIES, ODD], 400)
 
 
+def test_marks_get_ids_after_the_words():
+    plain = train_word_tokenizer(["b b b , a a c"], 7)
+    marked = train_word_tokenizer(["b b b , a a c"], 7, (",", "|", "·"))
+    words = [plain.token(i).strip() for i in range(plain.vocab_size)]
+    assert "," not in words[7:] and len(words) == 7
+    assert [marked.token(i).strip() for i in range(marked.vocab_size)] == [*words, "|", "·"]
+    ids = marked.encode("b , | · a")
+    assert len(ids) == 5 and marked.unk_id not in ids and marked.decode(ids) == "b , | · a"
+
+
 def test_word_tokenizer_gives_the_words_back(word):
     for text in STORIES:
         ids = word.encode(text)

@@ -1,6 +1,6 @@
 """Targets of facts: what a generated document has stated up to P, the nearest first.
 
-sled, green, anna        hundreds carry 1, tens 2, tens carry 1, ones 3
+Of a story ``sled , green , anna``, of a sum ``hundreds carry 1 , tens 2 , tens carry 1 , ones 3``.
 """
 
 from __future__ import annotations

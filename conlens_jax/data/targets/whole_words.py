@@ -10,6 +10,7 @@ from typing import NamedTuple
 from conlens_jax.models.tokenizer import Tokenizer
 
 _JOINING = frozenset("-'’._/")
+_REMEMBERED = 1 << 18
 
 
 class Word(NamedTuple):
@@ -38,8 +39,8 @@ class WholeWords:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._piece = functools.cache(tokenizer.piece)
-        self._parts = functools.cache(self._is_boundary)
-        self._word = functools.cache(self._find_word)
+        self._parts = functools.lru_cache(_REMEMBERED)(self._is_boundary)
+        self._word = functools.lru_cache(_REMEMBERED)(self._find_word)
 
     def of(self, tokens: Sequence[int]) -> Iterator[Word]:
         """The words of a text, in order."""
