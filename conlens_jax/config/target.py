@@ -19,19 +19,18 @@ class TargetConfig:
     # generated document has stated so far, the nearest first. "file": explanations of your own.
     # "model": a language model's description of the context.
     kind: str = "window"
-    # "words": M's likeliest next tokens, at most so many, the likeliest first; only the first may
-    # be less probable than next_probability.
+    # "words": M's likeliest next tokens, at most so many, the likeliest first.
     next_words: int = 4
-    next_probability: float = 0.05
+    next_probability: float = 0.05  # "words": only the first of them may be less probable
     # "words": then so many words of the context at most, in the order of the text: those with the
     # largest idf − nearness · (tokens from the word to P), where a word that n of N documents have
     # has idf log(N / n).
     context_words: int = 4
-    nearness: float = 0.05
-    # Tokens between two next words, and between these and the words of the context; each must be
-    # one token of the vocabulary, or is left out if empty.
+    nearness: float = 0.05  # "words": see context_words
+    # "words", "facts": token between two next words or facts; it must be one token of the
+    # vocabulary, or is left out if empty. So must the separator.
     comma: str = ","
-    separator: str = " |"
+    separator: str = " |"  # "words": token between the next words and those of the context
     path: str = ""  # "file": jsonl or parquet file, folder or glob
     # "model": what M is asked; <context> is the text up to P.
     prompt: str = "Say in a few words what this text is about and what comes next: <context>"
