@@ -40,6 +40,7 @@ from conlens_jax.models.transformer import (
     embed_tokens,
     scale_embeddings,
 )
+from conlens_jax.parallel.constrain import constrain
 
 
 def backward_sweeps(lens: LensConfig, text_len: int) -> int:
@@ -189,7 +190,9 @@ def _history_cotangents(residuals, state_bar_BTD: Array, positions_BS: Array, sp
         )
         # Without the barrier XLA recomputes the cotangents per column of the product with the head.
         logits_bar = jax.lax.optimization_barrier(logits_bar)
-        return (pull_head(logits_bar)[0], later), history_bar_BD
+        # The products with the head and the table split D over fsdp, the layers split the batch.
+        through_B1D = constrain(pull_head(logits_bar)[0], "BTD")
+        return (through_B1D, later), history_bar_BD
 
     start = jnp.zeros_like(state_bar_BTD[:, :1]), token_vjp.start()
     visits = jnp.arange(spec.text_len - 1, dtype=jnp.int32)

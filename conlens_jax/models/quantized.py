@@ -31,7 +31,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from conlens_jax.parallel.constrain import looked_up, looked_up_bar
+from conlens_jax.parallel.constrain import looked_up, looked_up_bar, tokens_to_look_up
 
 _MOST = 127
 
@@ -131,6 +131,7 @@ def matmul(x: Float[Array, "*B D"], matrix: Matrix) -> Float[Array, "*B V"]:
 
 def take_rows(table_VD: Matrix, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
     """Rows of a table that may be int8."""
+    tokens = tokens_to_look_up(tokens)
     if not isinstance(table_VD, Int8Matrix):
         return looked_up(jnp.take(table_VD, tokens, axis=0))
     rows, scale = (jnp.take(leaf, tokens, axis=0) for leaf in (table_VD.values, table_VD.scale))
@@ -145,7 +146,7 @@ def take_rows_bar(
     zeros = zeros_bar(table_VD)
     if isinstance(table_VD, Int8Matrix):
         return zeros
-    return zeros.at[tokens].add(looked_up_bar(rows_bar))
+    return zeros.at[tokens_to_look_up(tokens)].add(looked_up_bar(rows_bar))
 
 
 def zeros_bar(tree: Any) -> Any:

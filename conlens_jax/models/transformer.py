@@ -93,9 +93,7 @@ def run_layers(
     """
     if layer_count(layers) == 0:
         return x_BSD, cache
-    x_BSD = constrain(x_BSD, "BSD")
     x_BSD, made = scan_layers(layers, x_BSD, positions_BS, config, cache, patches)
-    x_BSD = constrain(x_BSD, "BSD")
     if cache is not None and slot is not None:
         return x_BSD, append(cache, made.keys, made.values, positions_BS, slot)
     return x_BSD, KVCache(made.keys, made.values, positions_BS) if keep_cache else cache
@@ -134,7 +132,9 @@ def scan_layers(
         return block(weights, x_BSD, past, patch_BD, None, index, mask_and_rope, patch_at)
 
     stack = (params_of(layers), past, patch_NBD, index_N)
-    return jax.lax.scan(body, x_BSD, stack, unroll=config.unroll or n_layers)
+    unroll = config.unroll or n_layers
+    x_BSD, made = jax.lax.scan(body, constrain(x_BSD, "BSD"), stack, unroll=unroll)
+    return constrain(x_BSD, "BSD"), made
 
 
 def positions_of(mask_BS: Bool[Array, "B S"]) -> Int[Array, "B S"]:

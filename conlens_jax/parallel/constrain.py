@@ -25,6 +25,16 @@ def constrain(x: Array, dims: str) -> Array:
     return _constrain(x, activation_axes(dims))
 
 
+def tokens_to_look_up(tokens: Array) -> Array:
+    """Tokens [B, …] with the part of the batch that the rows of :func:`looked_up` have at first.
+
+    The table's gradient adds rows at the tokens: split otherwise, the rows would be moved to them.
+    """
+    if tokens.ndim < 1:
+        return tokens
+    return _constrain(tokens, ["data", *[None] * (tokens.ndim - 1)])
+
+
 def looked_up(rows: Array) -> Array:
     """Rows [B, …, D] looked up in a table whose width is split over ``fsdp``.
 
