@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,10 +163,12 @@ def resettled(session: Session, config: ExperimentConfig) -> Session:
 def quick_compilation(tmp_path_factory) -> Iterator[None]:
     """Compiles with little optimisation, and every program only once a session.
 
-    Compilation is nearly all the time of these tests; two runs of one config share theirs.
+    Compilation is nearly all the time of these tests; two runs of one config share theirs, and so
+    do the workers of pytest-xdist, whose folders lie in one.
     """
-    folder = tmp_path_factory.getbasetemp() / "compiled"
-    for name, (value, _) in _compiler_settings(str(folder)).items():
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    for name, (value, _) in _compiler_settings(str(folder / "compiled")).items():
         jax.config.update(name, value)
     try:
         yield

@@ -84,49 +84,63 @@ def rows_for(horizon: int):
     return tokens, mask, np.array([index for *_, index in places], np.int32)
 
 
-def replaced(params, tokens, mask, indices, vector, layer, config):
-    """(logits everywhere, the residual stream at P behind ``layer``), block by block.
+def replaced(params, tokens, mask, indices, vector, layers, config):
+    """(logits everywhere, the residual stream at P behind ``layers``), block by block.
 
-    Where ``layer`` is an array, one compiled function serves all layers.
+    ``layers`` [B] is an array, so that one compiled function serves all; a row with one that the
+    model does not have keeps its own stream.
     """
-    rows, captured = jnp.arange(len(tokens)), None
+    rows, captured = jnp.arange(len(tokens)), jnp.zeros_like(vector)
     x = embed_tokens(params, tokens, config)
     x = add_position_embeddings(params, x, positions_of(mask), config)
     for number in range(config.n_layers):
         block = slice_layers(params["layers"], number, number + 1)
         x, _ = run_layers(block, x, positions_of(mask), config=config)
-        here = layer == number
+        here = (layers == number)[:, None]
         state = x[rows, indices]
-        captured = state if captured is None else jnp.where(here, state, captured)
+        captured = jnp.where(here, state, captured)
         x = x.at[rows, indices].set(jnp.where(here, vector, state))
     return unembed(params, x, config=config), captured
 
 
+def twice(tree):
+    """Every row a second time: what is computed for both halves is compiled once."""
+    return jax.tree.map(lambda array: jnp.concatenate([array, array]), tree)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "horizon"))
 def by_hand(params, tokens, mask, indices, vector, layer, *, config, horizon):
-    run = lambda vector, layer: replaced(params, tokens, mask, indices, vector, layer, config)
-    clean, _ = run(vector, -1)  # no layer has this number: nothing is replaced
-    window = jnp.arange(len(tokens))[:, None], indices[:, None] + jnp.arange(horizon)[None]
+    n = len(tokens)
+    inputs = twice((tokens, mask, indices))
+    # The second half is the clean run: nothing is replaced.
+    layers = jnp.repeat(jnp.stack([layer, jnp.int32(-1)]), n, total_repeat_length=2 * n)
+    window = jnp.arange(2 * n)[:, None], inputs[2][:, None] + jnp.arange(horizon)[None]
 
     def loss(vector):
-        logits = run(vector, layer)[0][window]
-        return jnp.sum(kl_divergence(clean[window], logits)), logits
+        logits, captured = replaced(params, *inputs, twice(vector), layers, config)
+        swapped, clean = jnp.split(logits[window], 2)
+        kl = kl_divergence(jax.lax.stop_gradient(clean), swapped)
+        return jnp.sum(kl), (clean, captured[:n], swapped)
 
-    gradient, logits = jax.grad(loss, has_aux=True)(vector)
-    return clean[window], run(vector, layer)[1], logits, gradient
+    gradient, found = jax.grad(loss, has_aux=True)(vector)
+    return *found, gradient
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "horizon"))
 def cheap(params, tokens, mask, indices, vector, *, spec, horizon):
-    context = read_context(params, tokens, mask, indices, horizon=horizon, spec=spec)
+    n = len(tokens)
+    # In the second half the captured value is put back.
+    context = read_context(params, *twice((tokens, mask, indices)), horizon=horizon, spec=spec)
+    captured = context.residual_BhD[:, 0]
+    clean = context.logits_BhV[:n]
 
     def loss(vector):
-        logits = swapped_logits(params, context, vector, spec=spec)
-        return jnp.sum(kl_divergence(context.logits_BhV, logits)), logits
+        vectors = jnp.concatenate([vector, captured[n:]])
+        logits, own = jnp.split(swapped_logits(params, context, vectors, spec=spec), 2)
+        return jnp.sum(kl_divergence(clean, logits)), (logits, own)
 
-    gradient, logits = jax.grad(loss, has_aux=True)(vector)
-    own = swapped_logits(params, context, context.residual_BhD[:, 0], spec=spec)
-    return context.logits_BhV, context.residual_BhD[:, 0], logits, gradient, own
+    gradient, (logits, own) = jax.grad(loss, has_aux=True)(vector)
+    return clean, captured[:n], logits, gradient, own
 
 
 @pytest.mark.parametrize(("case", "layer", "horizon"), CASES_OF_SWAP)

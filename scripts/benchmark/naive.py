@@ -8,6 +8,8 @@ and a swap that runs the whole context again, with logits at every position.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -66,6 +68,19 @@ def write_text(
     return jnp.stack(logits, axis=1), jnp.stack(choices, axis=1)
 
 
+def lens_text(
+    trainable: Params,
+    frozen: Params,
+    activation_BD: Array,
+    noise_BTV: Array,
+    tau: Array,
+    spec: LensSpec,
+) -> tuple[Array, Array]:
+    """:func:`write_text` by the decoder of a lens."""
+    decoder = decoder_of(trainable, frozen)
+    return write_text(decoder, activation_BD, noise_BTV, tau, spec=spec)
+
+
 def round_trip(
     trainable: Params,
     frozen: Params,
@@ -73,10 +88,11 @@ def round_trip(
     noise_BTV: Array,
     tau: Array,
     spec: LensSpec,
+    write: Callable = lens_text,
 ) -> tuple[Array, Array, Array]:
     """(reconstruction, D's logits, tokens) of activations."""
-    decoder, encoder = decoder_of(trainable, frozen), encoder_of(trainable, frozen, spec)
-    logits_BTV, choice_BTV = write_text(decoder, activation_BD, noise_BTV, tau, spec=spec)
+    encoder = encoder_of(trainable, frozen, spec)
+    logits_BTV, choice_BTV = write(trainable, frozen, activation_BD, noise_BTV, tau, spec)
     table_VD = encoder.base["embedding"]
     text_BTD = scale_embeddings(choice_BTV.astype(table_VD.dtype) @ table_VD, spec.model)
     reconstruction_BD = encode_embeddings(encoder, text_BTD, spec=spec)
@@ -117,16 +133,17 @@ def naive_loss(
     tau: Float[Array, ""],
     *,
     objective: Objective,
+    write: Callable = lens_text,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """The value of ``joint_loss`` for the dual path and the straight-through estimator, including
-    sampling; its gradient through the sampled history is exact."""
+    sampling by ``write``; its gradient through the sampled history is exact."""
     spec, original = objective.spec, frozen["original"]
-    decoded = round_trip(trainable, frozen, batch.activation_BD, noise_BTV, tau, spec)
+    decoded = round_trip(trainable, frozen, batch.activation_BD, noise_BTV, tau, spec, write)
     reconstruction_BD, logits_BTV, text_BT = decoded
     shift = batch.rows_per_document
     other_BD = jnp.roll(batch.activation_BD, shift, axis=0)
     other_noise_BTV = jnp.roll(noise_BTV, shift, axis=0)
-    guess_BD, _, _ = round_trip(trainable, frozen, other_BD, other_noise_BTV, tau, spec)
+    guess_BD, _, _ = round_trip(trainable, frozen, other_BD, other_noise_BTV, tau, spec, write)
     delta_BD = jax.lax.stop_gradient(other_BD.astype(jnp.float32) - guess_BD)
     terms = loss_terms(
         reconstruction_BD,
