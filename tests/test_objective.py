@@ -88,14 +88,17 @@ def case():
     return trainable, frozen, tiny_batch(spec, frozen["original"]), tiny_noise()
 
 
-@functools.partial(jax.jit, static_argnames="objective")
 def joint(trainable, frozen, batch, noise_BTV, weights, tau=TAU, *, objective):
-    """(total, terms), gradient."""
+    """(total, terms), gradient; one program for every ``tau``."""
+    tau = jnp.float32(tau)
+    return _joint(trainable, frozen, batch, noise_BTV, weights, tau, objective=objective)
+
+
+@functools.partial(jax.jit, static_argnames="objective")
+def _joint(trainable, frozen, batch, noise_BTV, weights, tau, *, objective):
     prepared = prepare(trainable, frozen, batch, noise_BTV, objective=objective)
     loss = functools.partial(joint_loss, objective=objective)
-    return jax.value_and_grad(loss, has_aux=True)(
-        trainable, frozen, batch, prepared, weights, jnp.float32(tau)
-    )
+    return jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch, prepared, weights, tau)
 
 
 # --- the direct formulation ---------------------------------------------------------------------
@@ -130,9 +133,7 @@ def plain_warm(trainable, frozen, batch, spec):
 
 
 def plain_terms(trainable, frozen, batch, noise_BTV, spec, through_delta, tau):
-    logits, choice = plain_text(
-        trainable, frozen, batch.activation_BD, noise_BTV, jnp.float32(tau), spec
-    )
+    logits, choice = plain_text(trainable, frozen, batch.activation_BD, noise_BTV, tau, spec)
     text_BTD = choice @ plain_encoder_table(trainable, frozen)
     found = plain_reconstruction(trainable, frozen, text_BTD, spec)
     delta = batch.activation_BD - found
@@ -158,8 +159,12 @@ def plain_terms(trainable, frozen, batch, noise_BTV, spec, through_delta, tau):
     }
 
 
-@jax.jit
 def plain_joint(trainable, frozen, noise_BTV, weights, through_delta, tau=TAU):
+    return _plain_joint(trainable, frozen, noise_BTV, weights, through_delta, jnp.float32(tau))
+
+
+@jax.jit
+def _plain_joint(trainable, frozen, noise_BTV, weights, through_delta, tau):
     spec, (_, _, batch, _) = tiny_spec(), case()
 
     def total(trainable):
@@ -289,7 +294,7 @@ def test_bfloat16_gradients_have_the_dtype_of_their_parts():
     trainable, frozen = jax.tree.map(lambda x: x.astype(jnp.bfloat16), case()[:2])
     frozen["statistics"] = case()[1]["statistics"]
     loss = dataclasses.replace(ALL_TERMS, mse_kind="raw", lm_reference="warm")
-    run = functools.partial(joint.__wrapped__, objective=Objective(loss, WARM, spec))
+    run = functools.partial(joint, objective=Objective(loss, WARM, spec))
     (total, terms), gradient = jax.eval_shape(run, trainable, frozen, *case()[2:], weights_of())
     assert {total.dtype, *(term.dtype for term in terms.values())} == {jnp.dtype("float32")}
     same = jax.tree.map(lambda g, x: g.dtype == x.dtype, gradient, trainable)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +41,14 @@ def joint_step(**lens):
     return run, (trainable, frozen, tiny_batch(spec, frozen["original"]))
 
 
+@functools.cache
+def compiled_step(at_once: int = vocabulary.LOGITS_AT_ONCE, **lens):
+    """(program, its inputs) of :func:`joint_step` with so many logits at once."""
+    with mock.patch.object(vocabulary, "LOGITS_AT_ONCE", at_once):
+        run, inputs = joint_step(**lens)
+        return jax.jit(run).lower(*inputs).compile(), inputs
+
+
 @pytest.mark.parametrize(
     "lens",
     [
@@ -48,32 +58,30 @@ def joint_step(**lens):
     ],
     ids=str,
 )
-def test_chunks_change_no_loss_and_no_gradient(lens, monkeypatch):
-    run, inputs = joint_step(**lens)
-    (total, terms), expected = jax.jit(run)(*inputs)
-    monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", BATCH * VOCAB)
-    run, inputs = joint_step(**lens)
-    (chunked_total, chunked_terms), gradient = jax.jit(run)(*inputs)
+def test_chunks_change_no_loss_and_no_gradient(lens):
+    program, inputs = compiled_step(**lens)
+    (total, terms), expected = program(*inputs)
+    program, inputs = compiled_step(BATCH * VOCAB, **lens)
+    (chunked_total, chunked_terms), gradient = program(*inputs)
     assert relative_error((chunked_total, chunked_terms), (total, terms)) < 1e-5
     moved = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if np.any(leaf)]
     assert relative_error(moved(gradient), moved(expected)) < 2e-5
 
 
-def largest_vocabulary_array(run, inputs) -> int:
+def largest_vocabulary_array(program, inputs) -> int:
     """Elements of the largest fp32 array of a program that has the vocabulary as a dimension, the
     model's own tables apart."""
-    text = jax.jit(run).lower(*inputs).compile().as_text()
+    text = program.as_text()
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
     width = inputs[1]["original"]["embedding"].shape[1]
     found = [shape for shape in shapes if VOCAB in shape and width not in shape]
     return max(math.prod(shape) for shape in found)
 
 
-def test_logits_of_all_tokens_are_never_there(monkeypatch):
+def test_logits_of_all_tokens_are_never_there():
     whole = BATCH * TEXT_LEN * VOCAB
-    assert largest_vocabulary_array(*joint_step()) >= whole
-    monkeypatch.setattr(vocabulary, "LOGITS_AT_ONCE", BATCH * VOCAB)
-    assert largest_vocabulary_array(*joint_step()) <= BATCH * VOCAB
+    assert largest_vocabulary_array(*compiled_step()) >= whole
+    assert largest_vocabulary_array(*compiled_step(BATCH * VOCAB)) <= BATCH * VOCAB
 
 
 def test_number_of_chunks():
