@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     writer, none = TextWriter(model.params, model.config), jnp.zeros(0, jnp.int32)
     ways = {
         "TextWriter": lambda: writer.write(
-            none, tokens_BS, tokens_BS >= 0, drawing, none, length=length, slots=length + 1
+            none, tokens_BS, tokens_BS >= 0, drawing, none, length=length
         )
     }
     if options.generate:

@@ -117,7 +117,7 @@ def test_greedy_texts_are_those_of_generate(family, unroll):
     writer, greedy = TextWriter(params, shape), Drawing(None, None, None)
     for prefix in (0, 2):
         rest = tokens[:, prefix:], mask[:, prefix:]
-        found = writer.write(tokens[0, :prefix], *rest, greedy, none, length=16, slots=32)
+        found = writer.write(tokens[0, :prefix], *rest, greedy, none, length=16)
         np.testing.assert_array_equal(found, expected)
 
 
