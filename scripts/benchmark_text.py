@@ -6,7 +6,8 @@ Time:     about two minutes for 135M parameters on 2 CPU cores, most of it compi
 Times ``TextWriter`` (what ``corpus.kind="model"`` uses) and, for comparison with ``--generate``,
 ``LanguageModel.generate``, with the same settings and no prompt but the bos token. Also in CPU
 seconds of this process, which other processes change less than seconds. *Share*: 2 FLOPs for each
-weight that a token uses, as a share of the rate of a product of matrices [2048, 2048].
+weight that a token uses, as a share of the rate of ``matrix_product``, as ``corpus.kind="model"``
+reports it.
 
 Measured with SmolLM2-135M, fp32, batch 64, temperature 0.8, top_p 0.95, on 2 quiet CPU cores:
 ``TextWriter`` (64 tokens) 429 tokens/s, 57 % of the products' 203 GFLOP/s (by CPU seconds 61 %). A
@@ -28,11 +29,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from conlens_jax.data.model_documents import matrix_product
 from conlens_jax.models.decoding import Drawing, TextWriter
 from conlens_jax.models.matrix_sizes import weights_per_token
 from conlens_jax.models.model import load_model
-
-_WIDTH = 2048
+from conlens_jax.parallel.mesh import single_device_mesh
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -45,22 +46,21 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     writer, none = TextWriter(model.params, model.config), jnp.zeros(0, jnp.int32)
     ways = {
         "TextWriter": lambda: writer.write(
-            none, tokens_BS, tokens_BS >= 0, drawing, none, length=length, slots=length + 1
+            none, tokens_BS, tokens_BS >= 0, drawing, none, length=length
         )
     }
     if options.generate:
         ways["generate"] = lambda: model.generate(
             tokens_BS, length, temperature=options.temperature, top_p=options.top_p, stop=()
         )
-    square = jnp.ones((_WIDTH, _WIDTH), model.config.dtype)
-    product = jax.jit(jnp.matmul)
+    product = matrix_product(single_device_mesh(), model)
     flops = 2 * batch * length * weights_per_token(model.config)
     results = {}
     for name, way in ways.items():
         jax.block_until_ready(way())
-        rates = [_speed(lambda: product(square, square), 2 * _WIDTH**3, 4)]
+        rates = [_speed(*product, 4)]
         speed = _speed(way, flops, options.repeat)
-        rates.append(_speed(lambda: product(square, square), 2 * _WIDTH**3, 4))
+        rates.append(_speed(*product, 4))
         results[name] = {}
         for clock, found, *limits in zip(("second", "CPU second"), speed, *rates, strict=True):
             share = found / np.mean(limits)

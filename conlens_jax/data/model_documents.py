@@ -8,6 +8,7 @@ whenever it is written.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from conlens_jax.config import MODEL_TEXT_FIELDS, ConfigError, CorpusConfig
 from conlens_jax.config.seeds import random_key
@@ -35,7 +37,7 @@ from conlens_jax.models.decoding import Drawing, TextWriter
 from conlens_jax.models.matrix_sizes import weights_per_token
 from conlens_jax.models.model import LanguageModel
 from conlens_jax.models.transformer_config import array_dtype
-from conlens_jax.parallel.mesh import batch_sharding, check_batch
+from conlens_jax.parallel.mesh import batch_sharding, check_batch, replicated
 from conlens_jax.parallel.preemption import Preempted, watching_for_sigterm
 from conlens_jax.parallel.processes import (
     barrier,
@@ -48,8 +50,8 @@ from conlens_jax.parallel.processes import (
 from conlens_jax.tracking.console import Console
 
 _FORMAT = 1  # to be raised when the same recipe would give other texts
-_PROMPT_STEP, _SLOT_STEP = 8, 32
-_PRODUCT_WIDTH = {"cpu": 1024}
+_PROMPT_STEP = 8
+_PRODUCT_WIDTH = {"cpu": 2048}
 
 
 def open_texts(config: CorpusConfig, model: LanguageModel, mesh: Mesh, console: Console) -> Corpus:
@@ -198,7 +200,6 @@ class _Batches:
                 drawing,
                 jnp.asarray(self.model.config.eos_token_ids, jnp.int32),
                 length=config.max_tokens,
-                slots=_rounded(shared + width + config.max_tokens, _SLOT_STEP),
             )
         )
         ends_BT = np.isin(written_BT, self.model.config.eos_token_ids)
@@ -246,17 +247,24 @@ class _Batches:
         return {"text": text.rstrip("\ufffd").strip(), "prompt": self.prompts[document]}
 
 
-def matrix_product_rate(mesh: Mesh, model: LanguageModel) -> float:
-    """FLOP/s of a plain product of large matrices in the model's dtype, on all devices together."""
+def matrix_product(mesh: Mesh, model: LanguageModel) -> tuple[Callable[[], Array], int]:
+    """A plain product of large matrices in the model's dtype on all devices, and its FLOPs: its
+    speed is the limit that writing is compared with."""
     sharding, width = batch_sharding(mesh), _PRODUCT_WIDTH.get(jax.default_backend(), 8192)
     rows = width * sharding.num_devices
     ones = lambda rows: np.ones((rows, width), array_dtype(model.config))
     left = on_devices(ones(rows)[local_rows(sharding, rows)], sharding, rows)
-    product, right = jax.jit(jnp.matmul), ones(width)
-    jax.block_until_ready(product(left, right))
+    right = on_devices(ones(width), replicated(mesh), width)
+    return functools.partial(jax.jit(jnp.matmul), left, right), 2 * rows * width**2
+
+
+def matrix_product_rate(mesh: Mesh, model: LanguageModel) -> float:
+    """FLOP/s of :func:`matrix_product`."""
+    product, flops = matrix_product(mesh, model)
+    jax.block_until_ready(product())
     started = time.perf_counter()
-    jax.block_until_ready([product(left, right) for _ in range(4)])
-    return 4 * 2 * rows * width**2 / (time.perf_counter() - started)
+    jax.block_until_ready([product() for _ in range(4)])
+    return 4 * flops / (time.perf_counter() - started)
 
 
 def _rounded(length: int, step: int) -> int:
