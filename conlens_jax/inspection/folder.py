@@ -28,9 +28,12 @@ from conlens_jax.files.paths import local_path
 from conlens_jax.files.whole import naming_full_disk, write_atomically, write_whole
 from conlens_jax.inspection.card import model_card
 from conlens_jax.inspection.parts import LensParts
+from conlens_jax.models.from_gguf.source import PACKAGED
 from conlens_jax.models.param_table import Params, leaf_name, named_leaves
 
 MODEL_FOLDER = "model"
+SHIPPED = Path(__file__).parent.parent / "lenses"
+"""Lenses that are part of the package, by name."""
 _UNFINISHED, _FINISHED = ".unfinished-lens", ".finished-lens"
 _NOT_COPIED = (".bin", ".pt", ".py")
 FORMAT = 1
@@ -79,7 +82,7 @@ def save(lens: LensParts, folder: Path, include_model: bool | None = None) -> Pa
     A kill or a full disk leaves the old lens or the new one, never a mixture.
 
     Args:
-      include_model: copy the language model too. None: if its name is no hub id.
+      include_model: copy the language model too. None: if others cannot get it by its name.
 
     Raises:
       ValueError: the folder contains something else.
@@ -89,7 +92,7 @@ def save(lens: LensParts, folder: Path, include_model: bool | None = None) -> Pa
     if others and not is_saved_lens(folder):
         raise ValueError(f"{folder} contains something that is no lens; choose another folder")
     if include_model is None:
-        include_model = not _is_hub_id(lens.model.model_id)
+        include_model = not _has_name(lens.model.model_id)
     unfinished = folder / _UNFINISHED
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -138,6 +141,12 @@ def _put_in_place(folder: Path) -> None:
     finished.rmdir()
 
 
+def _has_name(model_id: str) -> bool:
+    """Whether a model is found by its name on any machine: a hub id, or one of the package
+    registry's."""
+    return model_id in PACKAGED or _is_hub_id(model_id)
+
+
 def _is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not Path(name).exists()
 
@@ -146,7 +155,7 @@ def _config(lens: LensParts) -> dict[str, Any]:
     shape, statistics = lens.spec.model, lens.frozen["statistics"]
     settings = ModelConfig(
         # A lens that is saved without its model loads the model from here.
-        path=lens.model.model_id if _is_hub_id(lens.model.model_id) else str(lens.model.folder),
+        path=lens.model.model_id if _has_name(lens.model.model_id) else str(lens.model.folder),
         revision=lens.model.revision,
         layer=lens.spec.layer,
         dtype=shape.dtype,
@@ -229,14 +238,17 @@ def read_parts(folder: Path, template: Params) -> Params:
 
 
 def resolve(path: str) -> Path:
-    """The folder of a saved lens: ``path`` itself, or the download of a hub id.
+    """The folder of a saved lens: ``path`` itself, a lens of this package by its name, or the
+    download of a hub id.
 
     Raises:
-      ValueError: neither.
+      ValueError: none of these.
     """
     folder = local_path(path)
     if folder.is_dir():
         return folder
+    if is_saved_lens(SHIPPED / Path(path).name) and path == Path(path).name:
+        return SHIPPED / path
     if not _is_hub_id(path):
         raise ValueError(f"{path!r} is neither a folder nor a hub id")
     from huggingface_hub import snapshot_download

@@ -1,0 +1,1 @@
+"""Trained lenses by name, as data."""
