@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,9 @@ STATISTICS_FILE = "training.json"
 RARE = 0.005
 """A token with a smaller share of the corpus is rare."""
 MARKS = (",", "|", "·")
-"""Tokens that a lens may write between words, or for what it cannot name, on every corpus."""
-_FORMAT = 3  # to be raised when the same settings would give another model
+"""Tokens that a lens may write between words, or for what it cannot name: a model for such a lens
+knows them."""
+_FORMAT = 2  # to be raised when the same settings would give another model
 
 
 def cache_root(config: EmbeddedConfig) -> Path:
@@ -65,10 +67,12 @@ def cache_root(config: EmbeddedConfig) -> Path:
 
 def ensure_language_model(config: ExperimentConfig, console: Console) -> Path:
     """The folder of the embedded model, which is trained now if it does not exist yet."""
+    marks = MARKS if config.target.kind != "window" or config.lens.gap_token else ()
     recipe = {
         "format": _FORMAT,
         "corpus": open_corpus(config.corpus).description(),
         **{k: v for k, v in vars(config.embedded).items() if k != "cache_dir"},
+        **({"marks": marks} if marks else {}),
     }
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_root(config.embedded) / f"llama-{config.corpus.kind}-{digest}"
@@ -80,7 +84,7 @@ def ensure_language_model(config: ExperimentConfig, console: Console) -> Path:
     if problems:
         raise ConfigError(problems)
     shutil.rmtree(building, ignore_errors=True)
-    statistics = train_language_model(config.corpus, config.embedded, building, console)
+    statistics = train_language_model(config.corpus, config.embedded, building, console, marks)
     text = json.dumps({"recipe": recipe, **statistics}, indent=2) + "\n"
     (building / STATISTICS_FILE).write_text(text, encoding="utf-8")
     if not (folder / "config.json").exists():  # another process may have finished first
@@ -90,9 +94,14 @@ def ensure_language_model(config: ExperimentConfig, console: Console) -> Path:
 
 
 def train_language_model(
-    corpus: CorpusConfig, config: EmbeddedConfig, folder: Path, console: Console
+    corpus: CorpusConfig,
+    config: EmbeddedConfig,
+    folder: Path,
+    console: Console,
+    marks: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Trains tokenizer and model, and writes them to ``folder``.
+    """Trains tokenizer and model, and writes them to ``folder``; a tokenizer of words also knows
+    the ``marks``.
 
     Returns:
       ``lm_loss``: nats per token on held-out documents (without the end-of-document token), and for
@@ -107,7 +116,7 @@ def train_language_model(
     tally = Tally()
     train = list(itertools.islice(source.documents("train", tally=tally), wanted))
     held_out = list(itertools.islice(source.documents("validation"), 512))
-    tokenizer = _train_tokenizer(corpus, config, train)
+    tokenizer = _train_tokenizer(corpus, config, train, marks)
     model = dataclasses.replace(
         embedded_shape(config, tokenizer.vocab_size),
         bos_token_id=tokenizer.bos_id,
@@ -159,11 +168,14 @@ def train_language_model(
 
 
 def _train_tokenizer(
-    corpus: CorpusConfig, config: EmbeddedConfig, documents: list[Document]
+    corpus: CorpusConfig,
+    config: EmbeddedConfig,
+    documents: list[Document],
+    marks: Sequence[str],
 ) -> Tokenizer:
     texts = [document.text for document in documents]
     if corpus.kind in GENERATED_CORPORA:
-        return train_word_tokenizer(texts, config.vocab_size, MARKS)
+        return train_word_tokenizer(texts, config.vocab_size, marks)
     return train_bpe_tokenizer(texts, config.vocab_size)
 
 
