@@ -15,7 +15,7 @@ import pytest
 from awkward_strings import awkward_texts
 from test_benchmark_step import script
 
-from conlens_jax import load_model
+from conlens_jax import Lens, load_model
 from conlens_jax.config import LensConfig, TargetConfig
 from conlens_jax.data.rows import Rows
 from conlens_jax.data.targets.protocol import NextTokens
@@ -204,3 +204,16 @@ def test_a_message_is_rendered_by_the_files_own_template(model):
     assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert model.tokenizer.encode(text)[0] == 1
+
+
+def test_the_lens_of_the_package_writes_what_it_wrote(model, monkeypatch):
+    """Its greedy texts as they were when it was added, and its words are about the text."""
+    monkeypatch.setenv("CONLENS_CACHE", str(model.folder.parents[1]))
+    lens = Lens.load("smollm2-135m")
+    assert lens.spec.end == model.tokenizer.eos_id and lens.spec.text_len == 16
+    (row,) = lens.explain("The capital of France is", positions=[1]).rows
+    assert str(row.best.text) == " of | The capital"
+    assert row.best.kl < 1.0
+    # Read again, the text ends as it was written, and gives the same reconstruction.
+    again = lens.as_read(str(row.best.text))
+    assert again.tokens == row.best.text.tokens and again.tokens[-1] == lens.spec.end
