@@ -9,7 +9,8 @@ seconds of this process, which other processes change less than seconds. *Share*
 weight that a token uses, as a share of the rate of ``matrix_product``, as ``corpus.kind="model"``
 reports it.
 
-Measured with SmolLM2-135M, fp32, batch 64, temperature 0.8, top_p 0.95, on 2 quiet CPU cores:
+Measured before the cache grew with the texts, with SmolLM2-135M, fp32, batch 64, temperature 0.8,
+top_p 0.95, on 2 quiet CPU cores:
 ``TextWriter`` (64 tokens) 429 tokens/s, 57 % of the products' 203 GFLOP/s (by CPU seconds 61 %). A
 whole corpus of chat answers (1,024 of 64 tokens) is written at 286 tokens/s, 38 %: its prompts are
 read too, the cache has twice the slots, and some rows end early. With other processes on the cores
