@@ -201,10 +201,10 @@ def _compiler_settings(folder: str) -> dict[str, tuple[Any, Any]]:
 
 
 @functools.cache
-def make_world(root: Path) -> World:
+def make_world(root: Path, **changes: Any) -> World:
     """Model and caches below ``root``, made once a session."""
     console, stream = quiet_console()
-    session = open_session(tiny_config(root), console)
+    session = open_session(tiny_config(root, **changes), console)
     dump_activations(session.config, session.model, session.spec, session.mesh, console)
     return World(root, session, stream)
 

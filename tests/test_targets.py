@@ -8,7 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from pipeline import open_world
+from pipeline import make_world, quick_compilation
 from test_extract import Interrupted, all_rows, changed, contents, dump
 
 from conlens_jax.config import ConfigError, TargetConfig, with_changes
@@ -44,8 +44,9 @@ WORDS = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    with open_world(tmp_path_factory) as world:
-        yield world
+    """A world whose model knows the marks between words."""
+    with quick_compilation(tmp_path_factory):
+        yield make_world(tmp_path_factory.getbasetemp() / "marks", lens__gap_token="·")
 
 
 @pytest.fixture(scope="module")

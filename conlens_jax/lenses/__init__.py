@@ -1,1 +1,0 @@
-"""Trained lenses by name, as data."""
