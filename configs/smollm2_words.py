@@ -47,6 +47,7 @@ def get_config():
     config.lens.train_encoder = "lora"
     config.lens.lora_rank = 16
     config.target.kind = "words"
+    config.target.comma = ","  # as in the run above; the default cannot be taken for M's own
 
     config.warm.batch_size = 256
     config.warm.steps = 1_400

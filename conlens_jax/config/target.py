@@ -29,7 +29,7 @@ class TargetConfig:
     nearness: float = 0.05  # "words": see context_words
     # "words", "facts": token between two next words or facts; it must be one token of the
     # vocabulary, or is left out if empty. So must the separator.
-    comma: str = ","
+    comma: str = " ,"  # not ",", which M itself is often about to say
     separator: str = " |"  # "words": token between the next words and those of the context
     path: str = ""  # "file": jsonl or parquet file, folder or glob
     # "model": what M is asked; <context> is the text up to P.

@@ -105,17 +105,19 @@ class WordTargets(Targets):
         position: int,
         room: int,
     ) -> list[int]:
-        """The tokens of the chosen words of the context up to P, at most ``room``. A word that goes
-        on after P is none of them."""
+        """The tokens of the chosen words of the context up to P, at most ``room``: one that does
+        not fit leaves its place to the next. A word that goes on after P is none of them."""
         score_W = idf_W - self._config.nearness * (position - last_W)
         # Of equal scores the later word.
         order = sorted(np.flatnonzero(last_W <= position), key=lambda i: (-score_W[i], -i))
-        best: dict[str, int] = {}
+        chosen: dict[int, tuple[int, ...]] = {}
+        keys: set[str] = set()
         for index in order:
-            if len(best) == self._config.context_words:
+            if len(chosen) == self._config.context_words:
                 break
-            best.setdefault(words[index].key, int(index))
-        chosen = {index: self._words.after_space(words[index]) for index in best.values()}
-        while sum(map(len, chosen.values())) > room:
-            chosen.popitem()  # the one with the lowest score
+            tokens = self._words.after_space(words[index])
+            if words[index].key not in keys and len(tokens) <= room:
+                keys.add(words[index].key)
+                chosen[int(index)] = tokens
+                room -= len(tokens)
         return [token for index in sorted(chosen) for token in chosen[index]]
