@@ -27,7 +27,6 @@ from conlens_jax.checkpoint_flags import recorded_config
 from conlens_jax.config import with_changes
 from conlens_jax.data.batches import grouped_batch, prefetch, read_groups
 from conlens_jax.data.device_batches import make_batch
-from conlens_jax.lens.objective import Objective
 from conlens_jax.lens.spec import init_lens, make_spec
 from conlens_jax.measurement import metrics
 from conlens_jax.models.param_table import Params
@@ -37,7 +36,7 @@ from conlens_jax.tracking.console import Console
 from conlens_jax.training.checkpoint import read_metadata
 from conlens_jax.training.run import placed
 from conlens_jax.training.run_folder import load_lens
-from conlens_jax.training.session import Session, open_session
+from conlens_jax.training.session import Session, make_objective, open_session
 from conlens_jax.training.state import Stage, init_state, make_step, stage_optimizer
 
 TIMED_STEPS = 16
@@ -169,7 +168,7 @@ def train(bench: Bench, name: str, changes: dict[str, Any], budget: float, seeds
     config = with_changes(bench.session.config, changes)
     model = bench.session.model
     spec = make_spec(model.config, config.model.layer, config.lens, model.tokenizer)
-    objective = Objective(config.loss, config.warm, spec)
+    objective = make_objective(config, spec, model.tokenizer)
     supervised = name == "supervised"
     batch_size = (config.warm if supervised else config.joint).batch_size
     optimizer_config = config.control.optimizer if supervised else config.joint.optimizer

@@ -26,8 +26,8 @@ from conlens_jax.data.targets.file import FileTargets
 from conlens_jax.data.targets.protocol import NextTokens, filled
 from conlens_jax.data.targets.whole_words import WholeWords
 from conlens_jax.data.targets.words import WordTargets
-from conlens_jax.lens.text import without_end
 from conlens_jax.models.tokenizer import train_bpe_tokenizer, train_word_tokenizer
+from conlens_jax.models.written import before_end
 from conlens_jax.training.session import open_caches
 
 T = 8
@@ -330,9 +330,9 @@ def test_dump_has_the_rows_that_have_an_explanation(world, tmp_path):
         np.testing.assert_array_equal(rows.documents_N, kept.documents_N)
         np.testing.assert_array_equal(rows.positions_N, kept.positions_N)
         np.testing.assert_allclose(rows.activations_ND, kept.activations_ND, rtol=1e-5, atol=1e-6)
-        found = without_end(rows.targets_NT, tokenizer.eos_id)
+        found = [before_end(text, tokenizer.eos_id) for text in rows.targets_NT]
         for text, d, p in zip(found, rows.documents_N, rows.positions_N, strict=True):
-            assert text.tolist() == tokenizer.encode(texts[int(d), int(p)])[:5]
+            assert list(text) == tokenizer.encode(texts[int(d), int(p)])[:5]
     assert "without_target=" in printed and "targets_cut=" in printed
     write_jsonl(tmp_path / "a.jsonl", {**texts, next(iter(texts)): "another"})
     with pytest.raises(CacheError, match="target.explanations: the cache has"):

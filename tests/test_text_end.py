@@ -32,8 +32,9 @@ from conlens_jax.lens.decoder import generate
 from conlens_jax.lens.encoder import encode_tokens
 from conlens_jax.lens.objective import Objective, joint_loss, prepare, target_text, warm_loss
 from conlens_jax.lens.spec import decoder_of, encoder_of
-from conlens_jax.lens.text import last_real, lengths_of, real_tokens, without_end
+from conlens_jax.lens.text import last_real, real_tokens, take_places
 from conlens_jax.models.transformer import forward
+from conlens_jax.models.written import before_end
 
 END, GAP = 17, 23
 LENGTHS = (1, TEXT_LEN, 2, TEXT_LEN)  # of texts and targets: one ends at once, one not at all
@@ -43,6 +44,11 @@ TAU = 0.7
 WEIGHTS = {"lm": 0.3, "kl": 1.7, "mse": 0.6, "entropy": 0.2, "text": 0.4}
 SIGNS = {"lm": 1, "kl": 1, "mse": 1, "entropy": -1, "text": 1}
 PROMPTS = {"after the text": (9, 10), "none after it": ()}
+
+
+def lengths_of(texts_NT) -> list[int]:
+    """The number of real tokens of each text."""
+    return [int(np.sum(real)) for real in np.asarray(real_tokens(jnp.asarray(texts_NT), END))]
 
 
 def spec_with_end(encoder_right=(9, 10), **lens):
@@ -175,9 +181,9 @@ def test_losses_and_gradients_equal_those_of_each_row_alone(encoder_right, share
         return prepared.text_BT, found
 
     text, ((total, terms), gradient) = ours(trainable)
-    assert lengths_of(np.asarray(text), END).tolist() == list(LENGTHS)
+    assert lengths_of(text) == list(LENGTHS)
     target_NT = np.asarray(batch.target_BT)
-    targets = [t[:n] for t, n in zip(target_NT, lengths_of(target_NT, END), strict=True)]
+    targets = [t[:n] for t, n in zip(target_NT, lengths_of(target_NT), strict=True)]
     assert [len(target) for target in targets] == list(LENGTHS)
     (expected, expected_terms), expected_gradient = plain_total(
         trainable, frozen, batch, noise, targets, spec, share
@@ -267,7 +273,7 @@ def test_a_text_is_filled_up_with_its_end():
         np.testing.assert_array_equal(text[row, :length], without[row, :length])
         assert (text[row, length:] == END).all()
     assert (without[0, 1:] != END).any()
-    shown = without_end(text, END)
+    shown = [before_end(row, END) for row in text]
     assert [len(tokens) for tokens in shown] == [
         length - (row not in NO_END) for row, length in enumerate(LENGTHS)
     ]
@@ -280,7 +286,7 @@ def test_the_encoder_reads_up_to_the_end(encoder_right):
     read = jax.jit(lambda text: encode_tokens(encoder_of(trainable, frozen, spec), text, spec=spec))
     text = np.asarray(batch.target_BT)
     found = read(text)
-    for row, length in enumerate(lengths_of(text, END)):
+    for row, length in enumerate(lengths_of(text)):
         alone = read(text[row : row + 1, :length])
         np.testing.assert_allclose(found[row], alone[0], rtol=0, atol=1e-5)
 
@@ -289,8 +295,12 @@ def test_real_tokens_by_hand():
     texts = np.array([[END, 1, END], [1, END, 2], [1, 2, 3], [1, 2, END]], np.int32)
     mask = np.asarray(real_tokens(jnp.asarray(texts), END))
     np.testing.assert_array_equal(mask, [[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 1]])
-    np.testing.assert_array_equal(last_real(jnp.asarray(mask)), [0, 1, 2, 2])
-    assert lengths_of(texts, END).tolist() == [1, 2, 3, 3]
-    assert lengths_of(texts, None).tolist() == [3, 3, 3, 3]
-    assert [list(text) for text in without_end(texts, END)] == [[], [1], [1, 2, 3], [1, 2]]
+    mask = jnp.asarray(mask)
+    np.testing.assert_array_equal(last_real(mask), [0, 1, 2, 2])
+    assert [before_end(text, END) for text in texts] == [(), (1,), (1, 2, 3), (1, 2)]
+    assert before_end(texts[0], None) == (END, 1, END)
+    values = jnp.arange(24.0).reshape(4, 3, 2)
+    taken = values[jnp.arange(4), last_real(mask)]
+    np.testing.assert_array_equal(take_places(values, last_real(mask)), taken)
+    np.testing.assert_array_equal(take_places(values[..., 0], last_real(mask)), taken[:, 0])
     assert real_tokens(jnp.asarray(texts), None) is None

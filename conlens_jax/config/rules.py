@@ -25,7 +25,7 @@ _CHOICES = {
     "corpus.encoding_errors": ("error", "replace"),
     "data.source": ("cache", "stream"),
     "dump.add_bos": ("auto", "true", "false"),
-    "target.kind": ("window", "words", "facts", "file", "model"),
+    "target.kind": ("window", "words", "facts", "file"),
     "lens.train_decoder": ("full", "frozen", "lora"),
     "lens.train_encoder": ("full", "frozen", "lora"),
     "lens.history_gradient": ("exact", "sweeps", "detached"),
@@ -56,7 +56,7 @@ _AT_LEAST_ONE = (
     *("train.validation_rows", "checkpoint.every", "checkpoint.keep_latest"),
     *("mesh.fsdp", "mesh.tensor", "distributed.timeout"),
     *(f"evaluate.{name}" for name in ("batch_size", "bootstrap", "kl_horizon")),
-    *("evaluate.audit_steps", "evaluate.best_of", "target.next_words", "target.batch_size"),
+    *("evaluate.audit_steps", "evaluate.best_of", "target.next_words"),
 )
 _AT_LEAST_ZERO = (
     *("model.layer", "model.unroll", "corpus.n_documents", "corpus.seed", "embedded.seed"),
@@ -144,12 +144,12 @@ def _shape_problems(config: ExperimentConfig) -> Iterator[str]:
         yield (
             f"dump.max_position={dump.max_position} is below dump.min_position={dump.min_position}"
         )
-    if config.target.kind == "window" and warm.before + warm.after != lens.text_len:
+    windows = config.target.kind == "window"
+    if windows and warm.before + warm.after != lens.text_len:
         yield (
             f"warm.before={warm.before} + warm.after={warm.after} must be "
             f"lens.text_len={lens.text_len}: the window is what the decoder learns to write"
         )
-    windows = config.target.kind == "window"
     if windows and warm.before > dump.min_position + 1:
         yield (
             f"warm.before={warm.before} needs dump.min_position ≥ {warm.before - 1}, "
@@ -340,21 +340,8 @@ def _prefix_problems(config: ExperimentConfig) -> Iterator[str]:
 
 def _target_problems(config: ExperimentConfig) -> Iterator[str]:
     target, lens, gap_rate = config.target, config.lens, config.warm.gap_rate
-    if target.kind != "window" and not lens.end_token:
-        yield (
-            f"target.kind={target.kind!r} has texts of different lengths: give lens.end_token "
-            "('<eos>' is the tokenizer's own)"
-        )
-    if target.kind != "window" and config.data.source == "stream":
-        yield (
-            f"target.kind={target.kind!r} is made when activations are dumped: data.source must be "
-            "'cache', not 'stream'"
-        )
-    if target.kind != "window" and (shift := config.evaluate.audit_shift):
-        yield (
-            f"evaluate.audit_shift={shift} must be 0 for target.kind={target.kind!r}: a target "
-            "belongs to its position"
-        )
+    if target.kind != "window":
+        yield from _dumped_target_problems(config)
     if target.kind == "file" and not target.path:
         yield "target.path must be given for target.kind='file'"
     if target.kind == "file" and (split := config.corpus.validation_split):
@@ -377,6 +364,25 @@ def _target_problems(config: ExperimentConfig) -> Iterator[str]:
         yield f"warm.gap_rate={gap_rate} needs lens.gap_token"
     if lens.gap_token and lens.gap_token == lens.end_token:
         yield f"lens.gap_token and lens.end_token must differ, both are {lens.gap_token!r}"
+
+
+def _dumped_target_problems(config: ExperimentConfig) -> Iterator[str]:
+    kind = config.target.kind
+    if not config.lens.end_token:
+        yield (
+            f"target.kind={kind!r} has texts of different lengths: give lens.end_token ('<eos>' is "
+            "the tokenizer's own)"
+        )
+    if config.data.source == "stream":
+        yield (
+            f"target.kind={kind!r} is made when activations are dumped: data.source must be "
+            "'cache', not 'stream'"
+        )
+    if shift := config.evaluate.audit_shift:
+        yield (
+            f"evaluate.audit_shift={shift} must be 0 for target.kind={kind!r}: a target belongs to "
+            "its position"
+        )
 
 
 def _prompt_problems(lens: LensConfig) -> Iterator[str]:

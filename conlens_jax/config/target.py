@@ -17,7 +17,6 @@ class TargetConfig:
     # "window": the source tokens around P, warm.before and warm.after of them. "words": the words
     # that M is about to say, a separator, then content words of the context. "facts": what a
     # generated document has stated so far, the nearest first. "file": explanations of your own.
-    # "model": a language model's description of the context.
     kind: str = "window"
     # "words": M's likeliest next tokens, at most so many, the likeliest first.
     next_words: int = 4
@@ -32,7 +31,3 @@ class TargetConfig:
     comma: str = " ,"  # not ",", which M itself is often about to say
     separator: str = " |"  # "words": token between the next words and those of the context
     path: str = ""  # "file": jsonl or parquet file, folder or glob
-    # "model": what M is asked; <context> is the text up to P.
-    prompt: str = "Say in a few words what this text is about and what comes next: <context>"
-    describer: str = ""  # "model": folder or name of another model that describes; empty: M itself
-    batch_size: int = 64  # "model": descriptions written at the same time

@@ -39,7 +39,7 @@ class WarmConfig:
     batch_size: int = 64  # rows per optimizer step
     before: int = 5  # source tokens of the window up to P, P included
     after: int = 3  # tokens of the window after P; before + after is lens.text_len
-    # Each word of a target is replaced by lens.gap_token with this probability, for E to read and
+    # Each token of a target is replaced by lens.gap_token with this probability, for E to read and
     # for D to write: D then learns to leave out what it would get wrong more often than that.
     gap_rate: float = 0.0
     optimizer: OptimizerConfig = OptimizerConfig(

@@ -114,26 +114,18 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
         studies = Studies.make(session, suite, template, frozen, run_folder)
     said_words = None
     if config.target.kind == "words":
-        marks = mark_ids(config.target, tokenizer)
-        said_words = SaidWords(suite, tokenizer, **marks, gap=session.spec.gap)
+        said_words = SaidWords(suite, tokenizer, **mark_ids(config.target, tokenizer))
     systems, heat_maps = [], []
     for lens in lenses:
         trainable = load_lens(lens.folder, template, lens.step)
         evaluated = suite.evaluate(trainable, frozen)
-        if said_words is not None:
-            texts = evaluated.explained.texts
-            shuffled_NT = texts["greedy"][suite.partner_N]
-            named = {"": texts["greedy"], "sampled_": texts["sampled"]}
-            truth = said_words.truth(
-                {**named, "null_shuffle_": shuffled_NT}, evaluated.effects["clean"]
-            )
-            evaluated = dataclasses.replace(evaluated, metrics={**evaluated.metrics, **truth})
+        more = {} if said_words is None else said_words.truth(evaluated)
         if studies is not None:
-            more = studies.of_lens(evaluated, trainable)
+            more |= studies.of_lens(evaluated, trainable)
             if lens == main:
                 more |= studies.of_main_lens(evaluated, trainable)
                 heat_maps = [document_heat(suite, trainable, frozen, tokenizer)]
-            evaluated = dataclasses.replace(evaluated, metrics={**evaluated.metrics, **more})
+        evaluated = dataclasses.replace(evaluated, metrics={**evaluated.metrics, **more})
         systems.append(System(lens.key, NAMES.get(lens.key, lens.key), evaluated))
         headline = {name: evaluated.metrics[name].value for name in HEADLINE}
         console.line("evaluate", lens=lens.key, step=lens.step, **headline)
@@ -237,14 +229,22 @@ def _records(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
     return {name: read_metrics(file) for name, file in files.items() if file.exists()}
 
 
+_TAUGHT = {
+    "window": "Supervised windows contain the {warm.before} source tokens up to P and the "
+    "{warm.after} that actually follow. So the explanations of a warm start are what was just said "
+    "and what comes next, learnt from the source text; statements in them are taught, not "
+    "discovered.",
+    "words": "The warm start teaches the words that M is about to say, as M itself predicts them, "
+    "then words of the context: the form is taught, not discovered.",
+    "facts": "The warm start teaches what the document has stated up to P: statements are taught, "
+    "not discovered.",
+    "file": "The warm start teaches given explanations: what they say is taught, not discovered.",
+}
+"""What the report says of the targets, by their kind."""
+
+
 def _notes(session: Session, measured: dict[str, Evaluated], has_baseline: bool) -> list[str]:
-    warm = session.config.warm
-    notes = [
-        f"Supervised windows contain the {warm.before} source tokens up to P and the "
-        f"{warm.after} that actually follow. So the explanations of a warm start are what was just "
-        "said and what comes next, learnt from the source text; statements in them are taught, not "
-        "discovered."
-    ]
+    notes = [_TAUGHT[session.config.target.kind].format(warm=session.config.warm)]
     reader = (
         f"an encoder trained on nothing else ({session.config.baseline.steps} steps)"
         if has_baseline
@@ -263,7 +263,7 @@ def _notes(session: Session, measured: dict[str, Evaluated], has_baseline: bool)
     evaluate = session.config.evaluate
     if evaluate.suite == "full":
         notes.append(
-            f"The audit encoder started from M and was trained on true windows alone for "
+            f"The audit encoder started from M and was trained on the targets alone for "
             f"{evaluate.audit_steps} steps, in its own order (seed {evaluate.audit_seed}). "
             "It has never seen the lens's text, but it knows the corpus."
         )

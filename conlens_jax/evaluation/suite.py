@@ -19,7 +19,6 @@ from conlens_jax.config import WarmConfig
 from conlens_jax.corpora.generators import GENERATORS
 from conlens_jax.corpora.statements import token_variables
 from conlens_jax.data.rows import Rows
-from conlens_jax.lens.text import without_end
 from conlens_jax.measurement import metrics
 from conlens_jax.measurement.aggregates import (
     REFERENCES,
@@ -44,6 +43,7 @@ from conlens_jax.measurement.runner import (
 )
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.tokenizer import Tokenizer
+from conlens_jax.models.written import before_end
 
 HEADLINE = ("fve_nrm", "kl_frac_mean", "sampled_fve_nrm", "sampled_kl_frac_mean")
 PerRow = dict[str, np.ndarray]
@@ -167,6 +167,10 @@ class Suite:
             return self.rows.targets_NT
         return self.window(self.warm.before, self.warm.after)
 
+    def before_end(self, texts_NT: np.ndarray) -> list[tuple[int, ...]]:
+        """The tokens of each text before its end."""
+        return [before_end(text, self.measurer.spec.end) for text in texts_NT]
+
     def quantities(
         self, candidates: Mapping[str, np.ndarray], effects: Mapping[str, SwapEffect]
     ) -> PerRow:
@@ -196,8 +200,7 @@ class Suite:
             per_row |= {f"{name}.cos_at_{k}": cos_NT[:, k - 1] for k in doublings(cos_NT.shape[1])}
         for name, texts in explained.texts.items():
             per_row[f"{name}.nll"] = self.measurer.text_nll(original, texts)
-            words = without_end(texts, self.measurer.spec.end)
-            per_row[f"{name}.repeat_4gram"] = metrics.repeat_4gram(words)
+            per_row[f"{name}.repeat_4gram"] = metrics.repeat_4gram(self.before_end(texts))
             per_row[f"{name}.stated"] = states(texts)
             per_row[f"{name}.stated_shuffled"] = states(texts[self.partner_N])
         return per_row
@@ -206,7 +209,7 @@ class Suite:
         intervals = self.intervals(self._statistics(explained), per_row)
         # Over all texts together: a resample repeats documents, which would bias it.
         for name, prefix in (("greedy", ""), ("sampled", "sampled_")):
-            words = without_end(explained.texts[name], self.measurer.spec.end)
+            words = self.before_end(explained.texts[name])
             intervals[f"{prefix}distinct_2"] = Interval(metrics.distinct_2(words))
         return intervals
 

@@ -247,10 +247,14 @@ def resolve(path: str) -> Path:
     folder = local_path(path)
     if folder.is_dir():
         return folder
-    if is_saved_lens(SHIPPED / Path(path).name) and path == Path(path).name:
+    shipped = sorted(folder.name for folder in SHIPPED.iterdir())
+    if path in shipped:
         return SHIPPED / path
     if not _is_hub_id(path):
-        raise ValueError(f"{path!r} is neither a folder nor a hub id")
+        raise ValueError(
+            f"{path!r} is neither a folder, a lens of this package ({', '.join(shipped)}) nor a "
+            "hub id"
+        )
     from huggingface_hub import snapshot_download
 
     try:

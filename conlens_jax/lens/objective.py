@@ -391,7 +391,7 @@ def read_text(
     if last_B is None:
         error_B = (1 - share) * error_BT[:, -1] + share * jnp.mean(error_BT[:, :-1], axis=1)
         return prefixes_BTD[:, -1], error_B
-    whole_B = take_places(error_BT[..., None], last_B)[:, 0]
+    whole_B = take_places(error_BT, last_B)
     shorter_B = jnp.sum(jnp.where(real_BT, error_BT, 0.0), axis=1) - whole_B
     # A text of one token has no shorter prefix.
     shorter_B = jnp.where(

@@ -76,7 +76,7 @@ def explain(
     if real_BT is None:
         return text_BT, prefixes_BTD[:, -1], cos_BT
     last_B = last_real(real_BT)
-    whole_B1 = take_places(cos_BT[..., None], last_B)
+    whole_B1 = take_places(cos_BT, last_B)[:, None]
     return text_BT, take_places(prefixes_BTD, last_B), jnp.where(real_BT, cos_BT, whole_B1)
 
 

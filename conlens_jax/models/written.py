@@ -41,23 +41,20 @@ def written_texts(
 ) -> list[Written]:
     """The text of each row of token ids, special tokens left out; a row is over after its first
     token ``end``."""
-    rows = [_up_to(tuple(map(int, row)), end) for row in rows]
-    texts = [tokenizer.decode(without_last(row, end)) for row in rows]
+    rows = [tuple(map(int, row)) for row in rows]
+    read = [before_end(row, end) for row in rows]
+    texts = [tokenizer.decode(tokens) for tokens in read]
     again = tokenizer.encode_batch(texts)
     return [
-        Written(text, row, tuple(ids) == without_last(row, end))
-        for text, row, ids in zip(texts, rows, again, strict=True)
+        Written(text, row[: len(tokens) + 1], tuple(ids) == tokens)
+        for text, row, tokens, ids in zip(texts, rows, read, again, strict=True)
     ]
 
 
-def _up_to(tokens: tuple[int, ...], end: int | None) -> tuple[int, ...]:
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
-
-
-def without_last(tokens: Sequence[int], end: int | None) -> tuple[int, ...]:
-    """The tokens without an end token at their end."""
-    tokens = tuple(tokens)
-    return tokens[:-1] if end is not None and tokens[-1:] == (end,) else tokens
+def before_end(tokens: Sequence[int], end: int | None) -> tuple[int, ...]:
+    """The tokens before the first ``end``, all if there is none: what a person reads."""
+    tokens = tuple(map(int, tokens))
+    return tokens[: tokens.index(end)] if end in tokens else tokens
 
 
 def with_its_tokens(

@@ -26,7 +26,7 @@ from conlens_jax.models.transformer_config import TransformerConfig
 from conlens_jax.parallel.mesh import batch_sharding
 from conlens_jax.planning.flops import Workload
 from conlens_jax.planning.model_source import PlannedModel
-from conlens_jax.training.session import check_batches, check_context
+from conlens_jax.training.session import check_batches, check_context, make_objective
 from conlens_jax.training.state import (
     Stage,
     Step,
@@ -75,12 +75,15 @@ class Plan:
         width = 0 if self.config.data.source == "stream" else self.spec.model.d_model
         sharding = batch_sharding(self.mesh)
         rows_of = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        has_targets = self.objective.target != "window"
+        target = rows_of((rows, self.spec.text_len), jnp.int32) if has_targets else None
         return Batch(
             rows_of((rows, width), jnp.float32),
             rows_of((contexts, self.config.dump.seq_len), jnp.int32),
             rows_of((contexts,), jnp.int32),
             rows_of((rows,), jnp.int32),
             rows_of((rows,), jnp.int32),
+            target,
         )
 
     def step(self, stage: Stage) -> Step:
@@ -126,7 +129,7 @@ def make_plan(config: ExperimentConfig, model: PlannedModel, mesh: Mesh | Abstra
     others = {name: part for name, part in frozen.items() if name != "original"}
     trainable, others = on_mesh((trainable, others), model.shape, mesh)
     frozen = {"original": original, **others}
-    objective = Objective(config.loss, config.warm, spec)
+    objective = make_objective(config, spec, model.tokenizer)
     return Plan(config, model, objective, mesh, trainable, frozen)
 
 

@@ -158,10 +158,8 @@ def open_session(
 
 def make_objective(config: ExperimentConfig, spec: LensSpec, tokenizer: Tokenizer) -> Objective:
     """The static part of the loss; raises ValueError if a mark between words is not one token."""
-    marks = ()
-    if config.target.kind == "words":
-        ids = mark_ids(config.target, tokenizer).values()
-        marks = tuple(token_id for token_id in ids if token_id is not None)
+    ids = mark_ids(config.target, tokenizer).values()
+    marks = tuple(token_id for token_id in ids if token_id is not None)
     return Objective(config.loss, config.warm, spec, config.target.kind, marks)
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from conlens_jax.data.rows import Rows
-from conlens_jax.lens.text import without_end
 from conlens_jax.measurement import metrics
 from conlens_jax.measurement.runner import SwapEffect, other_rows
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.tokenizer import Tokenizer
-from conlens_jax.models.written import written_texts
+from conlens_jax.models.written import before_end, written_texts
 from conlens_jax.training.collapse import collapse_warning
 from conlens_jax.training.run import Run
 
@@ -79,7 +79,7 @@ def validate(run: Run, trainable: Params, frozen: Params) -> Validation:
         read = run.measurer.read(reader, frozen, explained.texts["greedy"])
         by_warm = metrics.fve_nrm(metrics.cosine(read, actual), run.reference.resultant)
         scores["gap_frozen"] = scores["fve_nrm_greedy"] - by_warm
-    texts = without_end(explained.texts["sampled"], run.session.spec.end)
+    texts = [before_end(text, run.session.spec.end) for text in explained.texts["sampled"]]
     scores["distinct_2"] = metrics.distinct_2(texts)
     scores["repeat_4gram"] = float(metrics.repeat_4gram(texts).mean())
     own, shuffled = distributions["cos_sampled"], distributions["cos_shuffle"]
@@ -90,12 +90,12 @@ def validate(run: Run, trainable: Params, frozen: Params) -> Validation:
 
 
 def token_shares(
-    texts: Sequence[np.ndarray], tokenizer: Tokenizer, count: int = 32
+    texts: Sequence[Sequence[int]], tokenizer: Tokenizer, count: int = 32
 ) -> list[tuple[str, float]]:
     """The most common tokens with their shares of all tokens, most common first."""
-    tokens = np.concatenate(texts)
-    counted = collections.Counter(tokens.tolist()).most_common(count)
-    return [(tokenizer.token(token), times / len(tokens)) for token, times in counted]
+    counts = collections.Counter(itertools.chain.from_iterable(texts))
+    shown = counts.most_common(count)
+    return [(tokenizer.token(token), times / counts.total()) for token, times in shown]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -169,9 +169,9 @@ def _workload(
     batch_size: int,
     context: int,
 ) -> Workload:
-    objective = Objective(config.loss, config.warm, spec)
+    objective = Objective(config.loss, config.warm, spec, config.target.kind)
     after, first = config.loss.kl_horizon, MIN_POSITION
-    if objective.uses("text"):
+    if objective.uses("text") and objective.target == "window":
         after, first = max(after, config.warm.after), max(first, config.warm.before)
     if context <= first + after:
         raise ConfigError(
@@ -183,6 +183,7 @@ def _workload(
     shape = (batch_size // shared, context)
     tokens_GS = rng.integers(0, spec.model.vocab_size, shape).astype(np.int32)
     positions_B = rng.integers(first, context - after, batch_size).astype(np.int32)
+    target_BT = rng.integers(0, spec.model.vocab_size, (batch_size, spec.text_len), np.int32)
     read = jax.jit(capture, static_argnames="spec")
     states_GSD = read(original, tokens_GS, np.ones(shape, bool), spec=spec)
     documents_B = np.arange(batch_size) // shared
@@ -198,5 +199,6 @@ def _workload(
         jnp.full(len(tokens_GS), context, jnp.int32),
         jnp.asarray(positions_B),
         jnp.arange(batch_size, dtype=jnp.int32),
+        None if objective.target == "window" else jnp.asarray(target_BT),
     )
     return Workload(name, config, objective, trainable, frozen, batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from conlens_jax.config import ConfigError, ExperimentConfig, LensConfig, TargetConfig
+from conlens_jax.config import ExperimentConfig, LensConfig, TargetConfig
 from conlens_jax.corpora.generators import GENERATORS
 from conlens_jax.data.targets.facts import FactTargets
 from conlens_jax.data.targets.file import FileTargets
@@ -22,8 +22,8 @@ _FIELDS = {
     ),
     "facts": ("comma",),
     "file": ("path",),
-    "model": ("prompt", "describer"),
 }
+_MARKS = {"words": ("comma", "separator"), "facts": ("comma",)}
 
 
 def target_settings(target: TargetConfig, lens: LensConfig) -> dict[str, Any]:
@@ -37,14 +37,14 @@ def target_settings(target: TargetConfig, lens: LensConfig) -> dict[str, Any]:
 
 
 def mark_ids(target: TargetConfig, tokenizer: Tokenizer) -> dict[str, int | None]:
-    """The tokens ``comma`` and ``separator``; None for one that is left out.
+    """The tokens between the words of a target, by field; None for one that is left out.
 
     Raises:
       ValueError: one is not a single token.
     """
     return {
         name: token_of_field(f"target.{name}", getattr(target, name), tokenizer)
-        for name in ("comma", "separator")
+        for name in _MARKS.get(target.kind, ())
     }
 
 
@@ -67,13 +67,11 @@ def open_targets(
         return None
     if target.kind == "file":
         return FileTargets(target.path, tokenizer)
-    assert spec.end is not None
-    marks = mark_ids(target, tokenizer)
-    if target.kind == "words":
-        return WordTargets(
-            target, tokenizer, **marks, end=spec.end, text_len=spec.text_len, contexts=contexts
-        )
+    marks, text_len = mark_ids(target, tokenizer), spec.text_len
     if target.kind == "facts":
         variables = GENERATORS[config.corpus.kind].variables
-        return FactTargets(variables, tokenizer, marks["comma"], spec.text_len)
-    raise ConfigError(f"target.kind={target.kind!r} cannot be made here")
+        return FactTargets(variables, tokenizer, **marks, text_len=text_len)
+    assert spec.end is not None
+    return WordTargets(
+        target, tokenizer, **marks, end=spec.end, text_len=text_len, contexts=contexts
+    )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -55,14 +55,14 @@ class WordTargets(Targets):
         self._contexts = contexts
 
     @functools.cached_property
-    def _idf(self) -> dict[str, float]:
-        """log(N / n) of each word that n of the N counted documents have."""
+    def _idf(self) -> defaultdict[str, float]:
+        """log(N / n) of each word that n of the N counted documents have, log N of any other."""
         counts, n_documents = Counter(), 0
         for tokens in itertools.islice(self._contexts(), COUNTED_DOCUMENTS):
             counts.update({word.key for word in self._words.of(tokens)})
             n_documents += 1
-        self._idf_unseen = math.log(max(n_documents, 1))
-        return {key: math.log(n_documents / count) for key, count in counts.items()}
+        idf = {key: math.log(n_documents / count) for key, count in counts.items()}
+        return defaultdict(lambda: math.log(max(n_documents, 1)), idf)
 
     def texts(self, rows: Rows, next_tokens: NextTokens | None) -> list[Sequence[int]]:
         """See :meth:`~.protocol.Targets.texts`."""
@@ -73,7 +73,7 @@ class WordTargets(Targets):
             numbers = list(group)
             first = numbers[0]
             words = list(self._words.of(rows.tokens_NS[first, : rows.lengths_N[first]].tolist()))
-            idf_W = np.array([self._idf.get(w.key, self._idf_unseen) for w in words])
+            idf_W = np.array([self._idf[word.key] for word in words])
             last_W = np.array([word.last for word in words])
             for row in numbers:
                 said = self._said(next_tokens.ids_Nk[row], next_tokens.probabilities_Nk[row])

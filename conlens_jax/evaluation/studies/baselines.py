@@ -24,8 +24,11 @@ LENSES = ("logit_lens", "tuned_lens")
 
 
 def text_only(suite: Suite, original: Params) -> np.ndarray:
-    """The window that the warm start teaches, as M would write it without the vector: the true
-    tokens up to P, then M's own likeliest continuation; [N, T]."""
+    """The target that the warm start teaches, as M would write it without the vector; [N, T]. Of a
+    window the true tokens up to P, then M's own likeliest continuation; others are made without the
+    vector as they are."""
+    if suite.rows.targets_NT.shape[1]:
+        return suite.targets_NT
     before, after = suite.warm.before, suite.warm.after
     seen_NT = suite.window(before, 0)
     if not after:

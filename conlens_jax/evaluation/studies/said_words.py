@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from conlens_jax.data.targets.whole_words import WholeWords
-from conlens_jax.evaluation.suite import PerRow, Suite
-from conlens_jax.lens.text import without_end
+from conlens_jax.evaluation.suite import Evaluated, PerRow, Suite
 from conlens_jax.measurement.aggregates import mean_of, ratio_of
 from conlens_jax.measurement.bootstrap import Interval, Statistic
 from conlens_jax.measurement.runner import SwapEffect
@@ -41,14 +40,12 @@ class SaidWords:
 
     Attributes:
       comma, separator: the tokens that divide an explanation; None: there is none.
-      gap: the token for what cannot be named; it is no word.
     """
 
     suite: Suite
     tokenizer: Tokenizer
     comma: int | None
     separator: int | None
-    gap: int | None
 
     @functools.cached_property
     def _words(self) -> WholeWords:
@@ -63,9 +60,9 @@ class SaidWords:
             for tokens, position in zip(rows.tokens_NS, rows.positions_N, strict=True)
         ]
 
-    def of(self, tokens: np.ndarray) -> Said:
-        """The content of one explanation, given without its end."""
-        tokens = [int(token) for token in tokens]
+    def of(self, tokens: Sequence[int]) -> Said:
+        """The content of one explanation, given without its end. A gap is no word."""
+        gap = self.suite.measurer.spec.gap
         cut = tokens.index(self.separator) if self.separator in tokens else len(tokens)
         first, begins = [], True
         for token in tokens[:cut]:
@@ -74,25 +71,30 @@ class SaidWords:
             elif begins:
                 first.append(token)
                 begins = self.comma is None
-        words = self._words.of([token for token in tokens[cut + 1 :] if token != self.gap])
-        return Said(frozenset(first) - {self.gap}, frozenset(word.key for word in words))
+        words = self._words.of([token for token in tokens[cut + 1 :] if token != gap])
+        return Said(frozenset(first) - {gap}, frozenset(word.key for word in words))
 
-    def truth(self, texts: Mapping[str, np.ndarray], clean: SwapEffect) -> dict[str, Interval]:
-        """For each set of texts [N, T], by the prefix of its metrics:
+    def truth(self, evaluated: Evaluated) -> dict[str, Interval]:
+        """Of the greedy texts of a lens, and with a prefix of its sampled ones, of those of other
+        rows, and of the targets:
 
         ``next_words_said``: words that it says M is about to say, per row; ``next_words_right``:
         the share of them that begin with one of M's five likeliest tokens; ``next_words_mass``: the
         probability that M gives these. ``context_words_said``, ``context_words_right``: the same of
         the words of the context, right if the context up to P has them; ``context_words_found``:
         the share of the target's words of the context that it says.
-
-        Args:
-          clean: M's predictions at P.
         """
+        clean, greedy = evaluated.effects["clean"], evaluated.explained.texts["greedy"]
+        texts = {
+            "": greedy,
+            "sampled_": evaluated.explained.texts["sampled"],
+            "null_shuffle_": greedy[self.suite.partner_N],
+            "target_": self.suite.targets_NT,
+        }
         per_row: PerRow = {}
         statistics: dict[str, Statistic] = {}
         targets = self._all_said(self.suite.targets_NT)
-        for prefix, texts_NT in {**texts, "target_": self.suite.targets_NT}.items():
+        for prefix, texts_NT in texts.items():
             said = self._all_said(texts_NT)
             for name, count_N in self._counts(said, targets, clean).items():
                 per_row[prefix + name] = count_N
@@ -107,7 +109,7 @@ class SaidWords:
         return self.suite.intervals(statistics, per_row)
 
     def _all_said(self, texts_NT: np.ndarray) -> list[Said]:
-        return [self.of(text) for text in without_end(texts_NT, self.suite.measurer.spec.end)]
+        return [self.of(text) for text in self.suite.before_end(texts_NT)]
 
     def _counts(self, said: list[Said], targets: list[Said], clean: SwapEffect) -> PerRow:
         likely = [
