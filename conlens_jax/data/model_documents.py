@@ -50,7 +50,7 @@ from conlens_jax.parallel.processes import (
 from conlens_jax.tracking.console import Console
 
 _FORMAT = 1  # to be raised when the same recipe would give other texts
-_PROMPT_STEP = 8
+_PROMPT_STEP, _SLOT_STEP = 8, 32
 _PRODUCT_WIDTH = {"cpu": 2048}
 
 
@@ -200,6 +200,7 @@ class _Batches:
                 drawing,
                 jnp.asarray(self.model.config.eos_token_ids, jnp.int32),
                 length=config.max_tokens,
+                slots=_rounded(shared + width + config.max_tokens, _SLOT_STEP),
             )
         )
         ends_BT = np.isin(written_BT, self.model.config.eos_token_ids)

@@ -6,7 +6,6 @@ its own weights and cache, so that XLA copies neither of them for a token:
 
 * keys are stored transposed, and scores are a plain matrix product;
 * a token's key and value are written before they are read, so the cache is updated in place;
-* the cache grows as it fills, so attention reads few slots that are still empty;
 * the sampler does not sort (:func:`~conlens_jax.models.sampling.draw_token`).
 
 ``python scripts/benchmark_text.py`` compares the two.
@@ -40,8 +39,6 @@ from conlens_jax.models.transformer import (
 )
 from conlens_jax.models.transformer_config import TransformerConfig
 
-_SEGMENT = 32  # the cache has a multiple of this number of slots
-
 
 class LayerCaches(NamedTuple):
     """Keys and values of each layer in C slots, and each slot's position."""
@@ -49,14 +46,6 @@ class LayerCaches(NamedTuple):
     keys: tuple[Float[Array, "B K X C"], ...]
     values: tuple[Float[Array, "B K C X"], ...]
     positions_BC: Int[Array, "B C"]
-
-
-class Progress(NamedTuple):
-    """Texts of which ``step`` tokens are written; at the other places is the first token."""
-
-    step: Int[Array, ""]
-    written_BT: Int[Array, "B T"]
-    cache: KVCache | LayerCaches
 
 
 class Drawing(NamedTuple):
@@ -87,6 +76,7 @@ class TextWriter:
         stop_e: Int[Array, " e"],
         *,
         length: int,
+        slots: int,
     ) -> Int[Array, "B T"]:
         """Up to ``length`` tokens after each prompt; those after a token of ``stop_e`` have no
         meaning.
@@ -94,26 +84,20 @@ class TextWriter:
         Args:
           prefix_P: what all prompts begin with, such as a chat's system message: read once.
           tokens_BS, mask_BS: the rest of each prompt, padded on either side; at least one token.
-
-        The program that reads the prompts is compiled for each P and S, the one that writes for
-        each multiple of ``_SEGMENT`` between P + S and P + S + ``length``.
+          slots: of the cache, at least P + S + ``length``. The program that writes is compiled for
+            each number of slots, the one that reads the prompts also for each P and S.
         """
         config = self._config
-        progress = _read_prompts(
-            self._params, prefix_P, tokens_BS, mask_BS, drawing, length=length, config=config
+        start = _read_prompts(
+            *(self._params, prefix_P, tokens_BS, mask_BS, drawing),
+            **dict(length=length, slots=slots, config=config),
         )
         n_valid_B = len(prefix_P) + jnp.sum(mask_BS, axis=1, dtype=jnp.int32)
-        first_slot = slots = len(prefix_P) + tokens_BS.shape[1]
-        goes_on = length > 1
-        while goes_on:
-            slots = (slots // _SEGMENT + 1) * _SEGMENT
-            progress, goes_on = _fill_cache(
-                self._by_layer,
-                progress._replace(cache=_with_slots(progress.cache, slots=slots)),
-                *(n_valid_B, jnp.int32(first_slot), drawing, stop_e),
-                config=config,
-            )
-        return progress.written_BT
+        first_slot = jnp.int32(len(prefix_P) + tokens_BS.shape[1])
+        written_BT, _ = _write_rest(
+            self._by_layer, start, n_valid_B, first_slot, drawing, stop_e, config=config
+        )
+        return written_BT
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -132,22 +116,7 @@ def _choose(
     return draw_token(logits_BV, keys_B, drawing.temperature, drawing.top_p)
 
 
-@functools.partial(jax.jit, static_argnames="slots")
-def _with_slots(cache: KVCache | LayerCaches, *, slots: int) -> KVCache | LayerCaches:
-    room = slots - cache.positions_BC.shape[1]
-    if isinstance(cache, KVCache):
-        return with_room(cache, room)
-    pad = lambda array, axis, **by: jnp.pad(
-        array, [(0, room * (dim == axis)) for dim in range(array.ndim)], **by
-    )
-    return LayerCaches(
-        tuple(pad(keys, 3) for keys in cache.keys),
-        tuple(pad(values, 2) for values in cache.values),
-        pad(cache.positions_BC, 1, constant_values=NO_POSITION),
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("length", "config"))
+@functools.partial(jax.jit, static_argnames=("length", "slots", "config"))
 def _read_prompts(
     params: Params,
     prefix_P: Array,
@@ -156,9 +125,10 @@ def _read_prompts(
     drawing: Drawing,
     *,
     length: int,
+    slots: int,
     config: TransformerConfig,
-) -> Progress:
-    """The first token of each text, and a cache that is full."""
+) -> tuple[Int[Array, "B T"], KVCache | LayerCaches]:
+    """The first token of each text, and the cache."""
     batch, shared = len(tokens_BS), len(prefix_P)
     positions_BS = positions_of(mask_BS)
     positions_BS = jnp.where(mask_BS, shared + positions_BS, NO_POSITION)
@@ -180,6 +150,7 @@ def _read_prompts(
         x_BSD, cache = read(tokens_BS, positions_BS, cache=cache, slot=jnp.int32(shared))
     else:
         x_BSD, cache = read(tokens_BS, positions_BS, keep_cache=True)
+    cache = with_room(cache, slots - shared - tokens_BS.shape[1])
     if not config.unroll:
         transposed = jnp.swapaxes(cache.keys, -1, -2)
         cache = LayerCaches(tuple(transposed), tuple(cache.values), cache.positions_BC)
@@ -187,50 +158,47 @@ def _read_prompts(
     token_B = _choose(
         head_of(params, config), x_BSD[jnp.arange(batch), last_B], drawing, jnp.int32(0)
     )
-    return Progress(jnp.int32(1), jnp.broadcast_to(token_B[:, None], (batch, length)), cache)
+    return jnp.broadcast_to(token_B[:, None], (batch, length)), cache
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=1)
-def _fill_cache(
+def _write_rest(
     params: Params,
-    progress: Progress,
+    start: tuple[Int[Array, "B T"], KVCache | LayerCaches],
     n_valid_B: Int[Array, "B"],
     first_slot: Int[Array, ""],
     drawing: Drawing,
     stop_e: Int[Array, " e"],
     *,
     config: TransformerConfig,
-) -> tuple[Progress, Bool[Array, ""]]:
-    """Writes until the cache is full or the texts are complete; also, whether they are not."""
-    head, slots = head_of(params, config), progress.cache.positions_BC.shape[1]
+) -> tuple[Int[Array, "B T"], KVCache | LayerCaches]:
+    head = head_of(params, config)
 
-    def has_ended(tokens_BT: Array) -> Bool[Array, "B"]:
-        return jnp.any(tokens_BT[..., None] == stop_e[None, None], axis=(1, 2))
+    def has_ended(token_B: Array) -> Bool[Array, "B"]:
+        return jnp.any(token_B[:, None] == stop_e[None], axis=1)
 
     def write_next(carry):
-        (step, written_BT, cache), ended_B = carry
-        token_B1 = jax.lax.dynamic_slice_in_dim(written_BT, step - 1, 1, axis=1)
+        step, written_BT, ended_B, cache = carry
+        token_B = jax.lax.dynamic_index_in_dim(written_BT, step - 1, axis=1, keepdims=False)
         positions_B1 = (n_valid_B + step - 1)[:, None]
         x_B1D = add_position_embeddings(
-            params, embed_tokens(params, token_B1, config), positions_B1, config
+            params, embed_tokens(params, token_B[:, None], config), positions_B1, config
         )
         x_B1D, cache = _run(
             params["layers"], x_B1D, positions_B1, cache, first_slot + step - 1, config
         )
-        token_B1 = _choose(head, x_B1D[:, 0], drawing, step)[:, None]
-        written_BT = write_slots(written_BT, token_B1, step, axis=1)
-        return Progress(step + 1, written_BT, cache), ended_B | has_ended(token_B1)
+        token_B = _choose(head, x_B1D[:, 0], drawing, step)
+        written_BT = write_slots(written_BT, token_B[:, None], step, axis=1)
+        return step + 1, written_BT, ended_B | has_ended(token_B), cache
 
-    def goes_on(carry) -> Bool[Array, ""]:
-        progress, ended_B = carry
-        return (progress.step < progress.written_BT.shape[1]) & ~jnp.all(ended_B)
+    def continues(carry) -> Bool[Array, ""]:
+        step, written_BT, ended_B, _ = carry
+        return (step < written_BT.shape[1]) & ~jnp.all(ended_B)
 
-    def fits(carry) -> Bool[Array, ""]:
-        return goes_on(carry) & (first_slot + carry[0].step - 1 < slots)
-
-    carry = progress, has_ended(progress.written_BT)
-    carry = jax.lax.while_loop(fits, write_next, carry)
-    return carry[0], goes_on(carry)
+    written_BT, cache = start
+    carry = (jnp.int32(1), written_BT, has_ended(written_BT[:, 0]), cache)
+    _, written_BT, _, cache = jax.lax.while_loop(continues, write_next, carry)
+    return written_BT, cache  # returned, so that the given one is updated in place
 
 
 def _run(
