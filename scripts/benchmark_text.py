@@ -13,8 +13,8 @@ Measured with SmolLM2-135M, fp32, batch 64, temperature 0.8, top_p 0.95, on 2 qu
 ``TextWriter`` (64 tokens) 429 tokens/s, 57 % of the products' 203 GFLOP/s (by CPU seconds 61 %). A
 whole corpus of chat answers (1,024 of 64 tokens) is written at 286 tokens/s, 38 %: its prompts are
 read too, the cache has twice the slots, and some rows end early. With other processes on the cores
-``generate`` (16 tokens) had 16 % by CPU seconds. A cache that grows in segments of 32 slots took 1.04
-of the time for texts from bos, 0.91 (best run 0.99) for answers, and compiles more: not kept.
+``generate`` (16 tokens) had 16 % by CPU seconds. A cache that grows in segments of 32 slots took
+1.04 of the time for texts from bos, 0.91 (best run 0.99) for answers, and compiles more: not kept.
 """
 
 from __future__ import annotations

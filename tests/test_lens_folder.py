@@ -229,7 +229,9 @@ def test_the_hub_is_asked_for_what_is_needed(lens, folder, monkeypatch):
 
 def test_what_is_no_lens_is_said(monkeypatch, tmp_path):
     for path in ("no/such/folder", str(tmp_path / "none")):
-        with pytest.raises(ValueError, match="neither a folder nor a hub id"):
+        with pytest.raises(
+            ValueError, match="neither a folder, a lens of this package .*smollm2.* nor a hub id"
+        ):
             conlens_jax.Lens.load(path)
     with pytest.raises(ValueError, match="no checkpoint"):
         conlens_jax.Lens.load(tmp_path)

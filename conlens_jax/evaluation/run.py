@@ -149,7 +149,7 @@ def _write(session: Session, run_folder: Path, results: _Results) -> Path:
         "model": session.model.model_id,
         "layer": session.spec.layer,
         "rows": f"{len(suite.rows)} rows of {documents} held-out documents",
-        "T": f"{session.spec.text_len} tokens",
+        "T": f"{'' if session.spec.end is None else 'at most '}{session.spec.text_len} tokens",
         "R": f"{reference.resultant:.3f}, on {reference.n_rows} training rows",
         "checkpoint": f"step {results.main.step}",
         **{name: _STATISTICS[name].format(value) for name, value in statistics.items()},

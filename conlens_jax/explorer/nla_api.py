@@ -140,6 +140,10 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
             "reads_back": description.reads_back,
         }
 
+    def next_pieces(pieces: Iterator[list[Written]]) -> list[Written] | None:
+        with turns.turn():  # one per token, so that other requests get theirs
+            return next(pieces, None)
+
     def written(
         vectors: Sequence[np.ndarray], keys: Sequence[int], decoding: dict[str, Any], key: str
     ) -> Iterator[dict[str, Any]]:
@@ -152,9 +156,8 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
             batch = slice(start, start + _AT_ONCE)
             pieces = lens.write_vectors(np.stack(vectors[batch]), positions=keys[batch], **decoding)
             texts: list[Written] = []
-            for _ in range(lens.spec.text_len):
-                with turns.turn():  # one per token, so that other requests get theirs
-                    texts = next(pieces)
+            while longer := next_pieces(pieces):
+                texts = longer
                 for value, text in zip(keys[batch], texts, strict=True):
                     yield {key: value, "text": text, "done": False}
             for vector, text in zip(vectors[batch], texts, strict=True):

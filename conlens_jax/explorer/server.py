@@ -162,12 +162,15 @@ def make_app(
             first = next(pieces)
         return ClosedStream(lines(request, first, pieces), media_type="application/x-ndjson")
 
+    def next_piece(pieces: Iterator[Written]) -> Written | None:
+        with turns.turn():
+            return next(pieces, None)
+
     def lines(request: ExplainBody, written: Written, pieces: Iterator[Written]) -> Iterator[str]:
         yield _line(text=written, tokens=written.tokens)
         try:
-            for _ in range(lens.spec.text_len - 1):
-                with turns.turn():
-                    written = next(pieces)
+            while (longer := next_piece(pieces)) is not None:
+                written = longer
                 yield _line(text=written, tokens=written.tokens)
             with turns.turn():  # scores the text that was shown, without writing it again
                 row = lens.swap(request.text, request.position, written)

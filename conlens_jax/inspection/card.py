@@ -27,7 +27,8 @@ def model_card(lens: LensParts, includes_model: bool) -> str:
     if not includes_model:
         front["base_model"] = model_id
     lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in front.items()]
-    where = "It is in the folder `model/`." if includes_model else "It is loaded by its hub id."
+    where = "It is in the folder `model/`." if includes_model else "It is loaded by its name."
+    most = "" if lens.spec.end is None else "at most "
     described = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
     return "\n".join(
         [
@@ -35,7 +36,8 @@ def model_card(lens: LensParts, includes_model: bool) -> str:
             f"# Consistency lens for {model_id}, layer {lens.spec.layer}",
             "",
             f"Reads the output of block {lens.spec.layer} (0-based) of {model_id} as a text of "
-            f"{lens.spec.text_len} tokens, and turns the text back into an activation. {where}",
+            f"{most}{lens.spec.text_len} tokens, and turns the text back into an activation. "
+            f"{where}",
             "",
             f"Checkpoint: {described}.",
             "",

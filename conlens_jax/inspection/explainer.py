@@ -185,16 +185,16 @@ class LensExplainer(LensReader):
     ) -> Iterator[list[Written]]:
         state = self._programs.first_token(self.trainable, self.frozen, vector_BD, sampling)
         tokens_TB = [np.array(state.token_B)]  # a copy: the state is donated
-        texts = lambda: written_texts(
-            np.stack(tokens_TB, axis=1)[:count], self.model.tokenizer, self.spec.end
-        )
-        for step in range(1, self.spec.text_len):
-            yield texts()
+        for step in range(1, self.spec.text_len + 1):
+            tokens_BT = np.stack(tokens_TB, axis=1)[:count]
+            texts = written_texts(tokens_BT, self.model.tokenizer, self.spec.end)
+            yield texts
+            if step == self.spec.text_len or all(t.tokens[-1] == self.spec.end for t in texts):
+                return
             state = self._programs.next_token(
                 self.trainable, self.frozen, state, jnp.int32(step), sampling
             )
             tokens_TB.append(np.array(state.token_B))
-        yield texts()
 
 
 def _check_explain(samples: int, decoding: str, batch_size: int, temperature: float) -> None:
