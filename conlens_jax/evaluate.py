@@ -28,6 +28,7 @@ _CONFIG = cli.define_config()
 SUITE = flags.DEFINE_enum(
     "suite", None, ("basic", "full", "interventions"), "Overrides evaluate.suite."
 )
+SPLIT = flags.DEFINE_enum("split", None, ("validation", "test"), "Overrides evaluate.split.")
 _CACHE_DIR = flags.DEFINE_string("cache_dir", None, "Overrides dump.cache_dir.")
 
 
@@ -38,9 +39,10 @@ def main() -> None:
         config = recorded_config(CHECKPOINT.value)
     else:
         raise ConfigError("give --checkpoint=<run folder> or --config=configs/<file>.py")
-    if SUITE.value:
-        evaluate = dataclasses.replace(config.evaluate, suite=SUITE.value)
-        config = dataclasses.replace(config, evaluate=evaluate)
+    for name, flag in (("suite", SUITE), ("split", SPLIT)):
+        if flag.value:
+            evaluate = dataclasses.replace(config.evaluate, **{name: flag.value})
+            config = dataclasses.replace(config, evaluate=evaluate)
     if _CACHE_DIR.value:
         dump = dataclasses.replace(config.dump, cache_dir=str(local_path(_CACHE_DIR.value)))
         config = dataclasses.replace(config, dump=dump)

@@ -18,6 +18,7 @@ from pipeline import CHECKPOINT_EVERY, LAST_STEP, WARM_STEPS, open_world, quiet_
 
 import gradient_report
 from conlens_jax.config import ConfigError
+from conlens_jax.data.extract import dump_activations
 from conlens_jax.evaluation import run
 from conlens_jax.evaluation.run import evaluate_run
 from conlens_jax.evaluation.suite import HEADLINE
@@ -213,6 +214,21 @@ def test_all_rows_where_none_are_counted(world, result, tmp_path):
     """``evaluate.rows = 0``; more rows move the numbers."""
     found = evaluate(world, tmp_path / "run", f"checkpoints/{WARM_STEPS}", evaluate__rows=0)
     assert "64 rows" in found.page
+    assert found.metrics["cos"] != result.metrics["warm_cos"]
+
+
+def test_test_split(world, result, tmp_path):
+    """Its own rows; asked for before there are any, the message says how to make them."""
+    cache = tmp_path / "cache"
+    shutil.copytree(world.cache, cache)
+    inside = f"checkpoints/{WARM_STEPS}"
+    changes = {"dump__cache_dir": str(cache), "evaluate__split": "test"}
+    with pytest.raises(ConfigError, match="there is no test cache.*dump.n_test_samples"):
+        evaluate(world, tmp_path / "run", inside, **changes)
+    session = world.changed(tmp_path / "dump", **changes, dump__n_test_samples=16)
+    dump_activations(session.config, session.model, session.spec, session.mesh, quiet_console()[0])
+    found = evaluate(world, tmp_path / "run", inside, **changes)
+    assert "16 rows of" in found.page and "held-out documents (test)" in found.page
     assert found.metrics["cos"] != result.metrics["warm_cos"]
 
 

@@ -105,6 +105,37 @@ def test_splits_share_no_document(world):
     assert not set(train.documents_N.tolist()) & set(validation.documents_N.tolist())
 
 
+def test_test_rows_are_of_the_held_out_documents_after_those_of_validation(world, tmp_path):
+    session = changed(world, tmp_path, dump__n_test_samples=24)
+    dump(session)
+    parts = {split: all_rows(tmp_path / "cache" / split) for split in (*extract.SPLITS, "test")}
+    for split in extract.SPLITS:  # the same bytes with and without a test split
+        assert contents(tmp_path / "cache" / split) == contents(world.cache / split)
+    assert len(parts["test"]) == 24
+    longer = changed(world, tmp_path / "longer", dump__n_validation_samples=64 + 24)
+    dump(longer)
+    validation = all_rows(tmp_path / "longer" / "cache" / "validation")
+    assert parts["test"].documents_N[0] > parts["validation"].documents_N.max()
+    for document in np.unique(parts["test"].documents_N)[:3]:
+        here, there = (
+            rows.take(rows.documents_N == document) for rows in (parts["test"], validation)
+        )
+        np.testing.assert_array_equal(here.positions_N, there.positions_N)
+        np.testing.assert_allclose(here.activations_ND, there.activations_ND, rtol=1e-4, atol=1e-5)
+
+
+def test_no_held_out_document_left_for_the_test_split(world, tmp_path):
+    session = changed(
+        world,
+        tmp_path,
+        **lines_corpus(tmp_path, [30] * 20),
+        dump__n_test_samples=8,
+        dump__n_validation_samples=1_000,
+    )
+    with pytest.raises(CorpusError, match="n_validation_samples=1000 leaves no held-out document"):
+        dump(session)
+
+
 def test_seed_decides_the_positions(world, tmp_path):
     dump(changed(world, tmp_path / "a"))
     assert contents(tmp_path / "a" / "cache") == contents(world.cache)

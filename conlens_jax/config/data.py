@@ -72,10 +72,13 @@ class DataConfig:
 class DumpConfig:
     """From the corpus to an activation cache."""
 
-    cache_dir: str = "cache"  # the folder; the splits are train/ and validation/ in it
+    cache_dir: str = "cache"  # the folder; the splits are folders in it
     seq_len: int = 64  # S: longer documents are cut, shorter ones padded on the right
     n_samples: int = 32_768  # rows of the training split
     n_validation_samples: int = 2_048  # rows of the validation split
+    # Rows of a third split, test/, of the held-out documents after those of validation: for a last
+    # measurement (evaluate.split) on rows that no choice was made on; 0: none.
+    n_test_samples: int = 0
     positions_per_sequence: int = 4  # rows taken from one document
     min_position: int = 8  # first position P that a row may have
     max_position: int = 0  # last one, included; 0: the last that has dump.after tokens after it

@@ -10,7 +10,9 @@ class EvaluateConfig:
     """Measuring a lens; docs/evaluation.md describes the suites."""
 
     suite: str = "basic"  # or "full", "interventions"
-    rows: int = 1024  # held-out rows; 0: all of the validation split
+    # Held-out rows: "validation", or "test" (dump.n_test_samples), which training never reads.
+    split: str = "validation"
+    rows: int = 1024  # rows of the split; 0: all
     batch_size: int = 128  # rows per pass
     bootstrap: int = 2000  # resamples of the documents
     n_examples: int = 24  # rows shown at equal distances, besides the best, median and worst

@@ -34,6 +34,7 @@ _CHOICES = {
     "loss.lm_reference": ("text", "prompt", "warm"),
     "wandb.mode": ("disabled", "offline", "online"),
     "evaluate.suite": ("basic", "full", "interventions"),
+    "evaluate.split": ("validation", "test"),
     "mesh.preset": ("", "single", "data8", "fsdp8", "fsdp2_tensor4", "multislice"),
 }
 LORA_TARGETS = ("query", "key", "value", "attention_out", "gate", "up", "down")
@@ -61,6 +62,7 @@ _AT_LEAST_ONE = (
 _AT_LEAST_ZERO = (
     *("model.layer", "model.unroll", "corpus.n_documents", "corpus.seed", "embedded.seed"),
     *(f"dump.{name}" for name in ("min_position", "max_position", "after", "seed")),
+    "dump.n_test_samples",
     *("warm.steps", "warm.before", "warm.after", "joint.steps", "control.steps", "baseline.steps"),
     *("train.seed", "train.n_verbose_samples", "checkpoint.keep_best", "mesh.data"),
     *("mesh.slices", "distributed.num_processes"),
@@ -90,6 +92,11 @@ def config_problems(config: ExperimentConfig) -> Iterator[str]:
         value = lookup(config, name)
         if isinstance(value, ScheduleConfig):
             yield from _schedule_problems(name, value)
+    if config.evaluate.split == "test" and config.data.source == "stream":
+        yield (
+            "evaluate.split='test' needs the cache of that split: dump.n_test_samples and "
+            "data.source='cache'"
+        )
     yield from _shape_problems(config)
     yield from _target_problems(config)
     yield from _prompt_problems(config.lens)

@@ -27,6 +27,7 @@ from conlens_jax.corpora.corpus import Corpus, CorpusError, Document
 from conlens_jax.corpora.duplicates import Tally
 from conlens_jax.corpora.first_tokens import first_tokens
 from conlens_jax.data.batches import pad_tokens
+from conlens_jax.data.cache import ActivationCache
 from conlens_jax.data.cache_metadata import CacheMetadata
 from conlens_jax.data.model_documents import open_texts
 from conlens_jax.data.rows import Rows
@@ -39,10 +40,18 @@ from conlens_jax.lens.spec import LensSpec
 from conlens_jax.models.model import LanguageModel
 from conlens_jax.parallel.mesh import batch_sharding, check_batch
 from conlens_jax.parallel.preemption import Preempted, watching_for_sigterm
-from conlens_jax.parallel.processes import check_same, local_rows, on_devices, to_host
+from conlens_jax.parallel.processes import (
+    broadcast_from_first,
+    check_same,
+    local_rows,
+    on_devices,
+    to_host,
+)
 from conlens_jax.tracking.console import Console
 
 SPLITS = ("train", "validation")
+TEST = "test"
+"""The held-out documents that validation does not use."""
 _DOCUMENTS_AT_ONCE = 256
 _CHARACTERS_AT_ONCE = 1 << 22
 
@@ -50,7 +59,8 @@ _CHARACTERS_AT_ONCE = 1 << 22
 def dump_activations(
     config: ExperimentConfig, model: LanguageModel, spec: LensSpec, mesh: Mesh, console: Console
 ) -> Path:
-    """Writes ``train`` and ``validation`` in ``dump.cache_dir``; resumes an interrupted dump.
+    """Writes ``train``, ``validation`` and, if it has rows, ``test`` in ``dump.cache_dir``; resumes
+    an interrupted dump.
 
     Raises:
       ValueError: settings do not fit, the corpus has no usable document, or the cache already
@@ -67,15 +77,27 @@ def dump_activations(
     contexts = lambda: extractor("train").contexts()
     targets = open_targets(config, model.tokenizer, spec, contexts)
     wanted = {"train": config.dump.n_samples, "validation": config.dump.n_validation_samples}
+    if config.dump.n_test_samples:
+        wanted[TEST] = config.dump.n_test_samples
     with watching_for_sigterm(f"the cache {root} is complete; the same command continues") as stops:
-        for split in SPLITS:
+        for split, count in wanted.items():
             metadata = _metadata(config, model, corpus, split, targets)
             writer = SharedWriter(root / split, metadata, config.dump.rows_per_shard)
             if writer.complete:
                 console.line("dump", split=split, found=root / split)
                 continue
-            _dump_split(extractor(split, targets), writer, wanted[split], console, stops)
+            first = _documents_of(root / "validation") if split == TEST else 0
+            _dump_split(extractor(split, targets, first), writer, count, console, stops)
     return root
+
+
+def _documents_of(folder: Path) -> int:
+    """The number of the document after the last one of a cache, for all processes."""
+    last = lambda: max(
+        int(places.documents_N.max())
+        for places in ActivationCache.open(folder, verify="sizes").places()
+    )
+    return broadcast_from_first(last) + 1
 
 
 def _metadata(
@@ -89,6 +111,8 @@ def _metadata(
     settings["add_bos"] = model.tokenizer.adds_bos(config.dump.add_bos)
     for name in ("cache_dir", "seq_len", "dtype", "seed", "rows_per_shard"):
         settings.pop(name)  # recorded separately, or without influence on the rows
+    if split != TEST:
+        settings.pop("n_test_samples")
     return CacheMetadata(
         model_id=model.model_id,
         weights_hash=model.weights_hash,
@@ -154,7 +178,7 @@ def _dump_split(
 
 
 class Extractor:
-    """Turns the documents of a split into batches of rows."""
+    """Turns the documents of a split, from number ``first``, into batches of rows."""
 
     def __init__(
         self,
@@ -165,7 +189,9 @@ class Extractor:
         corpus: Corpus,
         split: str,
         targets: Targets | None = None,
+        first: int = 0,
     ):
+        self._first = first
         self.config, self.model, self.split, self.corpus = config, model, split, corpus
         self.targets, self.spec = targets, spec
         self.sharding = batch_sharding(mesh)
@@ -177,7 +203,7 @@ class Extractor:
 
     def batches(self, cursor: Any) -> Iterator[tuple[Rows, list[Any]]]:
         """Rows after ``cursor``, which is [first document of the batch, row in the batch]."""
-        start, skip = (cursor[0], cursor[1] + 1) if cursor else (0, 0)
+        start, skip = (cursor[0], cursor[1] + 1) if cursor else (self._first, 0)
         documents = self._usable(start)
         while batch := list(itertools.islice(documents, self.config.batch_size)):
             rows = self._with_targets(*self._captured(*self._draw(batch)))
@@ -188,7 +214,7 @@ class Extractor:
     def tokens_of(self, wanted: int) -> Iterator[Rows]:
         """The first ``wanted`` rows, by batches of documents, with activations of width 0: M does
         not run."""
-        documents, room = self._usable(0), wanted
+        documents, room = self._usable(self._first), wanted
         while room > 0 and (batch := list(itertools.islice(documents, self.config.batch_size))):
             rows = self._draw(batch)[0].take(slice(room))
             room -= len(rows)
@@ -196,7 +222,7 @@ class Extractor:
 
     def contexts(self) -> Iterator[list[int]]:
         """The tokens of each document's context."""
-        return (tokens[: self.config.seq_len] for _, tokens in self._encoded(0))
+        return (tokens[: self.config.seq_len] for _, tokens in self._encoded(self._first))
 
     def captured(self, wanted: int) -> Iterator[Rows]:
         """The first ``wanted`` rows as the dump writes them."""
@@ -218,7 +244,18 @@ class Extractor:
         counts = {"without_target": self._without_target, "targets_cut": self._cut}
         return {name: count for name, count in counts.items() if count}
 
+    @property
+    def _corpus_split(self) -> str:
+        return "validation" if self.split == TEST else self.split
+
     def nothing_message(self) -> str:
+        if not self.read and self._first:
+            return (
+                f"dump.n_test_samples={self.config.n_test_samples}: dump.n_validation_samples="
+                f"{self.config.n_validation_samples} leaves no held-out document of corpus "
+                f"{self.corpus.name!r} for the test split; lower it, or raise "
+                "corpus.validation_fraction or corpus.n_documents"
+            )
         return (
             f"corpus.path={self.corpus.name!r}: none of the {self.read} documents in the "
             f"{self.split} split is long enough: a row needs dump.min_position="
@@ -243,7 +280,7 @@ class Extractor:
         """Index and tokens of each document; at least those of its context."""
         config = self.config
         encode = functools.partial(self.model.tokenizer.encode_batch, add_bos=config.add_bos)
-        for chunk in _chunks(self.corpus.documents(self.split, start, self.tally)):
+        for chunk in _chunks(self.corpus.documents(self._corpus_split, start, self.tally)):
             texts = [document.text for document in chunk]
             encoded = first_tokens(encode, texts, config.seq_len)
             for document, tokens in zip(chunk, encoded, strict=True):

@@ -91,8 +91,8 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
             f"{metadata['model_id']}, whose weights ({wanted[:12]}) are not those of "
             f"{session.model.model_id} ({found[:12]} in {session.model.folder})"
         )
-    (_, validation), reference = session.caches, session.reference
-    count = min(config.evaluate.rows or len(validation), len(validation))
+    held_out, reference = session.held_out, session.reference
+    count = min(config.evaluate.rows or len(held_out), len(held_out))
     tokenizer = session.model.tokenizer
     template, frozen = init_lens(
         session.model.params, session.spec, reference.mean_D, reference.scale
@@ -101,7 +101,7 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
     baseline = _load_baseline(run_folder, template)
     suite = Suite.make(
         session.measurer(lambda: leave_together("the same command evaluates again")),
-        validation.rows(np.arange(count)),
+        held_out.rows(np.arange(count)),
         reference,
         config.warm,
         attribute_token_ids(config.corpus.kind, tokenizer),
@@ -148,7 +148,8 @@ def _write(session: Session, run_folder: Path, results: _Results) -> Path:
     facts = {
         "model": session.model.model_id,
         "layer": session.spec.layer,
-        "rows": f"{len(suite.rows)} rows of {documents} held-out documents",
+        "rows": f"{len(suite.rows)} rows of {documents} held-out documents "
+        f"({config.evaluate.split})",
         "T": f"{'' if session.spec.end is None else 'at most '}{session.spec.text_len} tokens",
         "R": f"{reference.resultant:.3f}, on {reference.n_rows} training rows",
         "checkpoint": f"step {results.main.step}",

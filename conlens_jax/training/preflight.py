@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from conlens_jax.config import EMBEDDED_MODEL, ConfigError, CorpusConfig, ExperimentConfig
-from conlens_jax.corpora.corpus import SPLITS
 from conlens_jax.corpora.opening import open_corpus
+from conlens_jax.data.extract import SPLITS, TEST
 from conlens_jax.files.paths import cache_folder, local_path, write_problems
 from conlens_jax.models.from_gguf.source import gguf_source
 from conlens_jax.models.hf_io import read_config_file
@@ -73,7 +73,12 @@ def _problems(
     if dumps or (reads_rows and streams):
         yield from corpus_problems(config.corpus)
     cache = local_path(config.dump.cache_dir)
-    missing = [split for split in SPLITS if not (cache / split).is_dir()]
+    wanted = list(SPLITS)
+    if (dumps and config.dump.n_test_samples) or (
+        evaluates is not None and config.evaluate.split == TEST
+    ):
+        wanted.append(TEST)
+    missing = [split for split in wanted if not (cache / split).is_dir()]
     if dumps and missing:
         yield from write_problems("dump.cache_dir", cache)
     if reads_rows and not dumps and not streams:
@@ -95,6 +100,7 @@ def missing_cache(folder: Path) -> str:
     return (
         f"dump.cache_dir={str(folder.parent)!r}: there is no {folder.name} cache; make it "
         "with python -m conlens_jax.dump and the same config"
+        + (" with dump.n_test_samples" if folder.name == TEST else "")
     )
 
 

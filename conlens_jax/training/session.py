@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from conlens_jax.config import EMBEDDED_MODEL, ConfigError, ExperimentConfig, lookup
 from conlens_jax.data.cache import ActivationCache
+from conlens_jax.data.extract import SPLITS, TEST
 from conlens_jax.data.legacy import LegacyCache, open_cache
 from conlens_jax.data.rows import Rows, RowSource
 from conlens_jax.data.stream import TokenStream, open_stream
@@ -67,6 +68,12 @@ class Session:
     def caches(self) -> tuple[RowSource, RowSource]:
         """:func:`open_caches`, once: training and evaluation read the same rows."""
         return open_caches(self)
+
+    @functools.cached_property
+    def held_out(self) -> RowSource:
+        """The rows of ``evaluate.split``."""
+        split = self.config.evaluate.split
+        return open_cache_of(self, split) if split == TEST else self.caches[1]
 
     @functools.cached_property
     def reference(self) -> ActivationStatistics:
@@ -208,21 +215,24 @@ def open_caches(session: Session) -> tuple[RowSource, RowSource]:
         _check_rows(session.config, train)
         session.console.line("stream", rows=len(train), validation_rows=len(validation))
         return train, validation
-    root = local_path(session.config.dump.cache_dir)
-    caches = []
-    for split in ("train", "validation"):
-        cache = together(lambda folder=root / split: _open_split(session, folder))
-        cache.check(
-            model_id=session.model.model_id,
-            weights_hash=session.model.weights_hash,
-            tokenizer_hash=session.model.tokenizer.fingerprint,
-            layer=session.config.model.layer,
-            d_model=session.model.config.d_model,
-            target=target_settings(session.config.target, session.config.lens),
-        )
-        caches.append(cache)
-    _check_rows(session.config, caches[0])
-    return caches[0], caches[1]
+    train, validation = (open_cache_of(session, split) for split in SPLITS)
+    _check_rows(session.config, train)
+    return train, validation
+
+
+def open_cache_of(session: Session, split: str) -> ActivationCache | LegacyCache:
+    """The cache of a split, checked as :func:`open_caches` does."""
+    folder = local_path(session.config.dump.cache_dir) / split
+    cache = together(lambda: _open_split(session, folder))
+    cache.check(
+        model_id=session.model.model_id,
+        weights_hash=session.model.weights_hash,
+        tokenizer_hash=session.model.tokenizer.fingerprint,
+        layer=session.config.model.layer,
+        d_model=session.model.config.d_model,
+        target=target_settings(session.config.target, session.config.lens),
+    )
+    return cache
 
 
 def _open_split(session: Session, folder: Path) -> ActivationCache | LegacyCache:
