@@ -251,6 +251,16 @@ def test_the_warm_start_reads_and_writes_targets_with_gaps():
     total, _ = ours(trainable, frozen, many, keys)
     expected, _ = ours(trainable, frozen, given, None)
     assert total == pytest.approx(float(expected), rel=1e-6)
+    # Only after a separator, where there is one.
+    later = dataclasses.replace(objective, gaps_after=31)
+    target[1, 1] = 31
+    marked = batch.replace(target_BT=jnp.asarray(target))
+    after = np.cumsum(target == 31, axis=1) > 0
+    np.testing.assert_array_equal(
+        target_text(marked, keys, later),
+        np.where(after, target_text(marked, keys, objective), target),
+    )
+    assert (np.asarray(target_text(marked, keys, later)) != target)[1].any()
 
 
 # --- writing and reading ------------------------------------------------------------------------

@@ -85,6 +85,7 @@ class Objective:
     spec: LensSpec
     target: str = "window"  # target.kind
     marks: tuple[int, ...] = ()  # tokens between the words of a target, which are never gaps
+    gaps_after: int | None = None  # only after this token of a target are there gaps
 
     def uses(self, term: str) -> bool:
         """False if the weight is 0 for the whole stage; then the term is not computed."""
@@ -149,6 +150,8 @@ def target_text(
     draw = lambda key: jax.random.uniform(key, (spec.text_len,))
     marks = jnp.asarray([m for m in (spec.end, *objective.marks) if m is not None], jnp.int32)
     is_gap_BT = (jax.vmap(draw)(keys_B) < warm.gap_rate) & ~jnp.isin(target_BT, marks)
+    if objective.gaps_after is not None:
+        is_gap_BT &= jnp.cumsum(target_BT == objective.gaps_after, axis=1) > 0
     return jnp.where(is_gap_BT, spec.gap, target_BT)
 
 

@@ -165,9 +165,12 @@ def open_session(
 
 def make_objective(config: ExperimentConfig, spec: LensSpec, tokenizer: Tokenizer) -> Objective:
     """The static part of the loss; raises ValueError if a mark between words is not one token."""
-    ids = mark_ids(config.target, tokenizer).values()
-    marks = tuple(token_id for token_id in ids if token_id is not None)
-    return Objective(config.loss, config.warm, spec, config.target.kind, marks)
+    ids = mark_ids(config.target, tokenizer)
+    marks = tuple(token_id for token_id in ids.values() if token_id is not None)
+    # What comes before it is what M is about to say, in M's order: D may be unsure of the order,
+    # but each of the words is right.
+    separator = ids.get("separator")
+    return Objective(config.loss, config.warm, spec, config.target.kind, marks, separator)
 
 
 def _run_dir_problem(config: ExperimentConfig) -> str | None:
