@@ -1,21 +1,27 @@
 """Compares joint stages from one warm start, with the same CPU-seconds and several seeds.
 
 Command:  python scripts/compare_joint.py --run=runs/quickstart --seeds=3
+          python scripts/compare_joint.py --show=folder_a,folder_b
 Time:     on 2 CPU cores about a minute per variant and seed, at the default budget.
 
 Every variant starts from the run's warm start and trains until the budget is spent (CPU-seconds of
 the process on a CPU, wall-clock seconds elsewhere; without compilation). The seed changes the rows
 and the noise. The row ``supervised`` is the matched-compute control: the warm start's objective.
-It prints the mean over seeds ± half of the 95 % t-interval, on the run's held-out rows.
+
+It prints the mean over the seeds, and the difference from the control, paired by held-out row, with
+a 95 % bootstrap interval over documents of its mean over the seeds. What was measured is kept in
+``--out``: a command that was interrupted goes on, and ``--show`` takes several folders together
+(warm starts with other seeds, on the same held-out rows). ``--split=test`` measures on rows that no
+choice was made on (dump.n_test_samples).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import math
 import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +33,17 @@ from conlens_jax.checkpoint_flags import recorded_config
 from conlens_jax.config import with_changes
 from conlens_jax.data.batches import grouped_batch, prefetch, read_groups
 from conlens_jax.data.device_batches import make_batch
+from conlens_jax.data.targets.opening import mark_ids
+from conlens_jax.evaluation.studies.said_words import SaidWords
+from conlens_jax.evaluation.suite import PerRow, Suite
 from conlens_jax.lens.spec import init_lens, make_spec
-from conlens_jax.measurement import metrics
+from conlens_jax.measurement.aggregates import mean_of, reconstruction_statistics
+from conlens_jax.measurement.bootstrap import (
+    DocumentBootstrap,
+    Interval,
+    Statistic,
+    percentile_interval,
+)
 from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.host import keep_freed_memory
 from conlens_jax.parallel.mesh import batch_sharding
@@ -40,8 +55,9 @@ from conlens_jax.training.session import Session, make_objective, open_session
 from conlens_jax.training.state import Stage, init_state, make_step, stage_optimizer
 
 TIMED_STEPS = 16
-T_975 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)  # quantiles of Student's t, by n − 1
-SCORES = ("fve_nrm", "kl_frac", "sampled_fve_nrm", "sampled_kl_frac", "nll_text")
+CONTROL, START = "supervised", "warm start"
+_COMPARED = ("fve_nrm", "kl_frac_mean")
+_TRUTH = ("next_words_right", "context_words_said", "context_words_right", "context_words_found")
 
 
 def _rate(value: float) -> dict[str, float]:
@@ -129,53 +145,80 @@ class Bench:
     """Inputs shared by all variants."""
 
     session: Session
-    caches: tuple[Any, Any]
+    suite: Suite
+    words: SaidWords | None
     start: Params
     frozen: Params
-    mean_D: np.ndarray
-    resultant: float
 
     @staticmethod
-    def open(run: Path) -> Bench:
-        session = open_session(recorded_config(str(run)), Console(), run=run)
-        caches, reference = session.caches, session.reference
+    def open(run: Path, split: str) -> Bench:
+        config = with_changes(recorded_config(str(run)), {"evaluate.split": split})
+        session = open_session(config, Console(), run=run)
+        config, reference, held_out = session.config, session.reference, session.held_out
         template, frozen = init_lens(
             session.model.params, session.spec, reference.mean_D, reference.scale
         )
-        start = load_lens(run, placed(template, session), session.config.warm.steps)
+        start = load_lens(run, placed(template, session), config.warm.steps)
         frozen = {**frozen, "warm_decoder": start["decoder"]}
-        return Bench(session, caches, start, frozen, reference.mean_D, reference.resultant)
-
-    def scores(self, trainable: Params) -> dict[str, float]:
-        rows = self.caches[1].rows(np.arange(len(self.caches[1])))
-        measurer, original = self.session.measurer(), self.frozen["original"]
-        explained = measurer.explain(trainable, self.frozen, rows)
-        mean_ND = np.broadcast_to(self.mean_D, rows.activations_ND.shape)
-        effects = measurer.effects(
-            original, rows, {**explained.reconstructions, "mean": np.array(mean_ND)}
+        suite = Suite.make(
+            session.measurer(),
+            held_out.rows(np.arange(len(held_out))),
+            reference,
+            config.warm,
+            frozenset(),
+            n_resamples=config.evaluate.bootstrap,
+            seed=config.evaluate.seed,
         )
-        found = {}
-        for name, prefix in (("greedy", ""), ("sampled", "sampled_")):
-            cos = metrics.cosine(explained.reconstructions[name], rows.activations_ND)
-            found[prefix + "fve_nrm"] = metrics.fve_nrm(cos, self.resultant)
-            found[prefix + "kl_frac"] = metrics.kl_frac(effects[name].kl_at, effects["mean"].kl_at)
-        found["nll_text"] = float(measurer.text_nll(original, explained.texts["greedy"]).mean())
-        return {name: float(value) for name, value in found.items()}
+        tokenizer = session.model.tokenizer
+        words = None
+        if config.target.kind == "words":
+            words = SaidWords(suite, tokenizer, **mark_ids(config.target, tokenizer))
+        return Bench(session, suite, words, start, frozen)
+
+    def measured(self, trainable: Params) -> PerRow:
+        """What the scores are means of, one number per held-out row."""
+        suite, original = self.suite, self.frozen["original"]
+        rows, measurer = suite.rows, suite.measurer
+        explained = measurer.explain(trainable, self.frozen, rows)
+        found = explained.reconstructions
+        mean_ND = np.broadcast_to(suite.reference.mean_D, rows.activations_ND.shape)
+        candidates = {
+            **found,
+            "null_shuffle": found["greedy"][suite.partner_N],
+            "mean": np.array(mean_ND),
+        }
+        effects = measurer.effects(original, rows, candidates)
+        per_row = suite.quantities(candidates, effects)
+        per_row["text.nll"] = measurer.text_nll(original, explained.texts["greedy"])
+        if self.words is not None:
+            per_row |= self.words.counts(explained.texts["greedy"], effects["clean"])
+            others_NT = explained.texts["greedy"][suite.partner_N]
+            per_row |= self.words.counts(others_NT, effects["clean"], "null_shuffle_")
+        return per_row
+
+    def facts(self) -> dict[str, np.ndarray]:
+        """What is kept beside the rows' numbers, to compare them later."""
+        return {
+            "documents_N": self.suite.rows.documents_N,
+            "resultant": np.float64(self.suite.reference.resultant),
+        }
 
 
-def train(bench: Bench, name: str, changes: dict[str, Any], budget: float, seeds: int):
-    """Yields the scores of each seed after ``budget`` seconds of the variant."""
+def train(
+    bench: Bench, name: str, changes: Mapping[str, Any], budget: float, seeds: list[int]
+) -> Iterator[tuple[int, int, PerRow]]:
+    """Seed, steps and what was measured after ``budget`` seconds of the variant."""
     config = with_changes(bench.session.config, changes)
-    model = bench.session.model
+    model, cache = bench.session.model, bench.session.caches[0]
     spec = make_spec(model.config, config.model.layer, config.lens, model.tokenizer)
     objective = make_objective(config, spec, model.tokenizer)
-    supervised = name == "supervised"
+    supervised = name == CONTROL
     batch_size = (config.warm if supervised else config.joint).batch_size
     optimizer_config = config.control.optimizer if supervised else config.joint.optimizer
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     sharding = batch_sharding(bench.session.mesh)
     shared = 1 if supervised else config.joint.rows_per_document
-    groups_nk = read_groups(bench.caches[0], shared)
+    groups_nk = read_groups(cache, shared)
     n_rows = groups_nk.size
 
     def compiled(steps: int):
@@ -187,7 +230,7 @@ def train(bench: Bench, name: str, changes: dict[str, Any], budget: float, seeds
         return step.lower(state, bench.frozen, read(0, 0)).compile(), optimizer
 
     def read(seed: int, index: int):
-        rows = bench.caches[0].rows(grouped_batch(groups_nk, batch_size, 1 + seed, index))
+        rows = cache.rows(grouped_batch(groups_nk, batch_size, 1 + seed, index))
         first = 1_000_000 * (1 + seed)
         return make_batch(rows, sharding, batch_size, first, rows_per_document=shared)
 
@@ -204,52 +247,129 @@ def train(bench: Bench, name: str, changes: dict[str, Any], budget: float, seeds
     seconds = (clock() - started) / TIMED_STEPS
     steps = max(round(budget / seconds), 1)
     step, optimizer = compiled(steps)
-    for seed in range(seeds):
-        yield {"steps": steps, **bench.scores(run(step, optimizer, steps, seed))}
+    for seed in seeds:
+        yield seed, steps, bench.measured(run(step, optimizer, steps, seed))
 
 
-def summary(values: list[float]) -> str:
-    mean, n = float(np.mean(values)), len(values)
-    if n == 1:
-        return f"{mean:.3f}"
-    half = T_975[min(n - 1, len(T_975) - 1)] * float(np.std(values, ddof=1)) / math.sqrt(n)
-    return f"{mean:.3f} ± {half:.3f}"
+def scores(per_row: Mapping[str, Any], resultant: float) -> dict[str, Statistic]:
+    """Each column of the table as a function of named means over rows."""
+    statistics: dict[str, Statistic] = {}
+    for candidate, prefix in (
+        ("greedy", ""),
+        ("sampled", "sampled_"),
+        ("null_shuffle", "null_shuffle_"),
+    ):
+        statistics |= reconstruction_statistics(candidate, prefix, resultant, _COMPARED)
+    statistics["nll_text"] = mean_of("text.nll")
+    if "context_said" in per_row:
+        of_text = SaidWords.statistics()
+        statistics |= {name: of_text[name] for name in _TRUTH}
+        name = "null_shuffle_context_words_right"
+        statistics[name] = SaidWords.statistics("null_shuffle_")[name]
+    return statistics
+
+
+def show(folders: list[Path]) -> None:
+    """Prints the mean over the seeds of each variant, and its difference from the control."""
+    found: dict[str, dict[tuple[str, str], dict[str, Any]]] = defaultdict(dict)
+    for folder in folders:
+        for file in sorted(folder.glob("*.npz")):
+            with np.load(file) as arrays:
+                record = dict(arrays)
+            found[str(record["variant"])][str(folder), str(record["seed"])] = record
+    first = next(iter(found[START].values()))
+    documents_N = first["documents_N"]
+    bootstrap = DocumentBootstrap.draw(documents_N, 2000, 0)
+    values: dict[str, dict[tuple[str, str], dict[str, np.ndarray]]] = defaultdict(dict)
+    for name, runs in found.items():
+        for key, record in runs.items():
+            if not np.array_equal(record["documents_N"], documents_N):
+                raise SystemExit(f"--show: {key[0]} was measured on other rows than {folders[0]}")
+            per_row = {k[4:]: v for k, v in record.items() if k.startswith("row:")}
+            means = bootstrap.means(per_row)
+            statistics = scores(per_row, float(record["resultant"]))
+            values[name][key] = {k: np.asarray(f(means)) for k, f in statistics.items()}
+    columns = list(next(iter(values[START].values())))
+    print("| variant | seeds | steps | " + " | ".join(columns) + " |")
+    print("|---|---|---|" + "---|" * len(columns))
+    for name, runs in values.items():
+        steps = sorted({int(record["steps"]) for record in found[name].values()})
+        means = [f"{np.mean([run[c][0] for run in runs.values()]):.3f}" for c in columns]
+        cells = [name, str(len(runs)), "–".join(map(str, {steps[0]: 0, steps[-1]: 0})), *means]
+        print("| " + " | ".join(cells) + " |")
+    columns = [p + c for p in ("", "sampled_") for c in _COMPARED]
+    print(f"\n| minus {CONTROL} | seeds | " + " | ".join(columns) + " |")
+    print("|---|---|" + "---|" * len(columns))
+    for name, runs in values.items():
+        control = values.get(CONTROL + name[len(name.split(" ×")[0]) :], {})
+        shared = [key for key in runs if key in control]
+        if not shared or name.startswith(CONTROL):
+            continue
+        cells = []
+        for column in columns:
+            by_seed = [runs[key][column] - control[key][column] for key in shared]
+            interval = percentile_interval(np.mean(by_seed, axis=0))
+            each = ", ".join(f"{difference[0]:+.3f}" for difference in by_seed)
+            cells.append(f"{_signed(interval)} ({each})")
+        print(f"| {name} | {len(shared)} | " + " | ".join(cells) + " |")
+
+
+def _signed(interval: Interval) -> str:
+    return f"{interval.value:+.3f} [{interval.lo:+.3f}, {interval.hi:+.3f}]"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", default="runs/quickstart", help="run folder with a warm start")
     parser.add_argument(
-        "--budget", type=float, default=0, help="seconds; 0: that of the joint stage"
+        "--budget", type=float, default=0, help="seconds; 0: those of the run's joint stage"
     )
+    parser.add_argument("--times", default="1", help="multiples of the budget, such as 1,4")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", default=",".join(VARIANTS).replace(", ", "; "))
+    parser.add_argument("--split", default="validation", choices=("validation", "test"))
     parser.add_argument("--set", nargs="*", default=[], metavar="field=number")
-    parser.add_argument("--out", default="", help="JSON-lines file, one line per variant and seed")
+    parser.add_argument("--out", default="", help="folder; empty: <run>/compare_<split>")
+    parser.add_argument("--show", default="", help="only print the tables of these folders")
     arguments = parser.parse_args()
+    if arguments.show:
+        show([Path(folder) for folder in arguments.show.split(",")])
+        return
     keep_freed_memory()
     run = Path(arguments.run)
-    bench = Bench.open(run)
+    out = Path(arguments.out or run / f"compare_{arguments.split}")
+    out.mkdir(parents=True, exist_ok=True)
+    bench = Bench.open(run, arguments.split)
     warm, joint = bench.session.config.warm.steps, bench.session.config.joint.steps
     budget = arguments.budget
     budget = budget or read_metadata(run / "checkpoints", warm + joint)["train_seconds"]
     common = {name: float(value) for name, value in (item.split("=") for item in arguments.set)}
-    print(f"budget {budget:.0f} s per run\n\n| variant | steps | " + " | ".join(SCORES) + " |")
-    print("|---|---|" + "---|" * len(SCORES))
-    at_start = bench.scores(bench.start)
-    print("| warm start | | " + " | ".join(f"{at_start[name]:.3f}" for name in SCORES) + " |")
+
+    def keep(name: str, seed: int, steps: int, per_row: PerRow) -> None:
+        rows = {f"row:{key}": value for key, value in per_row.items()}
+        record = {"variant": name, "seed": seed, "steps": steps, **bench.facts(), **rows}
+        np.savez_compressed(_file(out, name, seed), **record)
+
+    at_start = bench.measured(bench.start)
+    for seed in range(arguments.seeds):
+        keep(START, seed, 0, at_start)
     for name in (item.replace("; ", ", ") for item in arguments.variants.split(",")):
-        results = []
-        for seed, result in enumerate(
-            train(bench, name, {**common, **VARIANTS[name]}, budget, arguments.seeds)
-        ):
-            results.append(result)
-            if arguments.out:
-                with Path(arguments.out).open("a", encoding="utf-8") as file:
-                    record = {"variant": name, "seed": seed, **common, **result}
-                    file.write(json.dumps(record) + "\n")
-        columns = [summary([result[score] for result in results]) for score in SCORES]
-        print(f"| {name} | {results[0]['steps']} | " + " | ".join(columns) + " |", flush=True)
+        for times in arguments.times.split(","):
+            title = name if times == "1" else f"{name} ×{times}"
+            seeds = [s for s in range(arguments.seeds) if not _file(out, title, s).exists()]
+            if not seeds:
+                continue
+            changes = {**common, **VARIANTS[name]}
+            results = train(bench, name, changes, budget * float(times), seeds)
+            for seed, steps, per_row in results:
+                keep(title, seed, steps, per_row)
+                print(f"{title}: seed {seed}, {steps} steps", flush=True)
+    show([out])
+
+
+def _file(folder: Path, name: str, seed: int) -> Path:
+    letters = "".join(c if c.isalnum() else "_" for c in name)
+    return folder / f"{letters}-{seed}.npz"
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ WORDS = {
     "target__next_words": 2,
     "target__next_probability": 0.07,
     "target__context_words": 4,
+    "target__nearness": 0.05,
+    "target__most_common": 1.0,
     "lens__end_token": "<eos>",
     "lens__text_len": T,
     "baseline__steps": 0,
@@ -167,7 +169,7 @@ def row_of(tokens, position) -> Rows:
 
 def targets_of(tokenizer, text_len, contexts, **changes) -> WordTargets:
     comma, separator = (tokenizer.encode(mark)[0] for mark in (",", "|"))
-    config = TargetConfig(kind="words", **changes)
+    config = TargetConfig(kind="words", **{"most_common": 1.0, **changes})
     end = tokenizer.eos_id
     return WordTargets(config, tokenizer, comma, separator, end, text_len, lambda: contexts)
 
@@ -197,6 +199,22 @@ def test_a_word_that_does_not_fit_leaves_its_place_to_the_next(bpe):
     assert all("brontosaurus" in words for words in named[first:])
     # Until then the next ones that fit, the later of equal score before the others.
     assert [words for words in named[:first] if "cat" in words]
+
+
+def test_words_that_many_documents_have_are_not_named(bpe):
+    contexts = [bpe.encode(text) for text in ("a cat", "a cat", "a dog", "a very old dog")]
+    tokens = bpe.encode("a cat saw a very old dog")
+    said = next_of((tokens[-1], 0.9))
+    named = {}
+    for share in (1.0, 0.75, 0.5, 0.25, 0.2):
+        targets = targets_of(bpe, 60, contexts, context_words=8, most_common=share)
+        (text,) = targets.texts(row_of(tokens, len(tokens) - 1), said)
+        named[share] = bpe.decode(text[1:]).replace("|", "").split()
+    # Of four documents a is in all, cat and dog in two, very and old in one; saw counts as one.
+    assert named[1.0] == ["cat", "saw", "a", "very", "old", "dog"]
+    assert named[0.75] == named[0.5] == ["cat", "saw", "very", "old", "dog"]
+    assert named[0.25] == ["saw", "very", "old"]
+    assert named[0.2] == []  # one document of four is more
 
 
 def test_a_word_that_goes_on_after_p_is_not_named(bpe):
@@ -376,6 +394,7 @@ def test_a_cache_with_targets_records_their_settings(words_cache):
         "next_probability": 0.07,
         "context_words": 4,
         "nearness": 0.05,
+        "most_common": 1.0,
         "comma": " ,",
         "separator": TargetConfig().separator,
     }

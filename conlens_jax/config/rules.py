@@ -365,6 +365,8 @@ def _target_problems(config: ExperimentConfig) -> Iterator[str]:
         yield f"target.next_probability must be in [0, 1), not {target.next_probability}"
     if target.nearness < 0:
         yield f"target.nearness must not be negative, not {target.nearness}"
+    if not 0 < target.most_common <= 1:
+        yield f"target.most_common must be in (0, 1], not {target.most_common}"
     if not 0 <= gap_rate < 1:
         yield f"warm.gap_rate must be in [0, 1), not {gap_rate}"
     if gap_rate and not lens.gap_token:

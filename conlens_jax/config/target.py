@@ -25,7 +25,9 @@ class TargetConfig:
     # largest idf − nearness · (tokens from the word to P), where a word that n of N documents have
     # has idf log(N / n).
     context_words: int = 4
-    nearness: float = 0.05  # "words": see context_words
+    nearness: float = 0.3  # "words": see context_words
+    # "words": a word that a larger share of the documents has is no word of the context to name.
+    most_common: float = 0.2
     # "words", "facts": token between two next words or facts; it must be one token of the
     # vocabulary, or is left out if empty. So must the separator.
     comma: str = " ,"  # not ",", which M itself is often about to say

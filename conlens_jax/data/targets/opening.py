@@ -18,6 +18,7 @@ _FIELDS = {
     "window": (),
     "words": (
         *("next_words", "next_probability", "context_words", "nearness"),
+        "most_common",
         *("comma", "separator"),
     ),
     "facts": ("comma",),

@@ -53,6 +53,7 @@ class WordTargets(Targets):
         self._separator = [] if separator is None else [separator]
         self._words = WholeWords(tokenizer)
         self._contexts = contexts
+        self._least_idf = -math.log(config.most_common)
 
     @functools.cached_property
     def _idf(self) -> defaultdict[str, float]:
@@ -108,8 +109,9 @@ class WordTargets(Targets):
         """The tokens of the chosen words of the context up to P, at most ``room``: one that does
         not fit leaves its place to the next. A word that goes on after P is none of them."""
         score_W = idf_W - self._config.nearness * (position - last_W)
+        possible_W = (last_W <= position) & (idf_W >= self._least_idf)
         # Of equal scores the later word.
-        order = sorted(np.flatnonzero(last_W <= position), key=lambda i: (-score_W[i], -i))
+        order = sorted(np.flatnonzero(possible_W), key=lambda i: (-score_W[i], -i))
         chosen: dict[int, tuple[int, ...]] = {}
         keys: set[str] = set()
         for index in order:

@@ -85,33 +85,48 @@ class SaidWords:
         the share of the target's words of the context that it says.
         """
         clean, greedy = evaluated.effects["clean"], evaluated.explained.texts["greedy"]
-        texts = {
+        per_row: PerRow = {}
+        statistics: dict[str, Statistic] = {}
+        for prefix, texts_NT in {
             "": greedy,
             "sampled_": evaluated.explained.texts["sampled"],
             "null_shuffle_": greedy[self.suite.partner_N],
             "target_": self.suite.targets_NT,
-        }
-        per_row: PerRow = {}
-        statistics: dict[str, Statistic] = {}
-        targets = self._all_said(self.suite.targets_NT)
-        for prefix, texts_NT in texts.items():
-            said = self._all_said(texts_NT)
-            for name, count_N in self._counts(said, targets, clean).items():
-                per_row[prefix + name] = count_N
-            for part in ("next", "context"):
-                of = lambda name, part=part, prefix=prefix: f"{prefix}{part}_{name}"
-                statistics[of("words_said")] = mean_of(of("said"))
-                statistics[of("words_right")] = ratio_of(of("right"), of("said"))
-            statistics[f"{prefix}next_words_mass"] = mean_of(f"{prefix}next_mass")
-            statistics[f"{prefix}context_words_found"] = ratio_of(
-                f"{prefix}context_found", f"{prefix}context_wanted"
-            )
+        }.items():
+            per_row |= self.counts(texts_NT, clean, prefix)
+            statistics |= self.statistics(prefix)
         return self.suite.intervals(statistics, per_row)
+
+    @staticmethod
+    def statistics(prefix: str = "") -> dict[str, Statistic]:
+        """The metrics of :meth:`truth` for one kind of text, as functions of :meth:`counts`."""
+        of = lambda name: prefix + name
+        statistics = {
+            of("next_words_mass"): mean_of(of("next_mass")),
+            of("context_words_found"): ratio_of(of("context_found"), of("context_wanted")),
+        }
+        for part in ("next", "context"):
+            statistics[of(f"{part}_words_said")] = mean_of(of(f"{part}_said"))
+            statistics[of(f"{part}_words_right")] = ratio_of(
+                of(f"{part}_right"), of(f"{part}_said")
+            )
+        return statistics
 
     def _all_said(self, texts_NT: np.ndarray) -> list[Said]:
         return [self.of(text) for text in self.suite.before_end(texts_NT)]
 
-    def _counts(self, said: list[Said], targets: list[Said], clean: SwapEffect) -> PerRow:
+    @functools.cached_property
+    def _targets(self) -> list[Said]:
+        return self._all_said(self.suite.targets_NT)
+
+    def counts(self, texts_NT: np.ndarray, clean: SwapEffect, prefix: str = "") -> PerRow:
+        """How many words each text says, how many of them are right, and how many of the target's
+        it has.
+
+        Args:
+          clean: M's predictions at P.
+        """
+        said, targets = self._all_said(texts_NT), self._targets
         likely = [
             dict(zip(tokens.tolist(), probabilities.tolist(), strict=True))
             for tokens, probabilities in zip(clean.top_tokens, clean.top_probabilities, strict=True)
@@ -134,4 +149,4 @@ class SaidWords:
             ],
             "context_wanted": [len(t.context) for t in targets],
         }
-        return {name: np.asarray(values, np.float64) for name, values in counts.items()}
+        return {prefix + name: np.asarray(values, np.float64) for name, values in counts.items()}
