@@ -210,3 +210,15 @@ def test_ids_beyond_the_embedding_are_refused_where_a_text_uses_one(word, caplog
 def test_too_small_a_vocabulary(train):
     with pytest.raises(ValueError, match=r"embedded\.vocab_size must be at least"):
         train(STORIES, 4)
+
+
+def test_marks_of_a_bpe_tokenizer_are_one_token_each(bpe):
+    marks = (",", "|", "·")
+    marked = train_bpe_tokenizer([*STORIES, ODD], 400, marks)
+    ids = [marked.encode(f" {mark}") for mark in marks]
+    assert all(len(one) == 1 for one in ids) and len({one[0] for one in ids}) == 3
+    assert max(ids) >= [bpe.vocab_size]  # after all others
+    for text in (*STORIES[:5], ODD, "a | b · c , d", "·|,"):
+        assert marked.decode(marked.encode(text)) == text
+    assert marked.encode(STORIES[0]) == bpe.encode(STORIES[0])
+    assert train_bpe_tokenizer([*STORIES, ODD], 400, ()).fingerprint == bpe.fingerprint

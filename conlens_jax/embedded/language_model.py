@@ -176,7 +176,7 @@ def _train_tokenizer(
     texts = [document.text for document in documents]
     if corpus.kind in GENERATED_CORPORA:
         return train_word_tokenizer(texts, config.vocab_size, marks)
-    return train_bpe_tokenizer(texts, config.vocab_size)
+    return train_bpe_tokenizer(texts, config.vocab_size, marks)
 
 
 def embedded_shape(config: EmbeddedConfig, vocab_size: int) -> TransformerConfig:

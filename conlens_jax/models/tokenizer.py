@@ -266,8 +266,14 @@ def train_word_tokenizer(
     return _trained(tokenizer)
 
 
-def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level byte-pair encoding (as GPT-2): decoding restores every text exactly."""
+def train_bpe_tokenizer(
+    texts: Iterable[str], vocab_size: int, marks: Sequence[str] = ()
+) -> Tokenizer:
+    """Byte-level byte-pair encoding (as GPT-2): decoding restores every text exactly.
+
+    Each of ``marks`` after a space is one token; those that would be several get ids after the
+    others.
+    """
     _check_size(vocab_size, len(SPECIAL_TOKENS) + 256, "bytes")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -279,6 +285,9 @@ def train_bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    for mark in marks:
+        if len(tokenizer.encode(f" {mark}").ids) > 1:
+            tokenizer.add_tokens([tokenizers.AddedToken(f" {mark}", normalized=False)])
     return _trained(tokenizer)
 
 
