@@ -27,12 +27,12 @@ def get_config():
     config.model.unroll = 1
 
     config.corpus.kind = "model"
-    config.corpus.n_documents = 16_384
+    config.corpus.n_documents = 12_288
     config.corpus.max_tokens = 64
     config.corpus.batch_size = 512
 
     config.dump.cache_dir = "cache/smollm2_words"
-    config.dump.n_samples = 196_608
+    config.dump.n_samples = 262_144
     config.dump.n_validation_samples = 1_024
     config.dump.positions_per_sequence = 16
     config.dump.min_position = 2
@@ -46,19 +46,25 @@ def get_config():
     config.lens.train_decoder = "lora"
     config.lens.train_encoder = "lora"
     config.lens.lora_rank = 16
+    config.lens.gap_token = " ·"
+    # One product over all tokens instead of one per token: a GPU waits for small kernels.
+    config.lens.history_gradient = "sweeps"
     config.target.kind = "words"
-    config.target.comma = ","  # as in the run above; the default cannot be taken for M's own
+    config.target.context_words = 5
+    config.target.nearness = 0.25
 
-    config.warm.batch_size = 256
+    config.warm.gap_rate = 0.2
+    config.warm.batch_size = 512
     config.warm.steps = 1_400
-    config.warm.optimizer.learning_rate = schedule("cosine", 5e-4, 2e-5, warmup=50)
-    config.joint.batch_size = 128
+    config.warm.optimizer.learning_rate = schedule("cosine", 7e-4, 2e-5, warmup=50)
+    config.joint.batch_size = 256
+    config.joint.rows_per_document = 4
     config.joint.steps = 660
-    config.joint.optimizer.learning_rate = schedule("cosine", 1e-4, 5e-6, warmup=10)
+    config.joint.optimizer.learning_rate = schedule("cosine", 1.5e-4, 5e-6, warmup=10)
     config.loss.text = schedule("constant", 1.0)
     config.loss.mse = schedule("constant", 5.0)
     config.loss.kl = schedule("constant", 0.5)
-    config.loss.entropy = schedule("constant", -0.3)
+    config.loss.entropy = schedule("constant", 0.0)
     config.loss.lm = schedule("constant", 0.0)
     config.loss.tau = schedule("constant", 2.0)
     config.evaluate.batch_size = 64

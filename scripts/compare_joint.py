@@ -81,9 +81,22 @@ _RLOO = {
     "loss.entropy.start": 0.0,
 }
 _FAST = {**_rate(5e-4), "loss.entropy.start": -1.0, "loss.kl.start": 1.5}
+_EVEN = {"loss.entropy.start": 0.0}
+_SHARED = {"joint.rows_per_document": 4}
+_DETACHED = {"lens.history_gradient": "detached"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "supervised": {},
     "straight-through": {},
+    "st, even": _EVEN,
+    "st, even, fast": {**_EVEN, **_rate(5e-4)},
+    "st, even, strong": {**_EVEN, **_rate(5e-4), "loss.kl.start": 1.5, "loss.mse.start": 10.0},
+    "st, even, tau 1": {**_EVEN, **_rate(5e-4), "loss.tau.start": 1.0},
+    "st, even, no lm": {**_EVEN, **_rate(5e-4), "loss.lm.start": 0.0},
+    "st, even, no anchor": {**_EVEN, **_rate(5e-4), "loss.text.start": 0.0},
+    "st, shared": {**_EVEN, **_rate(5e-4), **_SHARED},
+    "st, detached": {**_EVEN, **_rate(5e-4), **_DETACHED},
+    "st, shared, detached": {**_EVEN, **_rate(5e-4), **_SHARED, **_DETACHED, "loss.lm.start": 0.0},
+    "st, warm rate, shared": {**_EVEN, **_rate(1e-3), **_SHARED, "loss.lm.start": 0.0},
     "st, tau 1": {"loss.tau.start": 1.0},
     "st, no anchor": {"loss.text.start": 0.0},
     "st, KL to warm": {"loss.lm.start": 0.1, "loss.text.start": 0.0},
@@ -102,7 +115,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "loss.text_read": False,
     },
     "reinmax": {"lens.estimator": "reinmax", "loss.tau.start": 1.0},
+    "reinmax, even": {**_EVEN, **_rate(5e-4), "lens.estimator": "reinmax", "loss.tau.start": 1.0},
     "gumbel-rao 4": {
+        "lens.estimator": "gumbel_rao",
+        "lens.estimator_samples": 4,
+        "loss.tau.start": 1.0,
+    },
+    "gumbel-rao 4, even": {
+        **_EVEN,
+        **_rate(5e-4),
         "lens.estimator": "gumbel_rao",
         "lens.estimator_samples": 4,
         "loss.tau.start": 1.0,
