@@ -84,6 +84,15 @@ _FAST = {**_rate(5e-4), "loss.entropy.start": -1.0, "loss.kl.start": 1.5}
 _EVEN = {"loss.entropy.start": 0.0}
 _SHARED = {"joint.rows_per_document": 4}
 _DETACHED = {"lens.history_gradient": "detached"}
+# E reads only D's own text, the anchor trains D alone, and M reads a document once for four rows.
+_LEAN = {
+    **_EVEN,
+    **_rate(1e-3),
+    **_SHARED,
+    **_DETACHED,
+    "loss.lm.start": 0.0,
+    "loss.text_read": False,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "supervised": {},
     "straight-through": {},
@@ -97,6 +106,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "st, detached": {**_EVEN, **_rate(5e-4), **_DETACHED},
     "st, shared, detached": {**_EVEN, **_rate(5e-4), **_SHARED, **_DETACHED, "loss.lm.start": 0.0},
     "st, warm rate, shared": {**_EVEN, **_rate(1e-3), **_SHARED, "loss.lm.start": 0.0},
+    "st, lean": _LEAN,
+    "st, lean, exact": {**_LEAN, "lens.history_gradient": "exact"},
+    "st, lean, light": {**_LEAN, "loss.mse.start": 1.0, "loss.kl.start": 0.1},
+    "st, lean, cooler": {**_LEAN, "loss.sample_tau.start": 0.5},
     "st, tau 1": {"loss.tau.start": 1.0},
     "st, no anchor": {"loss.text.start": 0.0},
     "st, KL to warm": {"loss.lm.start": 0.1, "loss.text.start": 0.0},

@@ -1,7 +1,8 @@
 """Measures a saved lens on the held-out rows of any corpus, such as a kind of text it never saw.
 
-Command:  python scripts/measure_lens.py --checkpoint=smollm2-135m --config=configs/smollm2_words.py \\
-              --config.corpus.kind=stdlib --config.dump.cache_dir=cache/python --out=python.json
+Command:  python scripts/measure_lens.py --checkpoint=smollm2-135m \\
+              --config=configs/smollm2_words.py --config.corpus.kind=stdlib \\
+              --config.dump.cache_dir=cache/python --out=python.json
 Time:     on 2 CPU cores about 4 minutes for 512 rows of SmolLM2-135M.
 
 The config gives the corpus, the rows and the kind of target; model and lens are the saved ones. The
