@@ -149,6 +149,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "E on D's text": _ON_POLICY,
     "E on D's text, cooler": {**_ON_POLICY, "loss.sample_tau.start": 0.5},
     "E on D's text alone": {**_ON_POLICY, "loss.text_read": False},
+    "E on D's text alone, shared": {
+        **_ON_POLICY,
+        **_SHARED,
+        "loss.text_read": False,
+        "loss.mse.start": 5.0,
+        "loss.kl.start": 0.5,
+    },
+    "E on D's text alone, shared, cooler": {
+        **_ON_POLICY,
+        **_SHARED,
+        "loss.text_read": False,
+        "loss.mse.start": 5.0,
+        "loss.kl.start": 0.5,
+        "loss.sample_tau.start": 0.5,
+    },
     "E on D's text alone, kl": {
         **_ON_POLICY,
         "loss.text_read": False,
