@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -26,8 +27,10 @@ from conlens_jax.lens.objective import Objective
 from conlens_jax.lens.spec import make_spec
 from conlens_jax.tracking.console import Console
 from conlens_jax.tracking.records import read_metrics
+from conlens_jax.training import loop
 from conlens_jax.training.loop import train_lens
 from conlens_jax.training.session import Session, open_session
+from conlens_jax.training.state import make_step
 
 # The control has the warm start's length and schedule, so that it needs no program of its own.
 WARM_STEPS, JOINT_STEPS, CONTROL_STEPS = 12, 6, 12
@@ -200,6 +203,39 @@ def _compiler_settings(folder: str) -> dict[str, tuple[Any, Any]]:
     }
 
 
+@contextlib.contextmanager
+def shared_steps() -> Iterator[None]:
+    """Runs of the same settings share their compiled steps: tracing one again takes seconds."""
+    compiled: dict[Any, jax.stages.Compiled] = {}
+
+    def make_shared(stage, objective, optimizer, **settings):
+        step = make_step(stage, objective, optimizer, **settings)
+        # A program knows neither the stage's name nor the steps before it.
+        own = dataclasses.replace(stage, name=str(stage.supervised), first_step=0)
+        return _SharedStep(step, (own, objective, settings["seed"], settings["n_rows"]), compiled)
+
+    with mock.patch.object(loop, "make_step", make_shared):
+        yield
+
+
+class _SharedStep:
+    """A step whose ``lower(…).compile()`` compiles only what is not in ``compiled``."""
+
+    def __init__(self, step, settings: tuple, compiled: dict[Any, jax.stages.Compiled]):
+        self._step, self._settings, self._compiled = step, settings, compiled
+
+    def lower(self, *inputs) -> _SharedStep:
+        leaves, structure = jax.tree.flatten(inputs)
+        arrays = tuple((leaf.aval, leaf.sharding) for leaf in leaves)
+        self._inputs, self._key = inputs, (*self._settings, structure, arrays)
+        return self
+
+    def compile(self) -> jax.stages.Compiled:
+        if self._key not in self._compiled:
+            self._compiled[self._key] = self._step.lower(*self._inputs).compile()
+        return self._compiled[self._key]
+
+
 @functools.cache
 def make_world(root: Path, **changes: Any) -> World:
     """Model and caches below ``root``, made once a session."""
@@ -212,7 +248,7 @@ def make_world(root: Path, **changes: Any) -> World:
 @contextlib.contextmanager
 def open_world(tmp_path_factory) -> Iterator[World]:
     """The session's world, for a module's fixture."""
-    with quick_compilation(tmp_path_factory):
+    with quick_compilation(tmp_path_factory), shared_steps():
         yield make_world(tmp_path_factory.getbasetemp() / "world")
 
 
