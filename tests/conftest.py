@@ -35,6 +35,12 @@ if "XLA_FLAGS" not in os.environ:  # pytest-xdist's workers inherit it
     every = " ".join(_QUICK_COMPILE)
     known = every if _is_known(every) else " ".join(filter(_is_known, _QUICK_COMPILE))
     os.environ["XLA_FLAGS"] = known
+# The hub's client reads this when it is imported; without it, it asks a network that is not there
+# again and again.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Where an operation stands in the source takes some percent of tracing, and no test reads it.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # for subprocesses
+jax.config.update("jax_traceback_in_locations_limit", 0)
 # Tracing makes many objects that live long; Python's default looks through them every 700.
 gc.set_threshold(20_000, 10, 10)
 jax.config.update("jax_num_cpu_devices", 8)
@@ -42,10 +48,26 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# The files that take the longest, in the order in which they begin, so that no core waits long for
+# another at the end. Those of the world of pipeline.py alternate with others: compiled programs are
+# shared by the workers, but not while both compile them.
+_LONGEST = """
+    training_loop families_lens documents text_end processes same_numbers
+""".split()
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # pytest-xdist's: the files of most tests first
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch):
-    """Tests never reach for the network or a login."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    """Tests never reach for a login."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
