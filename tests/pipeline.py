@@ -19,6 +19,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental.compilation_cache import compilation_cache
 
 from conlens_jax.config import ExperimentConfig, with_changes
@@ -236,6 +237,13 @@ class _SharedStep:
         return self._compiled[self._key]
 
 
+def small_arrays_whole() -> contextlib.AbstractContextManager:
+    """Checkpoints write a small array in one piece. By default each of eight devices writes an
+    eighth of it, which takes half a second a save; test_checkpoint and other processes do that."""
+    handler = ocp.type_handlers.get_type_handler(jax.Array)
+    return mock.patch.object(handler, "_min_slice_bytes_for_replica_parallel", 1 << 20)
+
+
 @functools.cache
 def make_world(root: Path, **changes: Any) -> World:
     """Model and caches below ``root``, made once a session."""
@@ -248,7 +256,7 @@ def make_world(root: Path, **changes: Any) -> World:
 @contextlib.contextmanager
 def open_world(tmp_path_factory) -> Iterator[World]:
     """The session's world, for a module's fixture."""
-    with quick_compilation(tmp_path_factory), shared_steps():
+    with quick_compilation(tmp_path_factory), shared_steps(), small_arrays_whole():
         yield make_world(tmp_path_factory.getbasetemp() / "world")
 
 

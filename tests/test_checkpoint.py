@@ -120,15 +120,17 @@ def test_saved_on_eight_devices_restores_to_another_sharding_and_to_one(tmp_path
         (2, 2), ("data", "tensor"), axis_types=(auto, auto), devices=jax.devices()[:4]
     )
     array = jnp.arange(16.0 * 8).reshape(16, 8)
-    saved = jax.device_put(array, jax.NamedSharding(eight, spec("fsdp", None)))
+    place = lambda *axes: jax.device_put(array, jax.NamedSharding(eight, spec(*axes)))
+    saved = {"w": place("fsdp", None), "copies": place()}
     with Checkpoints(tmp_path, keep_latest=1, keep_best=0) as checkpoints:
-        checkpoints.save(1, {"params": {"w": saved}}, {})
+        checkpoints.save(1, {"params": saved}, {})
         other = jax.NamedSharding(two_by_two, spec("tensor", "data"))
-        template = {"params": {"w": jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=other)}}
-        restored = checkpoints.restore(1, template)[0]["params"]["w"]
-    assert restored.sharding == other
-    assert restored.addressable_shards[0].data.shape == (8, 4)
-    np.testing.assert_array_equal(restored, array)
+        like = jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=other)
+        restored = checkpoints.restore(1, {"params": dict.fromkeys(saved, like)})[0]["params"]
+    for found in restored.values():
+        assert found.sharding == other
+        assert found.addressable_shards[0].data.shape == (8, 4)
+        np.testing.assert_array_equal(found, array)
     alone = restore_params(tmp_path, 1, {"w": jax.ShapeDtypeStruct((16, 8), jnp.float32)})["w"]
     assert len(alone.sharding.device_set) == 1
     np.testing.assert_array_equal(alone, array)
