@@ -88,56 +88,58 @@ def case(encoder_right=(9, 10)):
 # --- the oracle: one row at a time --------------------------------------------------------------
 
 
-def error_of(found_1D, wanted_1D):
-    sizes = jnp.linalg.norm(found_1D), jnp.linalg.norm(wanted_1D)
-    cos = jnp.sum(found_1D * wanted_1D) / sizes[0] / sizes[1]
+def error_of(found_D, wanted_D):
+    sizes = jnp.linalg.norm(found_D), jnp.linalg.norm(wanted_D)
+    cos = jnp.sum(found_D * wanted_D) / sizes[0] / sizes[1]
     return 2 - 2 * cos + (sizes[0] / sizes[1] - 1) ** 2
 
 
-def plain_read(trainable, frozen, text_1nD, activation_1D, spec, share):
-    """(reconstruction, error) of one text of n tokens, with the share of its shorter prefixes."""
-    read = lambda n: plain_reconstruction(trainable, frozen, text_1nD[:, :n], spec)
-    n = text_1nD.shape[1]
-    found = read(n)
-    error = error_of(found, activation_1D)
+def plain_read(trainable, frozen, texts_NnD, activation_1D, spec, share):
+    """(reconstructions, errors) of texts of n tokens, with the share of their shorter prefixes."""
+
+    def read(n):
+        found_ND = plain_reconstruction(trainable, frozen, texts_NnD[:, :n], spec)
+        return found_ND, jax.vmap(error_of, (0, None))(found_ND, activation_1D[0])
+
+    n = texts_NnD.shape[1]
+    found_ND, error_N = read(n)
     if n == 1 or not share:
-        return found, error
-    shorter = sum(error_of(read(k), activation_1D) for k in range(1, n)) / (n - 1)
-    return found, (1 - share) * error + share * shorter
+        return found_ND, error_N
+    shorter_N = sum(read(k)[1] for k in range(1, n)) / (n - 1)
+    return found_ND, (1 - share) * error_N + share * shorter_N
 
 
-def plain_target_terms(trainable, frozen, row, target, spec, share):
-    table = plain_encoder_table(trainable, frozen)
-    ids = jnp.asarray(target)
-    _, error = plain_read(trainable, frozen, table[ids][None], row.activation_BD, spec, share)
+def plain_nll(trainable, frozen, row, ids, spec):
+    """Of the tokens of a target."""
     prompt = plain_prompt(trainable, frozen, row.activation_BD, spec)
     seen = trainable["decoder"]["base"]["embedding"][ids[:-1]][None]
     logits = plain_predictions(trainable, frozen, jnp.concatenate([prompt, seen], 1), spec)
     log_p = jax.nn.log_softmax(logits[0, prompt.shape[1] - 1 :])
-    return error - jnp.mean(log_p[jnp.arange(len(target)), ids])
+    return -jnp.mean(log_p[jnp.arange(len(ids)), ids])
 
 
 def plain_row(trainable, frozen, row, noise_1TV, length, target, spec, share):
-    """The terms of one row whose text has ``length`` tokens."""
+    """The terms of one row whose text and target have ``length`` tokens."""
     noise = noise_1TV[:, :length]
     logits, choice = plain_text(trainable, frozen, row.activation_BD, noise, jnp.float32(TAU), spec)
-    text_1nD = choice @ plain_encoder_table(trainable, frozen)
-    found, error = plain_read(trainable, frozen, text_1nD, row.activation_BD, spec, share)
+    table = plain_encoder_table(trainable, frozen)
+    read_2nD = jnp.concatenate([choice @ table, table[target][None]])
+    found_2D, error_2 = plain_read(trainable, frozen, read_2nD, row.activation_BD, spec, share)
     original, at = frozen["original"], row.positions_B[0]
     kl_of = lambda p, q: jnp.sum(jnp.exp(p) * (p - q), axis=-1)
     log = lambda logits, n: jax.nn.log_softmax(jax.lax.dynamic_slice_in_dim(logits[0], at, n))
     clean = forward(original, row.tokens_GS, config=spec.model, mask_BS=row.mask_GS)
-    swapped = plain_swap(original, row, found, spec)
+    swapped = plain_swap(original, row, found_2D[:1], spec)
     start = jnp.full((1, 1), spec.bos, jnp.int32)
     ids = jnp.argmax(choice, axis=-1).astype(jnp.int32)
     alone = forward(original, jnp.concatenate([start, ids[:, :-1]], 1), config=spec.model)
     log_p = jax.nn.log_softmax(logits[0])
     return {
-        "mse": error,
+        "mse": error_2[0],
         "kl": jnp.mean(kl_of(log(clean, 2), log(swapped, 2))),
         "lm": jnp.mean(kl_of(jax.nn.log_softmax(alone[0]), log_p)),
         "entropy": -jnp.mean(jnp.sum(jnp.exp(log_p) * log_p, axis=-1)),
-        "text": plain_target_terms(trainable, frozen, row, target, spec, share),
+        "text": error_2[1] + plain_nll(trainable, frozen, row, target, spec),
     }
 
 
