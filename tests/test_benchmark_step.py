@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tiny_lens import flat, relative_error, tiny_batch, tiny_lens, tiny_noise, tiny_spec
 
+from benchmark import measure
 from benchmark.naive import naive_loss
 from benchmark.workloads import comparable, shape_workload
 from conlens_jax.config import ExperimentConfig, LossConfig, WarmConfig, constant
@@ -126,7 +127,13 @@ def test_a_shared_context_is_read_once():
     assert all(step_flops(shared)[name] == step_flops(apart)[name] for name in same)
 
 
-def test_script_measures_everything(tmp_path, capsys):
+@pytest.fixture
+def small_products(monkeypatch):
+    """The machine's own speed is measured on matrices that are not large."""
+    monkeypatch.setitem(measure.MATRIX_SIZES, "cpu", (64,))
+
+
+def test_script_measures_everything(tmp_path, capsys, small_products):
     out = tmp_path / "step.json"
     arguments = "--shape=tiny --text-len=2 --batch=4 --context=16 --repeat=1 --unroll=1"
     arguments += " --rows-per-document=2"
@@ -145,7 +152,7 @@ def test_script_measures_everything(tmp_path, capsys):
     assert "| step detached |" in printed and "naive / ours exact:" in printed
 
 
-def test_dump_script_measures_everything(tmp_path):
+def test_dump_script_measures_everything(tmp_path, small_products):
     out = tmp_path / "dump.json"
     arguments = "--shape=tiny --batch=2 --context=16 --repeat=1 --unroll=1"
     result = script("benchmark_dump").main([*arguments.split(), f"--json={out}"])
