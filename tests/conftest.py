@@ -52,7 +52,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # another at the end. Those of the world of pipeline.py alternate with others: compiled programs are
 # shared by the workers, but not while both compile them.
 _LONGEST = """
-    training_loop families_lens documents text_end processes same_numbers
+    families_lens documents processes same_numbers smollm2 training_loop text_end evaluate_run
+    benchmark_step full_suite resume stream places vocabulary objective step_memory starting_points
 """.split()
 
 
@@ -79,4 +80,6 @@ def _few_programs():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
+        if "pipeline" in sys.modules:
+            sys.modules["pipeline"].COMPILED_STEPS.clear()
         gc.collect()

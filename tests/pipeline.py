@@ -204,26 +204,28 @@ def _compiler_settings(folder: str) -> dict[str, tuple[Any, Any]]:
     }
 
 
+COMPILED_STEPS: dict[Any, jax.stages.Compiled] = {}
+
+
 @contextlib.contextmanager
 def shared_steps() -> Iterator[None]:
     """Runs of the same settings share their compiled steps: tracing one again takes seconds."""
-    compiled: dict[Any, jax.stages.Compiled] = {}
 
     def make_shared(stage, objective, optimizer, **settings):
         step = make_step(stage, objective, optimizer, **settings)
         # A program knows neither the stage's name nor the steps before it.
         own = dataclasses.replace(stage, name=str(stage.supervised), first_step=0)
-        return _SharedStep(step, (own, objective, settings["seed"], settings["n_rows"]), compiled)
+        return _SharedStep(step, (own, objective, settings["seed"], settings["n_rows"]))
 
     with mock.patch.object(loop, "make_step", make_shared):
         yield
 
 
 class _SharedStep:
-    """A step whose ``lower(…).compile()`` compiles only what is not in ``compiled``."""
+    """A step whose ``lower(…).compile()`` compiles only what is not in ``COMPILED_STEPS``."""
 
-    def __init__(self, step, settings: tuple, compiled: dict[Any, jax.stages.Compiled]):
-        self._step, self._settings, self._compiled = step, settings, compiled
+    def __init__(self, step, settings: tuple):
+        self._step, self._settings = step, settings
 
     def lower(self, *inputs) -> _SharedStep:
         leaves, structure = jax.tree.flatten(inputs)
@@ -232,9 +234,9 @@ class _SharedStep:
         return self
 
     def compile(self) -> jax.stages.Compiled:
-        if self._key not in self._compiled:
-            self._compiled[self._key] = self._step.lower(*self._inputs).compile()
-        return self._compiled[self._key]
+        if self._key not in COMPILED_STEPS:
+            COMPILED_STEPS[self._key] = self._step.lower(*self._inputs).compile()
+        return COMPILED_STEPS[self._key]
 
 
 def small_arrays_whole() -> contextlib.AbstractContextManager:
