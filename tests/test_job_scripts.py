@@ -27,7 +27,7 @@ def flags(tmp_path_factory) -> list[str]:
         **{"dump.batch_size": 16, "evaluate.batch_size": 16, "joint.steps": 0, "warm.steps": 0},
     }
     given = [f"--config.{name}={value}" for name, value in settings.items()]
-    return ["--config=configs/quickstart.py", *given]
+    return ["--config=configs/windows.py", *given]
 
 
 def run(script: str, arguments: list[str], **environment: str) -> subprocess.CompletedProcess:

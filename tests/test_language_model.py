@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import runpy
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,12 +16,14 @@ from pipeline import open_world, quiet_console, tiny_config
 from tiny_models import random_tokens
 from tiny_models import tiny_config as tiny_transformer_config
 
-from conlens_jax.config import ExperimentConfig, with_changes
+from conlens_jax.config import ExperimentConfig, from_config_dict, with_changes
 from conlens_jax.corpora.opening import open_corpus
 from conlens_jax.embedded import language_model
 from conlens_jax.embedded.language_model import ensure_language_model
 from conlens_jax.models.model import load_model
 from conlens_jax.models.transformer import forward
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +78,32 @@ def test_the_same_recipe_gives_the_same_weights(world, tmp_path):
     assert "saved=" in printed and folder.name == world.session.model.folder.name
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (folder / name).read_bytes() == (world.session.model.folder / name).read_bytes()
+
+
+def test_the_model_of_the_quickstart_is_part_of_the_package(tmp_path):
+    """Found by its recipe: another grammar, tokenizer or setting would be another name."""
+    get_config = runpy.run_path(str(ROOT / "configs" / "quickstart.py"))["get_config"]
+    config = with_changes(from_config_dict(get_config()), {"embedded.cache_dir": str(tmp_path)})
+    folder, printed = ensure(config)
+    assert folder.parent == language_model.SHIPPED and "found=" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_the_package_that_is_not_as_shipped(world, tmp_path):
+    name = world.session.model.folder.name
+    shutil.copytree(world.session.model.folder, tmp_path / "shipped" / name)
+    ensure = functools.partial(
+        ensure_language_model, console=quiet_console()[0], shipped=tmp_path / "shipped"
+    )
+    config = with_changes(world.config, {"embedded.cache_dir": str(tmp_path / "none")})
+    file = tmp_path / "shipped" / name / language_model.STATISTICS_FILE
+    digest = language_model.weights_digest(world.session.model.folder)
+    recorded = {**json.loads(file.read_text(encoding="utf-8")), "sha256": digest}
+    file.write_text(json.dumps(recorded), encoding="utf-8")
+    assert ensure(config) == tmp_path / "shipped" / name
+    file.write_text(json.dumps({**recorded, "sha256": "0" * 64}), encoding="utf-8")
+    with pytest.raises(ValueError, match="not those that were shipped"):
+        ensure(config)
 
 
 def build_nothing(corpus, config, folder, console, marks):

@@ -270,7 +270,7 @@ def test_command_compiles(folder):
     settings = {"model.path": folder, **SETTINGS, "joint.steps": 0}
     done = run(
         "plan",
-        "--config=configs/quickstart.py",
+        "--config=configs/windows.py",
         "--compile",
         *(f"--config.{name}={value}" for name, value in settings.items()),
     )
@@ -281,7 +281,7 @@ def test_command_compiles(folder):
 def test_command_compiles_for_gpus_that_are_not_there(folder):
     settings = {"model.path": folder, **SETTINGS, "joint.steps": 0}
     arguments = [f"--config.{name}={value}" for name, value in settings.items()]
-    done = run("plan", "--config=configs/quickstart.py", "--target=h100", *arguments)
+    done = run("plan", "--config=configs/windows.py", "--target=h100", *arguments)
     if importlib.util.find_spec("jax_plugins") is None:
         assert_refused(done, "--target=h100 needs XLA's GPU compiler", "jax-cuda13-pjrt")
     else:

@@ -52,6 +52,8 @@ from conlens_jax.models.transformer_config import RopeConfig, TransformerConfig
 from conlens_jax.tracking.console import Console
 
 STATISTICS_FILE = "training.json"
+SHIPPED = Path(__file__).parent / "models"
+"""Models that are part of the package, named as in the cache (scripts/ship_embedded.py)."""
 RARE = 0.005
 """A token with a smaller share of the corpus is rare."""
 MARKS = (",", "|", "·")
@@ -65,8 +67,17 @@ def cache_root(config: EmbeddedConfig) -> Path:
     return local_path(config.cache_dir) if config.cache_dir else cache_folder()
 
 
-def ensure_language_model(config: ExperimentConfig, console: Console) -> Path:
-    """The folder of the embedded model, which is trained now if it does not exist yet."""
+def ensure_language_model(
+    config: ExperimentConfig, console: Console, *, shipped: Path = SHIPPED
+) -> Path:
+    """The folder of the embedded model, which is trained now if it does not exist yet.
+
+    Args:
+      shipped: folder of the models that are part of the package.
+
+    Raises:
+      ValueError: the weights of one of these are not as they were shipped.
+    """
     marks = MARKS if config.target.kind != "window" or config.lens.gap_token else ()
     recipe = {
         "format": _FORMAT,
@@ -76,9 +87,11 @@ def ensure_language_model(config: ExperimentConfig, console: Console) -> Path:
     }
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     folder = cache_root(config.embedded) / f"llama-{config.corpus.kind}-{digest}"
-    if (folder / "config.json").exists():
-        console.line("model", found=folder)
-        return folder
+    for found in (folder, shipped / folder.name):
+        if (found / "config.json").exists():
+            _check_weights(found)
+            console.line("model", found=found)
+            return found
     building = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     problems = list(write_problems("embedded.cache_dir", folder.parent))
     if problems:
@@ -91,6 +104,18 @@ def ensure_language_model(config: ExperimentConfig, console: Console) -> Path:
         building.rename(folder)
     console.line("model", saved=folder)
     return folder
+
+
+def _check_weights(folder: Path) -> None:
+    """Compares the weights with the hash that a model of the package records."""
+    recorded = json.loads((folder / STATISTICS_FILE).read_text(encoding="utf-8")).get("sha256")
+    if recorded and weights_digest(folder) != recorded:
+        raise ValueError(f"{folder}: the weights are not those that were shipped; install again")
+
+
+def weights_digest(folder: Path) -> str:
+    """The sha256 of a model's weights file."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
 def train_language_model(

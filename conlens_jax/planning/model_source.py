@@ -24,7 +24,7 @@ class WordCounter:
     """Replaces a missing tokenizer: one token per word and punctuation mark, which is right for a
     prompt of common words with most tokenizers."""
 
-    bos_id = 0
+    bos_id = eos_id = 0
     unk_id = None
 
     def encode(self, text: str) -> list[int]:
