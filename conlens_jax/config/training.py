@@ -41,8 +41,7 @@ class WarmConfig:
     after: int = 3  # tokens of the window after P; before + after is lens.text_len
     # Each token of a target is replaced by lens.gap_token with this probability, for E to read and
     # for D to write: D then learns to leave out what it would get wrong more often than that.
-    # Of "words" only those of the context are, after target.separator. Several gaps in a row are
-    # one, if texts have an end.
+    # Of "words" only those of the context are, after target.separator.
     gap_rate: float = 0.0
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=ScheduleConfig("cosine", 2e-3, 2e-4, warmup=10)

@@ -152,22 +152,7 @@ def target_text(
     is_gap_BT = (jax.vmap(draw)(keys_B) < warm.gap_rate) & ~jnp.isin(target_BT, marks)
     if objective.gaps_after is not None:
         is_gap_BT &= jnp.cumsum(target_BT == objective.gaps_after, axis=1) > 0
-    return _without_repeats(jnp.where(is_gap_BT, spec.gap, target_BT), is_gap_BT, spec.end)
-
-
-def _without_repeats(
-    text_BT: Int[Array, "B T"], is_gap_BT: Bool[Array, "B T"], end: int | None
-) -> Int[Array, "B T"]:
-    """The texts with one gap in place of each run of them, filled up with the end; texts of a fixed
-    length stay as they are."""
-    if end is None:
-        return text_BT
-    repeats_BT = is_gap_BT & jnp.pad(is_gap_BT, ((0, 0), (1, 0)))[:, :-1]
-    order_BT = jnp.argsort(repeats_BT, axis=1, stable=True)  # what stays, then the repeats
-    shorter_BT = jnp.take_along_axis(text_BT, order_BT, axis=1)
-    n_kept_B1 = jnp.sum(~repeats_BT, axis=1, keepdims=True, dtype=jnp.int32)
-    places_T = jnp.arange(text_BT.shape[1], dtype=jnp.int32)
-    return jnp.where(places_T[None] < n_kept_B1, shorter_BT, end)
+    return jnp.where(is_gap_BT, spec.gap, target_BT)
 
 
 def warm_loss(
