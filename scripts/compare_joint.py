@@ -110,7 +110,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "st, lean, exact": {**_LEAN, "lens.history_gradient": "exact"},
     "st, lean, light": {**_LEAN, "loss.mse.start": 1.0, "loss.kl.start": 0.1},
     "st, lean, sharper": {**_LEAN, "loss.entropy.start": -0.3},
-    "st, lean, cooler": {**_LEAN, "loss.sample_tau.start": 0.5},
+    "st, lean, cooler": {
+        **_LEAN,
+        "loss.mse.start": 1.0,
+        "loss.kl.start": 0.1,
+        "loss.sample_tau.start": 0.5,
+    },
     "st, tau 1": {"loss.tau.start": 1.0},
     "st, no anchor": {"loss.text.start": 0.0},
     "st, KL to warm": {"loss.lm.start": 0.1, "loss.text.start": 0.0},

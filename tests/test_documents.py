@@ -59,7 +59,7 @@ NOT_RUN = {
     "--config=configs/quickstart.py": "two processes; test_processes runs one like it",
     "python -m conlens_jax.train --config=configs/quickstart.py --config.joint.steps=500 "
     "--config.run_dir=runs/longer": "trains what the commands around it train",
-    "python -m conlens_jax.quickstart --config.run_dir=runs/short "
+    "python -m conlens_jax.quickstart --config=configs/windows.py --config.run_dir=runs/short "
     "--config.dump.n_samples=12288 --config.warm.steps=420 --config.joint.steps=60 "
     "--config.control.steps=100 --config.baseline.steps=0": "test_cli runs one like it",
     "python -m conlens_jax.evaluate --checkpoint=runs/short --suite=full": FULL,
