@@ -212,8 +212,9 @@ def test_the_lens_of_the_package_writes_what_it_wrote(model, monkeypatch):
     monkeypatch.setenv("CONLENS_CACHE", str(model.folder.parents[1]))
     lens = Lens.load("smollm2-135m")
     assert lens.spec.end == model.tokenizer.eos_id and lens.spec.text_len == 16
-    (row,) = lens.explain("The capital of France is", positions=[1]).rows
-    assert str(row.best.text) == " of | The capital"
+    first, row = lens.explain("The capital of France is", positions=[1, 4]).rows
+    assert str(first.best.text) == " of | ·"
+    assert str(row.best.text) == " the , Berlin , Berlin | · · ·"
     assert row.best.kl < 1.0
     # Read again, the text ends as it was written, and gives the same reconstruction.
     again = lens.as_read(str(row.best.text))
