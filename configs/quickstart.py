@@ -37,7 +37,7 @@ def get_config():
     config.target.next_probability = 0.02
     config.target.nearness = 0.5
 
-    config.warm.gap_rate = 0.22
+    config.warm.gap_rate = 0.25
     config.warm.steps = 1_600
 
     # The joint stage that was best at equal compute (scripts/README.md): a step that costs half of
