@@ -19,11 +19,12 @@ from conlens_jax.evaluation.studies.known_facts import KnownFacts
 from conlens_jax.evaluation.studies.slices import sliced
 from conlens_jax.evaluation.studies.text_changes import Lexicon
 from conlens_jax.evaluation.studies.truth import Readable, truth_of_texts
+from conlens_jax.evaluation.studies.word_parts import WordParts
 from conlens_jax.evaluation.suite import Evaluated, Suite
 from conlens_jax.measurement.bootstrap import Interval
 from conlens_jax.measurement.runner import Measurer
 from conlens_jax.models.param_table import Params
-from conlens_jax.training.auditor import train_auditor
+from conlens_jax.training.auditor import train_auditor, train_next_words_reader
 from conlens_jax.training.session import Session, training_rows
 
 _TRAIN_ROWS = 8_192
@@ -41,6 +42,8 @@ class Studies:
       readable: which facts can be read from activations; None without a truth study.
       lexicon: what the changes to a text need to know of its tokens.
       auditor: the audit encoder; None without an audit.
+      word_parts, next_words_reader: the parts of explanations in words, and the encoder of M's own
+        likeliest next tokens; None without an audit or for other targets.
     """
 
     config: EvaluateConfig
@@ -52,12 +55,14 @@ class Studies:
     readable: Readable | None
     lexicon: Lexicon
     auditor: Params | None
+    word_parts: WordParts | None
+    next_words_reader: Params | None
 
     @staticmethod
     def make(
         session: Session, suite: Suite, untrained: Params, frozen: Params, run_folder: Path
     ) -> Studies:
-        """Trains the audit encoder where the suite needs it and the run has none yet.
+        """Trains the encoders that the suite needs and the run does not have yet.
 
         Raises:
           ConfigError: interventions on a corpus whose content is not known.
@@ -80,6 +85,7 @@ class Studies:
             if is_full:
                 layers = _other_layers(session, frozen["original"], train, suite.rows)
                 readable = Readable.of(train, facts_of(train), suite.rows, facts, layers)
+        parts = WordParts.of(config.target, tokenizer, suite) if is_full else None
         return Studies(
             config=config.evaluate,
             suite=suite,
@@ -90,6 +96,9 @@ class Studies:
             readable=readable,
             lexicon=Lexicon.of(tokenizer, {} if generator is None else generator.synonyms),
             auditor=train_auditor(session, run_folder) if is_full else None,
+            word_parts=parts,
+            next_words_reader=parts
+            and train_next_words_reader(session, run_folder, parts.separator),
         )
 
     @property
@@ -98,7 +107,8 @@ class Studies:
         return () if self.facts is None else tuple(self.facts.variables)
 
     def of_lens(self, evaluated: Evaluated, trainable: Params) -> dict[str, Interval]:
-        """What the suite measures of every lens: the audit, and the truth of its text."""
+        """What the suite measures of every lens: the audit, what its text adds to M's output, and
+        the truth of its text."""
         if self.auditor is None:
             return {}
         measured = audit_lens(
@@ -110,6 +120,10 @@ class Studies:
             self.lexicon,
             self.config.seed,
         )
+        if self.word_parts is not None and self.next_words_reader is not None:
+            measured |= self.word_parts.audited(
+                evaluated, trainable, self.frozen, self.auditor, self.next_words_reader
+            )
         if self.facts is not None and self.readable is not None:
             suite, texts = self.suite, evaluated.explained.texts
             measured |= truth_of_texts(
@@ -152,6 +166,7 @@ class Studies:
             self.auditor,
             self.train,
             self.config.seed,
+            in_words=self.word_parts is not None,
         )
 
 

@@ -18,6 +18,7 @@ from conlens_jax.evaluation.report.heat_map import HeatMap
 from conlens_jax.evaluation.report.page import PageData, System, build_report
 from conlens_jax.evaluation.report.writing import write_report
 from conlens_jax.evaluation.studies.said_words import SaidWords
+from conlens_jax.evaluation.studies.word_parts import OTHERS, WordParts
 from conlens_jax.evaluation.suite import HEADLINE, Evaluated, Suite, attribute_token_ids
 from conlens_jax.evaluation.tracking import track_evaluation
 from conlens_jax.lens.spec import init_lens
@@ -115,11 +116,14 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
     said_words = None
     if config.target.kind == "words":
         said_words = SaidWords(suite, tokenizer, **mark_ids(config.target, tokenizer))
+    word_parts = WordParts.of(config.target, tokenizer, suite)
     systems, heat_maps = [], []
     for lens in lenses:
         trainable = load_lens(lens.folder, template, lens.step)
         evaluated = suite.evaluate(trainable, frozen)
         more = {} if said_words is None else said_words.truth(evaluated)
+        if word_parts is not None:
+            more |= word_parts.of_lens(evaluated, trainable, frozen)
         if studies is not None:
             more |= studies.of_lens(evaluated, trainable)
             if lens == main:
@@ -261,6 +265,13 @@ def _notes(session: Session, measured: dict[str, Evaluated], has_baseline: bool)
             "stage's compute on the warm start's own objective. A gain of the joint stage over "
             "the warm start counts only where it also beats this control."
         )
+    found = next(iter(measured.values())).metrics
+    if "next_only_fve_nrm" in found:
+        notes.append(
+            f"next_only_…: the words of the context are those of {OTHERS} other rows, and the mean "
+            "of the reconstructions counts. context_only_…: the separator and what follows; no "
+            "encoder has seen such texts."
+        )
     evaluate = session.config.evaluate
     if evaluate.suite == "full":
         notes.append(
@@ -268,6 +279,12 @@ def _notes(session: Session, measured: dict[str, Evaluated], has_baseline: bool)
             f"{evaluate.audit_steps} steps, in its own order (seed {evaluate.audit_seed}). "
             "It has never seen the lens's text, but it knows the corpus."
         )
+        if "next_tokens_fve_nrm" in found:
+            notes.append(
+                "next_tokens_…: M's own likeliest next tokens, the first part of the target, are "
+                "read by an encoder of their own, with the start, order and steps of the audit "
+                "encoder."
+            )
         notes.append(
             "Best of K keeps the text whose reconstruction is nearest to the activation. It needs "
             "the activation, so it shows what sampling could reach, not what one text gives."
@@ -283,6 +300,8 @@ def _notes(session: Session, measured: dict[str, Evaluated], has_baseline: bool)
 def _print_table(session: Session, systems: list[System]) -> None:
     names = (*HEADLINE, "null_shuffle_fve_nrm", "null_shuffle_kl_frac_mean", "top1_agree")
     names += ("attribute_stated", "null_shuffle_attribute_stated", "nll_text", "nll_window")
+    names += ("next_only_fve_nrm", "context_adds_fve_nrm", "context_adds_kl_frac_mean")
+    names += ("next_tokens_fve_nrm", "text_adds_fve_nrm", "text_adds_kl_frac_mean")
     names += ("frozen_fve_nrm", "gap_frozen", "gap_frozen_window", "recall", "precision")
     rows = []
     for name in names:

@@ -1,4 +1,5 @@
-"""A separate encoder that audits a lens: it is trained on true text only, never the decoder's."""
+"""Separate encoders that a lens is compared with: they are trained on true text only, never the
+decoder's."""
 
 from __future__ import annotations
 
@@ -12,12 +13,13 @@ import numpy as np
 from conlens_jax.config import WarmConfig
 from conlens_jax.data.rows import Places, Rows, RowSource
 from conlens_jax.data.stream import CapturedRows, TokenStream
+from conlens_jax.data.targets.words import next_words_only
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.models.param_table import Params
 from conlens_jax.tracking.wandb_run import WandbRun
 from conlens_jax.training.loop import run_stage
 from conlens_jax.training.run import Run, placed
-from conlens_jax.training.run_folder import AUDIT
+from conlens_jax.training.run_folder import AUDIT, NEXT_WORDS
 from conlens_jax.training.session import Session, training_rows
 from conlens_jax.training.state import Stage
 
@@ -35,6 +37,35 @@ def train_auditor(session: Session, run_folder: Path) -> Params:
     Returns:
       ``{"encoder": …}``, to replace a lens's own.
     """
+    config, (train, validation) = session.config, session.caches
+    steps, seed = config.evaluate.audit_steps, config.evaluate.audit_seed
+    shift = config.evaluate.audit_shift
+    if shift:
+        if isinstance(train, TokenStream):
+            # The step would capture the activation at the shifted position.
+            train = CapturedRows(training_rows(train, steps * config.warm.batch_size))
+        train = ShiftedWindows(train, config.warm, shift, seed)
+    folder = run_folder / AUDIT / f"seed{seed}-steps{steps}-shift{shift}"
+    return _train_reader(session, folder, train, validation)
+
+
+def train_next_words_reader(session: Session, run_folder: Path, separator: int) -> Params:
+    """Trains an encoder on the first parts of targets of words alone, M's own likeliest next
+    tokens, or loads the one in ``<run>/next_words``. Start, order, steps and loss are those of
+    :func:`train_auditor`, so that the two differ in nothing but their texts.
+
+    Returns:
+      ``{"encoder": …}``, to replace a lens's own.
+    """
+    config, end = session.config.evaluate, session.spec.end
+    train, validation = (NextWords(source, separator, end) for source in session.caches)
+    folder = run_folder / NEXT_WORDS / f"seed{config.audit_seed}-steps{config.audit_steps}"
+    return _train_reader(session, folder, train, validation)
+
+
+def _train_reader(
+    session: Session, folder: Path, train: RowSource, validation: RowSource
+) -> Params:
     config = session.config
     steps, seed = config.evaluate.audit_steps, config.evaluate.audit_seed
     text_len = session.spec.text_len
@@ -46,23 +77,36 @@ def train_auditor(session: Session, run_folder: Path) -> Params:
         config=dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed)),
         objective=dataclasses.replace(session.objective, loss=loss),
     )
-    reference, (train, validation) = session.reference, session.caches
+    reference = session.reference
     trainable, frozen = init_lens(
         session.model.params, session.spec, reference.mean_D, reference.scale, seed=seed
     )
     encoder = placed({"decoder": {}, "encoder": trainable["encoder"]}, session)
-    shift = config.evaluate.audit_shift
-    if shift:
-        if isinstance(train, TokenStream):
-            # The step would capture the activation at the shifted position.
-            train = CapturedRows(training_rows(train, steps * config.warm.batch_size))
-        train = ShiftedWindows(train, config.warm, shift, seed)
-    folder = run_folder / AUDIT / f"seed{seed}-steps{steps}-shift{shift}"
     tracker = WandbRun(config.wandb, folder, {}, enabled=False)
     run = Run(alone, folder, train, validation, reference, session.measurer(), tracker)
     stage = Stage("audit", steps, config.warm.batch_size, config.warm.optimizer)
     folder.mkdir(parents=True, exist_ok=True)
     return {"encoder": run_stage(run, stage, encoder, frozen)["encoder"]}
+
+
+class NextWords:
+    """Rows whose targets are the first parts of targets of words."""
+
+    def __init__(self, source: RowSource, separator: int, end: int):
+        self._source, self._separator, self._end = source, separator, end
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def rows(self, indices: np.ndarray | Sequence[int]) -> Rows:
+        """The rows at ``indices``, in that order."""
+        rows = self._source.rows(indices)
+        targets_NT = next_words_only(rows.targets_NT, self._separator, self._end)
+        return dataclasses.replace(rows, targets_NT=targets_NT)
+
+    def places(self) -> Iterator[Places]:
+        """Positions, lengths and documents of all rows."""
+        return self._source.places()
 
 
 class ShiftedWindows:

@@ -23,7 +23,7 @@ from conlens_jax.models.param_table import Params
 from conlens_jax.training.checkpoint import all_steps, best_step, restore_params, step_of
 from conlens_jax.training.places import MOVABLE, metadata_of_run, resumption_problems
 
-CONTROL, BASELINE, AUDIT = "control", "baseline", "audit"
+CONTROL, BASELINE, AUDIT, NEXT_WORDS = "control", "baseline", "audit", "next_words"
 """Sub-folders of a run for the stages that are compared with it."""
 LATEST = ("latest", "last")
 """Words for the newest checkpoint, instead of a step."""

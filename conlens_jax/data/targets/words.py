@@ -19,9 +19,10 @@ import numpy as np
 
 from conlens_jax.config import TargetConfig
 from conlens_jax.data.rows import Rows
-from conlens_jax.data.targets.protocol import NextTokens, Targets
+from conlens_jax.data.targets.protocol import NextTokens, Targets, filled
 from conlens_jax.data.targets.whole_words import WholeWords, Word
 from conlens_jax.models.tokenizer import Tokenizer
+from conlens_jax.models.written import before_end
 
 COUNTED_DOCUMENTS = 20_000
 
@@ -123,3 +124,18 @@ class WordTargets(Targets):
                 chosen[int(index)] = tokens
                 room -= len(tokens)
         return [token for index in sorted(chosen) for token in chosen[index]]
+
+
+def next_words_only(texts_NT: np.ndarray, separator: int, end: int) -> np.ndarray:
+    """The first part of each text, the words that M is about to say, with the end; [N, T]."""
+    after_NT = np.cumsum(texts_NT == separator, axis=1) > 0
+    return np.where(after_NT, np.int32(end), texts_NT)
+
+
+def context_words_only(texts_NT: np.ndarray, separator: int, end: int) -> np.ndarray:
+    """The second part of each text, the separator and the words of the context, with the end; of a
+    text without it the end alone; [N, T]."""
+    texts = [before_end(text, end) for text in texts_NT]
+    starts = [text.index(separator) if separator in text else len(text) for text in texts]
+    parts = [text[start:] for text, start in zip(texts, starts, strict=True)]
+    return filled(parts, texts_NT.shape[1], end)

@@ -141,12 +141,50 @@ def _summary(metrics: Mapping[str, Interval], name: str) -> str:
         f"explanation removes {show('kl_frac_mean')} of the damage that the mean activation does "
         f"to the model's prediction, and explains {show('fve_nrm')} of the directional variance of "
         f"the activations. With the text of another row: {show('null_shuffle_kl_frac_mean')} and "
-        f"{show('null_shuffle_fve_nrm')}." + _audit_sentence(metrics) + _truth_sentence(metrics)
+        f"{show('null_shuffle_fve_nrm')}."
+        + _added_sentences(metrics)
+        + _audit_sentence(metrics)
+        + _truth_sentence(metrics)
     )
 
 
 def _two_digits(interval: Interval) -> str:
-    return f"{interval.value:.2f}".replace("-", "−")
+    return f"{round(interval.value, 2) + 0.0:.2f}".replace("-", "−")  # never −0.00
+
+
+def _added_sentences(metrics: Mapping[str, Interval]) -> str:
+    """Whether an explanation in words adds something to M's output: the words of the context to the
+    next words alone and, where it was measured, the text to M's own likeliest next tokens. Empty
+    for other explanations."""
+    context, text = (
+        [metrics.get(f"{name}_adds_{metric}") for metric in ("fve_nrm", "kl_frac_mean")]
+        for name in ("context", "text")
+    )
+    if not all(context):
+        return ""
+    shown = lambda added: " and ".join(
+        f"{_with_interval(interval)} {metric}"
+        for interval, metric in zip(added, ("fve_nrm", "kl_frac_mean"), strict=True)
+    )
+    # At the two digits that are shown.
+    adds = lambda added: any(round(interval.lo, 2) > 0 for interval in added)
+    by_context = f"the words of the context add {shown(context)} to the next words alone."
+    if adds(context):
+        found = f" {by_context[0].upper()}{by_context[1:]}"
+    else:
+        found = f" This text only repeats M's output: {by_context}"
+    if not all(text):
+        return found
+    verdict = "adds" if adds(text) else "adds nothing"
+    return (
+        f"{found} To M's own likeliest next tokens, read by an encoder trained for them, the text "
+        f"as the audit encoder reads it {verdict}: {shown(text)}."
+    )
+
+
+def _with_interval(interval: Interval) -> str:
+    lo, hi = (_two_digits(Interval(end)) for end in (interval.lo, interval.hi))
+    return f"{_two_digits(interval)} [{lo}, {hi}]"
 
 
 def _audit_sentence(metrics: Mapping[str, Interval]) -> str:

@@ -47,6 +47,8 @@ def baselines(
     auditor: Params,
     train: Rows,
     seed: int,
+    *,
+    in_words: bool = False,
 ) -> dict[str, Interval]:
     """The metrics of all baselines; only ``untrained_encoder`` depends on the lens.
 
@@ -56,6 +58,8 @@ def baselines(
       untrained: a lens before any training.
       train: rows to fit the linear maps on.
       seed: of the random words.
+      in_words: explanations say what M is about to say. Then also ``…_words_right``: the share of a
+        lens's five likeliest tokens (or T) that are among M's five.
     """
     measurer, original, rows = suite.measurer, frozen["original"], suite.rows
     text_len, vocab_size = measurer.spec.text_len, measurer.spec.model.vocab_size
@@ -83,8 +87,13 @@ def baselines(
     resultant = suite.reference.resultant
     for name in vectors:
         statistics |= reconstruction_statistics(name, f"{name}_", resultant, SHORT)
-    clean = evaluated.effects["clean"].top_tokens[:, 0]
-    for name, (effect, _) in predicted.items():
+    likely_Nk = evaluated.effects["clean"].top_tokens
+    clean = likely_Nk[:, 0]
+    for name, (effect, words_NT) in predicted.items():
+        if in_words:
+            is_right = words_NT[:, : likely_Nk.shape[1], None] == likely_Nk[:, None]
+            per_row[f"{name}.right"] = is_right.any(axis=2).mean(axis=1)
+            statistics[f"{name}_words_right"] = mean_of(f"{name}.right")
         per_row[f"{name}.kl_at"] = effect.kl_at
         per_row[f"{name}.top1"] = top1_agreement(effect.top_tokens[:, 0], clean)
         statistics[f"{name}_kl_at"] = mean_of(f"{name}.kl_at")
