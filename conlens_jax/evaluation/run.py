@@ -122,7 +122,7 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
         trainable = load_lens(lens.folder, template, lens.step)
         evaluated = suite.evaluate(trainable, frozen)
         more = {} if said_words is None else said_words.truth(evaluated)
-        if word_parts is not None:
+        if word_parts is not None and (lens == main or studies is not None):
             more |= word_parts.of_lens(evaluated, trainable, frozen)
         if studies is not None:
             more |= studies.of_lens(evaluated, trainable)
