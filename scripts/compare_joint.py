@@ -1,6 +1,7 @@
 """Compares joint stages from one warm start, with the same CPU-seconds and several seeds.
 
 Command:  python scripts/compare_joint.py --run=runs/quickstart --seeds=3
+          python scripts/compare_joint.py --run=runs/quickstart --finished --split=test
           python scripts/compare_joint.py --show=folder_a,folder_b
 Time:     on 2 CPU cores about a minute per variant and seed, at the default budget.
 
@@ -12,7 +13,8 @@ It prints the mean over the seeds, and the difference from the control, paired b
 a 95 % bootstrap interval over documents of its mean over the seeds. What was measured is kept in
 ``--out``: a command that was interrupted goes on, and ``--show`` takes several folders together
 (warm starts with other seeds, on the same held-out rows). ``--split=test`` measures on rows that no
-choice was made on (dump.n_test_samples).
+choice was made on (dump.n_test_samples); ``--finished`` measures the run's own joint stage and
+control there, and trains nothing.
 """
 
 from __future__ import annotations
@@ -48,8 +50,9 @@ from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.host import keep_freed_memory
 from conlens_jax.parallel.mesh import batch_sharding
 from conlens_jax.tracking.console import Console
-from conlens_jax.training.checkpoint import read_metadata
+from conlens_jax.training.checkpoint import all_steps, read_metadata
 from conlens_jax.training.run import placed
+from conlens_jax.training.run_folder import CONTROL as CONTROL_FOLDER
 from conlens_jax.training.run_folder import load_lens
 from conlens_jax.training.session import Session, make_objective, open_session
 from conlens_jax.training.state import Stage, init_state, make_step, stage_optimizer
@@ -382,6 +385,9 @@ def main() -> None:
     parser.add_argument("--times", default="1", help="multiples of the budget, such as 1,4")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--variants", default=",".join(VARIANTS).replace(", ", "; "))
+    parser.add_argument(
+        "--finished", action="store_true", help="the run's own joint stage and control"
+    )
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
     parser.add_argument("--set", nargs="*", default=[], metavar="field=number")
     parser.add_argument("--out", default="", help="folder; empty: <run>/compare_<split>")
@@ -396,8 +402,6 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     bench = Bench.open(run, arguments.split)
     warm, joint = bench.session.config.warm.steps, bench.session.config.joint.steps
-    budget = arguments.budget
-    budget = budget or read_metadata(run / "checkpoints", warm + joint)["train_seconds"]
     common = {name: float(value) for name, value in (item.split("=") for item in arguments.set)}
 
     def keep(name: str, seed: int, steps: int, per_row: PerRow) -> None:
@@ -406,8 +410,16 @@ def main() -> None:
         np.savez_compressed(_file(out, name, seed), **record)
 
     at_start = bench.measured(bench.start)
-    for seed in range(arguments.seeds):
+    for seed in range(1 if arguments.finished else arguments.seeds):
         keep(START, seed, 0, at_start)
+    if arguments.finished:
+        for name, folder in (("joint stage", run), (CONTROL, run / CONTROL_FOLDER)):
+            last = all_steps(folder / "checkpoints")[-1]
+            keep(name, 0, last - warm, bench.measured(load_lens(folder, bench.start, last)))
+        show([out])
+        return
+    budget = arguments.budget
+    budget = budget or read_metadata(run / "checkpoints", warm + joint)["train_seconds"]
     for name in (item.replace("; ", ", ") for item in arguments.variants.split(",")):
         for times in arguments.times.split(","):
             title = name if times == "1" else f"{name} ×{times}"
