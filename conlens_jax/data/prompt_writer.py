@@ -45,6 +45,7 @@ class PromptWriter:
         temperature: float,
         top_p: float = 1.0,
         most_shared: int | None = None,
+        longest: int = 0,
     ) -> list[np.ndarray]:
         """The tokens after each of B prompts, at most ``max_tokens``, without the one that ended
         the text.
@@ -54,11 +55,12 @@ class PromptWriter:
           keys_B: of each prompt's draws, which depend on nothing else in the batch.
           temperature, top_p: see :class:`~conlens_jax.models.decoding.Drawing`; a temperature of 0
             takes the most probable tokens.
-          most_shared: how many tokens may be read once. Each number, and each length of the rest in
-            steps of 8, is another program.
+          most_shared, longest: how many tokens may be read once, and that prompts are padded to.
+            Each number of the former, and each length of the rest in steps of 8, is another
+            program: where batches differ, these make them the same.
         """
         size, ends = len(prompts), self._config.eos_token_ids
-        shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+        shortest, longest = min(map(len, prompts)), max(longest, *map(len, prompts))
         shared = min(len(os.path.commonprefix(prompts)), shortest - 1)
         if most_shared is not None:
             shared = min(shared, most_shared)
