@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conlens_jax.data.model_documents import matrix_product
+from conlens_jax.data.prompt_writer import matrix_product
 from conlens_jax.models.decoding import Drawing, TextWriter
 from conlens_jax.models.matrix_sizes import weights_per_token
 from conlens_jax.models.model import load_model

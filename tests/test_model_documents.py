@@ -23,7 +23,7 @@ from conlens_jax.config.seeds import random_key
 from conlens_jax.corpora.corpus import CorpusError
 from conlens_jax.corpora.opening import open_corpus
 from conlens_jax.corpora.prompts import read_prompts
-from conlens_jax.data import model_documents
+from conlens_jax.data import model_documents, prompt_writer
 from conlens_jax.data.extract import dump_activations
 from conlens_jax.data.model_documents import ensure_documents, open_texts
 from conlens_jax.data.stream import open_stream
@@ -59,7 +59,7 @@ def model(folder, mesh):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(model_documents, "_PRODUCT_WIDTH", {"cpu": 64})
+    monkeypatch.setattr(prompt_writer, "_PRODUCT_WIDTH", {"cpu": 64})
 
 
 @pytest.fixture

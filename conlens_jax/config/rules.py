@@ -25,7 +25,7 @@ _CHOICES = {
     "corpus.encoding_errors": ("error", "replace"),
     "data.source": ("cache", "stream"),
     "dump.add_bos": ("auto", "true", "false"),
-    "target.kind": ("window", "words", "facts", "file"),
+    "target.kind": ("window", "words", "facts", "file", "model"),
     "lens.train_decoder": ("full", "frozen", "lora"),
     "lens.train_encoder": ("full", "frozen", "lora"),
     "lens.history_gradient": ("exact", "sweeps", "detached"),
@@ -38,6 +38,8 @@ _CHOICES = {
     "mesh.preset": ("", "single", "data8", "fsdp8", "fsdp2_tensor4", "multislice"),
 }
 LORA_TARGETS = ("query", "key", "value", "attention_out", "gate", "up", "down")
+TARGET_CONTEXT = "<context>"
+"""In ``target.prompt``: the place of the context."""
 _AT_LEAST_ONE = (
     *(f"embedded.{name}" for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_mlp")),
     *(f"embedded.{name}" for name in ("vocab_size", "steps", "batch_size", "seq_len")),
@@ -69,6 +71,7 @@ _AT_LEAST_ZERO = (
     *(f"evaluate.{name}" for name in ("rows", "n_examples", "seed", "audit_seed", "audit_shift")),
     "embedded.copy_init",
     *("lens.input_patches", "lens.history_sweeps", "corpus.temperature", "target.context_words"),
+    *("target.temperature", "target.seed"),
 )
 
 
@@ -360,6 +363,11 @@ def _target_problems(config: ExperimentConfig) -> Iterator[str]:
         yield (
             f"target.kind='facts' needs a corpus.kind whose facts are known "
             f"({', '.join(GENERATED_CORPORA)}), not {config.corpus.kind!r}"
+        )
+    if target.kind == "model" and TARGET_CONTEXT not in target.prompt:
+        yield (
+            f"target.prompt must contain {TARGET_CONTEXT}, which stands for the text up to P, not "
+            f"{target.prompt!r}"
         )
     if not 0 <= target.next_probability < 1:
         yield f"target.next_probability must be in [0, 1), not {target.next_probability}"

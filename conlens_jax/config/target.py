@@ -17,6 +17,7 @@ class TargetConfig:
     # "window": the source tokens around P, warm.before and warm.after of them. "words": the words
     # that M is about to say, a separator, then content words of the context. "facts": what a
     # generated document has stated so far, the nearest first. "file": explanations of your own.
+    # "model": what M itself, or another model, writes about the context up to P.
     kind: str = "window"
     # "words": M's likeliest next tokens, at most so many, the likeliest first.
     next_words: int = 4
@@ -33,3 +34,12 @@ class TargetConfig:
     comma: str = " ,"  # not ",", which M itself is often about to say
     separator: str = " |"  # "words": token between the next words and those of the context
     path: str = ""  # "file": jsonl or parquet file, folder or glob
+    # "model": what the model is asked, through its chat template where it has one, and otherwise
+    # continues; <context> stands for the text up to P. The description is the first line of what it
+    # writes, at most lens.text_len tokens.
+    prompt: str = "<context>\n\nIn a few words, the text above is about"
+    # "model": folder, GGUF file or hub id of the model that writes; empty: M. What another one
+    # writes is tokenised again with M's tokenizer.
+    model_path: str = ""
+    temperature: float = 0.0  # "model": logits are divided by it; 0 takes the most probable token
+    seed: int = 0  # "model": of the draws, with the document and P

@@ -69,13 +69,13 @@ def dump_activations(
       Preempted: SIGTERM; complete shards are safe.
     """
     check_batch("dump.batch_size", config.dump.batch_size, mesh)
+    # First: it may refuse the settings, and the model may have to write the corpus.
+    targets = open_targets(config, model, spec, mesh, lambda: extractor("train").contexts())
     corpus = open_texts(config.corpus, model, mesh, console)
     for note in corpus.notes:
         console.line("dump", note=note)
     root = local_path(config.dump.cache_dir)
     extractor = functools.partial(Extractor, config.dump, model, spec, mesh, corpus)
-    contexts = lambda: extractor("train").contexts()
-    targets = open_targets(config, model.tokenizer, spec, contexts)
     wanted = {"train": config.dump.n_samples, "validation": config.dump.n_validation_samples}
     if config.dump.n_test_samples:
         wanted[TEST] = config.dump.n_test_samples
@@ -175,6 +175,8 @@ def _dump_split(
         samples_per_s=(writer.rows_appended - before) / max(time.time() - started, 1e-9),
         folder=writer.folder,
     )
+    if extractor.targets and (speed := extractor.targets.speed()):
+        console.line("targets", split=split, **speed)
 
 
 class Extractor:

@@ -8,12 +8,9 @@ whenever it is written.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import os
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array
 
 from conlens_jax.config import MODEL_TEXT_FIELDS, ConfigError, CorpusConfig
 from conlens_jax.config.seeds import random_key
@@ -30,28 +26,21 @@ from conlens_jax.corpora.corpus import Corpus
 from conlens_jax.corpora.model_texts import RECIPE_FILE, batch_file
 from conlens_jax.corpora.opening import open_corpus
 from conlens_jax.corpora.prompts import Prompts, read_prompts
+from conlens_jax.data.prompt_writer import PromptWriter, WritingSpeed, tokens_written
 from conlens_jax.files.paths import cache_folder, local_path, write_problems
 from conlens_jax.files.whole import naming_full_disk, write_atomically, write_whole
 from conlens_jax.models.chat import chat_template, render_chat
-from conlens_jax.models.decoding import Drawing, TextWriter
-from conlens_jax.models.matrix_sizes import weights_per_token
 from conlens_jax.models.model import LanguageModel
-from conlens_jax.models.transformer_config import array_dtype
-from conlens_jax.parallel.mesh import batch_sharding, check_batch, replicated
+from conlens_jax.parallel.mesh import check_batch
 from conlens_jax.parallel.preemption import Preempted, watching_for_sigterm
 from conlens_jax.parallel.processes import (
     barrier,
     broadcast_from_first,
     is_first,
-    local_rows,
-    on_devices,
-    to_host,
 )
 from conlens_jax.tracking.console import Console
 
 _FORMAT = 1  # to be raised when the same recipe would give other texts
-_PROMPT_STEP, _SLOT_STEP = 8, 32
-_PRODUCT_WIDTH = {"cpu": 2048}
 
 
 def open_texts(config: CorpusConfig, model: LanguageModel, mesh: Mesh, console: Console) -> Corpus:
@@ -128,39 +117,26 @@ def _make_folder(folder: Path, recipe: dict[str, Any]) -> None:
 def _write_batches(
     batches: _Batches, missing: Sequence[int], total: int, folder: Path, console: Console
 ) -> None:
-    size, tokens = batches.config.batch_size, 0
-    done = total - len(missing)
-    rate = matrix_product_rate(batches.mesh, batches.model)
-    started = time.time()
+    size, done = batches.config.batch_size, total - len(missing)
+    speed = WritingSpeed(batches.model, batches.mesh)
     with (
         console.progress(total * size, "corpus", initial=done * size) as progress,
         watching_for_sigterm(f"the documents in {folder} are complete") as stops,
     ):
         for count, number in enumerate(missing, start=1):
-            rows, written = batches.write(number)
-            if is_first():
-                path = batch_file(folder, number)
-                with naming_full_disk(path):
-                    write_atomically(path, (json.dumps(row).encode() + b"\n" for row in rows))
-            if count == 1 < len(missing):  # it waited for the compiler
-                started = time.time()
-            else:
-                tokens += written
-            speed = tokens / (time.time() - started)
-            progress.update(size, **({"tokens_per_s": speed} if tokens else {}))
+            with speed.measured() as add_tokens:
+                rows, written = batches.write(number)
+                if is_first():
+                    path = batch_file(folder, number)
+                    with naming_full_disk(path):
+                        write_atomically(path, (json.dumps(row).encode() + b"\n" for row in rows))
+                add_tokens(written)
+            progress.update(size, tokens_per_s=speed.tokens_per_s)
             if count < len(missing) and stops():
                 raise Preempted(
                     f"SIGTERM: the complete batches in {folder} are safe; the same command goes on"
                 )
-    rate = max(rate, matrix_product_rate(batches.mesh, batches.model))
-    needed = 2 * weights_per_token(batches.model.config)
-    console.line(
-        "corpus",
-        tokens_per_s=speed,
-        gflops_of_tokens=speed * needed / 1e9,
-        gflops_of_matrix_products=rate / 1e9,
-        share=speed * needed / rate,
-    )
+    console.line("corpus", **speed.summary())
 
 
 class _Batches:
@@ -168,8 +144,7 @@ class _Batches:
 
     def __init__(self, config: CorpusConfig, model: LanguageModel, mesh: Mesh, prompts: Prompts):
         self.config, self.model, self.mesh, self.prompts = config, model, mesh, prompts
-        self.writer = TextWriter(model.params, model.config)
-        self.sharding = batch_sharding(mesh)
+        self.writer = PromptWriter(model, mesh)
         self.encode = self._encoder()
 
     def write(self, number: int) -> tuple[Iterator[dict[str, str]], int]:
@@ -177,41 +152,16 @@ class _Batches:
         config, size = self.config, self.config.batch_size
         documents = np.arange(number * size, (number + 1) * size)
         given = [self._tokens(int(document)) for document in documents]
-        shortest, longest = min(map(len, given)), max(map(len, given))
-        shared = min(len(os.path.commonprefix(given)), shortest - 1)
-        # All in one of few shapes: each is another program.
-        width = 1 if longest == shared + 1 else _rounded(longest - shared, _PROMPT_STEP)
-        tokens_BS = np.full((size, width), self.model.tokenizer.pad_id, np.int32)
-        lengths_B = np.array([len(tokens) - shared for tokens in given])
-        for row, tokens in zip(tokens_BS, given, strict=True):
-            row[width - len(tokens) + shared :] = tokens[shared:]
-        mask_BS = np.arange(width)[None] >= width - lengths_B[:, None]
         key = random_key(config.seed)
-        drawing = Drawing(
-            keys_B=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(documents, jnp.uint32)),
-            temperature=jnp.float32(config.temperature) if config.temperature else None,
-            top_p=jnp.float32(config.top_p) if config.top_p < 1 else None,
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(documents, jnp.uint32))
+        written = self.writer.write(
+            given, keys_B, config.max_tokens, config.temperature, config.top_p
         )
-        here = local_rows(self.sharding, size)
-        written_BT = to_host(
-            self.writer.write(
-                np.asarray(given[0][:shared], np.int32),
-                *(on_devices(array[here], self.sharding, size) for array in (tokens_BS, mask_BS)),
-                drawing,
-                jnp.asarray(self.model.config.eos_token_ids, jnp.int32),
-                length=config.max_tokens,
-                slots=_rounded(shared + width + config.max_tokens, _SLOT_STEP),
-            )
-        )
-        ends_BT = np.isin(written_BT, self.model.config.eos_token_ids)
-        lengths_B = np.where(ends_BT.any(axis=1), ends_BT.argmax(axis=1), config.max_tokens)
         rows = (
-            self._row(int(document), tokens, written[:length])
-            for document, tokens, written, length in zip(
-                documents, given, written_BT, lengths_B, strict=True
-            )
+            self._row(int(document), tokens, text)
+            for document, tokens, text in zip(documents, given, written, strict=True)
         )
-        return rows, int(np.sum(np.minimum(lengths_B + 1, config.max_tokens)))
+        return rows, tokens_written(written, config.max_tokens)
 
     def _encoder(self) -> Callable[[str], list[int]]:
         """From a prompt to the tokens that the model reads."""
@@ -246,27 +196,3 @@ class _Batches:
         text = self.model.tokenizer.decode([*(given if with_beginning else ()), *written])
         # The last token may end within a character.
         return {"text": text.rstrip("\ufffd").strip(), "prompt": self.prompts[document]}
-
-
-def matrix_product(mesh: Mesh, model: LanguageModel) -> tuple[Callable[[], Array], int]:
-    """A plain product of large matrices in the model's dtype on all devices, and its FLOPs: its
-    speed is the limit that writing is compared with."""
-    sharding, width = batch_sharding(mesh), _PRODUCT_WIDTH.get(jax.default_backend(), 8192)
-    rows = width * sharding.num_devices
-    ones = lambda rows: np.ones((rows, width), array_dtype(model.config))
-    left = on_devices(ones(rows)[local_rows(sharding, rows)], sharding, rows)
-    right = on_devices(ones(width), replicated(mesh), width)
-    return functools.partial(jax.jit(jnp.matmul), left, right), 2 * rows * width**2
-
-
-def matrix_product_rate(mesh: Mesh, model: LanguageModel) -> float:
-    """FLOP/s of :func:`matrix_product`."""
-    product, flops = matrix_product(mesh, model)
-    jax.block_until_ready(product())
-    started = time.perf_counter()
-    jax.block_until_ready([product() for _ in range(4)])
-    return 4 * flops / (time.perf_counter() - started)
-
-
-def _rounded(length: int, step: int) -> int:
-    return -(-length // step) * step

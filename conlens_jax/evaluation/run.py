@@ -244,6 +244,8 @@ _TAUGHT = {
     "facts": "The warm start teaches what the document has stated up to P: statements are taught, "
     "not discovered.",
     "file": "The warm start teaches given explanations: what they say is taught, not discovered.",
+    "model": "The warm start teaches descriptions of the context that a language model wrote: what "
+    "they say is taught, not discovered.",
 }
 """What the report says of the targets, by their kind."""
 

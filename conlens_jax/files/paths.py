@@ -16,6 +16,7 @@ PATH_FIELDS = (
     "corpus.prompts",
     "dump.cache_dir",
     "target.path",
+    "target.model_path",
     "train.init_from",
     "train.compile_cache",
 )

@@ -10,9 +10,16 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from conlens_jax.config import EMBEDDED_MODEL, ConfigError, CorpusConfig, ExperimentConfig
+from conlens_jax.config import (
+    EMBEDDED_MODEL,
+    ConfigError,
+    CorpusConfig,
+    ExperimentConfig,
+    TargetConfig,
+)
 from conlens_jax.corpora.opening import open_corpus
 from conlens_jax.data.extract import SPLITS, TEST
+from conlens_jax.data.targets.file import find_explanations
 from conlens_jax.files.paths import cache_folder, local_path, write_problems
 from conlens_jax.models.from_gguf.source import gguf_source
 from conlens_jax.models.hf_io import read_config_file
@@ -69,9 +76,10 @@ def _problems(
     if metadata:
         config = with_cache_found(config, metadata, run, Console(enabled=False))
     if not metadata or recorded_model(config, metadata, run) is None:
-        yield from _model_problems(config.model.path)
+        yield from _model_problems("model.path", config.model.path)
     if dumps or (reads_rows and streams):
         yield from corpus_problems(config.corpus)
+        yield from _target_problems(config.target)
     cache = local_path(config.dump.cache_dir)
     wanted = list(SPLITS)
     if (dumps and config.dump.n_test_samples) or (
@@ -121,14 +129,24 @@ def corpus_problems(config: CorpusConfig) -> Iterator[str]:
             yield str(error)
 
 
-def _model_problems(path: str) -> Iterator[str]:
-    if path == EMBEDDED_MODEL:
+def _target_problems(target: TargetConfig) -> Iterator[str]:
+    if target.kind == "model" and target.model_path:
+        yield from _model_problems("target.model_path", target.model_path)
+    if target.kind == "file":
+        try:
+            find_explanations(target.path)
+        except ValueError as error:
+            yield str(error)
+
+
+def _model_problems(field: str, path: str) -> Iterator[str]:
+    if path == EMBEDDED_MODEL and field == "model.path":
         return
     try:
         if gguf_source(path):
             return
     except ValueError as error:
-        yield str(error)
+        yield str(error).replace("model.path", field)
         return
     folder = local_path(path)
     if folder.is_dir():
@@ -137,11 +155,11 @@ def _model_problems(path: str) -> Iterator[str]:
             read_config_file(folder / "config.json")
             weight_files(folder)
         except ValueError as error:
-            yield str(error)
+            yield str(error).replace("model.path", field)
     elif folder.exists():
-        yield f"model.path={path!r} is a file; give the folder of the model"
+        yield f"{field}={path!r} is a file; give the folder of the model"
     elif _is_local(path):
-        yield f"model.path={path!r}: there is no such folder"
+        yield f"{field}={path!r}: there is no such folder"
 
 
 def _run_problems(config: ExperimentConfig) -> Iterator[str]:

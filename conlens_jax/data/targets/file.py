@@ -91,7 +91,7 @@ class FileTargets(Targets):
     def __init__(self, path: str, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._texts: dict[int, dict[int, str]] = {}
-        for file in find_files(path, *JSONL_SUFFIXES, ".parquet", field=_FIELD):
+        for file in find_explanations(path):
             for where, row in _rows(file):
                 document, position, text = (_value(row, what, where) for what in _COLUMNS)
                 self._texts.setdefault(document, {}).setdefault(position, text.strip())
@@ -106,6 +106,11 @@ class FileTargets(Targets):
         """See :meth:`~.protocol.Targets.texts`."""
         places = zip(rows.documents_N.tolist(), rows.positions_N.tolist(), strict=True)
         return self._tokenizer.encode_batch([self._texts[d][p] for d, p in places])
+
+
+def find_explanations(path: str) -> list[Path]:
+    """The files of ``target.path``; ValueError if there is none."""
+    return find_files(path, *JSONL_SUFFIXES, ".parquet", field=_FIELD)
 
 
 def _rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -33,7 +33,7 @@ class Targets(Protocol):
     """
 
     n_next: int = 0
-    content: Mapping[str, str] = MappingProxyType({})
+    content: Mapping[str, str | None] = MappingProxyType({})
 
     def positions(self, document: int, possible: np.ndarray) -> np.ndarray:
         """Those of the ``possible`` positions of a document that have a target."""
@@ -47,6 +47,13 @@ class Targets(Protocol):
           next_tokens: of the same rows; None if ``n_next`` is 0.
         """
         ...
+
+    def speed(self) -> Mapping[str, float]:
+        """For the log: how fast a model wrote them; empty where none does."""
+        return {}
+
+    def release(self) -> None:
+        """Frees what only :meth:`texts` needs, which is not called again."""
 
 
 def filled(texts: Sequence[Sequence[int]], text_len: int, end: int) -> np.ndarray:
