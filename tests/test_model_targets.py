@@ -19,9 +19,9 @@ from conlens_jax.data.cache import ActivationCache
 from conlens_jax.data.cache_writer import CacheWriter
 from conlens_jax.data.rows import Rows
 from conlens_jax.data.targets.model import ModelTargets, first_line
+from conlens_jax.data.targets.protocol import filled
 from conlens_jax.models.chat import render_chat
 from conlens_jax.models.tokenizer import train_bpe_tokenizer
-from conlens_jax.models.written import before_end
 from conlens_jax.parallel.mesh import make_mesh
 from conlens_jax.training.preflight import check_files
 
@@ -31,6 +31,7 @@ TEMPLATE = "{% for m in messages %}word42 {{ m.content }} {% endfor %}word43"
 MODEL = {
     "target__kind": "model",
     "target__prompt": "once , <context> and",
+    "target__temperature": 1.0,
     "lens__end_token": "<eos>",
     "lens__text_len": T,
     "baseline__steps": 0,
@@ -179,16 +180,16 @@ def test_an_interrupted_dump_goes_on_to_the_same_descriptions(world, tmp_path, m
     assert "resumed_after=" in dump(again)
     assert contents(tmp_path / "again" / "cache") == contents(tmp_path / "whole" / "cache")
 
-    model, folder = world.session.model, tmp_path / "whole" / "cache" / "train"
-    rows = all_rows(folder)
-    for row in (0, 50, 191):
-        context = model.tokenizer.decode(rows.tokens_NS[row, : rows.positions_N[row] + 1])
-        prompt = model.tokenizer.encode(f"once , {context} and", add_bos=True)
-        written = [token for token in continued(model, prompt) if token > 3]
-        assert list(before_end(rows.targets_NT[row], model.tokenizer.eos_id)) == written
+    # On eight devices, in layers that are scanned, as on one.
+    folder = tmp_path / "whole" / "cache" / "train"
+    rows, model = all_rows(folder), conlens_jax.load_model(world.session.model.folder)
+    one = targets_of(model, longest=36, prompt="once , <context> and", temperature=1.0)
+    some = rows.take([0, 50, 191])
+    assert filled(one.texts(some), T, model.tokenizer.eos_id).tolist() == some.targets_NT.tolist()
+    assert len(np.unique(rows.targets_NT, axis=0)) > 150
     recorded = ActivationCache.open(folder).metadata.target
     assert {**recorded, "tokenizer_hash": "", "weights_hash": ""} == {
-        **{"kind": "model", "text_len": T, "end_token": "<eos>", "temperature": 0.0, "seed": 0},
+        **{"kind": "model", "text_len": T, "end_token": "<eos>", "temperature": 1.0, "seed": 0},
         **{"prompt": "once , <context> and", "model_path": "", "weights_hash": ""},
         **{"tokenizer_hash": "", "chat_template": None, "dtype": "float32", "quantise": ""},
     }

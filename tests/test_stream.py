@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pipeline import WARM_STEPS, losses, open_world
+from pipeline import WARM_STEPS, losses, make_world, open_world, quick_compilation
+from test_extract import changed, dump
+from test_targets import WORDS, explanations, write_jsonl
 
 from conlens_jax.config import ConfigError, with_changes
+from conlens_jax.data import prompt_writer
 from conlens_jax.data.device_batches import make_batch
 from conlens_jax.data.stream import open_stream
 from conlens_jax.lens.batch import with_activations
@@ -63,6 +66,31 @@ def test_rows_are_those_of_the_dump(world, tmp_path):
     statistics = [training_reference(cache) for cache in (stream, dumped[0])]
     np.testing.assert_allclose(statistics[0].mean_D, statistics[1].mean_D, rtol=1e-5, atol=1e-6)
     assert statistics[0].scale == pytest.approx(statistics[1].scale, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["words", "facts", "file", "model"])
+def test_targets_are_those_of_the_dump(tmp_path_factory, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(prompt_writer, "_PRODUCT_WIDTH", {"cpu": 64})
+    with quick_compilation(tmp_path_factory):
+        marks = make_world(tmp_path_factory.getbasetemp() / "marks", lens__gap_token=" ·")
+        changes = {**WORDS, "target__kind": kind, "target__temperature": 1.0}
+        changes["target__prompt"] = "once , <context> and"
+        if kind == "file":
+            write_jsonl(tmp_path / "a.jsonl", explanations(marks))
+            changes["target__path"] = str(tmp_path / "a.jsonl")
+        dumped = changed(marks, tmp_path, **changes)
+        dump(dumped)
+        stream = changed(marks, tmp_path, **changes, data__source="stream")
+        for ours, theirs in zip(open_caches(stream), open_caches(dumped), strict=True):
+            order = np.random.default_rng(0).permutation(len(theirs))
+            found, expected = ours.rows(order), theirs.rows(order)
+            assert expected.targets_NT.shape[1] and len(np.unique(expected.targets_NT, axis=0)) > 3
+            for name in ("tokens_NS", "positions_N", "documents_N", "targets_NT"):
+                np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+        train = open_caches(stream)[0]
+        captured = train.captured(20)
+        np.testing.assert_array_equal(captured.targets_NT, train.rows(range(20)).targets_NT)
+        assert captured.activations_ND.shape == (20, marks.config.embedded.d_model)
 
 
 @pytest.mark.parametrize("rows_per_document", [1, 2])

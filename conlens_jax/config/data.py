@@ -64,7 +64,8 @@ class DataConfig:
     # "cache": the folder that conlens_jax.dump wrote. "stream": the corpus itself: the same rows
     # (the section dump defines them), with their tokens in memory; each step captures its
     # activations, which costs M's pass up to block L. Nothing is written; held-out rows are
-    # captured when a run begins.
+    # captured when a run begins, and targets other than windows are made then, of all rows: for
+    # words a pass of M over each document, for descriptions the time to write them.
     source: str = "cache"
 
 

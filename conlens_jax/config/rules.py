@@ -390,11 +390,6 @@ def _dumped_target_problems(config: ExperimentConfig) -> Iterator[str]:
             f"target.kind={kind!r} has texts of different lengths: give lens.end_token ('<eos>' is "
             "the tokenizer's own)"
         )
-    if config.data.source == "stream":
-        yield (
-            f"target.kind={kind!r} is made when activations are dumped: data.source must be "
-            "'cache', not 'stream'"
-        )
     if shift := config.evaluate.audit_shift:
         yield (
             f"evaluate.audit_shift={shift} must be 0 for target.kind={kind!r}: a target belongs to "

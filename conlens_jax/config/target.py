@@ -11,7 +11,7 @@ class TargetConfig:
     every stage that uses its loss (the anchor, the control).
 
     All but windows end with ``lens.end_token``, are made when the activations are dumped and are
-    kept in the cache.
+    kept in the cache, or in memory where rows are streamed.
     """
 
     # "window": the source tokens around P, warm.before and warm.after of them. "words": the words

@@ -200,25 +200,29 @@ class Extractor:
         self.too_short = self.read = 0
         self._without_target = self._cut = 0
         self.tally = Tally()
-        n_next = 0 if targets is None else targets.n_next
-        self._capture = functools.partial(_capture_at, spec=spec, n_next=n_next)
+        self._n_next = 0 if targets is None else targets.n_next
+        self._capture = functools.partial(_capture_at, spec=spec, n_next=self._n_next)
 
-    def batches(self, cursor: Any) -> Iterator[tuple[Rows, list[Any]]]:
+    def batches(self, cursor: Any, with_targets: bool = True) -> Iterator[tuple[Rows, list[Any]]]:
         """Rows after ``cursor``, which is [first document of the batch, row in the batch]."""
         start, skip = (cursor[0], cursor[1] + 1) if cursor else (self._first, 0)
         documents = self._usable(start)
         while batch := list(itertools.islice(documents, self.config.batch_size)):
-            rows = self._with_targets(*self._captured(*self._draw(batch)))
+            rows, next_tokens = self._captured(*self._draw(batch))
+            if with_targets:
+                rows = self._with_targets(rows, next_tokens)
             cursors = [[batch[0][0], number] for number in range(len(rows))]
             yield rows.take(slice(skip, None)), cursors[skip:]
             skip = 0
 
     def tokens_of(self, wanted: int) -> Iterator[Rows]:
-        """The first ``wanted`` rows, by batches of documents, with activations of width 0: M does
-        not run."""
+        """The first ``wanted`` rows with their targets, by batches of documents, with activations
+        of width 0: M runs only if the targets need it."""
         documents, room = self._usable(self._first), wanted
         while room > 0 and (batch := list(itertools.islice(documents, self.config.batch_size))):
-            rows = self._draw(batch)[0].take(slice(room))
+            rows, row_of = self._draw(batch)
+            next_tokens = self._captured(rows, row_of)[1] if self._n_next else None
+            rows = self._with_targets(rows, next_tokens).take(slice(room))
             room -= len(rows)
             yield rows
 
@@ -226,10 +230,10 @@ class Extractor:
         """The tokens of each document's context."""
         return (tokens[: self.config.seq_len] for _, tokens in self._encoded(self._first))
 
-    def captured(self, wanted: int) -> Iterator[Rows]:
+    def captured(self, wanted: int, with_targets: bool = True) -> Iterator[Rows]:
         """The first ``wanted`` rows as the dump writes them."""
         room = wanted
-        for rows, _ in self.batches(None):
+        for rows, _ in self.batches(None, with_targets):
             yield rows.take(slice(room))
             room -= len(rows)
             if room <= 0:

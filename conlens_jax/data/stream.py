@@ -1,12 +1,13 @@
 """Rows directly from the corpus, without activations on disk (``data.source=stream``).
 
-They are the rows that a dump with the same settings would write, in the same order. Only tokens and
-positions are kept; activations are captured when they are used
+They are the rows that a dump with the same settings would write, in the same order. Only tokens,
+positions and targets are kept; activations are captured when they are used
 (:func:`conlens_jax.lens.batch.with_activations`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from conlens_jax.corpora.corpus import CorpusError
 from conlens_jax.data.extract import Extractor
 from conlens_jax.data.model_documents import open_texts
 from conlens_jax.data.rows import Places, Rows, checked_indices
+from conlens_jax.data.targets.opening import open_targets
 from conlens_jax.lens.spec import LensSpec
 from conlens_jax.models.model import LanguageModel
 from conlens_jax.tracking.console import Console
@@ -25,12 +27,19 @@ from conlens_jax.tracking.console import Console
 class TokenStream:
     """Training rows with activations of width 0; otherwise like an activation cache.
 
-    Each document's context is stored once and shared by its rows.
+    Each document's context is stored once and shared by its rows. Targets are made here, by the
+    batches of the dump: they are its targets to the last token.
     """
 
-    def __init__(self, extractor: Extractor, wanted: int):
+    def __init__(self, extractor: Extractor, wanted: int, console: Console):
         self._extractor = extractor
-        parts = list(extractor.tokens_of(wanted))
+        parts = []
+        # Without targets there is nothing to wait for.
+        shown = console if extractor.targets else Console(enabled=False)
+        with shown.progress(wanted, "targets") as progress:
+            for part in extractor.tokens_of(wanted):
+                parts.append(part)
+                progress.update(len(part))
         if not parts:
             raise CorpusError(extractor.nothing_message())
         contexts, others, documents = [], [], 0
@@ -43,6 +52,7 @@ class TokenStream:
             np.concatenate, zip(*contexts, strict=True)
         )
         self._document_of_N, self._positions_N = map(np.concatenate, zip(*others, strict=True))
+        self._targets_NT = np.concatenate([part.targets_NT for part in parts])
 
     def __len__(self) -> int:
         return len(self._positions_N)
@@ -57,6 +67,7 @@ class TokenStream:
             positions_N=self._positions_N[indices],
             lengths_N=self._lengths_G[documents],
             documents_N=self._documents_G[documents],
+            targets_NT=self._targets_NT[indices],
         )
 
     def places(self) -> Iterator[Places]:
@@ -66,7 +77,8 @@ class TokenStream:
 
     def captured(self, count: int) -> Rows:
         """The first ``count`` rows with their activations."""
-        return Rows.concatenate(list(self._extractor.captured(count)))
+        rows = Rows.concatenate(list(self._extractor.captured(count, with_targets=False)))
+        return dataclasses.replace(rows, targets_NT=self._targets_NT[: len(rows)])
 
 
 class CapturedRows:
@@ -99,18 +111,23 @@ def open_stream(
     The number of duplicate texts is printed to ``console``.
 
     Raises:
-      ValueError: a split of the corpus has no usable document.
+      ValueError: a split of the corpus has no usable document, or as
+        :func:`~conlens_jax.data.targets.opening.open_targets`.
     """
-    corpus = open_texts(config.corpus, model, mesh, console or Console(enabled=False))
-    extractor = lambda split: Extractor(config.dump, model, spec, mesh, corpus, split)
-    held_out = extractor("validation")
+    console = console or Console(enabled=False)
+    targets = open_targets(config, model, spec, mesh, lambda: extractor("train").contexts())
+    corpus = open_texts(config.corpus, model, mesh, console)
+    extractor = lambda split: Extractor(config.dump, model, spec, mesh, corpus, split, targets)
+    held_out, reader = extractor("validation"), extractor("train")
     parts = list(held_out.captured(config.dump.n_validation_samples))
     if not parts:
         raise CorpusError(held_out.nothing_message())
-    reader = extractor("train")
-    train = TokenStream(reader, config.dump.n_samples)
-    if console is not None:
-        for note in corpus.notes:
-            console.line("stream", note=note)
-        console.line("stream", **reader.copies())
+    train = TokenStream(reader, config.dump.n_samples, console)
+    for note in corpus.notes:
+        console.line("stream", note=note)
+    console.line("stream", **reader.copies(), **reader.incomplete())
+    if targets:
+        if speed := targets.speed():
+            console.line("targets", **speed)
+        targets.release()
     return train, CapturedRows(Rows.concatenate(parts))
