@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from conlens_jax.config import ConfigError, to_json_dict
-from conlens_jax.data.targets.opening import mark_ids
 from conlens_jax.embedded.language_model import STATISTICS_FILE
 from conlens_jax.evaluation.full import Studies
 from conlens_jax.evaluation.report.document_heat import document_heat
 from conlens_jax.evaluation.report.heat_map import HeatMap
 from conlens_jax.evaluation.report.page import PageData, System, build_report
 from conlens_jax.evaluation.report.writing import write_report
+from conlens_jax.evaluation.studies.claims import claim_truth, truth_of_claims
 from conlens_jax.evaluation.studies.said_words import SaidWords
 from conlens_jax.evaluation.suite import HEADLINE, Evaluated, Suite, attribute_token_ids
 from conlens_jax.evaluation.tracking import track_evaluation
@@ -112,14 +112,14 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
     studies = None
     if config.evaluate.suite != "basic":
         studies = Studies.make(session, suite, template, frozen, run_folder)
-    said_words = None
-    if config.target.kind == "words":
-        said_words = SaidWords(suite, tokenizer, **mark_ids(config.target, tokenizer))
+    truth = claim_truth(config, suite, tokenizer)
     systems, heat_maps = [], []
     for lens in lenses:
         trainable = load_lens(lens.folder, template, lens.step)
         evaluated = suite.evaluate(trainable, frozen)
-        more = {} if said_words is None else said_words.truth(evaluated)
+        more = {} if truth is None else truth_of_claims(suite, truth, evaluated)
+        if isinstance(truth, SaidWords):
+            more |= truth.truth(evaluated)
         if studies is not None:
             more |= studies.of_lens(evaluated, trainable)
             if lens == main:
@@ -282,6 +282,7 @@ def _notes(session: Session, measured: dict[str, Evaluated], has_baseline: bool)
 
 def _print_table(session: Session, systems: list[System]) -> None:
     names = (*HEADLINE, "null_shuffle_fve_nrm", "null_shuffle_kl_frac_mean", "top1_agree")
+    names += ("claims", "claims_right", "null_shuffle_claims_right")
     names += ("attribute_stated", "null_shuffle_attribute_stated", "nll_text", "nll_window")
     names += ("frozen_fve_nrm", "gap_frozen", "gap_frozen_window", "recall", "precision")
     rows = []
