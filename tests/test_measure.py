@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_lens import CONTEXT, TEXT_LEN, captured, plain_swap, tiny_lens, tiny_spec
+from tiny_lens import CONTEXT, TEXT_LEN, captured, plain_swap, plain_text, tiny_lens, tiny_spec
 from tiny_models import random_tokens
 
 from conlens_jax.config import WarmConfig
@@ -113,6 +113,21 @@ def test_texts_are_the_decoders(lens, rows, measurer):
     for decoding, texts in explained.texts.items():
         read = measurer.read(*lens, texts)
         np.testing.assert_allclose(explained.reconstructions[decoding], read, rtol=0, atol=1e-5)
+
+
+def test_log_probabilities_are_those_of_decoding_step_by_step(lens, rows, measurer):
+    activation_BD = jnp.asarray(rows.activations_ND)
+    greedy = jnp.zeros((N_ROWS, TEXT_LEN, 48), jnp.float32)
+    logits, choices = jax.jit(functools.partial(plain_text, spec=SPEC))(
+        *lens, activation_BD, greedy, 1.0
+    )
+    texts = np.asarray(jnp.argmax(choices, axis=-1), np.int32)
+    expected = np.take_along_axis(
+        np.asarray(jax.nn.log_softmax(logits)), texts[..., None], axis=-1
+    )[..., 0]
+    found = measurer.text_log_probs(*lens, rows, texts)
+    assert np.ptp(expected) > 0.5
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_effects_equal_the_full_forward(lens, rows, measurer, random_vectors):

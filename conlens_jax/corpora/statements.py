@@ -56,6 +56,16 @@ def token_variables(
     return found
 
 
+def alike(variables: Mapping[str, TokenVariable]) -> dict[str, list[int]]:
+    """The variables that a text can tell apart: name of the first of each group → indices of all
+    variables of the group."""
+    groups: dict[str, list[int]] = {}
+    for index, variable in enumerate(variables.values()):
+        same = (name for name in groups if variables[name].indistinguishable_from(variable))
+        groups.setdefault(next(same, list(variables)[index]), []).append(index)
+    return groups
+
+
 def known_ids(word: str, tokenizer: Tokenizer) -> list[int]:
     """The tokens of a word; empty if the tokenizer does not know it."""
     ids = tokenizer.encode(word)

@@ -10,20 +10,22 @@ from typing import Any
 import numpy as np
 
 from conlens_jax.config import ConfigError, to_json_dict
-from conlens_jax.data.targets.opening import mark_ids
 from conlens_jax.embedded.language_model import STATISTICS_FILE
 from conlens_jax.evaluation.full import Studies
 from conlens_jax.evaluation.report.document_heat import document_heat
 from conlens_jax.evaluation.report.heat_map import HeatMap
 from conlens_jax.evaluation.report.page import PageData, System, build_report
 from conlens_jax.evaluation.report.writing import write_report
+from conlens_jax.evaluation.studies.claims import claim_truth, truth_of_claims
 from conlens_jax.evaluation.studies.said_words import SaidWords
+from conlens_jax.evaluation.studies.support import support_of_claims
 from conlens_jax.evaluation.studies.word_parts import OTHERS, WordParts
 from conlens_jax.evaluation.suite import HEADLINE, Evaluated, Suite, attribute_token_ids
+from conlens_jax.evaluation.support import SUPPORT_FILE, Calibration
 from conlens_jax.evaluation.tracking import track_evaluation
 from conlens_jax.lens.spec import init_lens
 from conlens_jax.measurement.bootstrap import Interval
-from conlens_jax.measurement.metric_files import flatten, write_metrics
+from conlens_jax.measurement.metric_files import MEASURED_STEP, flatten, write_metrics
 from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.preemption import leave_together
 from conlens_jax.parallel.processes import broadcast_from_first
@@ -62,6 +64,7 @@ class _Results:
     heat_maps: list[HeatMap]
     has_baseline: bool
     studies: Studies | None
+    calibration: Calibration | None
 
 
 def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
@@ -75,8 +78,8 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
 
     Returns:
       The path of ``report.html``; ``metrics.json`` and ``metrics.csv`` are beside it, in the run
-      folder. The three also go to W&B, see
-      :func:`~conlens_jax.evaluation.tracking.track_evaluation`.
+      folder, and so is ``support.json`` where claims can be checked. The other three also go to
+      W&B, see :func:`~conlens_jax.evaluation.tracking.track_evaluation`.
 
     Raises:
       ValueError: no checkpoint there, or one of another model or lens.
@@ -113,15 +116,20 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
     studies = None
     if config.evaluate.suite != "basic":
         studies = Studies.make(session, suite, template, frozen, run_folder)
-    said_words = None
-    if config.target.kind == "words":
-        said_words = SaidWords(suite, tokenizer, **mark_ids(config.target, tokenizer))
+    truth = claim_truth(config, suite, tokenizer)
     word_parts = WordParts.of(config.target, tokenizer, suite)
-    systems, heat_maps = [], []
+    systems, heat_maps, calibration = [], [], None
     for lens in lenses:
         trainable = load_lens(lens.folder, template, lens.step)
         evaluated = suite.evaluate(trainable, frozen)
-        more = {} if said_words is None else said_words.truth(evaluated)
+        more = {}
+        if truth is not None:
+            more |= truth_of_claims(suite, truth, evaluated)
+            found, support = support_of_claims(suite, truth, evaluated, trainable, frozen)
+            calibration = found if lens == main else calibration
+            more |= support
+        if isinstance(truth, SaidWords):
+            more |= truth.truth(evaluated)
         if word_parts is not None and (lens == main or studies is not None):
             more |= word_parts.of_lens(evaluated, trainable, frozen)
         if studies is not None:
@@ -134,7 +142,7 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
         headline = {name: evaluated.metrics[name].value for name in HEADLINE}
         console.line("evaluate", lens=lens.key, step=lens.step, **headline)
     _print_table(session, systems)
-    results = _Results(main, suite, systems, heat_maps, baseline is not None, studies)
+    results = _Results(main, suite, systems, heat_maps, baseline is not None, studies, calibration)
     return Path(broadcast_from_first(lambda: str(_write(session, run_folder, results))))
 
 
@@ -160,6 +168,10 @@ def _write(session: Session, run_folder: Path, results: _Results) -> Path:
         **{name: _STATISTICS[name].format(value) for name, value in statistics.items()},
         "weights": session.model.weights_hash[:12],
     }
+    (run_folder / SUPPORT_FILE).unlink(missing_ok=True)
+    if results.calibration is not None:
+        measured_on = {MEASURED_STEP: results.main.step, "rows": facts["rows"]}
+        results.calibration.with_facts(measured_on).write(run_folder)
     data = PageData(
         systems=results.systems,
         main=main,
@@ -301,6 +313,8 @@ def _notes(session: Session, measured: dict[str, Evaluated], has_baseline: bool)
 
 def _print_table(session: Session, systems: list[System]) -> None:
     names = (*HEADLINE, "null_shuffle_fve_nrm", "null_shuffle_kl_frac_mean", "top1_agree")
+    names += ("claims", "claims_right", "null_shuffle_claims_right")
+    names += ("support_ece", "support_right_at_90", "support_share_at_90")
     names += ("attribute_stated", "null_shuffle_attribute_stated", "nll_text", "nll_window")
     names += ("next_only_fve_nrm", "context_adds_fve_nrm", "context_adds_kl_frac_mean")
     names += ("next_tokens_fve_nrm", "text_adds_fve_nrm", "text_adds_kl_frac_mean")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from conlens_jax.lens.batch import Batch
-from conlens_jax.lens.decoder import generate
+from conlens_jax.lens.decoder import decoder_head, generate, teacher_forced_states
 from conlens_jax.lens.encoder import encode_prefixes, encode_ragged, encode_tokens
 from conlens_jax.lens.gumbel import Purpose, drawn_noise, example_keys
 from conlens_jax.lens.losses import cross_entropy, direction_error, kl_divergence
@@ -102,6 +102,21 @@ def text_nll(original: Params, text_BT: jax.Array, *, spec: LensSpec):
     words_BT = real_BT & (text_BT != spec.end)
     count_B = jnp.maximum(jnp.sum(words_BT, axis=1, dtype=jnp.float32), 1.0)
     return sum_of_text(nll_BT, words_BT) / count_B
+
+
+def text_log_probs(
+    trainable: Params,
+    frozen: Params,
+    activation_BD: jax.Array,
+    text_BT: jax.Array,
+    *,
+    spec: LensSpec,
+) -> jax.Array:
+    """The decoder's log p of each token of a given text, given the activation and the tokens before
+    it; [B, T], nats."""
+    decoder = decoder_of(trainable, frozen)
+    states_BTD = teacher_forced_states(decoder, activation_BD, text_BT, spec=spec)
+    return -text_terms(decoder_head(decoder, spec), states_BTD, text_BT)["nll"]
 
 
 def context_of_batch(

@@ -78,6 +78,7 @@ class Measurer:
         self._effect = jax.jit(functools.partial(pure.effect_of_swap, spec=spec))
         self._odds = jax.jit(functools.partial(pure.odds_of_pair, spec=spec))
         self._text_nll = jax.jit(functools.partial(pure.text_nll, spec=spec))
+        self._text_log_probs = jax.jit(functools.partial(pure.text_log_probs, spec=spec))
         self._unembedded = jax.jit(functools.partial(pure.unembedded, spec=spec))
         last = spec.model.n_layers - 1
         self._last_states = jax.jit(functools.partial(pure.states_at, layer=last, spec=spec))
@@ -124,6 +125,15 @@ class Measurer:
     def text_nll(self, original: Params, texts_NT: np.ndarray) -> np.ndarray:
         """−log p per token under M reading the text alone, mean over each text; [N], nats."""
         return self._over_texts((texts_NT,), lambda text: self._text_nll(original, text))
+
+    def text_log_probs(
+        self, trainable: Params, frozen: Params, rows: Rows, texts_NT: np.ndarray
+    ) -> np.ndarray:
+        """The decoder's log p of each token of given texts of the rows; [N, T], nats."""
+        run = lambda batch, start: self._text_log_probs(
+            trainable, frozen, batch.activation_BD, self._piece(texts_NT, start)
+        )
+        return self._over(rows, run)
 
     def odds(
         self,

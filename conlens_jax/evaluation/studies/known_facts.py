@@ -9,7 +9,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from conlens_jax.corpora.generated import Generator
-from conlens_jax.corpora.statements import NOTHING, TokenVariable, known_ids, token_variables
+from conlens_jax.corpora.statements import (
+    NOTHING,
+    TokenVariable,
+    alike,
+    known_ids,
+    token_variables,
+)
 from conlens_jax.data.rows import Rows
 from conlens_jax.models.tokenizer import Tokenizer
 
@@ -78,18 +84,12 @@ class KnownFacts:
         them, and is counted under the first.
         """
         claims_NA, right_NA = np.zeros(self.truth_NA.shape), np.zeros(self.truth_NA.shape)
-        variables = list(self.variables.values())
-        for index, variable in enumerate(variables):
-            alike = [
-                i for i, other in enumerate(variables) if variable.indistinguishable_from(other)
-            ]
-            if alike[0] != index:
-                continue
-            stated_NT = variable.stated(texts_NT)
+        for name, group in alike(self.variables).items():
+            stated_NT = self.variables[name].stated(texts_NT)
             claimed_NT = stated_NT != NOTHING
-            true_NT = np.any(stated_NT[:, :, None] == self.truth_NA[:, None, alike], axis=-1)
-            claims_NA[:, index] = claimed_NT.sum(axis=1)
-            right_NA[:, index] = (claimed_NT & true_NT).sum(axis=1)
+            true_NT = np.any(stated_NT[:, :, None] == self.truth_NA[:, None, group], axis=-1)
+            claims_NA[:, group[0]] = claimed_NT.sum(axis=1)
+            right_NA[:, group[0]] = (claimed_NT & true_NT).sum(axis=1)
         return claims_NA, right_NA
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from conlens_jax.data.targets.whole_words import WholeWords
+from conlens_jax.evaluation.claims import CONTEXT, NEXT, Claim, WordClaims
 from conlens_jax.evaluation.suite import Evaluated, PerRow, Suite
 from conlens_jax.measurement.aggregates import mean_of, ratio_of
 from conlens_jax.measurement.bootstrap import Interval, Statistic
@@ -27,7 +27,8 @@ class Said(NamedTuple):
 
     Attributes:
       next_tokens: the first token of each word that it says M is about to say.
-      context: the keys of the words that it says the context has (:class:`WholeWords`).
+      context: the keys of the words that it says the context has
+        (:class:`~conlens_jax.data.targets.whole_words.WholeWords`).
     """
 
     next_tokens: frozenset[int]
@@ -48,31 +49,29 @@ class SaidWords:
     separator: int | None
 
     @functools.cached_property
-    def _words(self) -> WholeWords:
-        return WholeWords(self.tokenizer)
+    def reader(self) -> WordClaims:
+        gap = self.suite.measurer.spec.gap
+        return WordClaims(self.tokenizer, self.comma, self.separator, gap)
 
     @functools.cached_property
     def _seen(self) -> list[frozenset[str]]:
         """The words of each row's context up to P."""
         rows = self.suite.rows
         return [
-            frozenset(word.key for word in self._words.of(tokens[: position + 1].tolist()))
+            frozenset(word.key for word in self.reader.words.of(tokens[: position + 1].tolist()))
             for tokens, position in zip(rows.tokens_NS, rows.positions_N, strict=True)
         ]
 
     def of(self, tokens: Sequence[int]) -> Said:
         """The content of one explanation, given without its end. A gap is no word."""
-        gap = self.suite.measurer.spec.gap
-        cut = tokens.index(self.separator) if self.separator in tokens else len(tokens)
-        first, begins = [], True
-        for token in tokens[:cut]:
-            if token == self.comma:
-                begins = True
-            elif begins:
-                first.append(token)
-                begins = self.comma is None
-        words = self._words.of([token for token in tokens[cut + 1 :] if token != gap])
-        return Said(frozenset(first) - {gap}, frozenset(word.key for word in words))
+        claims = self.reader.of(tokens)
+        said = lambda kind: frozenset(claim.says for claim in claims if claim.kind == kind)
+        return Said(said(NEXT), said(CONTEXT))
+
+    def is_right(self, claim: Claim, row: int, clean: SwapEffect) -> bool:
+        """See :meth:`~.claims.ClaimTruth.is_right`."""
+        likely = clean.top_tokens if claim.kind == NEXT else self._seen
+        return claim.says in likely[row]
 
     def truth(self, evaluated: Evaluated) -> dict[str, Interval]:
         """Of the greedy texts of a lens, and with a prefix of its sampled ones, of those of other
