@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -13,12 +14,16 @@ from pipeline import quick_compilation
 from tiny_user import LAYER, TEXT, TEXTS, tiny_user_lens
 
 from conlens_jax.config import MeshConfig
+from conlens_jax.evaluation.support import Calibration
 from conlens_jax.inspection.explanations import Explanations
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.inspection.programs import TOP
+from conlens_jax.inspection.readings import ExplainedToken, Prediction, Reading
+from conlens_jax.inspection.terminal import render
 from conlens_jax.lens.decoder import generate
 from conlens_jax.lens.encoder import encode_tokens
 from conlens_jax.lens.spec import decoder_of, encoder_of
+from conlens_jax.measurement.programs import text_log_probs
 from conlens_jax.parallel.mesh import make_mesh
 
 
@@ -207,6 +212,42 @@ def test_results_as_json_and_pandas(lens, sampled, tmp_path):
     for wrong in ("nonsense", '{"schema": 9}', '{"schema": 1}'):
         with pytest.raises(ValueError, match="not the JSON of Explanations"):
             Explanations.from_json(wrong)
+
+
+def test_support_is_calibrated_from_the_decoders_probabilities(lens, explained, tmp_path):
+    """Of greedy texts, token by token; written with the lens, and as JSON."""
+    calibration = Calibration({"comma": None, "separator": None}, {"next": ((0, 0.1), (1, 0.9))})
+    believed = dataclasses.replace(lens, calibration=calibration)
+    believed = Lens.load(believed.save(tmp_path / "lens"))
+    assert believed.calibration == calibration
+    found = believed.explain(TEXT, progress=False)
+    log_probs = jax.jit(functools.partial(text_log_probs, spec=lens.spec))
+    for row, plain in zip(found, explained, strict=True):
+        reading = row.best
+        assert str(reading.text) == str(plain.best.text) and plain.best.support is None
+        activation = lens.capture(TEXT, row.position)[None]
+        text = jnp.asarray([reading.tokens], jnp.int32)
+        p = np.exp(log_probs(lens.trainable, lens.frozen, activation, text))[0]
+        np.testing.assert_allclose(reading.support, 0.1 + 0.8 * p, rtol=1e-4)
+        assert "".join(reading.pieces).strip() == str(reading.text).strip()
+    assert Explanations.from_json(found.to_json()) == found
+    assert found.records()[0]["support"] == list(found[0].best.support)
+    assert believed.explain(TEXTS[0], [1], decoding="sample")[0].best.support is None
+
+
+def test_support_in_the_terminal():
+    pieces, support = (" a", "nna", " |", " fox", " sled"), (0.95, 0.95, None, 0.3, 0.7)
+    reading = Reading("anna | fox sled", 0.9, 0.1, (Prediction("x", 1.0),), None, None)
+    row = ExplainedToken(0, 1, "t", (Prediction("x", 1.0),), (reading,))
+    shown = lambda row, **kind: render(Explanations((row,), (("b", "t"),)), **kind, width=100)
+    assert "anna | fox sled" in shown(row, colour=False) and "?" not in shown(row, colour=False)
+    reading = dataclasses.replace(reading, pieces=pieces, support=support)
+    row = dataclasses.replace(row, readings=(reading,))
+    plain = shown(row, colour=False)
+    assert "anna+ | fox? sled " in plain and "+ right in at least nine of ten" in plain
+    bright = shown(row, colour=True)
+    parts = "\x1b[1ma\x1b[0m\x1b[1mnna\x1b[0m |\x1b[2m fox\x1b[0m sled "
+    assert parts in bright and "bold: right" in bright
 
 
 def test_html_is_whole_and_escaped(explained):

@@ -2,7 +2,8 @@
 
 The raw score of a claim is the decoder's probability of its tokens. The evaluation fits, for each
 kind of claim, how often claims of a score are right
-(:mod:`~conlens_jax.evaluation.studies.support`). A run keeps that in ``support.json``.
+(:mod:`~conlens_jax.evaluation.studies.support`). A run keeps that in ``support.json``, a
+saved lens in its ``config.json``.
 """
 
 from __future__ import annotations

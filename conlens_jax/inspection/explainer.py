@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,15 +13,16 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from conlens_jax.config.seeds import checked_seed
+from conlens_jax.evaluation.claims import claim_reader
 from conlens_jax.inspection import batching
 from conlens_jax.inspection.explanations import Explanations
 from conlens_jax.inspection.programs import Sampling, sampling_of
 from conlens_jax.inspection.reader import LensReader, Vector
-from conlens_jax.inspection.readings import ExplainedToken
+from conlens_jax.inspection.readings import ExplainedToken, Reading
 from conlens_jax.inspection.texts import Positions, token_index, token_indices, token_lists
 from conlens_jax.lens.original import ContextStates
 from conlens_jax.models.arguments import finite_array
-from conlens_jax.models.written import Written, written_texts
+from conlens_jax.models.written import Written, before_end, written_texts
 
 
 class LensExplainer(LensReader):
@@ -107,6 +109,14 @@ class LensExplainer(LensReader):
         )
         texts = written_texts(np.asarray(text_BT), self.model.tokenizer, self.spec.end)
         effect = jax.tree.map(np.asarray, effect)
+        supported = lambda reading, number: reading
+        if self.calibration is not None and decoding == "greedy":
+            log_probs_BT = np.asarray(
+                self._programs.log_probs(
+                    self.trainable, self.frozen, states, documents_B, positions_B, text_BT
+                )
+            )
+            supported = lambda reading, number: self._supported(reading, log_probs_BT[number])
         numbers_of: dict[tuple[int, int], list[int]] = {}  # of the samples of each token
         for number, row in enumerate(rows):
             numbers_of.setdefault((row.document, row.position), []).append(number)
@@ -116,10 +126,23 @@ class LensExplainer(LensReader):
                 position,
                 self.model.tokenizer.token(documents[document][position]),
                 self._predictions(effect.before, numbers[0]),
-                tuple(self._reading(texts[number], effect, number) for number in numbers),
+                tuple(
+                    supported(self._reading(texts[number], effect, number), number)
+                    for number in numbers
+                ),
             )
             for (document, position), numbers in numbers_of.items()
         ]
+
+    def _supported(self, reading: Reading, log_probs_T: np.ndarray) -> Reading:
+        """The reading of a text that the decoder wrote, with the support of its claims."""
+        assert self.calibration is not None and reading.tokens is not None
+        tokenizer = self.model.tokenizer
+        tokens = before_end(reading.tokens, self.spec.end)
+        reader = claim_reader(self.calibration.claims, tokenizer, self.spec.gap)
+        support = self.calibration.of_tokens(reader, tokens, log_probs_T)
+        pieces = tuple(map(tokenizer.piece, tokens))
+        return dataclasses.replace(reading, pieces=pieces, support=tuple(support))
 
     def write(
         self,

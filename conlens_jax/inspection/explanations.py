@@ -56,6 +56,7 @@ class Explanations(Sequence[ExplainedToken]):
                 "after": _listed(reading.after),
                 "tokens": None if reading.tokens is None else list(reading.tokens),
                 "reads_back": reading.reads_back,
+                "support": None if reading.support is None else list(reading.support),
             }
             for row in self.rows
             for sample, reading in enumerate(row.readings)
@@ -127,7 +128,11 @@ def _row(values: Mapping[str, Any]) -> ExplainedToken:
         str(values["token"]),
         predictions(values["before"]),
         tuple(
-            Reading.of(_text(r), float(r["cos"]), float(r["kl"]), predictions(r["after"]))
+            dataclasses.replace(
+                Reading.of(_text(r), float(r["cos"]), float(r["kl"]), predictions(r["after"])),
+                pieces=None if r.get("pieces") is None else tuple(map(str, r["pieces"])),
+                support=None if r.get("support") is None else tuple(r["support"]),
+            )
             for r in values["readings"]
         ),
     )

@@ -1,6 +1,7 @@
 """A lens as a Hugging Face folder: ``config.json``, the trained parts as safetensors, a model card.
 
-config.json               the shape of the lens, and its model (id and hash of the weights)
+config.json               the shape of the lens, its model (id and hash of the weights), and the
+                          calibration of its claims
 decoder.safetensors       trained parts, named by their path in the tree
 encoder.safetensors
 metrics.json, README.md   the evaluation's numbers, and the model card that shows them
@@ -24,6 +25,7 @@ import safetensors.numpy
 
 from conlens_jax.config import LensConfig, ModelConfig
 from conlens_jax.config.older import updated_lens
+from conlens_jax.evaluation.support import Calibration
 from conlens_jax.files.paths import local_path
 from conlens_jax.files.whole import naming_full_disk, write_atomically, write_whole
 from conlens_jax.inspection.card import model_card
@@ -54,6 +56,7 @@ class Record:
       add_bos: whether texts begin with the bos token.
       facts: where the lens comes from.
       metrics: content of ``metrics.json``, if there is one.
+      calibration: of its claims, if it was measured.
     """
 
     model: ModelConfig
@@ -64,6 +67,7 @@ class Record:
     add_bos: bool
     facts: dict[str, Any]
     metrics: dict[str, Any]
+    calibration: Calibration | None
 
 
 def is_saved_lens(folder: Path) -> bool:
@@ -176,6 +180,7 @@ def _config(lens: LensParts) -> dict[str, Any]:
         },
         "add_bos": lens.add_bos,
         "facts": lens.facts,
+        **({} if lens.calibration is None else {"support": lens.calibration.to_json()}),
     }
 
 
@@ -202,6 +207,9 @@ def read_record(folder: Path) -> Record:
             add_bos=values["add_bos"],
             facts=values["facts"],
             metrics=_json(metrics) if metrics.is_file() else {},
+            calibration=Calibration.from_json(values["support"], folder / "config.json")
+            if "support" in values
+            else None,
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder}/config.json describes no lens: {error!r}") from error

@@ -19,6 +19,7 @@ from conlens_jax.config import (
     from_config_dict,
 )
 from conlens_jax.config.dtypes import run_dtype
+from conlens_jax.evaluation.support import Calibration
 from conlens_jax.files.paths import local_path
 from conlens_jax.inspection import folder as saved
 from conlens_jax.inspection.parts import LensParts
@@ -62,8 +63,11 @@ def _from_run(path: Path, mesh: Mesh, dtype: str | None, step: int | str) -> Len
     # Metrics that name no step are those of the last checkpoint.
     if metrics.get(MEASURED_STEP, all_steps(folder)[-1]) != step:
         metrics = {}
+    calibration = Calibration.read(run)
+    if calibration is not None and calibration.measured[MEASURED_STEP] != step:
+        calibration = None
     add_bos = model.tokenizer.adds_bos(config.dump.add_bos)
-    return make_lens(trainable, add_bos, facts, metrics)
+    return make_lens(trainable, add_bos, facts, metrics, calibration)
 
 
 def _model_of_run(
@@ -119,12 +123,9 @@ class _LensMaker:
             shardings,
         )
 
-    def __call__(
-        self, trainable: Params, add_bos: bool, facts: dict[str, Any], metrics: dict[str, Any]
-    ) -> LensParts:
-        return LensParts(
-            self.model, self.spec, trainable, self.frozen, self.mesh, add_bos, facts, metrics
-        )
+    def __call__(self, trainable: Params, *details: Any) -> LensParts:
+        """``details``: the last fields of :class:`LensParts`, from ``add_bos`` on."""
+        return LensParts(self.model, self.spec, trainable, self.frozen, self.mesh, *details)
 
 
 def _from_saved(folder: Path, mesh: Mesh, dtype: str | None) -> LensParts:
@@ -138,4 +139,4 @@ def _from_saved(folder: Path, mesh: Mesh, dtype: str | None) -> LensParts:
     )
     make_lens = _LensMaker(model, record.model.layer, record.lens, record.statistics, mesh)
     trainable = saved.read_parts(folder, make_lens.template)
-    return make_lens(trainable, record.add_bos, record.facts, record.metrics)
+    return make_lens(trainable, record.add_bos, record.facts, record.metrics, record.calibration)

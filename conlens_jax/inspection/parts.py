@@ -7,6 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from conlens_jax.evaluation.support import Calibration
 from conlens_jax.lens.spec import LensSpec
 from conlens_jax.models.model import LanguageModel
 from conlens_jax.models.param_table import Params
@@ -26,6 +27,7 @@ class LensParts:
       facts: the lens's origin: model, layer, stage and step of the checkpoint, and the first
         position of its training rows.
       metrics: of the evaluation, if there was one.
+      calibration: how far the claims of its texts can be believed, if the evaluation measured it.
     """
 
     model: LanguageModel
@@ -36,3 +38,4 @@ class LensParts:
     add_bos: bool = True
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     metrics: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    calibration: Calibration | None = None

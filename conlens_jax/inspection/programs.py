@@ -21,6 +21,7 @@ from conlens_jax.lens.gumbel import Noise, Purpose, drawn_noise
 from conlens_jax.lens.losses import direction_error, kl_divergence
 from conlens_jax.lens.original import ContextStates, context_at, read_through, swapped_logits
 from conlens_jax.lens.spec import LensSpec, decoder_of, encoder_of
+from conlens_jax.measurement.programs import text_log_probs
 from conlens_jax.models.param_table import Params
 
 TOP = 5
@@ -66,6 +67,7 @@ class Programs:
         bound = lambda function: jax.jit(functools.partial(function, spec=spec))
         self.read = bound(read_through)
         self.explain = bound(_explain)
+        self.log_probs = bound(_log_probs)
         self.swap = bound(_swap)
         self.encode = bound(_encode)
         self.write = bound(_write)
@@ -96,6 +98,21 @@ def _explain(
     text_BT = _write(trainable, frozen, activation_BD, sampling, spec=spec)
     vector_BD = encode_tokens(encoder_of(trainable, frozen, spec), text_BT, spec=spec)
     return text_BT, _swap(frozen, states, documents_B, indices_B, vector_BD, spec=spec)
+
+
+def _log_probs(
+    trainable: Params,
+    frozen: Params,
+    states: ContextStates,
+    documents_B: Int[Array, "B"],
+    indices_B: Int[Array, "B"],
+    text_BT: Int[Array, "B T"],
+    *,
+    spec: LensSpec,
+) -> Float[Array, "B T"]:
+    """The decoder's log p of each token of its texts, nats."""
+    activation_BD = states.residual_GSD[documents_B, indices_B].astype(jnp.float32)
+    return text_log_probs(trainable, frozen, activation_BD, text_BT, spec=spec)
 
 
 def _swap(

@@ -31,6 +31,9 @@ class Reading:
       reads_back: whether the text alone, tokenised again, gives these tokens; None without them.
         If it does not, pass the reading itself (``lens.swap(text, position, reading)``), not a
         copy of its text.
+      pieces: the text of each token before its end.
+      support: of each of these the calibrated probability that the claim it belongs to is right;
+        None where it belongs to none. Both are None for sampled texts, and without a calibration.
     """
 
     text: str
@@ -39,6 +42,8 @@ class Reading:
     after: tuple[Prediction, ...]
     tokens: tuple[int, ...] | None = None
     reads_back: bool | None = None
+    pieces: tuple[str, ...] | None = None
+    support: tuple[float | None, ...] | None = None
 
     @classmethod
     def of(cls, text: str, cos: float, kl: float, after: tuple[Prediction, ...]) -> Reading:
