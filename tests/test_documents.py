@@ -151,7 +151,7 @@ def served(place, monkeypatch):
     # Devices cannot be chosen any more once JAX has been used.
     no_devices = SimpleNamespace(config=SimpleNamespace(update=lambda name, value: None))
     monkeypatch.setattr("conlens_jax.planning.command.jax", no_devices)
-    monkeypatch.setattr("conlens_jax.data.model_documents._PRODUCT_WIDTH", {"cpu": 64})
+    monkeypatch.setattr("conlens_jax.data.prompt_writer._PRODUCT_WIDTH", {"cpu": 64})
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.chdir(place)
     return apps
