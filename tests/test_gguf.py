@@ -311,7 +311,7 @@ def test_a_name_is_the_file_of_a_package(path, tmp_path, cache, monkeypatch):
     assert load_model("some-model").model_id == "some-model"
     assert (cache / "some-model.gguf").read_bytes() == content
     (package / "part1").unlink()
-    (refusal,) = _model_problems("some-model")
+    (refusal,) = _model_problems("model.path", "some-model")
     assert refusal == "model.path='some-model' needs a package: pip …"
 
 

@@ -37,7 +37,7 @@ def refused(folder) -> str:
     """The message of the library, which a command has too before it begins."""
     with pytest.raises(ValueError) as error:
         load_model(folder)
-    assert [str(error.value)] == list(_model_problems(str(folder)))
+    assert [str(error.value)] == list(_model_problems("model.path", str(folder)))
     return str(error.value)
 
 

@@ -254,7 +254,7 @@ def test_what_does_not_fit_is_said_before(folder):
 def test_command_prints_the_plan_of_devices_that_are_not_there():
     done = run(
         "plan",
-        "--config=configs/quickstart.py",
+        "--config=configs/windows.py",
         "--config.model.path=meta-llama/Llama-3.3-70B-Instruct",
         "--config.mesh.fsdp=64",
         "--config.mesh.tensor=8",

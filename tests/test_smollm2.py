@@ -151,7 +151,9 @@ def test_targets_of_words_are_read_without_a_legend(model, batch, logits):
         for text in ("The house is of wood and stone", "The end of the cat is")
     ]
     comma, separator = tokenizer.encode(",")[0], tokenizer.encode(" |")[0]
-    config = TargetConfig(kind="words", next_words=3, context_words=2)
+    config = TargetConfig(
+        kind="words", next_words=3, context_words=2, nearness=0.05, most_common=1.0
+    )
     targets = WordTargets(
         config, tokenizer, comma, separator, tokenizer.eos_id, 16, lambda: contexts
     )
