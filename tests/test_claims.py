@@ -100,7 +100,8 @@ def test_metrics_are_shares_by_hand(stories):
     suite, truth, texts = stories
     half = np.where(np.arange(N_ROWS)[:, None] % 2 == 0, texts, texts[:, :1])
     explained = Explained({"greedy": texts, "sampled": half}, {})
-    found = truth_of_claims(suite, truth, Evaluated(explained, {"clean": None}, {}, {}))
+    evaluated = Evaluated(explained, {"clean": None}, {}, {})
+    found = truth_of_claims(suite, truth, evaluated, checked_claims(suite, truth, None, texts))
     value = {name: interval.value for name, interval in found.items()}
     assert value["claims"] == value["null_shuffle_claims"] == 3
     assert value["claims_right"] == pytest.approx(2 / 3)

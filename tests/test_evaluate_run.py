@@ -22,6 +22,8 @@ from conlens_jax.data.extract import dump_activations
 from conlens_jax.evaluation import run
 from conlens_jax.evaluation.run import evaluate_run
 from conlens_jax.evaluation.suite import HEADLINE
+from conlens_jax.evaluation.support import Calibration
+from conlens_jax.measurement.metric_files import MEASURED_STEP
 from conlens_jax.models.tokenizer import Tokenizer
 from conlens_jax.tracking.records import read_metrics
 from conlens_jax.training.checkpoint_storage import CheckpointError
@@ -227,7 +229,11 @@ def test_test_split(world, result, tmp_path):
         evaluate(world, tmp_path / "run", inside, **changes)
     session = world.changed(tmp_path / "dump", **changes, dump__n_test_samples=16)
     dump_activations(session.config, session.model, session.spec, session.mesh, quiet_console()[0])
+    calibration = Calibration({}, {"next": ((0.1, 0.2), (0.9, 0.8))}, {MEASURED_STEP: 1})
+    calibration.write(tmp_path / "run")
     found = evaluate(world, tmp_path / "run", inside, **changes)
+    # What the validation documents gave stays.
+    assert Calibration.read(tmp_path / "run") == calibration
     assert "16 rows of" in found.page and "held-out documents (test)" in found.page
     assert found.metrics["cos"] != result.metrics["warm_cos"]
 

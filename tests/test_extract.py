@@ -12,7 +12,7 @@ import pytest
 from pipeline import open_world, quiet_console
 
 from conlens_jax.config import ConfigError
-from conlens_jax.corpora.corpus import CorpusError, Document
+from conlens_jax.corpora.corpus import SPLITS, CorpusError, Document
 from conlens_jax.corpora.stories import story
 from conlens_jax.data import extract, shared_writer
 from conlens_jax.data.cache import ActivationCache
@@ -80,7 +80,7 @@ def test_contexts_are_the_documents(world):
 
 
 def test_positions_are_in_range_distinct_and_several_a_document(world):
-    for split in extract.SPLITS:
+    for split in SPLITS:
         rows, config = all_rows(world.cache / split), world.config.dump
         assert (rows.positions_N >= config.min_position).all()
         assert (rows.positions_N + config.after < rows.lengths_N).all()
@@ -99,7 +99,7 @@ def test_max_position_and_min_position_are_reached_and_not_passed(world, tmp_pat
 
 
 def test_splits_share_no_document(world):
-    train, validation = (all_rows(world.cache / split) for split in extract.SPLITS)
+    train, validation = (all_rows(world.cache / split) for split in SPLITS)
     assert len(train) == world.config.dump.n_samples
     assert len(validation) == world.config.dump.n_validation_samples
     assert not set(train.documents_N.tolist()) & set(validation.documents_N.tolist())
@@ -108,8 +108,8 @@ def test_splits_share_no_document(world):
 def test_test_rows_are_of_the_held_out_documents_after_those_of_validation(world, tmp_path):
     session = changed(world, tmp_path, dump__n_test_samples=24)
     dump(session)
-    parts = {split: all_rows(tmp_path / "cache" / split) for split in (*extract.SPLITS, "test")}
-    for split in extract.SPLITS:  # the same bytes with and without a test split
+    parts = {split: all_rows(tmp_path / "cache" / split) for split in (*SPLITS, "test")}
+    for split in SPLITS:  # the same bytes with and without a test split
         assert contents(tmp_path / "cache" / split) == contents(world.cache / split)
     assert len(parts["test"]) == 24
     longer = changed(world, tmp_path / "longer", dump__n_validation_samples=64 + 24)
@@ -147,7 +147,7 @@ def test_seed_decides_the_positions(world, tmp_path):
 
 def test_batch_size_changes_nothing_but_rounding(world, tmp_path):
     dump(changed(world, tmp_path, dump__batch_size=24))
-    for split in extract.SPLITS:
+    for split in SPLITS:
         here, other = all_rows(world.cache / split), all_rows(tmp_path / "cache" / split)
         for name in ("tokens_NS", "positions_N", "lengths_N", "documents_N"):
             np.testing.assert_array_equal(getattr(here, name), getattr(other, name))
@@ -293,7 +293,7 @@ def test_the_shortest_document_that_has_a_position(world, tmp_path):
     """8 tokens before P, P itself and 4 behind it make 13, one of them bos."""
     lengths = [11, 12] * 20
     dump(changed(world, tmp_path, **lines_corpus(tmp_path, lengths)))
-    rows = [all_rows(tmp_path / "cache" / split) for split in extract.SPLITS]
+    rows = [all_rows(tmp_path / "cache" / split) for split in SPLITS]
     documents = np.concatenate([part.documents_N for part in rows])
     assert sorted(documents.tolist()) == list(range(1, 40, 2))  # those of 12 words and bos
     assert all((part.positions_N == 8).all() and (part.lengths_N == 13).all() for part in rows)
@@ -318,7 +318,7 @@ def test_copies_and_a_long_document(world, tmp_path):
     session = changed(world, tmp_path, **changes)
     printed = dump(session)
     assert printed.count(" duplicates=12 duplicates_left_out=") == 2
-    splits = [all_rows(tmp_path / "cache" / split) for split in extract.SPLITS]
+    splits = [all_rows(tmp_path / "cache" / split) for split in SPLITS]
     sides = [{texts[i].split()[0] for i in rows.documents_N.tolist()} for rows in splits]
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 12
     tokenizer, seq_len = session.model.tokenizer, session.config.dump.seq_len

@@ -13,10 +13,10 @@ from conlens_jax.config import WarmConfig
 from conlens_jax.data.rows import Rows
 from conlens_jax.evaluation.claims import Claim
 from conlens_jax.evaluation.studies import support as study
+from conlens_jax.evaluation.studies.claims import Checked
 from conlens_jax.evaluation.studies.support import Scored, equal_bins, fit, in_test_half
-from conlens_jax.evaluation.suite import Evaluated, Suite
+from conlens_jax.evaluation.suite import Suite
 from conlens_jax.evaluation.support import Calibration, score_of
-from conlens_jax.measurement.runner import Explained
 
 N = 4000
 
@@ -119,24 +119,18 @@ def test_halves_are_of_documents_and_always_the_same():
     np.testing.assert_array_equal(in_test_half(documents[::-1]), half[::-1])
 
 
-def test_one_half_is_fitted_and_the_other_tested(known, monkeypatch):
+def checked_rows(is_right_N) -> list[Checked]:
+    return [Checked(Claim("next", 0, (0,)), row, bool(r)) for row, r in enumerate(is_right_N)]
+
+
+READER = types.SimpleNamespace(to_json=lambda: {"comma": 1})
+
+
+def test_one_half_is_fitted_and_the_other_tested(known):
     """In the half that is fitted all claims are right, in the other one all are wrong."""
-    scores, _ = known
-    log_probs = np.log(scores[:200, None])
-    texts = np.zeros((200, 1), np.int32)
-    measurer = types.SimpleNamespace(
-        text_log_probs=lambda *_: log_probs, spec=types.SimpleNamespace(end=None)
-    )
-    suite = suite_of(200, measurer)
+    log_probs, suite = np.log(known[0][:200, None]), suite_of(200)
     is_test = in_test_half(suite.rows.documents_N)
-    reader = types.SimpleNamespace(
-        of=lambda text: [Claim("next", 0, (0,))], to_json=lambda: {"comma": 1}
-    )
-    truth = types.SimpleNamespace(
-        reader=reader, is_right=lambda claim, row, clean: bool(~is_test[row])
-    )
-    evaluated = Evaluated(Explained({"greedy": texts}, {}), {"clean": None}, {}, {})
-    calibration, metrics = study.support_of_claims(suite, truth, evaluated, None, None)
+    calibration, metrics = study.support_of_claims(suite, READER, checked_rows(~is_test), log_probs)
     assert calibration.support("next", 0.5) > 0.9
     assert metrics["support_ece"].value > 0.9
     assert metrics["support_right_at_90"].value == 0 < metrics["support_share_at_90"].value
@@ -144,17 +138,27 @@ def test_one_half_is_fitted_and_the_other_tested(known, monkeypatch):
     assert sum(b["claims"] for b in calibration.measured["reliability"]["all"]) == is_test.sum()
 
 
+def test_a_calibration_of_other_documents_is_tested_on_all(known):
+    log_probs, suite = np.log(known[0][:200, None]), suite_of(200)
+    fitted = Calibration({}, {"next": ((0.0, 0.25), (1.0, 0.25))})
+    right = np.arange(200) % 2 == 0
+    found, metrics = study.support_of_claims(suite, READER, checked_rows(right), log_probs, fitted)
+    assert found.knots == fitted.knots and metrics["support_ece"].value == pytest.approx(0.25)
+    assert found.measured["reliability"]["all"] == [{"claims": 200, "support": 0.25, "right": 0.5}]
+
+
 CALIBRATION = Calibration(
     {"comma": 1, "separator": 2},
     {"next": ((0.1, 0.3), (0.9, 0.95)), "context": ((0.5, 0.2),)},
-    {"fitted_claims": 3},
+    {"fitted_claims": 3, "checkpoint_step": 7},
 )
 
 
 def test_it_is_read_as_it_was_written(tmp_path):
     assert Calibration.read(tmp_path) is None
     CALIBRATION.write(tmp_path)
-    assert Calibration.read(tmp_path) == CALIBRATION
+    assert Calibration.read(tmp_path) == Calibration.of_step(tmp_path, 7) == CALIBRATION
+    assert Calibration.of_step(tmp_path, 8) is None
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,6 @@ from conlens_jax.parallel.processes import (
 )
 from conlens_jax.tracking.console import Console
 
-SPLITS = ("train", "validation")
 TEST = "test"
 """The held-out documents that validation does not use."""
 _DOCUMENTS_AT_ONCE = 256

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from conlens_jax.config import ConfigError, to_json_dict
+from conlens_jax.data.extract import TEST
 from conlens_jax.embedded.language_model import STATISTICS_FILE
 from conlens_jax.evaluation.full import Studies
 from conlens_jax.evaluation.report.document_heat import document_heat
 from conlens_jax.evaluation.report.heat_map import HeatMap
 from conlens_jax.evaluation.report.page import PageData, System, build_report
 from conlens_jax.evaluation.report.writing import write_report
-from conlens_jax.evaluation.studies.claims import claim_truth, truth_of_claims
+from conlens_jax.evaluation.studies.claims import checked_claims, claim_truth, truth_of_claims
 from conlens_jax.evaluation.studies.said_words import SaidWords
 from conlens_jax.evaluation.studies.support import support_of_claims
 from conlens_jax.evaluation.studies.word_parts import OTHERS, WordParts
@@ -117,6 +118,10 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
     if config.evaluate.suite != "basic":
         studies = Studies.make(session, suite, template, frozen, run_folder)
     truth = claim_truth(config, suite, tokenizer)
+    # On test documents the calibration is tested that the validation documents gave.
+    on_validation = (
+        Calibration.of_step(run_folder, main.step) if config.evaluate.split == TEST else None
+    )
     word_parts = WordParts.of(config.target, tokenizer, suite)
     systems, heat_maps, calibration = [], [], None
     for lens in lenses:
@@ -124,8 +129,12 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
         evaluated = suite.evaluate(trainable, frozen)
         more = {}
         if truth is not None:
-            more |= truth_of_claims(suite, truth, evaluated)
-            found, support = support_of_claims(suite, truth, evaluated, trainable, frozen)
+            texts_NT = evaluated.explained.texts["greedy"]
+            claims = checked_claims(suite, truth, evaluated.effects["clean"], texts_NT)
+            more |= truth_of_claims(suite, truth, evaluated, claims)
+            log_probs_NT = suite.measurer.text_log_probs(trainable, frozen, suite.rows, texts_NT)
+            known = on_validation if lens == main else None
+            found, support = support_of_claims(suite, truth.reader, claims, log_probs_NT, known)
             calibration = found if lens == main else calibration
             more |= support
         if isinstance(truth, SaidWords):
@@ -168,8 +177,9 @@ def _write(session: Session, run_folder: Path, results: _Results) -> Path:
         **{name: _STATISTICS[name].format(value) for name, value in statistics.items()},
         "weights": session.model.weights_hash[:12],
     }
-    (run_folder / SUPPORT_FILE).unlink(missing_ok=True)
-    if results.calibration is not None:
+    if config.evaluate.split != TEST:
+        (run_folder / SUPPORT_FILE).unlink(missing_ok=True)
+    if results.calibration is not None and config.evaluate.split != TEST:
         measured_on = {MEASURED_STEP: results.main.step, "rows": facts["rows"]}
         results.calibration.with_facts(measured_on).write(run_folder)
     data = PageData(

@@ -18,6 +18,7 @@ import numpy as np
 
 from conlens_jax.evaluation.claims import Claim, ClaimReader
 from conlens_jax.files.whole import write_whole
+from conlens_jax.measurement.metric_files import MEASURED_STEP
 
 SUPPORT_FILE = "support.json"
 FORMAT = 1
@@ -109,6 +110,12 @@ class Calibration:
         except ValueError as error:
             raise ValueError(f"{file} is not JSON: {error}; evaluate the run again") from error
         return cls.from_json(values, file)
+
+    @classmethod
+    def of_step(cls, folder: Path, step: int) -> Calibration | None:
+        """That of a run folder if it belongs to the checkpoint of this step."""
+        found = cls.read(folder)
+        return found if found is not None and found.measured[MEASURED_STEP] == step else None
 
 
 def score_of(claim: Claim, log_probs_T: np.ndarray) -> float:

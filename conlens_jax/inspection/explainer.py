@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from conlens_jax.config.seeds import checked_seed
-from conlens_jax.evaluation.claims import claim_reader
+from conlens_jax.evaluation.claims import ClaimReader, claim_reader
 from conlens_jax.inspection import batching
 from conlens_jax.inspection.explanations import Explanations
 from conlens_jax.inspection.programs import Sampling, sampling_of
@@ -109,14 +110,15 @@ class LensExplainer(LensReader):
         )
         texts = written_texts(np.asarray(text_BT), self.model.tokenizer, self.spec.end)
         effect = jax.tree.map(np.asarray, effect)
-        supported = lambda reading, number: reading
+        readings = [
+            self._reading(text, effect, number) for number, text in enumerate(texts[: len(rows)])
+        ]
         if self.calibration is not None and decoding == "greedy":
-            log_probs_BT = np.asarray(
-                self._programs.log_probs(
-                    self.trainable, self.frozen, states, documents_B, positions_B, text_BT
-                )
+            log_probs_BT = self._programs.log_probs(
+                self.trainable, self.frozen, states, documents_B, positions_B, text_BT
             )
-            supported = lambda reading, number: self._supported(reading, log_probs_BT[number])
+            pairs = zip(readings, np.asarray(log_probs_BT)[: len(rows)], strict=True)
+            readings = [self._supported(reading, log_probs_T) for reading, log_probs_T in pairs]
         numbers_of: dict[tuple[int, int], list[int]] = {}  # of the samples of each token
         for number, row in enumerate(rows):
             numbers_of.setdefault((row.document, row.position), []).append(number)
@@ -126,22 +128,26 @@ class LensExplainer(LensReader):
                 position,
                 self.model.tokenizer.token(documents[document][position]),
                 self._predictions(effect.before, numbers[0]),
-                tuple(
-                    supported(self._reading(texts[number], effect, number), number)
-                    for number in numbers
-                ),
+                tuple(readings[number] for number in numbers),
             )
             for (document, position), numbers in numbers_of.items()
         ]
 
+    @functools.cached_property
+    def _claims(self) -> ClaimReader:
+        assert self.calibration is not None
+        return claim_reader(self.calibration.claims, self.model.tokenizer, self.spec.gap)
+
+    @functools.cached_property
+    def _piece(self) -> Callable[[int], str]:
+        return functools.cache(self.model.tokenizer.piece)
+
     def _supported(self, reading: Reading, log_probs_T: np.ndarray) -> Reading:
         """The reading of a text that the decoder wrote, with the support of its claims."""
         assert self.calibration is not None and reading.tokens is not None
-        tokenizer = self.model.tokenizer
         tokens = before_end(reading.tokens, self.spec.end)
-        reader = claim_reader(self.calibration.claims, tokenizer, self.spec.gap)
-        support = self.calibration.of_tokens(reader, tokens, log_probs_T)
-        pieces = tuple(map(tokenizer.piece, tokens))
+        support = self.calibration.of_tokens(self._claims, tokens, log_probs_T)
+        pieces = tuple(map(self._piece, tokens))
         return dataclasses.replace(reading, pieces=pieces, support=tuple(support))
 
     def write(

@@ -63,11 +63,13 @@ def _from_run(path: Path, mesh: Mesh, dtype: str | None, step: int | str) -> Len
     # Metrics that name no step are those of the last checkpoint.
     if metrics.get(MEASURED_STEP, all_steps(folder)[-1]) != step:
         metrics = {}
-    calibration = Calibration.read(run)
-    if calibration is not None and calibration.measured[MEASURED_STEP] != step:
-        calibration = None
-    add_bos = model.tokenizer.adds_bos(config.dump.add_bos)
-    return make_lens(trainable, add_bos, facts, metrics, calibration)
+    return make_lens(
+        trainable,
+        add_bos=model.tokenizer.adds_bos(config.dump.add_bos),
+        facts=facts,
+        metrics=metrics,
+        calibration=Calibration.of_step(run, step),
+    )
 
 
 def _model_of_run(
@@ -123,9 +125,9 @@ class _LensMaker:
             shardings,
         )
 
-    def __call__(self, trainable: Params, *details: Any) -> LensParts:
-        """``details``: the last fields of :class:`LensParts`, from ``add_bos`` on."""
-        return LensParts(self.model, self.spec, trainable, self.frozen, self.mesh, *details)
+    def __call__(self, trainable: Params, **details: Any) -> LensParts:
+        """``details``: the other fields of :class:`LensParts`."""
+        return LensParts(self.model, self.spec, trainable, self.frozen, self.mesh, **details)
 
 
 def _from_saved(folder: Path, mesh: Mesh, dtype: str | None) -> LensParts:
@@ -139,4 +141,10 @@ def _from_saved(folder: Path, mesh: Mesh, dtype: str | None) -> LensParts:
     )
     make_lens = _LensMaker(model, record.model.layer, record.lens, record.statistics, mesh)
     trainable = saved.read_parts(folder, make_lens.template)
-    return make_lens(trainable, record.add_bos, record.facts, record.metrics, record.calibration)
+    return make_lens(
+        trainable,
+        add_bos=record.add_bos,
+        facts=record.facts,
+        metrics=record.metrics,
+        calibration=record.calibration,
+    )

@@ -17,8 +17,9 @@ from conlens_jax.config import (
     ExperimentConfig,
     TargetConfig,
 )
+from conlens_jax.corpora.corpus import SPLITS
 from conlens_jax.corpora.opening import open_corpus
-from conlens_jax.data.extract import SPLITS, TEST
+from conlens_jax.data.extract import TEST
 from conlens_jax.data.targets.file import find_explanations
 from conlens_jax.files.paths import cache_folder, local_path, write_problems
 from conlens_jax.models.from_gguf.source import gguf_source

@@ -12,8 +12,9 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from conlens_jax.config import EMBEDDED_MODEL, ConfigError, ExperimentConfig, lookup
+from conlens_jax.corpora.corpus import SPLITS
 from conlens_jax.data.cache import ActivationCache
-from conlens_jax.data.extract import SPLITS, TEST
+from conlens_jax.data.extract import TEST
 from conlens_jax.data.legacy import LegacyCache, open_cache
 from conlens_jax.data.rows import Rows, RowSource
 from conlens_jax.data.stream import TokenStream, open_stream

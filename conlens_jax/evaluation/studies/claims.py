@@ -82,22 +82,28 @@ def checked_claims(
     ]
 
 
-def truth_of_claims(suite: Suite, truth: ClaimTruth, evaluated: Evaluated) -> dict[str, Interval]:
+def truth_of_claims(
+    suite: Suite, truth: ClaimTruth, evaluated: Evaluated, greedy: list[Checked]
+) -> dict[str, Interval]:
     """``claims`` per row, and ``claims_right``, the share of them that is right: of greedy texts,
-    and with a prefix of sampled ones and of the greedy text of another row."""
-    greedy = evaluated.explained.texts["greedy"]
+    and with a prefix of sampled ones and of the greedy text of another row.
+
+    Args:
+      greedy: the claims of the greedy texts.
+    """
+    texts = evaluated.explained.texts
+    checked_in = lambda texts_NT: checked_claims(suite, truth, evaluated.effects["clean"], texts_NT)
     per_row: PerRow = {}
     statistics: dict[str, Statistic] = {}
-    for prefix, texts_NT in {
+    for prefix, checked in {
         "": greedy,
-        "sampled_": evaluated.explained.texts["sampled"],
-        "null_shuffle_": greedy[suite.partner_N],
+        "sampled_": checked_in(texts["sampled"]),
+        "null_shuffle_": checked_in(texts["greedy"][suite.partner_N]),
     }.items():
-        checked = checked_claims(suite, truth, evaluated.effects["clean"], texts_NT)
         rows = [c.row for c in checked]
         right = [float(c.is_right) for c in checked]
         said, true = prefix + "claims", prefix + "claims_right"
-        per_row[said] = np.bincount(rows, minlength=len(greedy)).astype(np.float64)
-        per_row[true] = np.bincount(rows, right, minlength=len(greedy))
+        per_row[said] = np.bincount(rows, minlength=len(suite.rows)).astype(np.float64)
+        per_row[true] = np.bincount(rows, right, minlength=len(suite.rows))
         statistics |= {said: mean_of(said), true: ratio_of(true, said)}
     return suite.intervals(statistics, per_row)

@@ -11,12 +11,12 @@ import hashlib
 import numpy as np
 from sklearn.isotonic import IsotonicRegression
 
-from conlens_jax.evaluation.studies.claims import Checked, ClaimTruth, checked_claims
-from conlens_jax.evaluation.suite import Evaluated, PerRow, Suite
+from conlens_jax.evaluation.claims import ClaimReader
+from conlens_jax.evaluation.studies.claims import Checked
+from conlens_jax.evaluation.suite import PerRow, Suite
 from conlens_jax.evaluation.support import Calibration, score_of
 from conlens_jax.measurement.aggregates import Means, ratio, ratio_of
 from conlens_jax.measurement.bootstrap import Interval, Statistic
-from conlens_jax.models.param_table import Params
 
 BINS = 10
 LEVELS = (0.5, 0.7, 0.9)
@@ -105,23 +105,31 @@ def reliability(support_C: np.ndarray, right_C: np.ndarray) -> list[dict[str, fl
 
 
 def support_of_claims(
-    suite: Suite, truth: ClaimTruth, evaluated: Evaluated, trainable: Params, frozen: Params
+    suite: Suite,
+    reader: ClaimReader,
+    checked: list[Checked],
+    log_probs_NT: np.ndarray,
+    fitted: Calibration | None = None,
 ) -> tuple[Calibration | None, dict[str, Interval]]:
-    """The calibration of a lens, and its metrics; none if one half has no claims.
+    """The calibration of a lens, and its metrics; none if there are no claims to fit or to test.
 
     The metrics are those of :func:`support_metrics`, over all kinds of claim and, if there are
     several, by kind (``support_ece_next``).
+
+    Args:
+      checked: the claims of the greedy texts.
+      log_probs_NT: the decoder's log-probabilities of these texts.
+      fitted: a calibration that was fitted on other documents: it is tested on all of these.
     """
-    texts_NT = evaluated.explained.texts["greedy"]
-    checked = checked_claims(suite, truth, evaluated.effects["clean"], texts_NT)
-    log_probs_NT = suite.measurer.text_log_probs(trainable, frozen, suite.rows, texts_NT)
-    claims = Scored.of(checked, log_probs_NT)
-    is_test_C = in_test_half(suite.rows.documents_N)[claims.row_C]
-    knots = fit(claims.take(~is_test_C))
-    tested = claims.take(is_test_C & np.isin(claims.kind_C, list(knots)))
+    claims, measured = Scored.of(checked, log_probs_NT), {}
+    if fitted is None:
+        is_test_C = in_test_half(suite.rows.documents_N)[claims.row_C]
+        fitted = Calibration(reader.to_json(), fit(claims.take(~is_test_C)))
+        claims, measured = claims.take(is_test_C), {"fitted_claims": int(np.sum(~is_test_C))}
+    tested = claims.take(np.isin(claims.kind_C, list(fitted.knots)))
     if not len(tested.kind_C):
         return None, {}
-    support_C = supports_of(Calibration({}, knots), tested)
+    support_C = supports_of(fitted, tested)
     metrics, tables = {}, {}
     kinds = sorted(set(tested.kind_C))
     for kind in ["", *(kinds if len(kinds) > 1 else ())]:
@@ -129,8 +137,7 @@ def support_of_claims(
         chosen = tested.take(mask_C)
         metrics |= support_metrics(suite, chosen, support_C[mask_C], f"_{kind}" if kind else "")
         tables[kind or "all"] = reliability(support_C[mask_C], chosen.right_C)
-    measured = {"fitted_claims": int(np.sum(~is_test_C)), "reliability": tables}
-    return Calibration(truth.reader.to_json(), knots, measured), metrics
+    return fitted.with_facts({**measured, "reliability": tables}), metrics
 
 
 def support_metrics(
