@@ -24,6 +24,7 @@ from conlens_jax.lens.decoder import generate
 from conlens_jax.lens.encoder import encode_tokens
 from conlens_jax.lens.spec import decoder_of, encoder_of
 from conlens_jax.measurement.programs import text_log_probs
+from conlens_jax.measurement.training_range import TrainingRange, tokens_seen
 from conlens_jax.parallel.mesh import make_mesh
 
 
@@ -92,6 +93,57 @@ def test_kl_and_predictions_are_those_of_the_full_forward_with_the_swap(lens, ex
                 [p.probability for p in found], np.exp(log_p[best]), rtol=1e-3, atol=1e-6
             )
     assert max(row.best.kl for row in explained) > 0.01
+
+
+def test_a_text_that_disturbs_m_more_than_the_mean_activation_is_said(lens, explained, tmp_path):
+    """Against the full forward pass with the mean swapped in."""
+    tokens = np.array([ids_of(lens, TEXT)])
+    mean_D = lens.frozen["statistics"]["mean"]
+    clean = jax.nn.log_softmax(lens.model.logits(tokens)[0])
+    worse = []
+    for row in explained:
+        at, reading = row.position, row.best
+        swapped = jax.nn.log_softmax(lens.model.swap(tokens, LAYER, at, mean_D[None])[0, at])
+        kl = float(jnp.sum(jnp.exp(clean[at]) * (clean[at] - swapped)))
+        assert row.kl_mean == pytest.approx(kl, rel=1e-3, abs=1e-5)
+        worse.append(reading.kl > kl)
+        assert [("more than the mean" in w) for w in row.warnings_of(reading)] == [True] * worse[-1]
+        again = lens.swap(TEXT, at, reading)
+        assert again.best.warnings and worse[-1] or not (again.best.warnings or worse[-1])
+    assert any(worse) and not all(worse)
+    assert lens.swap(TEXT, 5, lens.capture(TEXT, 5)).best.warnings == ()
+
+
+def test_what_training_never_had_is_said(lens, tmp_path):
+    norms = np.linalg.norm(lens.capture(TEXT, "all"), axis=-1)
+    order = np.argsort(norms[3:8]) + 3
+    low, high = norms[order[1]], norms[order[-2]]
+    tokens = ids_of(lens, TEXT)
+    context = np.array([tokens[:6] + tokens[7:] + [tokens[6]]])  # the last is padding
+    seen = tokens_seen([(context, np.array([len(tokens) - 1]))], lens.spec.model.vocab_size)
+    trained_on = TrainingRange(3, 7, (float(low) - 1e-4, float(high) + 1e-4), seen)
+    known = dataclasses.replace(lens, trained_on=trained_on)
+    known = Lens.load(known.save(tmp_path / "lens"))
+    assert known.trained_on == trained_on
+    found = known.explain(TEXT, progress=False)
+    for row in found:
+        reasons = "".join(row.warnings)
+        assert ("no position before 3" in reasons) == (row.position < 3)
+        assert ("no position after 7" in reasons) == (row.position > 7)
+        assert ("had the token" in reasons) == (row.position == 6)
+        if 3 <= row.position <= 7:
+            side = {order[0]: "is below", order[-1]: "is above"}.get(row.position)
+            assert ("norm" in reasons) == (side is not None) and (side or "") in reasons
+    assert found[0].warnings == known.swap(TEXT, 1, "fox").warnings
+    assert Explanations.from_json(found.to_json()) == found
+    assert found.records()[0]["warnings"] == list(found[0].warnings_of(found[0].best))
+    plain = render(found, colour=False)
+    assert plain.count("! 1 to 2: Training had no position before 3.") == 1
+    marked = {row.position: "!" if row.warnings_of(row.best) else "" for row in found}
+    assert all(f"\n{position}{mark} " in plain for position, mark in marked.items())
+    page = found.to_html()
+    assert page.count("<b>!</b>") == sum(len(row.warnings_of(row.best)) for row in found)
+    assert lens.explain(TEXT, 1)[0].warnings == ()  # nothing is recorded
 
 
 def test_one_by_one_is_the_same_as_together(lens, sampled):

@@ -17,8 +17,10 @@ import pytest
 from pipeline import LAST_STEP, WARM_STEPS, assert_same_arrays, open_world
 
 import conlens_jax
+from conlens_jax.data.stream import TokenStream
 from conlens_jax.inspection import folder as saved
 from conlens_jax.inspection.terminal import render
+from conlens_jax.measurement.training_range import TrainingRange, tokens_seen
 from conlens_jax.training.checkpoint import read_metadata
 from conlens_jax.training.run_folder import checkpoint_of
 
@@ -58,6 +60,40 @@ def test_a_run_folder_gives_its_last_checkpoint(world, lens):
     assert lens.spec == world.session.spec
     row = lens.explain(TEXT, -1)[0]
     assert np.isfinite(row.best.kl)
+
+
+def test_what_training_had_is_that_of_its_rows(world, lens, folder, tmp_path):
+    cache = world.session.caches[0]
+    rows = cache.rows(np.arange(len(cache)))
+    found = lens.trained_on
+    ends = (found.first_position, found.last_position)
+    assert ends == (rows.positions_N.min(), rows.positions_N.max())
+    norms = np.sort(np.linalg.norm(rows.activations_ND.astype(np.float64), axis=1))
+    assert norms[0] < found.norms[0] < norms[1] and norms[-2] < found.norms[1] < norms[-1]
+    contexts = zip(rows.tokens_NS, rows.lengths_N, strict=True)
+    seen = set(itertools.chain.from_iterable(tokens[:n].tolist() for tokens, n in contexts))
+    vocabulary = range(lens.spec.model.vocab_size)
+    assert {token for token in vocabulary if found.has_token(token)} == seen != set(vocabulary)
+    stream = TokenStream.__new__(TokenStream)
+    stream._tokens_GS, stream._lengths_G = rows.tokens_NS, rows.lengths_N
+    assert tokens_seen(stream.contexts(), lens.spec.model.vocab_size) == found.tokens
+    assert conlens_jax.Lens.load(folder).trained_on == found
+
+
+def test_lenses_of_earlier_versions_say_what_they_know(world, folder, tmp_path):
+    old = shutil.copytree(folder, tmp_path / "old")
+    values = json.loads((old / "config.json").read_text(encoding="utf-8"))
+    del values["trained_on"]
+    (old / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    first = world.config.dump.min_position
+    assert conlens_jax.Lens.load(old).trained_on == TrainingRange(first)
+    run = world.copy_run(tmp_path / "run")
+    file = run / "checkpoints" / str(LAST_STEP) / "metadata" / "metadata"
+    metadata = json.loads(file.read_text(encoding="utf-8"))
+    del metadata["trained_on"]
+    file.write_text(json.dumps(metadata), encoding="utf-8")
+    last = world.config.dump.seq_len - 1 - world.config.dump.after
+    assert conlens_jax.Lens.load(run).trained_on == TrainingRange(first, last)
 
 
 def test_other_checkpoints_by_step_and_by_validation(world, tmp_path):
@@ -255,8 +291,9 @@ def test_the_table_fits_the_terminal_and_is_safe(lens):
     table = render(dataclasses.replace(found, rows=(evil, found[1])), colour=False, width=90)
     assert "\x1b" not in table and "·[2J⏎" in table
     lines = table.splitlines()
-    assert len(lines) == 1 + 4 and max(map(len, lines)) <= 90
-    assert f"{found[1].readings[1].kl:.3f}" in lines[4]
+    rows = [line for line in lines if not line.startswith("! ")]
+    assert len(rows) == 1 + 4 and max(map(len, lines)) <= 90
+    assert f"{found[1].readings[1].kl:.3f}" in rows[4]
     coloured = render(found, colour=True, width=90)
     kl = found[0].readings[0].kl
     code = 32 if kl < 0.25 else 33 if kl < 1 else 31

@@ -248,6 +248,8 @@ def test_reference_statistics():
     units = wide / np.linalg.norm(wide, axis=1, keepdims=True)
     assert reference.resultant == pytest.approx(np.linalg.norm(units.mean(axis=0)))
     assert reference.n_rows == 50
+    norms = np.linalg.norm(wide, axis=1)
+    assert reference.norms == pytest.approx(np.quantile(norms, [0.001, 0.999]))
 
 
 # --- the suite ----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ RESULT = {
 }
 TOKEN = RESULT - {"l2_norm", "description", "mse", "cosine_similarity", "generated"}
 # What a lens adds to every description; clients that do not know these fields leave them be.
-OWN = {"description_tokens", "reads_back"}
+OWN = {"description_tokens", "reads_back", "warnings"}
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,7 @@ def test_explain_says_what_the_lens_says(lens, client):
         assert row["reads_back"] == own.best.reads_back
         assert row["cosine_similarity"] == pytest.approx(own.best.cos, abs=1e-6)
         assert row["mse"] == pytest.approx(2 - 2 * own.best.cos, abs=1e-5)
+        assert row["warnings"] == list(own.warnings_of(own.best))
         norm = np.linalg.norm(lens.capture(TEXT, row["position"]))
         assert row["l2_norm"] == pytest.approx(norm, rel=1e-5)
     in_order = ask(client, "explain", text=TEXT, positions=[2, -1], temperature=0, reverse=False)
@@ -109,7 +110,7 @@ def test_activations_go_out_and_come_back(lens, client):
     for vector, row in zip(vectors, described, strict=True):
         body = {name: row[name] for name in ("description", "description_tokens")}
         scored = ask(client, "score", **body, activation=vector)
-        assert set(row) == {"description", *scored}
+        assert set(row) == {"description", "warnings", *scored}
         assert scored == {name: row[name] for name in scored}
         read = lens.encode(row["description_tokens"])
         cos = read @ vector / np.linalg.norm(read) / np.linalg.norm(vector)

@@ -124,6 +124,15 @@ class ActivationCache:
             self._check_unchanged([number])
             yield Places.of(self._shard(number))
 
+    def contexts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Tokens [G, S] and lengths [G] of the contexts of all rows, shard by shard; that of
+        consecutive rows of a document once."""
+        for number in range(len(self.metadata.shards)):
+            self._check_unchanged([number])
+            rows = self._shard(number)
+            first = np.flatnonzero(np.diff(rows.documents_N, prepend=-1))
+            yield rows.tokens_NS[first], rows.lengths_N[first]
+
     def _check_unchanged(self, numbers: Sequence[int]) -> None:
         """Verifies again each shard whose file was modified after the cache was opened.
 

@@ -75,6 +75,10 @@ class TokenStream:
         documents = self._document_of_N
         yield Places(self._positions_N, self._lengths_G[documents], self._documents_G[documents])
 
+    def contexts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Tokens [G, S] and lengths [G] of the contexts of all rows."""
+        yield self._tokens_GS, self._lengths_G
+
     def captured(self, count: int) -> Rows:
         """The first ``count`` rows with their activations."""
         rows = Rows.concatenate(list(self._extractor.captured(count, with_targets=False)))

@@ -16,10 +16,12 @@ A stream consists of server-sent events: ``{layer_index, total, prompt_length}``
 ``{position | index, text, done: false}`` for each token of a text, then its result; ``[DONE]`` at
 the end. ``mse`` is that of vectors scaled to norm √d: 2(1 − cos).
 
-Every description has two additional fields: ``description_tokens``, the ids that were written and
-scored, and ``reads_back``, whether the description alone, tokenised again, gives them. A text may
+Every description has additional fields. ``description_tokens`` are the ids that were written and
+scored, and ``reads_back`` is whether the description alone, tokenised again, gives them. A text may
 read back as other tokens, so send ``description_tokens`` to ``/nla/score`` to score the same ones;
-without them, its answer has the ids that it read.
+without them, its answer has the ids that it read. ``warnings`` are sentences: why the description
+should not be believed (:mod:`conlens_jax.inspection.row_warnings`); of an activation that is sent
+only the norm is known.
 
 A lens is no NLA pair, so some things differ. A text has the lens's own length, so a smaller
 ``max_new_tokens`` is refused. Up to 32 texts are written in parallel, so the frames of several
@@ -58,6 +60,7 @@ from conlens_jax.explorer.streams import ClosedStream, event_stream, json_stream
 from conlens_jax.explorer.strict_json import StrictRoute, plain_problems
 from conlens_jax.explorer.turns import Busy, Turns
 from conlens_jax.inspection.lens import Lens
+from conlens_jax.inspection.row_warnings import norm_warnings
 from conlens_jax.inspection.texts import chat_tokens, token_lists
 from conlens_jax.measurement.metrics import cosine, mse_nrm
 from conlens_jax.models.written import Written, with_its_tokens
@@ -145,12 +148,17 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
             return next(pieces, None)
 
     def written(
-        vectors: Sequence[np.ndarray], keys: Sequence[int], decoding: dict[str, Any], key: str
+        vectors: Sequence[np.ndarray],
+        keys: Sequence[int],
+        decoding: dict[str, Any],
+        key: str,
+        source: Sequence[int] | None = None,
     ) -> Iterator[dict[str, Any]]:
         """The frames of the texts of activations [D]: each text as it grows, then its result.
 
         Args:
           keys: identify the texts, also for their samples; ``key`` is their name in the frames.
+          source: the tokens whose positions are ``keys``.
         """
         for start in range(0, len(vectors), _AT_ONCE):
             batch = slice(start, start + _AT_ONCE)
@@ -160,8 +168,13 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
                 texts = longer
                 for value, text in zip(keys[batch], texts, strict=True):
                     yield {key: value, "text": text, "done": False}
-            for vector, text in zip(vectors[batch], texts, strict=True):
-                yield {"description": text, **scored(text, vector)}
+            warnings = [norm_warnings(lens.trained_on, _norm(vector)) for vector in vectors[batch]]
+            if source is not None:
+                with turns.turn():
+                    rows = lens.swaps(source, list(zip(keys[batch], texts, strict=True)))
+                warnings = [row.warnings_of(row.best) for row in rows]
+            for vector, text, reasons in zip(vectors[batch], texts, warnings, strict=True):
+                yield {"description": text, **scored(text, vector), "warnings": reasons}
 
     @app.get("/")
     def health() -> dict[str, Any]:
@@ -226,7 +239,7 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
         def frames() -> Iterator[dict[str, Any]]:
             yield {"layer_index": layer, "total": len(chosen), "prompt_length": len(tokens)}
             explained = zip(chosen, vectors, strict=True)
-            for frame in written(vectors, chosen, decoding, "position"):
+            for frame in written(vectors, chosen, decoding, "position", tokens):
                 if "description" in frame:
                     position, vector = next(explained)
                     token = _token(lens, tokens, position)

@@ -123,11 +123,12 @@ class LensExplainer(LensReader):
         for number, row in enumerate(rows):
             numbers_of.setdefault((row.document, row.position), []).append(number)
         return [
-            ExplainedToken(
+            self._explained(
                 document,
                 position,
-                self.model.tokenizer.token(documents[document][position]),
-                self._predictions(effect.before, numbers[0]),
+                documents[document][position],
+                effect,
+                numbers[0],
                 tuple(readings[number] for number in numbers),
             )
             for (document, position), numbers in numbers_of.items()

@@ -57,6 +57,8 @@ class Explanations(Sequence[ExplainedToken]):
                 "tokens": None if reading.tokens is None else list(reading.tokens),
                 "reads_back": reading.reads_back,
                 "support": None if reading.support is None else list(reading.support),
+                "kl_mean": row.kl_mean,
+                "warnings": list(row.warnings_of(reading)),
             }
             for row in self.rows
             for sample, reading in enumerate(row.readings)
@@ -132,9 +134,12 @@ def _row(values: Mapping[str, Any]) -> ExplainedToken:
                 Reading.of(_text(r), float(r["cos"]), float(r["kl"]), predictions(r["after"])),
                 pieces=None if r.get("pieces") is None else tuple(map(str, r["pieces"])),
                 support=None if r.get("support") is None else tuple(r["support"]),
+                warnings=tuple(map(str, r.get("warnings", ()))),
             )
             for r in values["readings"]
         ),
+        None if values.get("kl_mean") is None else float(values["kl_mean"]),
+        tuple(map(str, values.get("warnings", ()))),
     )
 
 

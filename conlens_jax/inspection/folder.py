@@ -1,7 +1,7 @@
 """A lens as a Hugging Face folder: ``config.json``, the trained parts as safetensors, a model card.
 
-config.json               the shape of the lens, its model (id and hash of the weights), and the
-                          calibration of its claims
+config.json               the shape of the lens, its model (id and hash of the weights), what the
+                          training rows had, and the calibration of its claims
 decoder.safetensors       trained parts, named by their path in the tree
 encoder.safetensors
 metrics.json, README.md   the evaluation's numbers, and the model card that shows them
@@ -30,6 +30,7 @@ from conlens_jax.files.paths import local_path
 from conlens_jax.files.whole import naming_full_disk, write_atomically, write_whole
 from conlens_jax.inspection.card import model_card
 from conlens_jax.inspection.parts import LensParts
+from conlens_jax.measurement.training_range import TrainingRange
 from conlens_jax.models.from_gguf.source import PACKAGED
 from conlens_jax.models.param_table import Params, leaf_name, named_leaves
 
@@ -56,6 +57,7 @@ class Record:
       add_bos: whether texts begin with the bos token.
       facts: where the lens comes from.
       metrics: content of ``metrics.json``, if there is one.
+      trained_on: what the training rows had; of a lens of an earlier version, the first position.
       calibration: of its claims, if it was measured.
     """
 
@@ -67,6 +69,7 @@ class Record:
     add_bos: bool
     facts: dict[str, Any]
     metrics: dict[str, Any]
+    trained_on: TrainingRange
     calibration: Calibration | None
 
 
@@ -180,6 +183,7 @@ def _config(lens: LensParts) -> dict[str, Any]:
         },
         "add_bos": lens.add_bos,
         "facts": lens.facts,
+        "trained_on": lens.trained_on.to_json(),
         **({} if lens.calibration is None else {"support": lens.calibration.to_json()}),
     }
 
@@ -207,6 +211,7 @@ def read_record(folder: Path) -> Record:
             add_bos=values["add_bos"],
             facts=values["facts"],
             metrics=_json(metrics) if metrics.is_file() else {},
+            trained_on=TrainingRange.from_json(values.get("trained_on", values["facts"])),
             calibration=Calibration.from_json(values["support"], folder / "config.json")
             if "support" in values
             else None,

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from conlens_jax.config import (
     EMBEDDED_MODEL,
+    DumpConfig,
     ExperimentConfig,
     LensConfig,
     ModelConfig,
@@ -26,6 +27,7 @@ from conlens_jax.inspection.parts import LensParts
 from conlens_jax.lens.sharding import lens_shardings
 from conlens_jax.lens.spec import init_lens, make_spec
 from conlens_jax.measurement.metric_files import MEASURED_STEP
+from conlens_jax.measurement.training_range import TrainingRange
 from conlens_jax.models.model import LanguageModel, load_model
 from conlens_jax.models.param_table import Params
 from conlens_jax.tracking.console import Console
@@ -68,8 +70,17 @@ def _from_run(path: Path, mesh: Mesh, dtype: str | None, step: int | str) -> Len
         add_bos=model.tokenizer.adds_bos(config.dump.add_bos),
         facts=facts,
         metrics=metrics,
+        trained_on=_trained_on(config.dump, metadata),
         calibration=Calibration.of_step(run, step),
     )
+
+
+def _trained_on(dump: DumpConfig, metadata: Metadata) -> TrainingRange:
+    if recorded := metadata.get("trained_on"):
+        return TrainingRange.from_json(recorded)
+    # A run of an earlier version: the positions that its rows could have.
+    last = dump.max_position or dump.seq_len - 1 - dump.after
+    return TrainingRange(dump.min_position, last)
 
 
 def _model_of_run(
@@ -146,5 +157,6 @@ def _from_saved(folder: Path, mesh: Mesh, dtype: str | None) -> LensParts:
         add_bos=record.add_bos,
         facts=record.facts,
         metrics=record.metrics,
+        trained_on=record.trained_on,
         calibration=record.calibration,
     )

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from conlens_jax.evaluation.support import Calibration
 from conlens_jax.lens.spec import LensSpec
+from conlens_jax.measurement.training_range import TrainingRange
 from conlens_jax.models.model import LanguageModel
 from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.mesh import single_device_mesh
@@ -27,6 +28,7 @@ class LensParts:
       facts: the lens's origin: model, layer, stage and step of the checkpoint, and the first
         position of its training rows.
       metrics: of the evaluation, if there was one.
+      trained_on: positions, norms and tokens of the training rows, as far as they are recorded.
       calibration: how far the claims of its texts can be believed, if the evaluation measured it.
     """
 
@@ -38,4 +40,5 @@ class LensParts:
     add_bos: bool = True
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     metrics: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    trained_on: TrainingRange = TrainingRange()
     calibration: Calibration | None = None

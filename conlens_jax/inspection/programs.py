@@ -33,12 +33,16 @@ class SwapPrediction(NamedTuple):
 
     Attributes:
       cos: of the vector and the activation.
+      norm: of the activation.
       kl: KL(M ‖ M with the swap), nats.
+      kl_mean: with the mean training activation instead; None without statistics.
       before, after: the most probable tokens [B, TOP] and their probabilities.
     """
 
     cos: Float[Array, "B"]
+    norm: Float[Array, "B"]
     kl: Float[Array, "B"]
+    kl_mean: Float[Array, "B"] | None
     before: tuple[Int[Array, "B k"], Float[Array, "B k"]]
     after: tuple[Int[Array, "B k"], Float[Array, "B k"]]
 
@@ -128,9 +132,16 @@ def _swap(
     context = context_at(original, states, documents_B, indices_B, horizon=1, spec=spec)
     swapped_BhV = swapped_logits(original, context, vector_BD, spec=spec)
     activation_BD = context.residual_BhD[:, 0].astype(jnp.float32)
+    kl_mean = None
+    if "statistics" in frozen:
+        mean_BD = jnp.broadcast_to(frozen["statistics"]["mean"], vector_BD.shape)
+        with_mean_BhV = swapped_logits(original, context, mean_BD, spec=spec)
+        kl_mean = kl_divergence(context.logits_BhV, with_mean_BhV)[:, 0]
     return SwapPrediction(
         cos=1 - direction_error(vector_BD, activation_BD) / 2,
+        norm=jnp.linalg.norm(activation_BD, axis=-1),
         kl=kl_divergence(context.logits_BhV, swapped_BhV)[:, 0],
+        kl_mean=kl_mean,
         before=_most_probable(context.logits_BhV[:, 0]),
         after=_most_probable(swapped_BhV[:, 0]),
     )

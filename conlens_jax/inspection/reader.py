@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from conlens_jax.inspection import batching
 from conlens_jax.inspection.parts import LensParts
 from conlens_jax.inspection.programs import Programs, SwapPrediction
 from conlens_jax.inspection.readings import ExplainedToken, Prediction, Reading
+from conlens_jax.inspection.row_warnings import reading_warnings, row_warnings
 from conlens_jax.inspection.texts import (
     Explanation,
     Positions,
@@ -115,42 +117,66 @@ class LensReader(LensParts):
         Raises:
           ValueError: no such position, or a vector of another width or with NaN or infinity.
         """
-        if is_one_explanation(replacement):
-            explanation = self.as_read(replacement)
-            vector_D = self.encode(explanation.tokens)
-        else:
-            explanation, vector_D = "", finite_array(replacement, "replacement")
-        self._check_width(vector_D[None])
-        states, index = self._read_one(text, position)
-        effect = self._programs.swap(
-            self.frozen,
-            states,
-            jnp.zeros(1, jnp.int32),
-            jnp.array([index], jnp.int32),
-            jnp.asarray(vector_D)[None],
-        )
-        effect = jax.tree.map(np.asarray, effect)
-        return ExplainedToken(
-            0,
-            index,
-            self.tokens(text)[index],
-            self._predictions(effect.before, 0),
-            (self._reading(explanation, effect, 0),),
-        )
+        return self.swaps(text, [(position, replacement)])[0]
+
+    def swaps(
+        self, text: Any, replacements: Sequence[tuple[int, Explanation | Vector]]
+    ) -> list[ExplainedToken]:
+        """:meth:`swap` for several (position, replacement) of one text, each alone; M reads the
+        text once."""
+        explanations, vectors = [], []
+        for _, replacement in replacements:
+            if is_one_explanation(replacement):
+                explanations.append(self.as_read(replacement))
+                vectors.append(self.encode(explanations[-1].tokens))
+            else:
+                explanations.append("")
+                vectors.append(finite_array(replacement, "replacement"))
+            self._check_width(vectors[-1][None])
+        (tokens,) = documents = token_lists([text], self.model, self.add_bos)
+        indices = [token_index(position, tokens) for position, _ in replacements]
+        (group,) = batching.groups_of(documents, [indices], 1)
+        states = self._read(group.tokens_GS, group.mask_GS)
+        document_B, explained = jnp.zeros(1, jnp.int32), []
+        for index, explanation, vector_D in zip(indices, explanations, vectors, strict=True):
+            index_B, vector_BD = jnp.array([index], jnp.int32), jnp.asarray(vector_D)[None]
+            effect = self._programs.swap(self.frozen, states, document_B, index_B, vector_BD)
+            effect = jax.tree.map(np.asarray, effect)
+            readings = (self._reading(explanation, effect, 0),)
+            explained.append(self._explained(0, index, tokens[index], effect, 0, readings))
+        return explained
 
     def _read(self, tokens_GS: np.ndarray, mask_GS: np.ndarray) -> ContextStates:
         put = functools.partial(batching.on_every_device, mesh=self.mesh)
         return self._programs.read(self.frozen["original"], put(tokens_GS), put(mask_GS))
 
-    def _read_one(self, text: Any, position: int) -> tuple[ContextStates, int]:
-        documents = token_lists([text], self.model, self.add_bos)
-        index = token_index(position, documents[0])
-        (group,) = batching.groups_of(documents, [[index]], 1)
-        return self._read(group.tokens_GS, group.mask_GS), index
-
     def _reading(self, text: str, effect: SwapPrediction, row: int) -> Reading:
         cos, kl = float(effect.cos[row]), float(effect.kl[row])
-        return Reading.of(text, cos, kl, self._predictions(effect.after, row))
+        reading = Reading.of(text, cos, kl, self._predictions(effect.after, row))
+        warnings = reading_warnings(kl, float(effect.kl_mean[row]))
+        return dataclasses.replace(reading, warnings=warnings)
+
+    def _explained(
+        self,
+        document: int,
+        position: int,
+        token_id: int,
+        effect: SwapPrediction,
+        row: int,
+        readings: tuple[Reading, ...],
+    ) -> ExplainedToken:
+        """``row`` of ``effect``, with its readings."""
+        token = self.model.tokenizer.token(token_id)
+        norm = float(effect.norm[row])
+        return ExplainedToken(
+            document,
+            position,
+            token,
+            self._predictions(effect.before, row),
+            readings,
+            float(effect.kl_mean[row]),
+            row_warnings(self.trained_on, position, norm, token_id, token),
+        )
 
     def _predictions(self, most_probable, row: int) -> tuple[Prediction, ...]:
         name = self.model.tokenizer.token

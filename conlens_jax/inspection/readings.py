@@ -34,6 +34,8 @@ class Reading:
       pieces: the text of each token before its end.
       support: of each of these the calibrated probability that the claim it belongs to is right;
         None where it belongs to none. Both are None for sampled texts, and without a calibration.
+      warnings: why this text should not be believed; see
+        :mod:`conlens_jax.inspection.row_warnings`.
     """
 
     text: str
@@ -44,6 +46,7 @@ class Reading:
     reads_back: bool | None = None
     pieces: tuple[str, ...] | None = None
     support: tuple[float | None, ...] | None = None
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, text: str, cos: float, kl: float, after: tuple[Prediction, ...]) -> Reading:
@@ -63,6 +66,9 @@ class ExplainedToken:
       token: the token, printable.
       before: M's most probable next tokens without a swap.
       readings: the explanations, one per sample.
+      kl_mean: KL(M ‖ M with the mean training activation swapped in), nats; None in JSON of earlier
+        versions and of an NLA pair, whose training activations are not known.
+      warnings: why no explanation of this token should be believed: what training never had.
     """
 
     document: int
@@ -70,11 +76,17 @@ class ExplainedToken:
     token: str
     before: tuple[Prediction, ...]
     readings: tuple[Reading, ...]
+    kl_mean: float | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def best(self) -> Reading:
         """The reading that changes M's prediction least."""
         return min(self.readings, key=lambda reading: reading.kl)
+
+    def warnings_of(self, reading: Reading) -> tuple[str, ...]:
+        """All reasons not to believe one of the readings."""
+        return self.warnings + reading.warnings
 
     @property
     def explanation(self) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+import textwrap
 import unicodedata
 from collections.abc import Callable, Sequence
 
@@ -11,7 +13,7 @@ from conlens_jax.inspection.readings import ExplainedToken, Prediction, Reading
 
 # ANSI colours of explanations by KL: at least 1 nat, at least 0.25, less.
 _COLOURS = ((1.0, "31"), (0.25, "33"), (0.0, "32"))
-_BOLD, _DIM = "1", "2"
+_BOLD, _DIM, _WARN = "1", "2", "1;33"
 SURE, DOUBTFUL = 0.9, 0.5
 """The support from which a word is shown as sure, and below which as doubtful."""
 _SUPPORT_NOTE = {
@@ -26,7 +28,8 @@ def render(explanations: Explanations, *, colour: bool, width: int | None = None
 
     A ``*`` after the cosine marks a text that, read again, gives other tokens than those written;
     the last line explains it. Words whose support is known are bold, plain or dim, or have a mark
-    without colour.
+    without colour. A ``!`` after the position marks a row that should not be believed: a line that
+    begins with ``!`` gives the reason, once for consecutive rows that share it.
 
     Args:
       colour: green, yellow and red by KL: below 0.25 nats, below 1, above.
@@ -38,6 +41,7 @@ def render(explanations: Explanations, *, colour: bool, width: int | None = None
         for row in explanations
         for number in range(len(row.readings))
     ]
+    reasons = _reasons(explanations)
     header = ["", "token", "explanation", "cos", "KL", "M predicts", "with the swap"]
     widths = [
         max(_columns(cells[i]) for cells in [header, *(c for c, _, _ in lines)]) for i in (0, 1)
@@ -57,12 +61,34 @@ def render(explanations: Explanations, *, colour: bool, width: int | None = None
 
     plain = [""] * len(header)
     rows = [joined(header, [_BOLD] * len(header)) if colour else joined(header, plain)]
-    for cells, kl, parts in lines:
+    for (before, after), (cells, kl, parts) in zip(reasons, lines, strict=True):
         code = next((code for least, code in _COLOURS if kl >= least), "32")
+        rows += [paint(line, _WARN) for line in _wrapped(before, width)]
         rows.append(joined(cells, [_DIM, "", code, "", code, _DIM, ""], parts))
+        rows += [paint(line, _WARN) for line in _wrapped(after, width)]
     notes = [_SUPPORT_NOTE[colour]] if any(parts for _, _, parts in lines) else []
     notes += [_NOTE] if marked else []
     return "\n".join([*rows, *(paint(note, _DIM) for note in notes)])
+
+
+def _reasons(explanations: Explanations) -> list[tuple[list[str], list[str]]]:
+    """Of each line the warnings before it, which hold for all rows up to the next ones, and those
+    after it, of its own text."""
+    found = []
+    for _, group in itertools.groupby(explanations, lambda row: (row.document, row.warnings)):
+        rows = list(group)
+        first, last = rows[0].position, rows[-1].position
+        which = f"{first}" if first == last else f"{first} to {last}"
+        before = [f"{which}: {_printable(reason)}" for reason in rows[0].warnings]
+        for row in rows:
+            for reading in row.readings:
+                found.append((before, list(map(_printable, reading.warnings))))
+                before = []
+    return found
+
+
+def _wrapped(reasons: Sequence[str], width: int) -> list[str]:
+    return [f"! {line}" for reason in reasons for line in textwrap.wrap(reason, width - 2)]
 
 
 Part = tuple[str, str]
@@ -108,8 +134,9 @@ def _line(row: ExplainedToken, number: int, marks: bool) -> tuple[list[str], flo
     reading, first = row.readings[number], number == 0
     parts = _parts(reading)
     written = _marked(parts) if marks else "".join(text for text, _ in parts)
+    warned = row.warnings_of(reading)
     cells = [
-        str(row.position) if first else "",
+        (str(row.position) if first else " ") + ("!" if warned else ""),
         _printable(row.token) if first else "",
         written if parts else _printable(reading.text),
         f"{reading.cos:.3f}{'*' if reading.reads_back is False else ''}",

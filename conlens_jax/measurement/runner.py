@@ -24,6 +24,7 @@ from conlens_jax.lens.spec import LensSpec
 from conlens_jax.measurement import metrics
 from conlens_jax.measurement import programs as pure
 from conlens_jax.measurement.programs import SwapEffect
+from conlens_jax.measurement.training_range import norm_range
 from conlens_jax.models.generate import generate as continue_text
 from conlens_jax.models.param_table import Params
 from conlens_jax.parallel.mesh import batch_sharding
@@ -272,12 +273,14 @@ class ActivationStatistics:
       scale: root mean square of (a − mean) over all coordinates.
       resultant: R, norm of the mean of the unit vectors.
       n_rows: number of rows they are computed on.
+      norms: see :class:`~conlens_jax.measurement.training_range.TrainingRange`.
     """
 
     mean_D: np.ndarray
     scale: float
     resultant: float
     n_rows: int
+    norms: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, exact."""
@@ -296,4 +299,5 @@ def activation_statistics(activations_ND: np.ndarray) -> ActivationStatistics:
         scale=float(np.sqrt(np.mean(np.square(wide - mean_D)))),
         resultant=metrics.resultant_length(wide),
         n_rows=len(wide),
+        norms=norm_range(wide),
     )

@@ -57,7 +57,17 @@ def train_lens(session: Session) -> Path:
         config.wandb, folder, to_json_dict(config), enabled=is_first(), console=console
     )
     places = places_of(config, session.model, folder)
-    run = Run(session, folder, train, validation, reference, session.measurer(), tracker, places)
+    run = Run(
+        session,
+        folder,
+        train,
+        validation,
+        reference,
+        session.measurer(),
+        tracker,
+        places,
+        trained_on=session.trained_on,
+    )
     trainable, frozen = init_lens(
         session.model.params,
         session.spec,

@@ -13,6 +13,7 @@ from conlens_jax.config import ExperimentConfig
 from conlens_jax.data.rows import RowSource
 from conlens_jax.lens.sharding import lens_shardings
 from conlens_jax.measurement.runner import ActivationStatistics, Measurer
+from conlens_jax.measurement.training_range import TrainingRange
 from conlens_jax.models.param_table import Params
 from conlens_jax.tracking.console import Console
 from conlens_jax.tracking.wandb_run import WandbRun
@@ -26,6 +27,7 @@ class Run:
     Attributes:
       places: the folders that its checkpoints record (:mod:`conlens_jax.training.places`).
       warm_encoder: the encoder at the end of the warm start, None before.
+      trained_on: recorded with its checkpoints.
     """
 
     session: Session
@@ -37,6 +39,7 @@ class Run:
     tracker: WandbRun
     places: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     warm_encoder: Params | None = None
+    trained_on: TrainingRange | None = None
 
     @property
     def config(self) -> ExperimentConfig:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from conlens_jax.files.paths import checkpoint_path_problem, local_path
 from conlens_jax.lens.objective import Objective
 from conlens_jax.lens.spec import LensSpec, make_spec
 from conlens_jax.measurement.runner import ActivationStatistics, Measurer, activation_statistics
+from conlens_jax.measurement.training_range import TrainingRange, tokens_seen
 from conlens_jax.models.from_gguf.source import gguf_source
 from conlens_jax.models.hub import resolve_folder
 from conlens_jax.models.model import LanguageModel, load_model
@@ -80,6 +82,12 @@ class Session:
     def reference(self) -> ActivationStatistics:
         """:func:`training_reference`, once."""
         return training_reference(self.caches[0])
+
+    @functools.cached_property
+    def trained_on(self) -> TrainingRange:
+        """:func:`training_range`, once."""
+        vocab_size = self.model.config.vocab_size
+        return training_range(self.caches[0], self.reference.norms, vocab_size)
 
     def measurer(self, between: Callable[[], None] = lambda: None) -> Measurer:
         """A measurer of this lens; ``between`` is called before each batch."""
@@ -281,6 +289,24 @@ def training_reference(cache: RowSource) -> ActivationStatistics:
     if isinstance(cache, TokenStream):
         return of_rows()
     return ActivationStatistics.from_json(broadcast_from_first(lambda: of_rows().to_json()))
+
+
+def training_range(
+    cache: RowSource, norms: tuple[float, float] | None, vocab_size: int
+) -> TrainingRange:
+    """Positions and tokens of all training rows; only the first process reads a cache.
+
+    The tokens of files of earlier systems are not recorded: that would read them completely.
+    """
+
+    def found() -> dict[str, Any]:
+        positions = [places.positions_N for places in cache.places()]
+        has_contexts = isinstance(cache, ActivationCache | TokenStream)
+        tokens = tokens_seen(cache.contexts(), vocab_size) if has_contexts else None
+        first, last = (int(end(map(end, positions))) for end in (min, max))
+        return TrainingRange(first, last, norms, tokens).to_json()
+
+    return TrainingRange.from_json(broadcast_from_first(found))
 
 
 def training_rows(cache: RowSource, most: int) -> Rows:

@@ -172,6 +172,7 @@ class StageLoop:
                 "scale": self.run.reference.scale,
                 "resultant": self.run.reference.resultant,
             },
+            "trained_on": None if self.run.trained_on is None else self.run.trained_on.to_json(),
             "places": {**self.run.places, "run": str(self.run.folder)},
             "config": to_json_dict(self.config),
         }
