@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from tiny_user import LAYER, TEXT, TEXTS, tiny_user_lens
 
 from conlens_jax.config import MeshConfig
 from conlens_jax.evaluation.support import Calibration
+from conlens_jax.evaluation.words import note_of, words_of
 from conlens_jax.inspection.explanations import Explanations
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.inspection.programs import TOP
@@ -298,8 +300,66 @@ def test_support_in_the_terminal():
     plain = shown(row, colour=False)
     assert "anna+ | fox? sled " in plain and "+ right in at least nine of ten" in plain
     bright = shown(row, colour=True)
-    parts = "\x1b[1ma\x1b[0m\x1b[1mnna\x1b[0m |\x1b[2m fox\x1b[0m sled "
-    assert parts in bright and "bold: right" in bright
+    assert "\x1b[1manna\x1b[0m | \x1b[2mfox\x1b[0m sled " in bright and "bold: right" in bright
+    # Without a calibration: the decoder's own probabilities, which say so; gaps have none.
+    raw = dataclasses.replace(reading, support=None, probabilities=(0.98, 0.95, 0.99, 0.4, 0.7))
+    plain = shown(dataclasses.replace(row, readings=(raw,)), colour=False)
+    assert "anna+ | fox? sled " in plain and "right in at least" not in plain
+    assert "+ the decoder's own probability" in plain and "No support:" in plain
+    # In a row that should not be believed no word is marked.
+    plain = shown(dataclasses.replace(row, warnings=("No.",)), colour=False)
+    assert "anna | fox sled " in plain and "! 1: No." in plain
+    bright = shown(dataclasses.replace(row, warnings=("No.",)), colour=True)
+    assert "\x1b[2manna\x1b[0m" in bright and "\x1b[1manna" not in bright
+
+
+def test_words_of_pieces():
+    found = lambda *pieces, **known: [(w.space, w.text) for w in words_of(pieces, **known)]
+    assert found(" an", "na", ",", " |", " ·") == [("", "anna"), ("", ","), (" ", "|"), (" ", "·")]
+    assert found("her", "", "s\n", " x") == [("", "hers"), (" ", "x")]
+    assert found("日", "本", "a") == [("", "日"), ("", "本"), ("", "a")]
+    assert found("red", "fox", support=[0.5, 0.6]) == [("", "red"), ("", "fox")]
+    (word,) = words_of([" fo", "x"], [0.7, 0.7], [0.5, 0.5])
+    assert (word.support, word.probability) == (0.7, 0.25)
+    assert (word.value(True), word.value(False)) == (0.7, 0.25)
+    assert words_of(["·"], None, [0.9])[0].value(False) is None
+    assert note_of(0.9999, True) == "support 0.99" and note_of(0.9, True) == "support 0.90"
+
+
+def test_words_on_the_page(lens, explained):
+    reading = explained[0].best
+    pieces, support = (" a", "<b>", " |", " fox", " sled"), (0.95, 0.93, None, 0.3, 0.7)
+    known = dict(pieces=pieces, support=support, probabilities=None)
+    reading = dataclasses.replace(reading, **known, warnings=())
+    row = dataclasses.replace(explained[0], readings=(reading,), warnings=())
+    page = Explanations((row,), (("b", "t"),)).to_html()
+    shown = r'<span class="(word[^"]*)" tabindex="0"[^>]*title="([^"]*)"[^>]*>([^<]*)<'
+    words = re.findall(shown, page)
+    assert words == [
+        ("word sure", "support 0.95", "a"),
+        ("word sure", "support 0.93", "&lt;b&gt;"),
+        ("word doubtful", "support 0.30", "fox"),
+        ("word", "support 0.70", "sled"),
+    ]
+    assert "Hide words below support" in page and "</span> | <span" in page
+    assert "No support" not in page
+    warned = Explanations((dataclasses.replace(row, warnings=("<i>",)),), (("b", "t"),)).to_html()
+    assert "not measured on rows with a warning" in warned and '<td class="warned">' in warned
+    raw = explained.to_html()
+    assert "Hide words below the decoder" in raw and "No support: how often" in raw
+    assert raw.count("<script>") == 1 and "<script" not in explained._repr_html_()
+
+
+def test_a_row_a_word(lens, explained):
+    pandas = pytest.importorskip("pandas")
+    table = explained.to_pandas(words=True)
+    assert isinstance(table, pandas.DataFrame)
+    words = [word for row in explained for word in row.best.words]
+    assert table["word"].tolist() == [word.text for word in words]
+    assert table["probability"].tolist() == [word.probability for word in words]
+    first = table[table["position"] == 1]
+    assert first["number"].tolist() == list(range(len(explained[0].best.words)))
+    assert table["support"].isna().all() and set(table["kl"]) == {r.best.kl for r in explained}
 
 
 def test_html_is_whole_and_escaped(explained):
@@ -307,6 +367,12 @@ def test_html_is_whole_and_escaped(explained):
     row = dataclasses.replace(
         explained[0], token=evil, readings=(dataclasses.replace(explained[0].best, text=evil),)
     )
+    warned = dataclasses.replace(row, position=1, warnings=(evil,))
+    page = Explanations((row, warned), ((evil, evil),), {"model": evil}).to_html()
+    assert evil not in page and page.count("&lt;script&gt;") >= 6
+    assert page.count("<script") == 1  # the slider
+    sampled = dataclasses.replace(row.best, pieces=None, support=None, probabilities=None)
+    row = dataclasses.replace(row, readings=(sampled,))
     page = Explanations((row,), ((evil, evil),), {"model": evil}).to_html()
     assert "<script" not in page and page.count("&lt;script&gt;") >= 4
     assert "http" not in page and page.startswith("<!doctype html>")

@@ -13,6 +13,8 @@ from pipeline import quick_compilation
 from servers import serving
 from tiny_user import TEXT, TEXTS, tiny_user_lens
 
+from conlens_jax.evaluation.support import Calibration
+
 pytest.importorskip("fastapi", reason="the page needs the extra 'explore'")
 pytest.importorskip("uvicorn", reason="the page needs the extra 'explore'")
 
@@ -77,6 +79,37 @@ def test_an_explanation_comes_as_it_is_written(lens, address, decoding):
         own.tokens,
     )
     assert found["readings"][0]["kl"] == pytest.approx(own.kl, rel=1e-3, abs=1e-5)
+
+
+def test_the_last_line_has_the_words_with_their_support(lens, address):
+    assert "no_support" in json.loads(fetch(f"{address}/api/lens")[1])
+    assert streamed(address, text=TEXT, position=4, decoding="sample")[-1]["words"] is None
+    (raw, *_) = streamed(address, text=TEXT, position=4)[-1]["words"]
+    assert raw["support"] is None and raw["note"].startswith("the decoder's own probability 0.")
+    from conlens_jax.explorer.server import make_app
+
+    calibration = Calibration({"comma": None, "separator": None}, {"next": ((0, 0.1), (1, 0.99))})
+    believed = dataclasses.replace(lens, calibration=calibration)
+    with serving(make_app(believed)) as own:
+        assert "no_support" not in json.loads(fetch(f"{own}/api/lens")[1])
+        found = streamed(own, text=TEXT, position=4)[-1]["words"]
+        reading = believed.explain(TEXT, 4)[0].best
+        assert "".join(word["space"] + word["text"] for word in found) == reading.text
+        supports = [word.support for word in reading.words]
+        assert [word["support"] for word in found] == pytest.approx(supports, rel=1e-5)
+        page = fetch(own)[1]
+        assert ".word.doubtful" in page and "function hideBelow" in page and "/* words" not in page
+        frame = json.loads(
+            fetch(
+                f"{own}/nla/explain",
+                {
+                    "text": TEXT,
+                    "positions": [4],
+                    "temperature": 0,
+                },
+            )[1]
+        )["results"][0]
+        assert [w["support"] for w in frame["words"]] == pytest.approx(supports, abs=1e-4)
 
 
 def test_an_edited_explanation_is_swapped_in(lens, address):

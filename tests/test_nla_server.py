@@ -20,7 +20,7 @@ RESULT = {
 }
 TOKEN = RESULT - {"l2_norm", "description", "mse", "cosine_similarity", "generated"}
 # What a lens adds to every description; clients that do not know these fields leave them be.
-OWN = {"description_tokens", "reads_back", "warnings"}
+OWN = {"description_tokens", "reads_back", "warnings", "words"}
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,10 @@ def test_explain_says_what_the_lens_says(lens, client):
         assert row["reads_back"] == own.best.reads_back
         assert row["cosine_similarity"] == pytest.approx(own.best.cos, abs=1e-6)
         assert row["mse"] == pytest.approx(2 - 2 * own.best.cos, abs=1e-5)
+        words = [(word["text"], word["support"]) for word in row["words"]]
+        assert words == [(word.text, word.support) for word in own.best.words]
+        found_p = [word["probability"] for word in row["words"]]
+        np.testing.assert_allclose(found_p, [w.probability for w in own.best.words], atol=1e-4)
         assert row["warnings"] == list(own.warnings_of(own.best))
         norm = np.linalg.norm(lens.capture(TEXT, row["position"]))
         assert row["l2_norm"] == pytest.approx(norm, rel=1e-5)
@@ -96,6 +100,7 @@ def test_a_stream_of_explanations(lens, client):
         assert result["description"] == own.explanation
     body = {"text": "one red fox", "positions": [1, 3], "temperature": 0.5}
     assert ask(client, "explain", **body)["results"] == results  # to the last digit
+    assert results[0]["words"] is None  # of sampled texts
     whole = ask(client, "explain", text="two cat", temperature=0)  # every position, bos too
     assert [row["position"] for row in whole["results"]] == [2, 1, 0]
 
@@ -110,7 +115,7 @@ def test_activations_go_out_and_come_back(lens, client):
     for vector, row in zip(vectors, described, strict=True):
         body = {name: row[name] for name in ("description", "description_tokens")}
         scored = ask(client, "score", **body, activation=vector)
-        assert set(row) == {"description", "warnings", *scored}
+        assert set(row) == {"description", "warnings", "words", *scored}
         assert scored == {name: row[name] for name in scored}
         read = lens.encode(row["description_tokens"])
         cos = read @ vector / np.linalg.norm(read) / np.linalg.norm(vector)

@@ -21,7 +21,9 @@ scored, and ``reads_back`` is whether the description alone, tokenised again, gi
 read back as other tokens, so send ``description_tokens`` to ``/nla/score`` to score the same ones;
 without them, its answer has the ids that it read. ``warnings`` are sentences: why the description
 should not be believed (:mod:`conlens_jax.inspection.row_warnings`); of an activation that is sent
-only the norm is known.
+only the norm is known. ``words`` (null at a temperature) are those of a greedy description,
+``{text, support, probability}`` each: the calibrated probability that its claim is right (null: it
+is none, or the lens has no calibration), and the decoder's probability of it.
 
 A lens is no NLA pair, so some things differ. A text has the lens's own length, so a smaller
 ``max_new_tokens`` is refused. Up to 32 texts are written in parallel, so the frames of several
@@ -42,6 +44,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
+from conlens_jax.evaluation.words import Word
 from conlens_jax.explorer.nla_requests import (
     BYTES_PER_NUMBER,
     MAX_ACTIVATIONS,
@@ -173,8 +176,14 @@ def make_nla_app(lens: Lens, turns: Turns, max_tokens: int) -> FastAPI:
                 with turns.turn():
                     rows = lens.swaps(source, list(zip(keys[batch], texts, strict=True)))
                 warnings = [row.warnings_of(row.best) for row in rows]
-            for vector, text, reasons in zip(vectors[batch], texts, warnings, strict=True):
-                yield {"description": text, **scored(text, vector), "warnings": reasons}
+            words: list[Any] = [None] * len(texts)
+            if decoding["decoding"] == "greedy":
+                with turns.turn():
+                    found = lens.words(np.stack(vectors[batch]), texts)
+                words = [list(map(_word, of_text)) for of_text in found]
+            for vector, text, *own in zip(vectors[batch], texts, warnings, words, strict=True):
+                added = dict(zip(("warnings", "words"), own, strict=True))
+                yield {"description": text, **scored(text, vector), **added}
 
     @app.get("/")
     def health() -> dict[str, Any]:
@@ -280,6 +289,16 @@ def _token(lens: Lens, tokens: Sequence[int], position: int) -> dict[str, Any]:
         "fragment_index": 0,
         "fragment_count": 1,
         **dict.fromkeys(("role", "section", "channel", "message_index")),
+    }
+
+
+def _word(word: Word) -> dict[str, Any]:
+    # Rounded, so that it does not depend on the texts that are written beside it.
+    digits = lambda value: None if value is None else round(value, 4)
+    return {
+        "text": word.text,
+        "support": digits(word.support),
+        "probability": digits(word.probability),
     }
 
 

@@ -8,7 +8,8 @@ requests are served. They also have far fewer dependencies.
     GET  /api/lens     model, layer, limits
     POST /api/tokens   {text} → {tokens}
     POST /api/explain  {text, position, decoding, seed} → a JSON line {"text", "tokens": so far}
-                       for each token, and a last one {"row": explained token}
+                       for each token, and a last one {"row": explained token, "words"}: of a
+                       greedy text its words with support, of a sampled one null
     POST /api/swap     {text, position, explanation, tokens} → {"row": explained token}; tokens: of
                        a written explanation, whose text may read back as others
     …    /nla/…        Neuronpedia's NLA API, see :mod:`conlens_jax.explorer.nla_api`
@@ -35,6 +36,8 @@ from pydantic import BaseModel, Field, StrictInt
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from conlens_jax.evaluation.report.markup import WORDS_CSS, WORDS_JS
+from conlens_jax.evaluation.words import NO_SUPPORT, Word, level, note_of
 from conlens_jax.explorer.nla_api import make_nla_app
 from conlens_jax.explorer.nla_requests import most_bytes
 from conlens_jax.explorer.server_limits import RETRY, LimitedRequests, Limits
@@ -105,6 +108,7 @@ def make_app(
     turns = Turns(most_waiting)
     max_tokens = min(max_tokens, lens.spec.model.max_positions)
     page = importlib.resources.files(__package__).joinpath("static/explore.html").read_text("utf-8")
+    page = page.replace("/* words.css */", WORDS_CSS).replace("/* words.js */", WORDS_JS)
     policy = _page_policy(page)
 
     def tokens_of(text: str) -> list[str]:
@@ -146,7 +150,13 @@ def make_app(
 
     @app.get("/api/lens")
     async def describe() -> dict[str, Any]:
-        return {**lens.facts, "text_len": lens.spec.text_len, "max_tokens": max_tokens}
+        support = {} if lens.calibration is not None else {"no_support": NO_SUPPORT}
+        return {
+            **lens.facts,
+            "text_len": lens.spec.text_len,
+            "max_tokens": max_tokens,
+            **support,
+        }
 
     @app.post("/api/tokens")
     def tokenise(request: TextBody) -> dict[str, Any]:
@@ -174,11 +184,21 @@ def make_app(
                 yield _line(text=written, tokens=written.tokens)
             with turns.turn():  # scores the text that was shown, without writing it again
                 row = lens.swap(request.text, request.position, written)
-            yield _line(row=_plain(row))
+                words = words_of(request, row, written)
+            yield _line(row=_plain(row), words=words)
         except Gone:
             raise
         except Exception as error:  # the answer has begun, so its status cannot change
             yield _line(error=failure(error))
+
+    def words_of(request: ExplainBody, row: ExplainedToken, written: Written) -> list | None:
+        if request.decoding != "greedy":
+            return None
+        vector_D = lens.capture(request.text, request.position)
+        (words,) = lens.words(vector_D[None], [written])
+        calibrated = lens.calibration is not None
+        warned = bool(row.warnings_of(row.best))
+        return [_word(word, calibrated, warned) for word in words]
 
     @app.post("/api/swap")
     def swap(request: SwapBody) -> dict[str, Any]:
@@ -216,6 +236,19 @@ def _page_policy(page: str) -> str:
 
 def _plain(row: ExplainedToken) -> dict[str, Any]:
     return dataclasses.asdict(row)
+
+
+def _word(word: Word, calibrated: bool, warned: bool) -> dict[str, Any]:
+    """As the page shows it."""
+    value = word.value(calibrated)
+    return {
+        "space": word.space,
+        "text": word.text,
+        "support": word.support,
+        "value": value,
+        "level": level(value),
+        "note": "" if value is None else note_of(value, calibrated, warned),
+    }
 
 
 def _line(**values: Any) -> str:

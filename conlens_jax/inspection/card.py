@@ -17,6 +17,11 @@ _METRICS = {
     "sampled_kl_frac_mean": "share of the damage repaired, sampled text",
     "null_shuffle_fve_nrm": "control: the text of another row",
     "null_shuffle_kl_frac_mean": "control: the text of another row",
+    "claims": "statements of an explanation that can be checked",
+    "claims_right": "share of them that is right",
+    "support_ece": "calibration error of their support, the probability that they are right",
+    "support_right_at_90": "share that is right of those with a support of at least 0.9",
+    "support_share_at_90": "share of the claims with a support of at least 0.9",
 }
 
 
@@ -53,7 +58,12 @@ def model_card(lens: LensParts, includes_model: bool) -> str:
             *_table(lens),
             "",
             "A text is what the decoder was trained to write. Good predictions from its "
-            "reconstruction show that it carries information, not that each of its words is true.",
+            "reconstruction show that it carries information, not that each of its words is true. "
+            + (
+                "How often a claim is right was not measured for this lens."
+                if lens.calibration is None
+                else "Each claim has a support (`reading.words`), on text like this lens's own."
+            ),
             "",
         ]
     )

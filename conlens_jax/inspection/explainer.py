@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from conlens_jax.config.seeds import checked_seed
 from conlens_jax.evaluation.claims import ClaimReader, claim_reader
+from conlens_jax.evaluation.words import Word, words_of
 from conlens_jax.inspection import batching
 from conlens_jax.inspection.explanations import Explanations
 from conlens_jax.inspection.programs import Sampling, sampling_of
 from conlens_jax.inspection.reader import LensReader, Vector
-from conlens_jax.inspection.readings import ExplainedToken, Reading
+from conlens_jax.inspection.readings import ExplainedToken
 from conlens_jax.inspection.texts import Positions, token_index, token_indices, token_lists
 from conlens_jax.lens.original import ContextStates
 from conlens_jax.models.arguments import finite_array
@@ -113,12 +114,15 @@ class LensExplainer(LensReader):
         readings = [
             self._reading(text, effect, number) for number, text in enumerate(texts[: len(rows)])
         ]
-        if self.calibration is not None and decoding == "greedy":
+        if decoding == "greedy":
             log_probs_BT = self._programs.log_probs(
                 self.trainable, self.frozen, states, documents_B, positions_B, text_BT
             )
             pairs = zip(readings, np.asarray(log_probs_BT)[: len(rows)], strict=True)
-            readings = [self._supported(reading, log_probs_T) for reading, log_probs_T in pairs]
+            readings = [
+                dataclasses.replace(reading, **self._of_words(reading.tokens, log_probs_T))
+                for reading, log_probs_T in pairs
+            ]
         numbers_of: dict[tuple[int, int], list[int]] = {}  # of the samples of each token
         for number, row in enumerate(rows):
             numbers_of.setdefault((row.document, row.position), []).append(number)
@@ -143,13 +147,36 @@ class LensExplainer(LensReader):
     def _piece(self) -> Callable[[int], str]:
         return functools.cache(self.model.tokenizer.piece)
 
-    def _supported(self, reading: Reading, log_probs_T: np.ndarray) -> Reading:
-        """The reading of a text that the decoder wrote, with the support of its claims."""
-        assert self.calibration is not None and reading.tokens is not None
-        tokens = before_end(reading.tokens, self.spec.end)
-        support = self.calibration.of_tokens(self._claims, tokens, log_probs_T)
-        pieces = tuple(map(self._piece, tokens))
-        return dataclasses.replace(reading, pieces=pieces, support=tuple(support))
+    def _of_words(self, tokens: Sequence[int], log_probs_T: np.ndarray) -> dict[str, Any]:
+        """The fields ``pieces``, ``support`` and ``probabilities`` of the reading of a text."""
+        tokens = before_end(tokens, self.spec.end)
+        support = None
+        if self.calibration is not None:
+            support = tuple(self.calibration.of_tokens(self._claims, tokens, log_probs_T))
+        return {
+            "pieces": tuple(map(self._piece, tokens)),
+            "support": support,
+            "probabilities": tuple(np.exp(log_probs_T[: len(tokens)]).tolist()),
+        }
+
+    def words(
+        self, activations: Float[np.ndarray, "N D"], texts: Sequence[Written]
+    ) -> list[tuple[Word, ...]]:
+        """The words of the decoder's greedy texts of activations, each with its support (without a
+        calibration None) and the decoder's probability."""
+        end = 0 if self.spec.end is None else self.spec.end
+        text_NT = np.full((len(texts), self.spec.text_len), end, np.int32)
+        for number, text in enumerate(texts):
+            text_NT[number, : len(text.tokens)] = text.tokens
+        size = batching.power_of_two(len(texts))
+        vectors_BD = jnp.asarray(batching.filled(finite_array(activations, "activations"), size))
+        text_BT = jnp.asarray(batching.filled(text_NT, size))
+        log_probs_BT = np.asarray(
+            self._programs.text_log_probs(self.trainable, self.frozen, vectors_BD, text_BT)
+        )
+        rows = zip(texts, log_probs_BT[: len(texts)], strict=True)
+        fields = [self._of_words(text.tokens, log_probs_T) for text, log_probs_T in rows]
+        return [words_of(f["pieces"], f["support"], f["probabilities"]) for f in fields]
 
     def write(
         self,

@@ -41,8 +41,11 @@ class Explanations(Sequence[ExplainedToken]):
     def __getitem__(self, index):
         return self.rows[index]
 
-    def records(self) -> list[dict[str, Any]]:
-        """One flat record per reading."""
+    def records(self, words: bool = False) -> list[dict[str, Any]]:
+        """One flat record per reading or, with ``words``, per word of the readings whose words are
+        known (greedy texts)."""
+        if words:
+            return self._word_records()
         return [
             {
                 "document": row.document,
@@ -64,7 +67,27 @@ class Explanations(Sequence[ExplainedToken]):
             for sample, reading in enumerate(row.readings)
         ]
 
-    def to_pandas(self) -> pandas.DataFrame:
+    def _word_records(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "document": row.document,
+                "position": row.position,
+                "token": row.token,
+                "sample": sample,
+                "number": number,
+                "word": word.text,
+                "support": word.support,
+                "probability": word.probability,
+                "cos": reading.cos,
+                "kl": reading.kl,
+                "warnings": list(row.warnings_of(reading)),
+            }
+            for row in self.rows
+            for sample, reading in enumerate(row.readings)
+            for number, word in enumerate(reading.words or ())
+        ]
+
+    def to_pandas(self, *, words: bool = False) -> pandas.DataFrame:
         """:meth:`records` as a table.
 
         Raises:
@@ -77,7 +100,7 @@ class Explanations(Sequence[ExplainedToken]):
                 "Explanations.to_pandas needs pandas: pip install pandas; without it, "
                 "Explanations.records() has the same rows as dictionaries"
             ) from error
-        return pandas.DataFrame(self.records())
+        return pandas.DataFrame(self.records(words))
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Everything as JSON text, also written to ``path`` if given."""
@@ -135,6 +158,9 @@ def _row(values: Mapping[str, Any]) -> ExplainedToken:
                 pieces=None if r.get("pieces") is None else tuple(map(str, r["pieces"])),
                 support=None if r.get("support") is None else tuple(r["support"]),
                 warnings=tuple(map(str, r.get("warnings", ()))),
+                probabilities=None
+                if r.get("probabilities") is None
+                else tuple(map(float, r["probabilities"])),
             )
             for r in values["readings"]
         ),

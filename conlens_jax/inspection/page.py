@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 
 from conlens_jax.evaluation.report.markup import template_environment
+from conlens_jax.evaluation.words import NO_SUPPORT
 from conlens_jax.inspection.readings import ExplainedToken
 
 NOTEBOOK_ROWS = 200
@@ -19,7 +20,7 @@ Documents = Sequence[Sequence[str]]
 
 
 def whole_page(rows: ExplainedTokens, documents: Documents, facts: Mapping[str, Any]) -> str:
-    """A complete document, without scripts or external resources.
+    """A complete document, without external resources. Its one script hides words below a support.
 
     Args:
       rows, documents, facts: as of :class:`~conlens_jax.inspection.explanations.Explanations`.
@@ -43,8 +44,23 @@ def _rendered(
     return (
         _environment()
         .get_template(template)
-        .render(rows=rows[:most], documents=marked, facts=facts, n_more=len(rows) - most)
+        .render(
+            rows=rows[:most],
+            documents=marked,
+            facts=facts,
+            n_more=len(rows) - most,
+            kind=_kind(rows),
+            no_support=NO_SUPPORT,
+        )
     )
+
+
+def _kind(rows: ExplainedTokens) -> str:
+    """What the numbers of words are; empty if there are none."""
+    known = [reading for row in rows for reading in row.readings if reading.words]
+    if not known:
+        return ""
+    return "the decoder's own probability" if known[0].support is None else "support"
 
 
 @functools.cache

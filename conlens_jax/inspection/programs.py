@@ -72,6 +72,7 @@ class Programs:
         self.read = bound(read_through)
         self.explain = bound(_explain)
         self.log_probs = bound(_log_probs)
+        self.text_log_probs = bound(text_log_probs)
         self.swap = bound(_swap)
         self.encode = bound(_encode)
         self.write = bound(_write)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+from conlens_jax.evaluation.words import Word, words_of
 from conlens_jax.models.written import Written
 
 
@@ -31,9 +32,12 @@ class Reading:
       reads_back: whether the text alone, tokenised again, gives these tokens; None without them.
         If it does not, pass the reading itself (``lens.swap(text, position, reading)``), not a
         copy of its text.
-      pieces: the text of each token before its end.
+      pieces: the text of each token before its end; None for texts that are not greedy.
       support: of each of these the calibrated probability that the claim it belongs to is right;
-        None where it belongs to none. Both are None for sampled texts, and without a calibration.
+        None where it belongs to none. None for texts that are not greedy, and without a
+        calibration.
+      probabilities: of each of these the decoder's probability, given those before it; None as for
+        ``pieces``.
       warnings: why this text should not be believed; see
         :mod:`conlens_jax.inspection.row_warnings`.
     """
@@ -47,6 +51,14 @@ class Reading:
     pieces: tuple[str, ...] | None = None
     support: tuple[float | None, ...] | None = None
     warnings: tuple[str, ...] = ()
+    probabilities: tuple[float, ...] | None = None
+
+    @property
+    def words(self) -> tuple[Word, ...] | None:
+        """The text by word, with what is known of each; None for texts that are not greedy."""
+        if self.pieces is None:
+            return None
+        return words_of(self.pieces, self.support, self.probabilities)
 
     @classmethod
     def of(cls, text: str, cos: float, kl: float, after: tuple[Prediction, ...]) -> Reading:

@@ -8,17 +8,20 @@ import textwrap
 import unicodedata
 from collections.abc import Callable, Sequence
 
+from conlens_jax.evaluation.words import NO_SUPPORT, level
 from conlens_jax.inspection.explanations import Explanations
 from conlens_jax.inspection.readings import ExplainedToken, Prediction, Reading
 
 # ANSI colours of explanations by KL: at least 1 nat, at least 0.25, less.
 _COLOURS = ((1.0, "31"), (0.25, "33"), (0.0, "32"))
 _BOLD, _DIM, _WARN = "1", "2", "1;33"
-SURE, DOUBTFUL = 0.9, 0.5
-"""The support from which a word is shown as sure, and below which as doubtful."""
 _SUPPORT_NOTE = {
     True: "bold: right in at least nine of ten held-out cases; dim: in fewer than half",
     False: "+ right in at least nine of ten held-out cases, ? in fewer than half",
+}
+_RAW_NOTE = {
+    True: "bold: the decoder's own probability is at least 0.9; dim: below 0.5",
+    False: "+ the decoder's own probability is at least 0.9, ? below 0.5",
 }
 _NOTE = "* read again, the text gives other tokens; the numbers are of those written (see --json)"
 
@@ -66,7 +69,11 @@ def render(explanations: Explanations, *, colour: bool, width: int | None = None
         rows += [paint(line, _WARN) for line in _wrapped(before, width)]
         rows.append(joined(cells, [_DIM, "", code, "", code, _DIM, ""], parts))
         rows += [paint(line, _WARN) for line in _wrapped(after, width)]
-    notes = [_SUPPORT_NOTE[colour]] if any(parts for _, _, parts in lines) else []
+    known = [reading for row in explanations for reading in row.readings if reading.words]
+    notes = []
+    if known:
+        calibrated = known[0].support is not None
+        notes = [_SUPPORT_NOTE[colour]] if calibrated else [_RAW_NOTE[colour], NO_SUPPORT]
     notes += [_NOTE] if marked else []
     return "\n".join([*rows, *(paint(note, _DIM) for note in notes)])
 
@@ -95,20 +102,17 @@ Part = tuple[str, str]
 """A part of an explanation, and the ANSI code of its support."""
 
 
-def _parts(reading: Reading) -> list[Part]:
-    """The explanation by token; empty if the support of its words is not known."""
-    if reading.pieces is None or reading.support is None:
-        return []
-    pieces = [_printable(piece) for piece in reading.pieces]
-    if pieces:
-        pieces[0] = pieces[0].lstrip()
-    return [(piece, _code(s)) for piece, s in zip(pieces, reading.support, strict=True)]
-
-
-def _code(support: float | None) -> str:
-    if support is None or DOUBTFUL <= support < SURE:
-        return ""
-    return _BOLD if support >= SURE else _DIM
+def _parts(row: ExplainedToken, reading: Reading) -> list[Part]:
+    """The explanation as texts with the ANSI codes of their words; empty if its words are not
+    known. Words of a row that should not be believed are all dim."""
+    calibrated, warned = reading.support is not None, bool(row.warnings_of(reading))
+    codes = {"sure": _BOLD, "doubtful": _DIM, "": ""}
+    parts = []
+    for word in reading.words or ():
+        value = word.value(calibrated)
+        code = codes[level(value)]
+        parts += [(_printable(word.space), ""), (_printable(word.text), _DIM if warned else code)]
+    return parts
 
 
 def _painted(fitted: str, parts: Sequence[Part], paint: Callable[[str, str], str]) -> str:
@@ -120,21 +124,18 @@ def _painted(fitted: str, parts: Sequence[Part], paint: Callable[[str, str], str
     return "".join(painted) + fitted[start:]
 
 
-def _marked(parts: Sequence[Part]) -> str:
-    """The parts with a mark after each word that is sure or doubtful."""
-    marks, text = {_BOLD: "+", _DIM: "?"}, ""
-    for number, (part, code) in enumerate(parts, start=1):
-        following = parts[number][0] if number < len(parts) else " "
-        text += part + (marks.get(code, "") if following.startswith(" ") else "")
-    return text
+def _marked(parts: Sequence[Part], warned: bool) -> str:
+    """The parts with a mark after each word that is sure or doubtful; none where no word counts."""
+    marks = {} if warned else {_BOLD: "+", _DIM: "?"}
+    return "".join(text + marks.get(code, "") for text, code in parts)
 
 
 def _line(row: ExplainedToken, number: int, marks: bool) -> tuple[list[str], float, list[Part]]:
     """Cells, KL, and the parts of the explanation."""
     reading, first = row.readings[number], number == 0
-    parts = _parts(reading)
-    written = _marked(parts) if marks else "".join(text for text, _ in parts)
-    warned = row.warnings_of(reading)
+    warned = bool(row.warnings_of(reading))
+    parts = _parts(row, reading)
+    written = _marked(parts, warned) if marks else "".join(text for text, _ in parts)
     cells = [
         (str(row.position) if first else " ") + ("!" if warned else ""),
         _printable(row.token) if first else "",

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import html
+import importlib.resources
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jinja2
 from markupsafe import Markup
 
+from conlens_jax.evaluation.words import Word, level, note_of
 from conlens_jax.measurement.bootstrap import Interval
 from conlens_jax.models.written import Written
+
+_TEMPLATES = importlib.resources.files(__package__).joinpath("templates")
+WORDS_CSS = _TEMPLATES.joinpath("words.css").read_text("utf-8")
+WORDS_JS = _TEMPLATES.joinpath("words.js").read_text("utf-8")
+"""How words with a support are shown and hidden, on every page."""
 
 # Not allowed in HTML text, or not encodable as UTF-8 (lone surrogates): tokens of a byte-level
 # vocabulary can contain any of them.
@@ -36,6 +43,28 @@ def token_marks(text: str) -> tuple[str, str]:
     attribute = f' data-tokens="{" ".join(map(str, text.tokens))}"'
     note = "(read again, this gives other tokens; the numbers are of those written)"
     return attribute, "" if text.reads_back else f" <small>{note}</small>"
+
+
+def show_words(words: Sequence[Word], calibrated: bool, warned: bool = False) -> str:
+    """The words of a text, those with a number as elements that show it on hover, focus and tap.
+    Escaped.
+
+    Args:
+      calibrated, warned: see :func:`~conlens_jax.evaluation.words.note_of`.
+    """
+    return "".join(escape(word.space) + _show_word(word, calibrated, warned) for word in words)
+
+
+def _show_word(word: Word, calibrated: bool, warned: bool) -> str:
+    text, value = escape(word.text), word.value(calibrated)
+    if value is None:
+        return text
+    kind = f"word {level(value)}".strip()
+    note = escape(note_of(value, calibrated, warned))
+    return (
+        f'<span class="{kind}" tabindex="0" role="note" data-value="{value:.4f}" '
+        f'data-note="{note}" title="{note}" aria-label="{text}, {note}">{text}</span>'
+    )
 
 
 def show_token(token: str) -> str:
@@ -102,8 +131,10 @@ def template_environment(package: str) -> jinja2.Environment:
     environment.filters |= {
         "number": format_number,
         "token": as_markup(show_token),
+        "words": as_markup(show_words),
         "token_marks": lambda text: tuple(map(Markup, token_marks(text))),
     }
+    environment.globals |= {"words_css": Markup(WORDS_CSS), "words_js": Markup(WORDS_JS)}
     return environment
 
 
