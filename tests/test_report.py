@@ -18,6 +18,7 @@ from conlens_jax.evaluation.report.markup import escape, format_interval, format
 from conlens_jax.evaluation.report.report_data import Example, MetricGroup, MetricRow, Report
 from conlens_jax.evaluation.report.svg import CurveChart, HistogramChart, Series
 from conlens_jax.evaluation.report.writing import render_report, write_report
+from conlens_jax.evaluation.words import words_of
 from conlens_jax.measurement.bootstrap import Interval
 from conlens_jax.models.written import Written
 
@@ -275,6 +276,20 @@ def test_wrong_lengths_are_named_all_at_once():
         render_report(report)
     for part in ("'short' has 1 values for 2 columns", "better must be", "'ragged': x has 2"):
         assert part in str(error.value)
+
+
+def test_words_of_an_example_have_their_support():
+    one = _report().examples[0]
+    name = one.explanations[0][0]
+    words = words_of([" red", " <fox>", " |"], [0.95, 0.2, None])
+    page = render_report(_report(examples=[dataclasses.replace(one, words={name: words})]))
+    assert 'title="support 0.95"' in page and 'class="word sure"' in page
+    assert 'aria-label="&lt;fox&gt;, support 0.20">&lt;fox&gt;</span> |' in page
+    assert "are bold" in page and "No support" not in page and 'class="reason"' not in page
+    warned = dataclasses.replace(one, words={name: words}, warnings={name: ("<no>",)})
+    page = render_report(_report(examples=[warned]))
+    assert "not measured on rows with a warning" in page and "<b>!</b> &lt;no&gt;" in page
+    assert "No support: how often" in render_report(_report())
 
 
 def test_examples_beyond_the_first_are_folded_and_none_is_lost():

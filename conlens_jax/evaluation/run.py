@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import numpy as np
 from conlens_jax.config import ConfigError, to_json_dict
 from conlens_jax.data.extract import TEST
 from conlens_jax.embedded.language_model import STATISTICS_FILE
+from conlens_jax.evaluation.claims import ClaimReader
 from conlens_jax.evaluation.full import Studies
 from conlens_jax.evaluation.report.document_heat import document_heat
 from conlens_jax.evaluation.report.heat_map import HeatMap
-from conlens_jax.evaluation.report.page import PageData, System, build_report
+from conlens_jax.evaluation.report.page import PageData, System, build_report, chosen_rows
 from conlens_jax.evaluation.report.writing import write_report
 from conlens_jax.evaluation.studies.claims import checked_claims, claim_truth, truth_of_claims
 from conlens_jax.evaluation.studies.said_words import SaidWords
@@ -28,6 +30,7 @@ from conlens_jax.lens.spec import init_lens
 from conlens_jax.measurement.bootstrap import Interval
 from conlens_jax.measurement.metric_files import MEASURED_STEP, flatten, write_metrics
 from conlens_jax.models.param_table import Params
+from conlens_jax.models.written import before_end
 from conlens_jax.parallel.preemption import leave_together
 from conlens_jax.parallel.processes import broadcast_from_first
 from conlens_jax.tracking.records import read_metrics
@@ -66,6 +69,7 @@ class _Results:
     has_baseline: bool
     studies: Studies | None
     calibration: Calibration | None
+    support: Mapping[int, Sequence[float | None]]
 
 
 def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
@@ -123,7 +127,7 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
         Calibration.of_step(run_folder, main.step) if config.evaluate.split == TEST else None
     )
     word_parts = WordParts.of(config.target, tokenizer, suite)
-    systems, heat_maps, calibration = [], [], None
+    systems, heat_maps, calibration, support_of_examples = [], [], None, {}
     for lens in lenses:
         trainable = load_lens(lens.folder, template, lens.step)
         evaluated = suite.evaluate(trainable, frozen)
@@ -137,6 +141,10 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
             found, support = support_of_claims(suite, truth.reader, claims, log_probs_NT, known)
             calibration = found if lens == main else calibration
             more |= support
+        if lens == main and calibration is not None:
+            support_of_examples = _support_of_examples(
+                session, suite, truth.reader, calibration, evaluated, trainable, frozen
+            )
         if isinstance(truth, SaidWords):
             more |= truth.truth(evaluated)
         if word_parts is not None and (lens == main or studies is not None):
@@ -151,8 +159,34 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
         headline = {name: evaluated.metrics[name].value for name in HEADLINE}
         console.line("evaluate", lens=lens.key, step=lens.step, **headline)
     _print_table(session, systems)
-    results = _Results(main, suite, systems, heat_maps, baseline is not None, studies, calibration)
+    results = _Results(
+        *(main, suite, systems, heat_maps, baseline is not None, studies, calibration),
+        support=support_of_examples,
+    )
     return Path(broadcast_from_first(lambda: str(_write(session, run_folder, results))))
+
+
+def _support_of_examples(
+    session: Session,
+    suite: Suite,
+    reader: ClaimReader,
+    calibration: Calibration,
+    evaluated: Evaluated,
+    trainable: Params,
+    frozen: Params,
+) -> dict[int, list[float | None]]:
+    """The support of each token of the greedy texts that the report shows, by row."""
+    evaluate = session.config.evaluate
+    shown = chosen_rows(evaluated, evaluate.n_examples, ranked=evaluate.suite != "basic")
+    rows = list(dict.fromkeys(row for row, _ in shown))
+    if not rows:
+        return {}
+    texts_NT = evaluated.explained.texts["greedy"][rows]
+    log_probs_NT = suite.measurer.text_log_probs(trainable, frozen, suite.rows.take(rows), texts_NT)
+    return {
+        row: calibration.of_tokens(reader, before_end(text_T, session.spec.end), log_probs_T)
+        for row, text_T, log_probs_T in zip(rows, texts_NT, log_probs_NT, strict=True)
+    }
 
 
 def _write(session: Session, run_folder: Path, results: _Results) -> Path:
@@ -200,6 +234,8 @@ def _write(session: Session, run_folder: Path, results: _Results) -> Path:
         variables=() if results.studies is None else results.studies.variables,
         ranked=results.studies is not None,
         end=session.spec.end,
+        support=results.support,
+        norms=suite.reference.norms,
     )
     page = build_report(data, session.model.tokenizer)
     report = write_report(page, run_folder / "report.html")

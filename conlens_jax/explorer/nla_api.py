@@ -20,7 +20,7 @@ Every description has additional fields. ``description_tokens`` are the ids that
 scored, and ``reads_back`` is whether the description alone, tokenised again, gives them. A text may
 read back as other tokens, so send ``description_tokens`` to ``/nla/score`` to score the same ones;
 without them, its answer has the ids that it read. ``warnings`` are sentences: why the description
-should not be believed (:mod:`conlens_jax.inspection.row_warnings`); of an activation that is sent
+should not be believed (:mod:`conlens_jax.evaluation.row_warnings`); of an activation that is sent
 only the norm is known. ``words`` (null at a temperature) are those of a greedy description,
 ``{text, support, probability}`` each: the calibrated probability that its claim is right (null: it
 is none, or the lens has no calibration), and the decoder's probability of it.
@@ -44,6 +44,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
+from conlens_jax.evaluation.row_warnings import norm_warnings
 from conlens_jax.evaluation.words import Word
 from conlens_jax.explorer.nla_requests import (
     BYTES_PER_NUMBER,
@@ -63,7 +64,6 @@ from conlens_jax.explorer.streams import ClosedStream, event_stream, json_stream
 from conlens_jax.explorer.strict_json import StrictRoute, plain_problems
 from conlens_jax.explorer.turns import Busy, Turns
 from conlens_jax.inspection.lens import Lens
-from conlens_jax.inspection.row_warnings import norm_warnings
 from conlens_jax.inspection.texts import chat_tokens, token_lists
 from conlens_jax.measurement.metrics import cosine, mse_nrm
 from conlens_jax.models.written import Written, with_its_tokens

@@ -9,7 +9,6 @@ from typing import Any
 import jinja2
 
 from conlens_jax.evaluation.report.markup import template_environment
-from conlens_jax.evaluation.words import NO_SUPPORT
 from conlens_jax.inspection.readings import ExplainedToken
 
 NOTEBOOK_ROWS = 200
@@ -50,7 +49,6 @@ def _rendered(
             facts=facts,
             n_more=len(rows) - most,
             kind=_kind(rows),
-            no_support=NO_SUPPORT,
         )
     )
 

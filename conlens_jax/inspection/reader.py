@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from conlens_jax.evaluation.row_warnings import reading_warnings, row_warnings
 from conlens_jax.inspection import batching
 from conlens_jax.inspection.parts import LensParts
 from conlens_jax.inspection.programs import Programs, SwapPrediction
 from conlens_jax.inspection.readings import ExplainedToken, Prediction, Reading
-from conlens_jax.inspection.row_warnings import reading_warnings, row_warnings
 from conlens_jax.inspection.texts import (
     Explanation,
     Positions,

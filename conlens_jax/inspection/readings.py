@@ -39,7 +39,7 @@ class Reading:
       probabilities: of each of these the decoder's probability, given those before it; None as for
         ``pieces``.
       warnings: why this text should not be believed; see
-        :mod:`conlens_jax.inspection.row_warnings`.
+        :mod:`conlens_jax.evaluation.row_warnings`.
     """
 
     text: str

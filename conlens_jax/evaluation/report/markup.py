@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import jinja2
 from markupsafe import Markup
 
-from conlens_jax.evaluation.words import Word, level, note_of
+from conlens_jax.evaluation.words import NO_SUPPORT, Word, level, note_of
 from conlens_jax.measurement.bootstrap import Interval
 from conlens_jax.models.written import Written
 
@@ -134,7 +134,11 @@ def template_environment(package: str) -> jinja2.Environment:
         "words": as_markup(show_words),
         "token_marks": lambda text: tuple(map(Markup, token_marks(text))),
     }
-    environment.globals |= {"words_css": Markup(WORDS_CSS), "words_js": Markup(WORDS_JS)}
+    environment.globals |= {
+        "words_css": Markup(WORDS_CSS),
+        "words_js": Markup(WORDS_JS),
+        "no_support": NO_SUPPORT,
+    }
     return environment
 
 

@@ -20,10 +20,13 @@ from conlens_jax.evaluation.report.report_data import (
     Report,
 )
 from conlens_jax.evaluation.report.svg import CurveChart, HistogramChart, Series
+from conlens_jax.evaluation.row_warnings import norm_warnings, reading_warnings
 from conlens_jax.evaluation.suite import HEADLINE, Evaluated
+from conlens_jax.evaluation.words import Word, words_of
 from conlens_jax.measurement.bootstrap import Interval
+from conlens_jax.measurement.training_range import TrainingRange
 from conlens_jax.models.tokenizer import Tokenizer
-from conlens_jax.models.written import written_texts
+from conlens_jax.models.written import before_end, written_texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,10 @@ class PageData:
       variables: names of what is known of every document; only in a generated corpus.
       ranked: show the best, median and worst rows before those at equal distances.
       end: the token that a text ends with, or None.
+      support: of each token of the main lens's greedy text, by row, for the rows that are shown;
+        empty if it has no calibration.
+      norms: of the training activations, see
+        :class:`~conlens_jax.measurement.training_range.TrainingRange`.
     """
 
     systems: Sequence[System]
@@ -66,6 +73,8 @@ class PageData:
     variables: Sequence[str] = ()
     ranked: bool = False
     end: int | None = None
+    support: Mapping[int, Sequence[float | None]] = dataclasses.field(default_factory=dict)
+    norms: tuple[float, float] | None = None
 
 
 def build_report(data: PageData, tokenizer: Tokenizer) -> Report:
@@ -284,7 +293,7 @@ def _examples(data: PageData, main: System, tokenizer: Tokenizer) -> list[Exampl
         )
     ]
     examples = []
-    for row, label in _chosen_rows(data, main):
+    for row, label in chosen_rows(evaluated, data.n_examples, data.ranked):
         tokens, position = data.rows.tokens_NS[row], int(data.rows.positions_N[row])
         stop = min(position + 9, int(data.rows.lengths_N[row]))
         greedy = [system.evaluated.explained.texts["greedy"][row] for system in data.systems]
@@ -292,6 +301,9 @@ def _examples(data: PageData, main: System, tokenizer: Tokenizer) -> list[Exampl
         names = [*(system.name for system in data.systems), f"{main.name}, sampled"]
         other = evaluated.explained.texts["greedy"][data.partner_N[row]]
         *texts, other_text = written_texts([*greedy, sampled, other], tokenizer, data.end)
+        kl, kl_mean = (float(evaluated.per_row[f"{of}.kl_at"][row]) for of in ("greedy", "mean"))
+        norm = float(np.linalg.norm(np.asarray(data.rows.activations_ND[row], np.float64)))
+        reasons = norm_warnings(TrainingRange(norms=data.norms), norm)
         examples.append(
             Example(
                 context=tokenizer.decode(tokens[:position]),
@@ -301,27 +313,40 @@ def _examples(data: PageData, main: System, tokenizer: Tokenizer) -> list[Exampl
                 other_row_text=str(other_text),
                 numbers={
                     "cos": float(evaluated.per_row["greedy.cos"][row]),
-                    "KL": float(evaluated.per_row["greedy.kl_at"][row]),
-                    "KL, mean activation": float(evaluated.per_row["mean.kl_at"][row]),
+                    "KL": kl,
+                    "KL, mean activation": kl_mean,
                 },
                 top_before=top("clean", row),
                 top_after=top("greedy", row),
                 label=label,
+                words=_words(data, main, tokenizer, row),
+                warnings={main.name: (*reasons, *reading_warnings(kl, kl_mean))},
             )
         )
     return examples
 
 
-def _chosen_rows(data: PageData, main: System) -> list[tuple[int, str]]:
+def _words(
+    data: PageData, main: System, tokenizer: Tokenizer, row: int
+) -> dict[str, tuple[Word, ...]]:
+    """The words of the main lens's greedy text; empty without a calibration."""
+    if row not in data.support:
+        return {}
+    tokens = before_end(main.evaluated.explained.texts["greedy"][row], data.end)
+    return {main.name: words_of(list(map(tokenizer.piece, tokens)), data.support[row])}
+
+
+def chosen_rows(evaluated: Evaluated, most: int, ranked: bool) -> list[tuple[int, str]]:
     """Rows and why they are shown: those of the least, the median and the most KL, if requested;
     then, at equal distances in the held-out set, rows chosen before anything was measured."""
-    count = min(data.n_examples, len(data.rows))
+    kl_N = evaluated.per_row["greedy.kl_at"]
+    count = min(most, len(kl_N))
     if not count:
         return []
-    in_advance = np.linspace(0, len(data.rows) - 1, count).astype(np.int64)
+    in_advance = np.linspace(0, len(kl_N) - 1, count).astype(np.int64)
     chosen = [(int(row), "") for row in in_advance]
-    if data.ranked:
-        order = np.argsort(main.evaluated.per_row["greedy.kl_at"], kind="stable")
+    if ranked:
+        order = np.argsort(kl_N, kind="stable")
         places = {"least KL": 0, "median KL": len(order) // 2, "most KL": len(order) - 1}
         chosen = [(int(order[place]), label) for label, place in places.items()] + chosen
     return chosen

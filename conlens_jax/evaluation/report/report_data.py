@@ -10,6 +10,7 @@ from typing import Any
 
 from conlens_jax.evaluation.report.heat_map import HeatMap
 from conlens_jax.evaluation.report.svg import CurveChart, HistogramChart
+from conlens_jax.evaluation.words import Word
 from conlens_jax.measurement.bootstrap import Interval
 
 HIGHER, LOWER, NEITHER = "higher", "lower", ""
@@ -56,6 +57,8 @@ class Example:
       top_before, top_after: (token, probability) of M's next-token predictions without and with
         the swap.
       label: why this row is shown, where it was not chosen in advance.
+      words: column name → the words of its text with their support.
+      warnings: column name → why its text should not be believed.
     """
 
     context: str
@@ -67,6 +70,8 @@ class Example:
     top_before: Sequence[tuple[str, float]] = ()
     top_after: Sequence[tuple[str, float]] = ()
     label: str = ""
+    words: Mapping[str, Sequence[Word]] = dataclasses.field(default_factory=dict)
+    warnings: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
