@@ -116,6 +116,18 @@ def test_a_text_that_disturbs_m_more_than_the_mean_activation_is_said(lens, expl
     assert lens.swap(TEXT, 5, lens.capture(TEXT, 5)).best.warnings == ()
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_the_mean_is_swapped_into_any_model(family, tmp_path):
+    lens = tiny_user_lens(tmp_path, family)
+    row, tokens = lens.swap(TEXT, 5, "fox"), np.array([ids_of(lens, TEXT)])
+    mean_D = lens.frozen["statistics"]["mean"]
+    clean = jax.nn.log_softmax(lens.model.logits(tokens)[0, 5])
+    swapped = jax.nn.log_softmax(lens.model.swap(tokens, LAYER, 5, mean_D[None])[0, 5])
+    kl = float(jnp.sum(jnp.exp(clean) * (clean - swapped)))
+    assert row.kl_mean == pytest.approx(kl, rel=1e-3, abs=1e-5) and kl > 1e-3
+    assert bool(row.best.warnings) == (row.best.kl > kl)
+
+
 def test_what_training_never_had_is_said(lens, tmp_path):
     norms = np.linalg.norm(lens.capture(TEXT, "all"), axis=-1)
     order = np.argsort(norms[3:8]) + 3

@@ -43,6 +43,7 @@ def lens(world):
 
 
 METRICS = {"fve_nrm": 0.6225, "fve_nrm_lo": 0.61, "fve_nrm_hi": 0.63, "cos": None}
+METRICS |= {"support_ece": 0.02, "support_share_at_90": 0.58, "support_right_at_90": 0.95}
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +142,8 @@ def test_the_card_shows_the_measured_numbers(folder):
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "| `fve_nrm` | 0.623 | 0.610 to 0.630 |" in card.replace("0.622", "0.623")
     assert card.startswith("---\nlibrary_name:") and "`cos`" not in card
+    assert "| `support_ece` | 0.020 |" in card and "| `support_share_at_90` | 0.580 |" in card
+    assert "How often a claim is right was not measured" in card
 
 
 def test_saving_replaces_a_lens_and_nothing_else(lens, folder, tmp_path):

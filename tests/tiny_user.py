@@ -24,9 +24,9 @@ TEXTS = [TEXT, "three dog", "four bee and the ant saw five green fox six owl sev
 LAYER = 1
 
 
-def tiny_user_lens(folder: Path, **changes) -> Lens:
+def tiny_user_lens(folder: Path, family: str = "llama", **changes) -> Lens:
     """``changes`` are fields of LensConfig."""
-    spec = tiny_spec(layer=LAYER)
+    spec = tiny_spec(family=family, layer=LAYER)
     save_model(folder, spec.model, tiny_original(spec))
     train_word_tokenizer([WORDS, *TEXTS], spec.model.vocab_size).save(folder)
     model = load_model(folder, unroll=1)
