@@ -6,11 +6,13 @@ import dataclasses
 import functools
 import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from entry_points import run
 from pipeline import quick_compilation
 from tiny_user import LAYER, TEXT, TEXTS, tiny_user_lens
 
@@ -299,6 +301,20 @@ def test_support_is_calibrated_from_the_decoders_probabilities(lens, explained, 
     assert Explanations.from_json(found.to_json()) == found
     assert found.records()[0]["support"] == list(found[0].best.support)
     assert believed.explain(TEXTS[0], [1], decoding="sample")[0].best.support is None
+
+
+def test_rows_with_a_warning_are_counted(lens, tmp_path, capsys):
+    calibration = Calibration({"comma": None, "separator": None}, {"next": ((0, 0.1), (1, 0.9))})
+    known = dataclasses.replace(lens, calibration=calibration, trained_on=TrainingRange(2, 4))
+    folder = known.save(tmp_path / "lens")
+    script = Path(__file__).parent.parent / "scripts" / "measure_warnings.py"
+    run(str(script), [f"--checkpoint={folder}", "--documents=2", "--words=6"])
+    table = capsys.readouterr().out.splitlines()
+    lines = {line[:22].strip(): line[22:].split() for line in table}
+    # Of six words and the bos token, which is not explained, in each: 1, 5 and 6.
+    assert lines["position"][:2] == ["6", str(6 * lens.spec.text_len)]
+    warned, rest = int(lines["any warning"][0]), int(lines["no warning"][0])
+    assert warned + rest == 12 and warned >= 6
 
 
 def test_support_in_the_terminal():
