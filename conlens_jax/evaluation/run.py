@@ -200,6 +200,7 @@ def _write(session: Session, run_folder: Path, results: _Results) -> Path:
         variables=() if results.studies is None else results.studies.variables,
         ranked=results.studies is not None,
         end=session.spec.end,
+        calibration=results.calibration,
     )
     page = build_report(data, session.model.tokenizer)
     report = write_report(page, run_folder / "report.html")
@@ -323,7 +324,7 @@ def _notes(session: Session, measured: dict[str, Evaluated], has_baseline: bool)
 
 def _print_table(session: Session, systems: list[System]) -> None:
     names = (*HEADLINE, "null_shuffle_fve_nrm", "null_shuffle_kl_frac_mean", "top1_agree")
-    names += ("claims", "claims_right", "null_shuffle_claims_right")
+    names += ("claims", "claims_right", "null_shuffle_claims_right", "null_novec_claims_right")
     names += ("support_ece", "support_right_at_90", "support_share_at_90")
     names += ("attribute_stated", "null_shuffle_attribute_stated", "nll_text", "nll_window")
     names += ("next_only_fve_nrm", "context_adds_fve_nrm", "context_adds_kl_frac_mean")
