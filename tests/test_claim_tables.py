@@ -8,7 +8,8 @@ from conlens_jax.measurement.bootstrap import Interval
 MEASURED = (
     *("support_ece", "support_right_at_90", "support_share_at_50", "support_ece_context"),
     *("context_words_right_distance_0_8", "null_shuffle_context_words_right_distance_33_up"),
-    "context_words_found_distance_9_16",
+    *("context_words_found_distance_9_16", "support_ece_with_16_samples"),
+    *("support_ece_only_4_samples", "support_right_at_70_only_4_samples"),
 )
 METRICS = {name: Interval(float(place)) for place, name in enumerate(MEASURED)}
 
@@ -29,6 +30,11 @@ def test_every_metric_is_where_its_row_and_column_say():
             ("all claims", "support ≥ 0.9: right"): "support_right_at_90",
             ("all claims", "support ≥ 0.5: share"): "support_share_at_50",
             ("words of the context", "calibration error"): "support_ece_context",
+            ("all claims, with 16 samples", "calibration error"): "support_ece_with_16_samples",
+            ("claims of 4 samples only", "calibration error"): "support_ece_only_4_samples",
+            ("claims of 4 samples only", "support ≥ 0.7: right"): (
+                "support_right_at_70_only_4_samples"
+            ),
         },
         "Words of the context by distance": {
             ("0 to 8 ago", "said and there"): "context_words_right_distance_0_8",

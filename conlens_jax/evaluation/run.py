@@ -17,7 +17,13 @@ from conlens_jax.evaluation.report.document_heat import document_heat
 from conlens_jax.evaluation.report.heat_map import HeatMap
 from conlens_jax.evaluation.report.page import PageData, System, build_report
 from conlens_jax.evaluation.report.writing import write_report
-from conlens_jax.evaluation.studies.claims import checked_claims, claim_truth, truth_of_claims
+from conlens_jax.evaluation.studies.agreement import agreement_of_claims
+from conlens_jax.evaluation.studies.claims import (
+    ClaimTruth,
+    checked_claims,
+    claim_truth,
+    truth_of_claims,
+)
 from conlens_jax.evaluation.studies.said_words import SaidWords
 from conlens_jax.evaluation.studies.support import support_of_claims
 from conlens_jax.evaluation.studies.word_parts import OTHERS, WordParts
@@ -129,14 +135,17 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
         evaluated = suite.evaluate(trainable, frozen)
         more = {}
         if truth is not None:
-            texts_NT = evaluated.explained.texts["greedy"]
-            claims = checked_claims(suite, truth, evaluated.effects["clean"], texts_NT)
-            more |= truth_of_claims(suite, truth, evaluated, claims)
-            log_probs_NT = suite.measurer.text_log_probs(trainable, frozen, suite.rows, texts_NT)
-            known = on_validation if lens == main else None
-            found, support = support_of_claims(suite, truth.reader, claims, log_probs_NT, known)
-            calibration = found if lens == main else calibration
-            more |= support
+            is_main = lens == main
+            found, of_claims = _measured_claims(
+                suite,
+                truth,
+                evaluated,
+                *(trainable, frozen),
+                known=on_validation if is_main else None,
+                samples=config.evaluate.claim_samples if is_main else 0,
+            )
+            calibration = found if is_main else calibration
+            more |= of_claims
         if isinstance(truth, SaidWords):
             more |= truth.truth(evaluated)
         if word_parts is not None and (lens == main or studies is not None):
@@ -153,6 +162,43 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
     _print_table(session, systems)
     results = _Results(main, suite, systems, heat_maps, baseline is not None, studies, calibration)
     return Path(broadcast_from_first(lambda: str(_write(session, run_folder, results))))
+
+
+def _measured_claims(
+    suite: Suite,
+    truth: ClaimTruth,
+    evaluated: Evaluated,
+    trainable: Params,
+    frozen: Params,
+    *,
+    known: Calibration | None,
+    samples: int,
+) -> tuple[Calibration | None, dict[str, Interval]]:
+    """The calibration of a lens's claims, and their metrics.
+
+    Args:
+      known: the calibration of other documents, which is tested then.
+      samples: texts per row whose agreement is calibrated as well.
+    """
+    texts, clean = evaluated.explained.texts, evaluated.effects["clean"]
+    claims = checked_claims(suite, truth, clean, texts["greedy"])
+    metrics = truth_of_claims(suite, truth, evaluated, claims)
+    measurer, rows = suite.measurer, suite.rows
+    log_probs_NT = measurer.text_log_probs(trainable, frozen, rows, texts["greedy"])
+    found, support = support_of_claims(suite, truth.reader, claims, log_probs_NT, known)
+    metrics |= support
+    samples = samples if known is None else max(known.agreement, default=0)
+    if found is not None and samples:
+        draws = range(1, samples)  # the texts of draw 0 are there already
+        sampled = [measurer.sample(trainable, frozen, rows, draw)[0] for draw in draws]
+        found, agreement = agreement_of_claims(
+            *(suite, truth, clean, claims, log_probs_NT),
+            [texts["sampled"], *sampled],
+            found,
+            is_fitted=known is not None,
+        )
+        metrics |= agreement
+    return found, metrics
 
 
 def _write(session: Session, run_folder: Path, results: _Results) -> Path:

@@ -6,12 +6,14 @@ import shutil
 import unicodedata
 from collections.abc import Callable, Sequence
 
+from conlens_jax.inspection.agreement import AgreedClaims
 from conlens_jax.inspection.explanations import Explanations
 from conlens_jax.inspection.readings import ExplainedToken, Prediction, Reading
 
 # ANSI colours of explanations by KL: at least 1 nat, at least 0.25, less.
 _COLOURS = ((1.0, "31"), (0.25, "33"), (0.0, "32"))
 _BOLD, _DIM = "1", "2"
+_MARKS = {_BOLD: "+", _DIM: "?"}
 SURE, DOUBTFUL = 0.9, 0.5
 """The support from which a word is shown as sure, and below which as doubtful."""
 _SUPPORT_NOTE = {
@@ -96,10 +98,10 @@ def _painted(fitted: str, parts: Sequence[Part], paint: Callable[[str, str], str
 
 def _marked(parts: Sequence[Part]) -> str:
     """The parts with a mark after each word that is sure or doubtful."""
-    marks, text = {_BOLD: "+", _DIM: "?"}, ""
+    text = ""
     for number, (part, code) in enumerate(parts, start=1):
         following = parts[number][0] if number < len(parts) else " "
-        text += part + (marks.get(code, "") if following.startswith(" ") else "")
+        text += part + (_MARKS.get(code, "") if following.startswith(" ") else "")
     return text
 
 
@@ -145,3 +147,38 @@ def _fitted(text: str, width: int) -> str:
             text = text[:-1]
         text += "…"
     return text + " " * (width - _columns(text))
+
+
+def render_claims(found: Sequence[AgreedClaims], *, colour: bool) -> str:
+    """One line per claim: its support, how many samples state it, its lift, and the positions next
+    to P whose greedy texts state it too.
+
+    Args:
+      colour: bold and dim by support; without it the marks of :func:`render`.
+    """
+    header = ("", "token", "claim", "support", "samples", "lift", "also at")
+    table = []
+    for at in found:
+        for number, claim in enumerate(at):
+            support, code = "", ""
+            if claim.support is not None:
+                code = _code(claim.support)
+                support = f"{claim.support:.2f}" + ("" if colour else _MARKS.get(code, ""))
+            cells = (
+                str(at.position) if not number else "",
+                _printable(at.token) if not number else "",
+                f"{claim.kind} {_printable(claim.text)}",
+                support,
+                f"{round(claim.share * at.samples)}/{at.samples}",
+                "" if claim.lift is None else f"{claim.lift:.1f}",
+                " ".join(f"P{offset:+d}" for offset in claim.neighbours),
+            )
+            table.append((cells, code))
+    lines = [(header, _BOLD), *table]
+    widths = [max(_columns(cells[i]) for cells, _ in lines) for i in range(len(header))]
+    joined = lambda cells: "  ".join(map(_fitted, cells, widths)).rstrip()
+    paint = lambda text, code: f"\x1b[{code}m{text}\x1b[0m" if colour and code else text
+    notes = [_SUPPORT_NOTE[colour]] if any(code for _, code in table) else []
+    return "\n".join(
+        [*(paint(joined(cells), code) for cells, code in lines), *(paint(n, _DIM) for n in notes)]
+    )

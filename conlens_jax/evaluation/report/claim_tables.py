@@ -3,15 +3,24 @@ diagrams, as data. What was not measured is left out."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from conlens_jax.evaluation.claims import CONTEXT, FACT, NEXT
 from conlens_jax.evaluation.report.report_data import NEITHER, Intervals, MetricGroup, MetricRow
 from conlens_jax.evaluation.report.svg import ReliabilityChart
 from conlens_jax.evaluation.report.truth_tables import in_words
+from conlens_jax.evaluation.studies.agreement import ONLY, WITH
 from conlens_jax.evaluation.studies.said_words import DISTANCES
 
-KINDS = {"all": "all claims", NEXT: "next words", CONTEXT: "words of the context", FACT: "facts"}
+KINDS = {
+    "all": "all claims",
+    NEXT: "next words",
+    CONTEXT: "words of the context",
+    FACT: "facts",
+    f"{WITH}_samples": "all claims, with the agreement of samples",
+    f"{ONLY}_samples": "claims of samples only",
+}
 
 
 def claim_groups(metrics: Intervals) -> list[MetricGroup]:
@@ -24,13 +33,22 @@ def _by_kind(metrics: Intervals) -> MetricGroup:
     for level in (90, 70, 50):
         columns[f"support ≥ {level / 100}: right"] = f"support_right_at_{level}{{}}"
         columns[f"support ≥ {level / 100}: share"] = f"support_share_at_{level}{{}}"
+    suffixes = {name: "" if kind == "all" else f"_{kind}" for kind, name in KINDS.items()}
+    for what, name in ((WITH, "all claims, with {} samples"), (ONLY, "claims of {} samples only")):
+        marker, end = f"support_ece_{what}_", "_samples"
+        found = (re.fullmatch(f"{marker}(\\d+){end}", metric) for metric in metrics)
+        for k in sorted(int(match[1]) for match in found if match):
+            suffixes[name.format(k)] = f"_{what}_{k}{end}"
     rows = []
-    for kind, name in KINDS.items():
-        suffix = "" if kind == "all" else f"_{kind}"
+    for name, suffix in suffixes.items():
         values = [metrics.get(column.format(suffix)) for column in columns.values()]
         if any(values):
             rows.append(MetricRow(name, "", NEITHER, values))
-    note = "On the claims that the calibration was not fitted on. Share: of all claims of the kind."
+    note = (
+        "On claims that the calibration was not fitted on. Share: of all claims of the row's kind. "
+        "Claims of samples only: those that at least a quarter of them state, and the greedy text "
+        "does not."
+    )
     return MetricGroup("Support by kind of claim", note, rows, list(columns))
 
 

@@ -113,9 +113,7 @@ def _sections(report: Report, colour_of: Mapping[str, int]) -> list[_Section]:
     histograms = [_histogram_figure(chart, colour_of) for chart in report.histograms]
     return [
         _Section("metrics", "Metrics", "metrics.html.jinja", report.metric_groups),
-        _Section(
-            "support", "Does support hold what it promises?", charts, reliability, _RELIABILITY
-        ),
+        _Section("support", "Support and truth", charts, reliability, _RELIABILITY),
         _Section("scaling", "More text, more tries", charts, measured, last),
         _Section("heat", "Token by token", "heat_maps.html.jinja", report.heat_maps),
         _Section("examples", "Examples", "examples.html.jinja", report.examples),
