@@ -2,11 +2,13 @@
 
 ``--checkpoint`` is a run folder, a checkpoint in it, a saved lens, or its hub id. Every argument
 that is not a flag is a text; ``--file`` reads one from a file. Without ``--json`` a table is
-printed, coloured by how much each explanation changes the model's prediction.
+printed, coloured by how much each explanation changes the model's prediction. ``--claims`` prints
+what several samples agree on instead, claim by claim.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 
 from absl import flags
@@ -17,13 +19,17 @@ from conlens_jax.config import ConfigError
 from conlens_jax.corpora.corpus import CorpusError
 from conlens_jax.corpora.text_lines import lines
 from conlens_jax.files.paths import local_path, write_problems
+from conlens_jax.inspection.explanations import SCHEMA
 from conlens_jax.inspection.lens import Lens
-from conlens_jax.inspection.terminal import render
+from conlens_jax.inspection.terminal import render, render_claims
 
 _FILE = flags.DEFINE_string("file", None, "Also explain the text of this file.")
 _POSITIONS = flags.DEFINE_string("positions", "all", "all, or indices: 3,5,-1")
 _SAMPLES = flags.DEFINE_integer(
     "samples", 1, "Explanations per token; more than one are sampled.", lower_bound=1
+)
+_CLAIMS = flags.DEFINE_bool(
+    "claims", False, "Print what sampled explanations agree on (--samples of them; default: 16)."
 )
 _DTYPE = flags.DEFINE_string("dtype", None, "float32 or bfloat16; default: as trained.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples.")
@@ -48,26 +54,41 @@ def main(texts: list[str]) -> None:
             problems += error.problems
     if _HTML.value:
         problems += page_problems(_HTML.value)
+        if _CLAIMS.value:
+            problems.append("--html has no claims; leave it out, or --claims")
     if problems:
         raise ConfigError(problems)
     if not texts:
         raise ConfigError('give a text, for example "once upon a time", or --file=<file>')
     lens = Lens.load(CHECKPOINT.value, dtype=_DTYPE.value, step=STEP.value)
+    options = {
+        "seed": _SEED.value,
+        "batch_size": _BATCH_SIZE.value,
+        "progress": sys.stderr.isatty(),
+    }
+    colour = sys.stdout.isatty() if _COLOUR.value == "auto" else _COLOUR.value == "always"
+    if _CLAIMS.value:
+        samples = {"samples": _SAMPLES.value} if _SAMPLES.present else {}
+        found = [lens.claims(text, positions, **samples, **options) for text in texts]
+        if _JSON.value:
+            texts = [[at.record() for at in of_text] for of_text in found]
+            values = {"schema": SCHEMA, "facts": lens.facts, "texts": texts}
+            print(json.dumps(values, ensure_ascii=False, indent=1))
+        else:
+            print("\n\n".join(render_claims(of_text, colour=colour) for of_text in found))
+        return
     explanations = lens.explain(
         texts,
         positions,
         samples=_SAMPLES.value,
         decoding="sample" if _SAMPLES.value > 1 else "greedy",
-        seed=_SEED.value,
-        batch_size=_BATCH_SIZE.value,
-        progress=sys.stderr.isatty(),
+        **options,
     )
     if _HTML.value:
         explanations.to_html(_HTML.value)
     if _JSON.value:
         print(explanations.to_json(), end="")
         return
-    colour = sys.stdout.isatty() if _COLOUR.value == "auto" else _COLOUR.value == "always"
     print(render(explanations, colour=colour))
 
 

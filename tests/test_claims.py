@@ -100,7 +100,8 @@ def test_metrics_are_shares_by_hand(stories):
     suite, truth, texts = stories
     half = np.where(np.arange(N_ROWS)[:, None] % 2 == 0, texts, texts[:, :1])
     explained = Explained({"greedy": texts, "sampled": half}, {})
-    evaluated = Evaluated(explained, {"clean": None}, {}, {})
+    without_vector = Explained({"greedy": np.tile(texts[0, :3], (N_ROWS, 1))}, {})
+    evaluated = Evaluated(explained, without_vector, {"clean": None}, {}, {})
     found = truth_of_claims(suite, truth, evaluated, checked_claims(suite, truth, None, texts))
     value = {name: interval.value for name, interval in found.items()}
     assert value["claims"] == value["null_shuffle_claims"] == 3
@@ -108,6 +109,10 @@ def test_metrics_are_shares_by_hand(stories):
     # Every other text states its friend alone, five times.
     assert value["sampled_claims"] == (3 + 5) / 2
     assert value["sampled_claims_right"] == pytest.approx((2 + 5) / (3 + 5))
+    # One text for all rows: the friend and the animal of the first row.
+    alone = truth.facts.claims_NA(np.tile(texts[0, :3], (N_ROWS, 1)))
+    assert value["null_novec_claims"] == 2
+    assert value["null_novec_claims_right"] == alone[1].sum() / alone[0].sum() < 0.5
     facts = truth.facts.claims_NA(texts[suite.partner_N])
     expected = facts[1].sum() / facts[0].sum()
     assert value["null_shuffle_claims_right"] == pytest.approx(expected)

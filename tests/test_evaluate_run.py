@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shutil
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -20,6 +21,7 @@ import gradient_report
 from conlens_jax.config import ConfigError
 from conlens_jax.data.extract import dump_activations
 from conlens_jax.evaluation import run
+from conlens_jax.evaluation.claims import Claim
 from conlens_jax.evaluation.run import evaluate_run
 from conlens_jax.evaluation.suite import HEADLINE
 from conlens_jax.evaluation.support import Calibration
@@ -125,6 +127,33 @@ def test_language_model_statistics_are_there(world, result):
     recorded = json.loads((world.session.model.folder / "training.json").read_text())
     for name in ("lm_loss", "generator_entropy"):
         assert result.metrics[name] == recorded[name]
+
+
+class EveryToken:
+    """Every token of a text is a claim; even ones are right."""
+
+    reader = types.SimpleNamespace(
+        of=lambda tokens: [Claim("next", token, (place,)) for place, token in enumerate(tokens)],
+        to_json=dict,
+    )
+
+    def is_right(self, claim, row, clean):
+        return claim.says % 2 == 0
+
+
+def test_the_calibration_of_claims_is_kept_with_what_samples_add(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "claim_truth", lambda *_: EveryToken())
+    found = evaluate(world, tmp_path / "run", evaluate__claim_samples=5)
+    kept = Calibration.read(found.folder)
+    assert kept.measured[MEASURED_STEP] == LAST_STEP and kept.said_rows == 48
+    assert set(kept.agreement) == {4, 5} and kept.said["next"]
+    assert {"all", "with_samples"} <= set(kept.measured["reliability"])
+    # Texts are sampled for the main lens alone.
+    assert found.metrics["support_ece_with_5_samples"] is not None
+    assert not any("samples" in name for name in found.metrics if name.startswith("warm_"))
+    assert found.metrics["warm_support_ece"] is not None
+    assert found.metrics["null_novec_claims"] == world.config.lens.text_len
+    assert "Support and truth" in found.page and "all claims, with 5 samples" in found.page
 
 
 def test_evaluation_is_deterministic(world, result):

@@ -16,14 +16,14 @@ from entry_points import run
 from pipeline import quick_compilation
 from tiny_user import LAYER, TEXT, TEXTS, tiny_user_lens
 
-from conlens_jax.config import MeshConfig
-from conlens_jax.evaluation.support import Calibration
+from conlens_jax.config import ConfigError, MeshConfig
+from conlens_jax.evaluation.support import Calibration, SampleKnots
 from conlens_jax.evaluation.words import note_of, words_of
 from conlens_jax.inspection.explanations import Explanations
 from conlens_jax.inspection.lens import Lens
 from conlens_jax.inspection.programs import TOP
 from conlens_jax.inspection.readings import ExplainedToken, Prediction, Reading
-from conlens_jax.inspection.terminal import render
+from conlens_jax.inspection.terminal import render, render_claims
 from conlens_jax.lens.decoder import generate
 from conlens_jax.lens.encoder import encode_tokens
 from conlens_jax.lens.spec import decoder_of, encoder_of
@@ -315,6 +315,67 @@ def test_rows_with_a_warning_are_counted(lens, tmp_path, capsys):
     assert lines["position"][:2] == ["6", str(6 * lens.spec.text_len)]
     warned, rest = int(lines["any warning"][0]), int(lines["no warning"][0])
     assert warned + rest == 12 and warned >= 6
+
+
+def test_claims_are_what_the_samples_state(lens, explained, monkeypatch, capsys):
+    """Every token of a text is a next word: shares, neighbours and lifts counted by hand."""
+    calibration = Calibration(
+        {"comma": None, "separator": None},
+        {"next": ((0, 0.1), (1, 0.9))},
+        agreement={
+            2: SampleKnots({"next": ((0.0, 0.0), (1.0, 0.5))}, {"next": ((0.5, 0.25), (1.0, 0.75))})
+        },
+        said={"next": {explained[4].best.tokens[0]: 8}},
+        said_rows=16,
+    )
+    with pytest.raises(ValueError, match="no calibration of claims.*conlens_jax.evaluate"):
+        lens.claims(TEXT, 3)
+    believed = dataclasses.replace(lens, calibration=calibration)
+    several = believed.claims(TEXT, "all", 2, seed=3, progress=False)
+    samples = lens.explain(TEXT, "all", samples=2, decoding="sample", seed=3, progress=False)
+    greedy = {row.position: set(row.best.tokens) for row in explained}
+    assert [found.position for found in several] == list(greedy)
+    name = lens.model.tokenizer.piece
+    for found, row in zip(several, samples, strict=True):
+        assert found.samples == 2 and found.token == row.token
+        stated = [set(reading.tokens) for reading in row.readings]
+        texts = {name(t).strip(): t for t in set.union(*stated, greedy[row.position])}
+        assert {claim.text for claim in found} == set(texts)
+        for claim in found:
+            token = texts[claim.text]
+            assert claim.share == sum(token in tokens for tokens in stated) / 2
+            assert claim.in_greedy == (token in greedy[row.position])
+            assert claim.lift == claim.share * (2 if token == explained[4].best.tokens[0] else 16)
+            near = [o for o in (-1, 1) if token in greedy.get(row.position + o, ())]
+            assert claim.neighbours == tuple(near)
+            if not claim.in_greedy:
+                assert claim.support == {0.5: 0.25, 1.0: 0.75}[claim.share]
+            else:  # by probability, between 0.1 and 0.9
+                assert claim.share + 0.1 < 4 * claim.support < claim.share + 0.9
+    alone = believed.claims(TEXT, 3, 2, seed=3, progress=False)
+    among = several[[found.position for found in several].index(3)]
+    assert [c._replace(support=0) for c in alone] == [c._replace(support=0) for c in among]
+    supports = [[claim.support for claim in found] for found in (alone, among)]
+    np.testing.assert_allclose(*supports, rtol=1e-4)
+    with pytest.raises(ValueError, match="least_share must be 0 to 1, not 2"):
+        believed.claims(TEXT, 3, least_share=2)
+    _check_claims_command(believed, several, monkeypatch, capsys)
+
+
+def _check_claims_command(believed, several, monkeypatch, capsys):
+    """``explain --claims`` prints them, as a table and as JSON, and writes no page."""
+    monkeypatch.setattr(Lens, "load", lambda *_, **__: believed)
+    command = ["--checkpoint=x", "--claims", "--samples=2", "--seed=3", TEXT]
+    run("conlens_jax.explain", command)
+    assert capsys.readouterr().out == render_claims(several, colour=False) + "\n"
+    run("conlens_jax.explain", [*command, "--json", "--positions=3"])
+    values = json.loads(capsys.readouterr().out)
+    (((record,),)) = values["texts"]
+    among = next(found for found in several if found.position == 3)
+    assert record["claims"][0]["text"] == among[0].text and record["samples"] == 2
+    assert values["facts"] == believed.facts
+    with pytest.raises(ConfigError, match="--html has no claims"):
+        run("conlens_jax.explain", [*command, "--html=page.html"])
 
 
 def test_support_in_the_terminal():

@@ -16,7 +16,7 @@ from conlens_jax.evaluation.report import svg
 from conlens_jax.evaluation.report.heat_map import STEPS, HeatMap, HeatToken
 from conlens_jax.evaluation.report.markup import escape, format_interval, format_number, show_token
 from conlens_jax.evaluation.report.report_data import Example, MetricGroup, MetricRow, Report
-from conlens_jax.evaluation.report.svg import CurveChart, HistogramChart, Series
+from conlens_jax.evaluation.report.svg import CurveChart, HistogramChart, ReliabilityChart, Series
 from conlens_jax.evaluation.report.writing import render_report, write_report
 from conlens_jax.evaluation.words import words_of
 from conlens_jax.measurement.bootstrap import Interval
@@ -88,6 +88,7 @@ def _report(text=lambda name: name, number=0.5, **changes):
                 [HeatToken(text("cold token")), HeatToken(text("hot token"), number, text("tip"))],
             )
         ],
+        reliability=[ReliabilityChart(text("reliability title"), [(0.5, 0.25, 3)])],
     )
     return dataclasses.replace(report, **changes)
 
@@ -173,7 +174,7 @@ def test_headings_tables_and_charts_are_accessible():
     assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
     assert all(head.get("scope") in ("col", "row") for head in tree.iter("th"))
     charts = [e for e in tree.iter("svg") if _has_class(e, "chart")]
-    titles = ("measured title", "curve title", "histogram title")
+    titles = ("reliability title", "measured title", "curve title", "histogram title")
     for chart, title in zip(charts, titles, strict=True):
         assert title in chart.get("aria-label") and chart.find("title").text
     assert all(e.get("aria-hidden") for e in tree.iter("svg") if _has_class(e, "strip"))
@@ -225,6 +226,34 @@ def test_words_of_a_heat_map_are_apart_where_they_carry_no_spaces():
     assert _text(body(True)) == "once upon" and _text(body(False)) == "onceupon"
 
 
+def test_reliability_diagram_by_its_geometry():
+    """Each dot is where its numbers are on the axes, below the diagonal where too few are right."""
+    bins = [(0.25, 0.25, 40), (0.5, 0.75, 10), (0.9, 0.4, 40)]
+    chart = ReliabilityChart("All claims", bins)
+    assert chart.calibration_error == pytest.approx((10 * 0.25 + 40 * 0.5) / 90)
+    report = Report("t", "s", [], ["a", "b"], [], reliability=[chart], reliability_of="b")
+    (section,) = _tree(render_report(report)).iter("section")
+    legend = [_text(entry) for entry in section.iter("li")]
+    assert legend == ["claims90", "calibration error0.250"]
+    (drawing,) = section.iter("svg")
+    dots = [e for e in drawing.iter("circle")]
+    (diagonal,) = [e for e in drawing.iter("path") if _has_class(e, "marker")]
+    x0, y0, x1, y1 = map(float, re.findall(r"[\d.]+", diagonal.get("d")))
+    assert x0 < x1 and y0 > y1
+    for dot, (support, right, _) in zip(dots, bins, strict=True):
+        assert float(dot.get("cx")) == pytest.approx(x0 + support * (x1 - x0), abs=0.06)
+        assert float(dot.get("cy")) == pytest.approx(y0 + right * (y1 - y0), abs=0.06)
+        assert _has_class(dot, "c1")
+    large, small, _ = (float(dot.get("r")) for dot in dots)
+    assert large == 2 * small  # four times the claims
+    for dot, line in zip(dots, [e for e in drawing.iter("path") if e != diagonal], strict=True):
+        x, y, end = map(float, re.findall(r"[\d.]+", line.get("d")))
+        assert (x, y) == (float(dot.get("cx")), float(dot.get("cy")))
+        assert end == pytest.approx(y0 + (x - x0) / (x1 - x0) * (y1 - y0), abs=0.06)
+    ticks = [e for e in drawing.iter("text") if _text(e) == "1.0"]
+    assert len(ticks) == 2 and float(ticks[1].get("x")) == pytest.approx(x1, abs=4)
+
+
 @pytest.mark.parametrize(
     ("better", "values", "best"),
     [
@@ -261,6 +290,7 @@ def test_empty_report_and_empty_series():
         curves=[CurveChart("c", "x", "y", []), CurveChart("c", "x", "y", [Series("s", [], [])])],
         histograms=[HistogramChart("h", "x", []), HistogramChart("h", "x", [("s", [NAN])])],
         measured_curves=[],
+        reliability=[],
     )
     page = _tree(render_report(report))
     assert len([e for e in page.iter("svg") if _has_class(e, "chart")]) == 4

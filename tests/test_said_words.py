@@ -25,6 +25,7 @@ GREEDY = (
     ". | cat",  # ends without more
     "kim , · , boy",  # neither; nothing of the context
 )
+DISTANCES = ("0_8", "9_16", "17_32", "33_up")
 TARGET = ("and | anna fox", "red | tom has", ". | old cat", ". | shy kim")
 
 
@@ -33,19 +34,21 @@ def tokenizer():
     return train_word_tokenizer([*CONTEXTS, "and ."], 60, (",", "|", "·"))
 
 
-@pytest.fixture(scope="module")
-def truth(tokenizer):
+def measured(tokenizer, contexts, positions, texts, target, without="·"):
+    """The metrics of texts (greedy and sampled ones) of four rows."""
     end = tokenizer.eos_id
     ids = lambda text: tokenizer.encode(text)
-    filled = lambda texts: np.array([ids(t) + [end] * (T - len(ids(t))) for t in texts], np.int32)
-    tokens = filled(CONTEXTS)
+
+    def filled(texts, length=T):
+        return np.array([ids(t) + [end] * (length - len(ids(t))) for t in texts], np.int32)
+
     rows = Rows(
         np.zeros((4, 2), np.float32),
-        tokens,
-        np.array(POSITIONS, np.int32),
-        np.array([len(ids(text)) for text in CONTEXTS], np.int32),
+        filled(contexts, max(len(ids(text)) for text in contexts)),
+        np.array(positions, np.int32),
+        np.array([len(ids(text)) for text in contexts], np.int32),
         np.arange(4),
-        filled(TARGET),
+        filled(target),
     )
     spec = types.SimpleNamespace(end=end, gap=ids("·")[0])
     suite = Suite.make(
@@ -63,10 +66,16 @@ def truth(tokenizer):
         top_tokens=np.array([ids(text) for text in LIKELY]),
         top_probabilities=np.tile([0.5, 0.2, 0.1, 0.1, 0.05], (4, 1)),
     )
-    texts = {"greedy": filled(GREEDY), "sampled": filled(TARGET)}
-    evaluated = Evaluated(Explained(texts, {}), {"clean": clean}, {}, {})
+    texts = {"greedy": filled(texts), "sampled": filled(target)}
+    without_vector = Explained({"greedy": filled([without] * 4)}, {})
+    evaluated = Evaluated(Explained(texts, {}), without_vector, {"clean": clean}, {}, {})
     comma, separator = ids(",")[0], ids("|")[0]
     return SaidWords(suite, tokenizer, comma, separator).truth(evaluated)
+
+
+@pytest.fixture(scope="module")
+def truth(tokenizer):
+    return measured(tokenizer, CONTEXTS, POSITIONS, GREEDY, TARGET, "and | a")
 
 
 @pytest.mark.parametrize(
@@ -81,6 +90,9 @@ def truth(tokenizer):
         # Row 0 has the text of row 2, and so on.
         ("null_shuffle_next_words_right", (1 + 0 + 1 + 0) / 7),
         ("null_shuffle_context_words_right", 0.0),
+        # All rows but 1 are about to say "and", and all but 2 have "a" up to P.
+        ("null_novec_next_words_right", 3 / 4),
+        ("null_novec_context_words_right", 3 / 4),
         ("target_next_words_right", 1.0),
         ("target_context_words_right", 1.0),
         ("sampled_context_words_found", 1.0),
@@ -93,3 +105,19 @@ def test_counts_are_those_by_hand(truth, name, expected):
 def test_a_word_after_the_position_is_not_of_the_context(truth):
     """The second context goes on with "red sled"; P is at "a"."""
     assert truth["target_context_words_said"].value == 2.0
+
+
+def test_words_of_the_context_by_distance(tokenizer):
+    """Anna 34 tokens before P, the fox 17 and (again) 8, the sled at P."""
+    words = ["the"] * 40
+    words[1], words[18], words[27], words[35], words[36] = "anna", "fox", "fox", "sled", "kim"
+    texts = ("| anna fox tom", "| sled", "| kim", "| fox")
+    found = measured(tokenizer, [" ".join(words)] * 4, [35] * 4, texts, ["| anna fox sled"] * 4)
+    share = lambda what: [found[f"{what}_distance_{d}"].value for d in DISTANCES]
+    # Of six words: fox, sled, fox nearby, anna far away; tom nowhere; kim only after P.
+    assert share("context_words_right") == [3 / 6, 0, 0, 1 / 6]
+    assert sum(share("context_words_right")) == pytest.approx(found["context_words_right"].value)
+    # Each target has two words nearby and one far away.
+    np.testing.assert_equal(share("context_words_found"), [3 / 8, np.nan, np.nan, 1 / 4])
+    # All rows have the same context.
+    assert share("null_shuffle_context_words_right") == share("context_words_right")

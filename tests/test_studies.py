@@ -108,7 +108,7 @@ def evaluated(suite, texts):
     # M is about to say the animal in the first half of the rows.
     effects["clean"].top_tokens[: N_ROWS // 2, 0] = texts[: N_ROWS // 2, 2]
     per_row = suite.quantities(candidates, effects)
-    return Evaluated(explained, effects, per_row, {})
+    return Evaluated(explained, explained, effects, per_row, {})
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from conlens_jax.evaluation.studies import support as study
 from conlens_jax.evaluation.studies.claims import Checked
 from conlens_jax.evaluation.studies.support import Scored, equal_bins, fit, in_test_half
 from conlens_jax.evaluation.suite import Suite
-from conlens_jax.evaluation.support import Calibration, score_of
+from conlens_jax.evaluation.support import Calibration, SampleKnots, score_of
 
 N = 4000
 
@@ -136,6 +136,7 @@ def test_one_half_is_fitted_and_the_other_tested(known):
     assert metrics["support_right_at_90"].value == 0 < metrics["support_share_at_90"].value
     assert calibration.claims == {"comma": 1}
     assert sum(b["claims"] for b in calibration.measured["reliability"]["all"]) == is_test.sum()
+    assert calibration.rate("next", 0) == 1.0  # all rows state it, those of either half
 
 
 def test_a_calibration_of_other_documents_is_tested_on_all(known):
@@ -151,6 +152,9 @@ CALIBRATION = Calibration(
     {"comma": 1, "separator": 2},
     {"next": ((0.1, 0.3), (0.9, 0.95)), "context": ((0.5, 0.2),)},
     {"fitted_claims": 3, "checkpoint_step": 7},
+    {4: SampleKnots({"next": ((0.0, 0.0), (1.0, 0.5))}, {"next": ((0.25, 0.1), (1.0, 0.8))})},
+    {"next": {12: 30, 5: 1}, "context": {"fox": 2}, "fact": {("animal", 7): 4}},
+    100,
 )
 
 
@@ -161,8 +165,37 @@ def test_it_is_read_as_it_was_written(tmp_path):
     assert Calibration.of_step(tmp_path, 8) is None
 
 
+def test_a_file_without_agreement_and_counts_is_read(tmp_path):
+    CALIBRATION.write(tmp_path)
+    file = tmp_path / "support.json"
+    values = json.loads(file.read_text())
+    for name in ("agreement", "said", "said_rows"):
+        del values[name]
+    file.write_text(json.dumps(values))
+    found = Calibration.read(tmp_path)
+    assert found.knots == CALIBRATION.knots and found.rate("next", 12) is None
+    assert found.with_samples("next", None, 1.0, 4) is None
+
+
+def test_rates_and_shares_of_samples():
+    assert CALIBRATION.rate("fact", ("animal", 7)) == 0.04
+    assert CALIBRATION.rate("next", 99) == CALIBRATION.rate("other", "x") == 0.01
+    assert CALIBRATION.with_samples("next", None, 0.625, 4) == pytest.approx(0.45)
+    assert CALIBRATION.with_samples("next", 0.8, 0.6, 4) == pytest.approx(0.35)
+    assert CALIBRATION.with_samples("context", None, 0.5, 4) is None
+    assert CALIBRATION.with_samples("next", None, 0.5, 8) is None
+    assert CALIBRATION.with_samples("next", 0.8, 0.5, 8) == 0.8
+
+
 @pytest.mark.parametrize(
-    "change", [{"format": 2}, {"knots": {"next": []}}, {"knots": [1]}, {"claims": 1}]
+    "change",
+    [
+        {"format": 2},
+        {"knots": {"next": []}},
+        {"knots": [1]},
+        {"claims": 1},
+        {"said": {"next": [3]}},
+    ],
 )
 def test_another_file_is_refused_by_name(tmp_path, change):
     CALIBRATION.write(tmp_path)

@@ -109,7 +109,7 @@ def measured(parts, greedy_NT, *, audited=False):
     candidates = {"greedy": vectors, "mean": mean, "zero": 0 * mean, "other": actual[::-1]}
     effects = suite.measurer.effects(None, suite.rows, candidates)
     explained = Explained({"greedy": greedy_NT}, {"greedy": vectors})
-    evaluated = Evaluated(explained, effects, suite.quantities(candidates, effects), {})
+    evaluated = Evaluated(explained, explained, effects, suite.quantities(candidates, effects), {})
     lens, frozen = {"encoder": 1.0}, {"original": None}
     if audited:
         return parts.audited(evaluated, lens, frozen, {"encoder": 0.5}, {"encoder": 0.0})

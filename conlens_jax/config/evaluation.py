@@ -24,3 +24,6 @@ class EvaluateConfig:
     audit_seed: int = 1  # of its order of rows
     audit_shift: int = 0  # its windows are up to so many tokens before or after the warm start's
     best_of: int = 16  # K: the most texts per row that the full suite samples
+    # Sampled texts per row of the main lens whose claims are calibrated by how many of them agree
+    # (Lens.claims); 0: none.
+    claim_samples: int = 16

@@ -68,7 +68,10 @@ _AT_LEAST_ZERO = (
     *("warm.steps", "warm.before", "warm.after", "joint.steps", "control.steps", "baseline.steps"),
     *("train.seed", "train.n_verbose_samples", "checkpoint.keep_best", "mesh.data"),
     *("mesh.slices", "distributed.num_processes"),
-    *(f"evaluate.{name}" for name in ("rows", "n_examples", "seed", "audit_seed", "audit_shift")),
+    *(
+        f"evaluate.{name}"
+        for name in ("rows", "n_examples", "seed", "audit_seed", "audit_shift", "claim_samples")
+    ),
     "embedded.copy_init",
     *("lens.input_patches", "lens.history_sweeps", "corpus.temperature", "target.context_words"),
     *("target.temperature", "target.seed"),

@@ -19,7 +19,13 @@ from conlens_jax.evaluation.report.document_heat import document_heat
 from conlens_jax.evaluation.report.heat_map import HeatMap
 from conlens_jax.evaluation.report.page import PageData, System, build_report, chosen_rows
 from conlens_jax.evaluation.report.writing import write_report
-from conlens_jax.evaluation.studies.claims import checked_claims, claim_truth, truth_of_claims
+from conlens_jax.evaluation.studies.agreement import agreement_of_claims
+from conlens_jax.evaluation.studies.claims import (
+    ClaimTruth,
+    checked_claims,
+    claim_truth,
+    truth_of_claims,
+)
 from conlens_jax.evaluation.studies.said_words import SaidWords
 from conlens_jax.evaluation.studies.support import support_of_claims
 from conlens_jax.evaluation.studies.word_parts import OTHERS, WordParts
@@ -133,14 +139,17 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
         evaluated = suite.evaluate(trainable, frozen)
         more = {}
         if truth is not None:
-            texts_NT = evaluated.explained.texts["greedy"]
-            claims = checked_claims(suite, truth, evaluated.effects["clean"], texts_NT)
-            more |= truth_of_claims(suite, truth, evaluated, claims)
-            log_probs_NT = suite.measurer.text_log_probs(trainable, frozen, suite.rows, texts_NT)
-            known = on_validation if lens == main else None
-            found, support = support_of_claims(suite, truth.reader, claims, log_probs_NT, known)
-            calibration = found if lens == main else calibration
-            more |= support
+            is_main = lens == main
+            found, of_claims = _measured_claims(
+                suite,
+                truth,
+                evaluated,
+                *(trainable, frozen),
+                known=on_validation if is_main else None,
+                samples=config.evaluate.claim_samples if is_main else 0,
+            )
+            calibration = found if is_main else calibration
+            more |= of_claims
         if lens == main and calibration is not None:
             support_of_examples = _support_of_examples(
                 session, suite, truth.reader, calibration, evaluated, trainable, frozen
@@ -187,6 +196,43 @@ def _support_of_examples(
         row: calibration.of_tokens(reader, before_end(text_T, session.spec.end), log_probs_T)
         for row, text_T, log_probs_T in zip(rows, texts_NT, log_probs_NT, strict=True)
     }
+
+
+def _measured_claims(
+    suite: Suite,
+    truth: ClaimTruth,
+    evaluated: Evaluated,
+    trainable: Params,
+    frozen: Params,
+    *,
+    known: Calibration | None,
+    samples: int,
+) -> tuple[Calibration | None, dict[str, Interval]]:
+    """The calibration of a lens's claims, and their metrics.
+
+    Args:
+      known: the calibration of other documents, which is tested then.
+      samples: texts per row whose agreement is calibrated as well.
+    """
+    texts, clean = evaluated.explained.texts, evaluated.effects["clean"]
+    claims = checked_claims(suite, truth, clean, texts["greedy"])
+    metrics = truth_of_claims(suite, truth, evaluated, claims)
+    measurer, rows = suite.measurer, suite.rows
+    log_probs_NT = measurer.text_log_probs(trainable, frozen, rows, texts["greedy"])
+    found, support = support_of_claims(suite, truth.reader, claims, log_probs_NT, known)
+    metrics |= support
+    samples = samples if known is None else max(known.agreement, default=0)
+    if found is not None and samples:
+        draws = range(1, samples)  # the texts of draw 0 are there already
+        sampled = [measurer.sample(trainable, frozen, rows, draw)[0] for draw in draws]
+        found, agreement = agreement_of_claims(
+            *(suite, truth, clean, claims, log_probs_NT),
+            [texts["sampled"], *sampled],
+            found,
+            is_fitted=known is not None,
+        )
+        metrics |= agreement
+    return found, metrics
 
 
 def _write(session: Session, run_folder: Path, results: _Results) -> Path:
@@ -236,6 +282,7 @@ def _write(session: Session, run_folder: Path, results: _Results) -> Path:
         end=session.spec.end,
         support=results.support,
         norms=suite.reference.norms,
+        calibration=results.calibration,
     )
     page = build_report(data, session.model.tokenizer)
     report = write_report(page, run_folder / "report.html")
@@ -359,7 +406,7 @@ def _notes(session: Session, measured: dict[str, Evaluated], has_baseline: bool)
 
 def _print_table(session: Session, systems: list[System]) -> None:
     names = (*HEADLINE, "null_shuffle_fve_nrm", "null_shuffle_kl_frac_mean", "top1_agree")
-    names += ("claims", "claims_right", "null_shuffle_claims_right")
+    names += ("claims", "claims_right", "null_shuffle_claims_right", "null_novec_claims_right")
     names += ("support_ece", "support_right_at_90", "support_share_at_90")
     names += ("attribute_stated", "null_shuffle_attribute_stated", "nll_text", "nll_window")
     names += ("next_only_fve_nrm", "context_adds_fve_nrm", "context_adds_kl_frac_mean")

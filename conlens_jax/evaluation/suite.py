@@ -55,12 +55,14 @@ class Evaluated:
 
     Attributes:
       explained: its texts and reconstructions.
+      without_vector: what it writes of the mean activation; greedily, one text for all rows.
       effects: what M predicts with each candidate swapped in; ``clean`` is without a swap.
       per_row: the quantities that the metrics are means of.
       metrics: name → value and interval.
     """
 
     explained: Explained
+    without_vector: Explained
     effects: dict[str, SwapEffect]
     per_row: PerRow
     metrics: dict[str, Interval]
@@ -108,7 +110,7 @@ class Suite:
         explained = measurer.explain(trainable, frozen, self.rows)
         mean_ND = np.broadcast_to(self.reference.mean_D, actual.shape)
         mean_rows = dataclasses.replace(self.rows, activations_ND=np.array(mean_ND))
-        without_vector = measurer.explain(trainable, frozen, mean_rows).reconstructions
+        without_vector = measurer.explain(trainable, frozen, mean_rows)
         own = explained.reconstructions
         text_len = measurer.spec.text_len
         reader = trainable if self.baseline is None else {**trainable, **self.baseline}
@@ -116,8 +118,8 @@ class Suite:
             **own,
             "null_shuffle": own["greedy"][self.partner_N],
             "null_shuffle_sampled": own["sampled"][self.partner_N],
-            "null_novec": without_vector["greedy"],
-            "null_novec_sampled": without_vector["sampled"],
+            "null_novec": without_vector.reconstructions["greedy"],
+            "null_novec_sampled": without_vector.reconstructions["sampled"],
             "last_tokens": measurer.read(reader, frozen, self.window(text_len, 0)),
             "window": measurer.read(trainable, frozen, self.targets_NT),
             "mean": mean_ND,
@@ -128,7 +130,8 @@ class Suite:
         effects = measurer.effects(frozen["original"], self.rows, candidates)
         per_row = self.quantities(candidates, effects)
         per_row |= self._text_rows(explained, effects["clean"], frozen["original"])
-        return Evaluated(explained, effects, per_row, self._metrics(per_row, explained))
+        found = self._metrics(per_row, explained)
+        return Evaluated(explained, without_vector, effects, per_row, found)
 
     def score(
         self, evaluated: Evaluated, original: Params, candidates: Mapping[str, np.ndarray]

@@ -10,13 +10,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from conlens_jax.evaluation.support import LEAST_SHARE
 from conlens_jax.files.paths import local_path
-from conlens_jax.inspection import changes, loading
+from conlens_jax.inspection import agreement, changes, loading
 from conlens_jax.inspection import folder as saved
+from conlens_jax.inspection.agreement import AgreedClaims
 from conlens_jax.inspection.changes import TextPosition
 from conlens_jax.inspection.explainer import LensExplainer
 from conlens_jax.inspection.reader import Vector
-from conlens_jax.inspection.texts import Explanation
+from conlens_jax.inspection.texts import Explanation, Positions
 from conlens_jax.models.written import Written
 from conlens_jax.parallel.mesh import single_device_mesh
 
@@ -59,6 +61,37 @@ class Lens(LensExplainer):
         return cls(
             **{field.name: getattr(parts, field.name) for field in dataclasses.fields(parts)}
         )
+
+    def claims(
+        self,
+        text: Any,
+        position: Positions,
+        samples: int = 16,
+        *,
+        least_share: float = LEAST_SHARE,
+        seed: int = 0,
+        batch_size: int = 32,
+        progress: bool = True,
+    ) -> AgreedClaims | list[AgreedClaims]:
+        """What sampled explanations of an activation agree on: each claim with the share of the
+        samples that state it, its support, and how many times as often it is stated here as of
+        other rows.
+
+        Args:
+          text: one text, as in :meth:`explain`.
+          position: an index; of several (a list, a slice, ``"all"``) the result is a list.
+          samples: how many explanations are sampled. Their agreement counts in the support if the
+            evaluation calibrated that number: 4, 8 and 16, unless it was told otherwise. With
+            another number only claims of the greedy text have a support.
+          least_share: leaves out claims that fewer of the samples state, unless the greedy text
+            states them.
+          seed, batch_size, progress: see :meth:`explain`.
+
+        Raises:
+          ValueError: the lens has no calibration of claims; an invalid text, position or setting.
+        """
+        options = {"seed": seed, "batch_size": batch_size, "progress": progress}
+        return agreement.claims(self, text, position, samples, least_share, **options)
 
     def compare(self, a: TextPosition | Vector, b: TextPosition | Vector) -> changes.Comparison:
         """Explains the difference of two activations.

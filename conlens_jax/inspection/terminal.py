@@ -9,12 +9,14 @@ import unicodedata
 from collections.abc import Callable, Sequence
 
 from conlens_jax.evaluation.words import NO_SUPPORT, level
+from conlens_jax.inspection.agreement import AgreedClaims
 from conlens_jax.inspection.explanations import Explanations
 from conlens_jax.inspection.readings import ExplainedToken, Prediction, Reading
 
 # ANSI colours of explanations by KL: at least 1 nat, at least 0.25, less.
 _COLOURS = ((1.0, "31"), (0.25, "33"), (0.0, "32"))
 _BOLD, _DIM, _WARN = "1", "2", "1;33"
+_MARKS = {_BOLD: "+", _DIM: "?"}
 _SUPPORT_NOTE = {
     True: "bold: right in at least nine of ten held-out cases; dim: in fewer than half",
     False: "+ right in at least nine of ten held-out cases, ? in fewer than half",
@@ -106,13 +108,16 @@ def _parts(row: ExplainedToken, reading: Reading) -> list[Part]:
     """The explanation as texts with the ANSI codes of their words; empty if its words are not
     known. Words of a row that should not be believed are all dim."""
     calibrated, warned = reading.support is not None, bool(row.warnings_of(reading))
-    codes = {"sure": _BOLD, "doubtful": _DIM, "": ""}
     parts = []
     for word in reading.words or ():
         value = word.value(calibrated)
-        code = codes[level(value)]
-        parts += [(_printable(word.space), ""), (_printable(word.text), _DIM if warned else code)]
+        code = _DIM if warned else _code(value)
+        parts += [(_printable(word.space), ""), (_printable(word.text), code)]
     return parts
+
+
+def _code(value: float | None) -> str:
+    return {"sure": _BOLD, "doubtful": _DIM, "": ""}[level(value)]
 
 
 def _painted(fitted: str, parts: Sequence[Part], paint: Callable[[str, str], str]) -> str:
@@ -126,7 +131,7 @@ def _painted(fitted: str, parts: Sequence[Part], paint: Callable[[str, str], str
 
 def _marked(parts: Sequence[Part], warned: bool) -> str:
     """The parts with a mark after each word that is sure or doubtful; none where no word counts."""
-    marks = {} if warned else {_BOLD: "+", _DIM: "?"}
+    marks = {} if warned else _MARKS
     return "".join(text + marks.get(code, "") for text, code in parts)
 
 
@@ -173,3 +178,38 @@ def _fitted(text: str, width: int) -> str:
             text = text[:-1]
         text += "…"
     return text + " " * (width - _columns(text))
+
+
+def render_claims(found: Sequence[AgreedClaims], *, colour: bool) -> str:
+    """One line per claim: its support, how many samples state it, its lift, and the positions next
+    to P whose greedy texts state it too.
+
+    Args:
+      colour: bold and dim by support; without it the marks of :func:`render`.
+    """
+    header = ("", "token", "claim", "support", "samples", "lift", "also at")
+    table = []
+    for at in found:
+        for number, claim in enumerate(at):
+            support, code = "", ""
+            if claim.support is not None:
+                code = _code(claim.support)
+                support = f"{claim.support:.2f}" + ("" if colour else _MARKS.get(code, ""))
+            cells = (
+                str(at.position) if not number else "",
+                _printable(at.token) if not number else "",
+                f"{claim.kind} {_printable(claim.text)}",
+                support,
+                f"{round(claim.share * at.samples)}/{at.samples}",
+                "" if claim.lift is None else f"{claim.lift:.1f}",
+                " ".join(f"P{offset:+d}" for offset in claim.neighbours),
+            )
+            table.append((cells, code))
+    lines = [(header, _BOLD), *table]
+    widths = [max(_columns(cells[i]) for cells, _ in lines) for i in range(len(header))]
+    joined = lambda cells: "  ".join(map(_fitted, cells, widths)).rstrip()
+    paint = lambda text, code: f"\x1b[{code}m{text}\x1b[0m" if colour and code else text
+    notes = [_SUPPORT_NOTE[colour]] if any(code for _, code in table) else []
+    return "\n".join(
+        [*(paint(joined(cells), code) for cells, code in lines), *(paint(n, _DIM) for n in notes)]
+    )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from conlens_jax.data.rows import Rows
+from conlens_jax.evaluation.report.claim_tables import claim_groups, reliability_charts
 from conlens_jax.evaluation.report.full_tables import full_charts, full_groups
 from conlens_jax.evaluation.report.heat_map import HeatMap
 from conlens_jax.evaluation.report.report_data import (
@@ -22,6 +23,7 @@ from conlens_jax.evaluation.report.report_data import (
 from conlens_jax.evaluation.report.svg import CurveChart, HistogramChart, Series
 from conlens_jax.evaluation.row_warnings import norm_warnings, reading_warnings
 from conlens_jax.evaluation.suite import HEADLINE, Evaluated
+from conlens_jax.evaluation.support import Calibration
 from conlens_jax.evaluation.words import Word, words_of
 from conlens_jax.measurement.bootstrap import Interval
 from conlens_jax.measurement.training_range import TrainingRange
@@ -53,6 +55,7 @@ class PageData:
       variables: names of what is known of every document; only in a generated corpus.
       ranked: show the best, median and worst rows before those at equal distances.
       end: the token that a text ends with, or None.
+      calibration: of the claims of the main system, if it was measured.
       support: of each token of the main lens's greedy text, by row, for the rows that are shown;
         empty if it has no calibration.
       norms: of the training activations, see
@@ -73,6 +76,7 @@ class PageData:
     variables: Sequence[str] = ()
     ranked: bool = False
     end: int | None = None
+    calibration: Calibration | None = None
     support: Mapping[int, Sequence[float | None]] = dataclasses.field(default_factory=dict)
     norms: tuple[float, float] | None = None
 
@@ -85,6 +89,7 @@ def build_report(data: PageData, tokenizer: Tokenizer) -> Report:
             _group(table["title"], table.get("note", ""), table["rows"], data)
             for table in TABLES["table"]
         ),
+        *claim_groups(main.evaluated.metrics),
         *full_groups(
             main.name, {s.name: s.evaluated.metrics for s in data.systems}, data.variables
         ),
@@ -99,6 +104,10 @@ def build_report(data: PageData, tokenizer: Tokenizer) -> Report:
         curves=_curves(data.records),
         measured_curves=full_charts(main.evaluated.metrics),
         heat_maps=data.heat_maps,
+        reliability=reliability_charts(
+            data.calibration.measured["reliability"] if data.calibration else {}
+        ),
+        reliability_of=main.name,
         histograms=_histograms(main),
         examples=_examples(data, main, tokenizer),
         config=data.config,

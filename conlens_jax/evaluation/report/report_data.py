@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from conlens_jax.evaluation.report.heat_map import HeatMap
-from conlens_jax.evaluation.report.svg import CurveChart, HistogramChart
+from conlens_jax.evaluation.report.svg import CurveChart, HistogramChart, ReliabilityChart
 from conlens_jax.evaluation.words import Word
 from conlens_jax.measurement.bootstrap import Interval
 
@@ -85,6 +85,7 @@ class Report:
       config: nested plain values.
       notes: limits and remarks, one paragraph each.
       curves, measured_curves: of the training, and of the evaluation.
+      reliability: of the claims of one of the columns, ``reliability_of``.
     """
 
     title: str
@@ -99,6 +100,8 @@ class Report:
     notes: Sequence[str] = ()
     measured_curves: Sequence[CurveChart] = ()
     heat_maps: Sequence[HeatMap] = ()
+    reliability: Sequence[ReliabilityChart] = ()
+    reliability_of: str = ""
 
 
 def report_problems(report: Report) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: curves, step histograms, and strips of intervals.
+"""Charts as inline SVG: curves, step histograms, reliability diagrams, and strips of intervals.
 
 The drawings contain no colours, only the classes ``c0`` … ``c5`` and ``axis``, ``grid``,
 ``label`` that the page's style sheet colours for light and dark. Text and lines are in the units of
@@ -21,6 +21,7 @@ WIDTH, HEIGHT = 360, 216
 _TOP, _BOTTOM, _RIGHT = 24, 36, 10
 _CHARACTER = 6.4  # Width of a digit at the label size of 11.5.
 _MOST_POINTS = 240
+_LARGEST_DOT = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,24 @@ class HistogramChart:
     x_label: str
     series: Sequence[tuple[str, Sequence[float]]]
     note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReliabilityChart:
+    """Bins of claims: (mean support, share that is right, number of claims)."""
+
+    title: str
+    bins: Sequence[tuple[float, float, int]]
+
+    @property
+    def claims(self) -> int:
+        return sum(n for *_, n in self.bins)
+
+    @property
+    def calibration_error(self) -> float:
+        """The mean over the claims of the distance of their bin to the diagonal."""
+        error = sum(n * abs(support - right) for support, right, n in self.bins)
+        return error / self.claims if self.claims else math.nan
 
 
 def series_colours(names: Sequence[str], reserved: Mapping[str, int]) -> list[int]:
@@ -285,6 +304,28 @@ def histogram_svg(chart: HistogramChart, colours: Sequence[int]) -> str:
         for (name, _), v in zip(chart.series, values, strict=True)
     )
     return _svg(parts, f"{chart.title}: distribution of {chart.x_label}. {medians}")
+
+
+def reliability_svg(chart: ReliabilityChart, colour: int) -> str:
+    """A dot for each bin: its share of right claims over its support, its area by its number of
+    claims, and a line to the diagonal, where support holds what it promises."""
+    axes, parts = _axes((0.0, 1.0), (0.0, 1.0), "support", "share that is right", percent=False)
+    parts.append(
+        f'<path class="marker" d="M{axes.px(0):.1f} {axes.py(0):.1f}'
+        f'L{axes.px(1):.1f} {axes.py(1):.1f}"/>'
+    )
+    most = max((n for *_, n in chart.bins), default=1)
+    for support, right, n in chart.bins:
+        x, y = axes.px(support), axes.py(right)
+        radius = max(_LARGEST_DOT * math.sqrt(n / most), 1.5)
+        parts.append(
+            f'<path class="whisker c{colour}" d="M{x:.1f} {y:.1f}V{axes.py(support):.1f}"/>'
+            f'<circle class="dot c{colour}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"/>'
+        )
+    shown = "; ".join(
+        f"{n} of {support:.2f}: {right:.2f} right" for support, right, n in chart.bins
+    )
+    return _svg(parts, f"{chart.title}: share that is right by support. Claims: {shown}")
 
 
 def interval_strip(values: Sequence[Interval | None]) -> str:

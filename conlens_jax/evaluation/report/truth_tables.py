@@ -33,7 +33,7 @@ def truth_by(metrics: Intervals, variables: Sequence[str]) -> list[MetricGroup]:
         "by distance": (
             "Tokens since the context last stated the value, or until it first does, where it is "
             "decided before.",
-            {_in_words(name): f"_{name}" for name in RANGES},
+            {in_words(name): f"_{name}" for name in RANGES},
         ),
     }
     stated = "Probe and most frequent value: of all that is decided; recall: of what is read."
@@ -79,7 +79,7 @@ def _by_layer(metrics: Intervals, variables: Sequence[str]) -> list[MetricGroup]
     ]
 
 
-def _in_words(name: str) -> str:
+def in_words(name: str) -> str:
     """``distance_4_7`` → "4 to 7 ago", ``ahead_16_up`` → "in 16 or more"."""
     kind, low, high = name.split("_")
     tokens = f"{low} or more" if high == "up" else f"{low} to {high}"

@@ -37,17 +37,24 @@ from conlens_jax.evaluation.report.svg import (
     N_COLOURS,
     CurveChart,
     HistogramChart,
+    ReliabilityChart,
     curve_svg,
     finite_values,
     histogram_svg,
     interval_strip,
     last_value,
+    reliability_svg,
     series_colours,
 )
 from conlens_jax.files.paths import local_path
 from conlens_jax.files.whole import write_whole
 
 _OPEN_EXAMPLES = 6
+_RELIABILITY = (
+    "Each dot is a tenth of the claims that the calibration was not fitted on (claims of equal "
+    "support are in one dot; its area is their number). On the dashed line as many are right as "
+    "their support says; above it, more."
+)
 
 
 def render_report(report: Report) -> str:
@@ -99,11 +106,14 @@ class _Section(NamedTuple):
 def _sections(report: Report, colour_of: Mapping[str, int]) -> list[_Section]:
     charts = "charts.html.jinja"
     last = "The number beside a name is the last value of its curve."
+    colour = colour_of.get(report.reliability_of, 0)
+    reliability = [_reliability_figure(chart, colour) for chart in report.reliability]
     measured = [_curve_figure(chart, colour_of) for chart in report.measured_curves]
     training = [_curve_figure(chart, colour_of) for chart in report.curves]
     histograms = [_histogram_figure(chart, colour_of) for chart in report.histograms]
     return [
         _Section("metrics", "Metrics", "metrics.html.jinja", report.metric_groups),
+        _Section("support", "Support and truth", charts, reliability, _RELIABILITY),
         _Section("scaling", "More text, more tries", charts, measured, last),
         _Section("heat", "Token by token", "heat_maps.html.jinja", report.heat_maps),
         _Section("examples", "Examples", "examples.html.jinja", report.examples),
@@ -169,6 +179,14 @@ def _curve_figure(chart: CurveChart, colour_of: Mapping[str, int]) -> _Figure:
         for colour, series in zip(colours, chart.series, strict=True)
     ]
     return _Figure(chart.title, chart.note, Markup(curve_svg(chart, colours)), legend)
+
+
+def _reliability_figure(chart: ReliabilityChart, colour: int) -> _Figure:
+    legend = [
+        _Entry(colour, "claims", f"{chart.claims:,}"),
+        _Entry(colour, "calibration error", format_number(chart.calibration_error)),
+    ]
+    return _Figure(chart.title, "", Markup(reliability_svg(chart, colour)), legend)
 
 
 def _histogram_figure(chart: HistogramChart, colour_of: Mapping[str, int]) -> _Figure:

@@ -86,7 +86,8 @@ def truth_of_claims(
     suite: Suite, truth: ClaimTruth, evaluated: Evaluated, greedy: list[Checked]
 ) -> dict[str, Interval]:
     """``claims`` per row, and ``claims_right``, the share of them that is right: of greedy texts,
-    and with a prefix of sampled ones and of the greedy text of another row.
+    and with a prefix of sampled ones, of the greedy text of another row, and of the one that is
+    written without the vector.
 
     Args:
       greedy: the claims of the greedy texts.
@@ -99,6 +100,7 @@ def truth_of_claims(
         "": greedy,
         "sampled_": checked_in(texts["sampled"]),
         "null_shuffle_": checked_in(texts["greedy"][suite.partner_N]),
+        "null_novec_": checked_in(evaluated.without_vector.texts["greedy"]),
     }.items():
         rows = [c.row for c in checked]
         right = [float(c.is_right) for c in checked]

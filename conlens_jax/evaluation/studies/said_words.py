@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import NamedTuple
 
 import numpy as np
 
 from conlens_jax.evaluation.claims import CONTEXT, NEXT, Claim, WordClaims
+from conlens_jax.evaluation.studies.truth import range_names
 from conlens_jax.evaluation.suite import Evaluated, PerRow, Suite
 from conlens_jax.measurement.aggregates import mean_of, ratio_of
 from conlens_jax.measurement.bootstrap import Interval, Statistic
 from conlens_jax.measurement.runner import SwapEffect
 from conlens_jax.models.tokenizer import Tokenizer
+
+DISTANCES = range_names("distance", ((0, 8), (9, 16), (17, 32), (33, 1_000_000)))
+"""Tokens from the last token of a word of the context to P; 0: the word ends at P."""
+BY_DISTANCE = ("", "null_shuffle_")
+"""Texts (prefixes of their metrics) that are also reported by distance."""
 
 
 class Said(NamedTuple):
@@ -54,12 +60,15 @@ class SaidWords:
         return WordClaims(self.tokenizer, self.comma, self.separator, gap)
 
     @functools.cached_property
-    def _seen(self) -> list[frozenset[str]]:
-        """The words of each row's context up to P."""
+    def _seen(self) -> list[dict[str, int]]:
+        """The words of each row's context up to P, with the distance from P to the nearest."""
         rows = self.suite.rows
         return [
-            frozenset(word.key for word in self.reader.words.of(tokens[: position + 1].tolist()))
-            for tokens, position in zip(rows.tokens_NS, rows.positions_N, strict=True)
+            {
+                word.key: position - word.last
+                for word in self.reader.words.of(tokens[: position + 1].tolist())
+            }
+            for tokens, position in zip(rows.tokens_NS, rows.positions_N.tolist(), strict=True)
         ]
 
     def of(self, tokens: Sequence[int]) -> Said:
@@ -75,13 +84,20 @@ class SaidWords:
 
     def truth(self, evaluated: Evaluated) -> dict[str, Interval]:
         """Of the greedy texts of a lens, and with a prefix of its sampled ones, of those of other
-        rows, and of the targets:
+        rows, of the text that it writes without the vector, and of the targets:
 
         ``next_words_said``: words that it says M is about to say, per row; ``next_words_right``:
         the share of them that begin with one of M's five likeliest tokens; ``next_words_mass``: the
         probability that M gives these. ``context_words_said``, ``context_words_right``: the same of
         the words of the context, right if the context up to P has them; ``context_words_found``:
         the share of the target's words of the context that it says.
+
+        Of greedy texts and of other rows' the last two also by distance
+        (``context_words_right_distance_0_8``): of all words that it says the context has, the share
+        that the context has there, its nearest occurrence counting; these shares add up to
+        ``context_words_right``. A word that the context does not have is wrong at no distance, so
+        that a distance has no precision of its own: compare with another row's text, which shows
+        how many of such words are there by chance.
         """
         clean, greedy = evaluated.effects["clean"], evaluated.explained.texts["greedy"]
         per_row: PerRow = {}
@@ -90,10 +106,14 @@ class SaidWords:
             "": greedy,
             "sampled_": evaluated.explained.texts["sampled"],
             "null_shuffle_": greedy[self.suite.partner_N],
+            "null_novec_": evaluated.without_vector.texts["greedy"],
             "target_": self.suite.targets_NT,
         }.items():
             per_row |= self.counts(texts_NT, clean, prefix)
             statistics |= self.statistics(prefix)
+            if prefix in BY_DISTANCE:
+                per_row |= self._counts_by_distance(texts_NT, prefix)
+                statistics |= self._statistics_by_distance(prefix)
         return self.suite.intervals(statistics, per_row)
 
     @staticmethod
@@ -109,6 +129,21 @@ class SaidWords:
             statistics[of(f"{part}_words_right")] = ratio_of(
                 of(f"{part}_right"), of(f"{part}_said")
             )
+        return statistics
+
+    @staticmethod
+    def _statistics_by_distance(prefix: str) -> dict[str, Statistic]:
+        of = lambda name: prefix + name
+        statistics = {}
+        for name in DISTANCES:
+            statistics |= {
+                of(f"context_words_right_{name}"): ratio_of(
+                    of(f"context_right_{name}"), of("context_said")
+                ),
+                of(f"context_words_found_{name}"): ratio_of(
+                    of(f"context_found_{name}"), of(f"context_wanted_{name}")
+                ),
+            }
         return statistics
 
     def _all_said(self, texts_NT: np.ndarray) -> list[Said]:
@@ -141,7 +176,7 @@ class SaidWords:
             ],
             "context_said": [len(s.context) for s in said],
             "context_right": [
-                len(s.context & seen) for s, seen in zip(said, self._seen, strict=True)
+                len(s.context & seen.keys()) for s, seen in zip(said, self._seen, strict=True)
             ],
             "context_found": [
                 len(s.context & t.context) for s, t in zip(said, targets, strict=True)
@@ -149,3 +184,20 @@ class SaidWords:
             "context_wanted": [len(t.context) for t in targets],
         }
         return {prefix + name: np.asarray(values, np.float64) for name, values in counts.items()}
+
+    def _counts_by_distance(self, texts_NT: np.ndarray, prefix: str) -> PerRow:
+        said = self._all_said(texts_NT)
+        counts = {}
+        for name, (low, high) in DISTANCES.items():
+            there = [{key for key, d in seen.items() if low <= d <= high} for seen in self._seen]
+            wanted = [t.context & at for t, at in zip(self._targets, there, strict=True)]
+            for what, words in {"right": there, "found": wanted}.items():
+                counts[f"{prefix}context_{what}_{name}"] = _sizes(
+                    s.context & w for s, w in zip(said, words, strict=True)
+                )
+            counts[f"{prefix}context_wanted_{name}"] = _sizes(wanted)
+        return counts
+
+
+def _sizes(sets: Iterable[Set[str]]) -> np.ndarray:
+    return np.array([len(s) for s in sets], np.float64)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
+from collections.abc import Hashable
 
 import numpy as np
 from sklearn.isotonic import IsotonicRegression
@@ -78,6 +80,17 @@ def fit(claims: Scored) -> dict[str, tuple[tuple[float, float], ...]]:
     return knots
 
 
+def said_by_rows(checked: list[Checked]) -> dict[str, dict[Hashable, int]]:
+    """Kind → claim → the number of rows whose text states it, most frequent first."""
+    distinct = {(c.row, c.claim.kind, c.claim.says) for c in checked}
+    said: dict[str, dict[Hashable, int]] = {}
+    # Equal counts in the order of their names, so that the file is the same again.
+    counts = Counter((kind, says) for _, kind, says in distinct).items()
+    for (kind, says), count in sorted(counts, key=lambda item: (-item[1], str(item[0]))):
+        said.setdefault(kind, {})[says] = count
+    return said
+
+
 def supports_of(calibration: Calibration, claims: Scored) -> np.ndarray:
     """The support of each claim, [C]; NaN for a kind that the calibration does not know."""
     pairs = zip(claims.kind_C, claims.score_C.tolist(), strict=True)
@@ -124,7 +137,12 @@ def support_of_claims(
     claims, measured = Scored.of(checked, log_probs_NT), {}
     if fitted is None:
         is_test_C = in_test_half(suite.rows.documents_N)[claims.row_C]
-        fitted = Calibration(reader.to_json(), fit(claims.take(~is_test_C)))
+        fitted = Calibration(
+            reader.to_json(),
+            fit(claims.take(~is_test_C)),
+            said=said_by_rows(checked),
+            said_rows=len(suite.rows),
+        )
         claims, measured = claims.take(is_test_C), {"fitted_claims": int(np.sum(~is_test_C))}
     tested = claims.take(np.isin(claims.kind_C, list(fitted.knots)))
     if not len(tested.kind_C):
