@@ -130,6 +130,12 @@ def test_claims_as_json_and_in_the_terminal(tmp_path):
     bright = render_claims([SHOWN], colour=True).splitlines()
     assert bright[1].startswith("\x1b[1m") and bright[2].startswith("\x1b[2m")
     assert not bright[3].startswith("\x1b")
+    warned = dataclasses.replace(SHOWN, warnings=("No.",))
+    assert warned.record()["warnings"] == ["No."]
+    lines = render_claims([warned, SHOWN], colour=False).splitlines()
+    assert lines[1].split()[:5] == ["3!", "anna·", "next", "had", "0.95"]
+    assert lines[4] == "! No." and lines[5].split()[:5] == ["3", "anna·", "next", "had", "0.95+"]
+    assert render_claims([warned], colour=True).splitlines()[1].startswith("\x1b[2m")
 
 
 # --- the study ----------------------------------------------------------------------------------

@@ -338,6 +338,8 @@ def test_claims_are_what_the_samples_state(lens, explained, monkeypatch, capsys)
     name = lens.model.tokenizer.piece
     for found, row in zip(several, samples, strict=True):
         assert found.samples == 2 and found.token == row.token
+        own = explained[found.position - 1]
+        assert own.position == found.position and found.warnings == own.warnings_of(own.best)
         stated = [set(reading.tokens) for reading in row.readings]
         texts = {name(t).strip(): t for t in set.union(*stated, greedy[row.position])}
         assert {claim.text for claim in found} == set(texts)

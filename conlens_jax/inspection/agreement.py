@@ -52,12 +52,15 @@ class AgreedClaims(Sequence[AgreedClaim]):
       token: the token, printable.
       samples: the number of sampled texts.
       claims: those that enough of them state, and those of the greedy text.
+      warnings: why they should not be believed: what training never had at this position, and what
+        the reconstruction of the greedy text does to M.
     """
 
     position: int
     token: str
     samples: int
     claims: tuple[AgreedClaim, ...]
+    warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.claims)
@@ -68,7 +71,7 @@ class AgreedClaims(Sequence[AgreedClaim]):
     def record(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         claims = [{**c._asdict(), "neighbours": list(c.neighbours)} for c in self.claims]
-        return {**dataclasses.asdict(self), "claims": claims}
+        return {**dataclasses.asdict(self), "claims": claims, "warnings": list(self.warnings)}
 
     def to_json(self, path: str | Path | None = None) -> str:
         """:meth:`record` as JSON text, also written to ``path`` if given."""
@@ -101,7 +104,8 @@ def claims(
     explained = {*token_indices("all", tokens, tokenizer.bos_id), *chosen}
     around = {index + offset for index in chosen for offset in (-1, 0, 1)} & explained
     sampled = lens.explain(text, chosen, samples=samples, decoding="sample", **options)
-    greedy = {row.position: row.best for row in lens.explain(text, sorted(around), **options)}
+    rows = {row.position: row for row in lens.explain(text, sorted(around), **options)}
+    greedy = {place: row.best for place, row in rows.items()}
     reader = claim_reader(calibration.claims, tokenizer, lens.spec.gap)
     written = lambda reading: before_end(reading.tokens, lens.spec.end)
     found = []
@@ -116,7 +120,8 @@ def claims(
             {p - row.position: written(greedy[p]) for p in places if p in greedy},
             least_share,
         )
-        found.append(AgreedClaims(row.position, row.token, samples, agreed))
+        warnings = rows[row.position].warnings_of(own)
+        found.append(AgreedClaims(row.position, row.token, samples, agreed, warnings))
     return found[0] if is_one(position) else found
 
 

@@ -182,21 +182,23 @@ def _fitted(text: str, width: int) -> str:
 
 def render_claims(found: Sequence[AgreedClaims], *, colour: bool) -> str:
     """One line per claim: its support, how many samples state it, its lift, and the positions next
-    to P whose greedy texts state it too.
+    to P whose greedy texts state it too. Claims that should not be believed are dim and have no
+    mark; a line that begins with ``!`` gives the reason.
 
     Args:
       colour: bold and dim by support; without it the marks of :func:`render`.
     """
     header = ("", "token", "claim", "support", "samples", "lift", "also at")
-    table = []
+    table, reasons = [], [()]  # those after each line; the first is the header
     for at in found:
         for number, claim in enumerate(at):
             support, code = "", ""
             if claim.support is not None:
-                code = _code(claim.support)
-                support = f"{claim.support:.2f}" + ("" if colour else _MARKS.get(code, ""))
+                code = _DIM if at.warnings else _code(claim.support)
+                mark = "" if colour or at.warnings else _MARKS.get(code, "")
+                support = f"{claim.support:.2f}{mark}"
             cells = (
-                str(at.position) if not number else "",
+                f"{at.position}{'!' if at.warnings else ''}" if not number else "",
                 _printable(at.token) if not number else "",
                 f"{claim.kind} {_printable(claim.text)}",
                 support,
@@ -205,11 +207,14 @@ def render_claims(found: Sequence[AgreedClaims], *, colour: bool) -> str:
                 " ".join(f"P{offset:+d}" for offset in claim.neighbours),
             )
             table.append((cells, code))
+            reasons.append(at.warnings if number == len(at) - 1 else ())
     lines = [(header, _BOLD), *table]
     widths = [max(_columns(cells[i]) for cells, _ in lines) for i in range(len(header))]
     joined = lambda cells: "  ".join(map(_fitted, cells, widths)).rstrip()
     paint = lambda text, code: f"\x1b[{code}m{text}\x1b[0m" if colour and code else text
+    shown = []
+    for (cells, code), after in zip(lines, reasons, strict=True):
+        shown.append(paint(joined(cells), code))
+        shown += [paint(f"! {_printable(reason)}", _WARN) for reason in after]
     notes = [_SUPPORT_NOTE[colour]] if any(code for _, code in table) else []
-    return "\n".join(
-        [*(paint(joined(cells), code) for cells, code in lines), *(paint(n, _DIM) for n in notes)]
-    )
+    return "\n".join([*shown, *(paint(note, _DIM) for note in notes)])
