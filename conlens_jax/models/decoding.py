@@ -63,7 +63,7 @@ class Drawing(NamedTuple):
 
 class TextWriter:
     """A model, prepared for many calls of :meth:`write`. Where layers are unrolled it keeps each
-    layer's weights a second time, as arrays of their own."""
+    layer's weights a second time, as arrays of their own, on a CPU transposed."""
 
     def __init__(self, params: Params, config: TransformerConfig):
         self._params, self._config = params, config
@@ -106,20 +106,21 @@ class TextWriter:
 
 @functools.partial(jax.jit, static_argnames="config")
 def _each_layer(layers: Params, *, config: TransformerConfig) -> tuple[Params, ...]:
-    """Each layer's weights, on a CPU with its matrices transposed."""
-    inputs = {}
+    """Each layer's weights, on a CPU with its matrices as :class:`TransposedMatrix`."""
+    n_inputs = {}
     if jax.default_backend() == "cpu":
-        inputs = {
+        matrices = layer_matrix_sizes(config)
+        n_inputs = {
             row.path[-1]: len(row.matrix_dims[0])
             for row in family_of(config).param_table(config)
-            if row.path[-1] in layer_matrix_sizes(config) and not row.has_experts
+            if row.path[-1] in matrices and not row.has_experts
         }
 
     def one(number: int) -> Params:
         weights = jax.tree.map(lambda stacked: stacked[number], layers)
-        for name, n_inputs in inputs.items():
+        for name, inputs in n_inputs.items():
             if not isinstance(weights[name], Int8Matrix):
-                weights[name] = TransposedMatrix.of(weights[name], n_inputs)
+                weights[name] = TransposedMatrix.of(weights[name], inputs)
         return weights
 
     return tuple(map(one, range(config.n_layers)))

@@ -25,9 +25,9 @@ from conlens_jax.models.param_table import Params
 class TransposedMatrix:
     """A matrix [*inputs, *outputs], kept as [outputs, inputs] for products with few rows.
 
-    On a CPU these are faster if the weights are the left operand. Measured for all layers of
-    SmolLM2-135M and 64 rows: 81 % of the rate of a large product as x W, 95 % as (Wᵀ xᵀ)ᵀ, with
-    equal results.
+    On a CPU these are faster if the weights are the left operand: (Wᵀ xᵀ)ᵀ took 0.73 to 0.84 of
+    the CPU time of x W for 4 to 64 rows in fp32, 0.93 to 1.05 for 1 row, 128 or more, and in bf16.
+    The results are equal.
     """
 
     values_OI: Float[Array, "O I"]
