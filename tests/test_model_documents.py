@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -30,6 +31,7 @@ from conlens_jax.data.stream import open_stream
 from conlens_jax.models.chat import render_chat
 from conlens_jax.models.decoding import Drawing, TextWriter
 from conlens_jax.models.generate import generate
+from conlens_jax.models.products import Products, TransposedMatrix
 from conlens_jax.models.sampling import draw_token, nucleus
 from conlens_jax.parallel.mesh import make_mesh
 from conlens_jax.parallel.preemption import Preempted
@@ -119,6 +121,27 @@ def test_greedy_texts_are_those_of_generate(family, unroll):
         rest = tokens[:, prefix:], mask[:, prefix:]
         found = writer.write(tokens[0, :prefix], *rest, greedy, none, length=16, slots=32)
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape", "n_inputs"),
+    [
+        ("bsd,dhx->bshx", (24, 4, 6), 1),
+        ("bshx,hxd->bsd", (4, 6, 40), 2),
+        ("bsd,df->bsf", (24, 9), 1),
+    ],
+)
+def test_transposed_matrices_stay_the_left_operand(equation, shape, n_inputs):
+    """XLA would fold the transposes into a product with the rows on the left, which is slower."""
+    rng, outputs = np.random.default_rng(0), shape[n_inputs:]
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
+    x, matrix = draw(64, 1, *shape[:n_inputs]), draw(*shape)
+    weights = {"matrix": TransposedMatrix.of(matrix, n_inputs)}
+    compiled = jax.jit(lambda x, w: Products(w)(equation, x, "matrix")).lower(x, weights).compile()
+    np.testing.assert_allclose(
+        compiled(x, weights), jnp.einsum(equation, x, matrix), rtol=0, atol=1e-5
+    )
+    assert f"f32[{math.prod(outputs)},64]{{1,0}} dot(" in compiled.as_text()
 
 
 def test_draws_are_from_the_nucleus():

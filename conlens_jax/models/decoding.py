@@ -6,6 +6,7 @@ its own weights and cache, so that XLA copies neither of them for a token:
 
 * keys are stored transposed, and scores are a plain matrix product;
 * a token's key and value are written before they are read, so the cache is updated in place;
+* on a CPU matrices are the left operand (:class:`~conlens_jax.models.products.TransposedMatrix`);
 * the sampler does not sort (:func:`~conlens_jax.models.sampling.draw_token`).
 
 ``python scripts/benchmark_text.py`` compares the two.
@@ -24,9 +25,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from conlens_jax.models.attention import attend
 from conlens_jax.models.block import attention_inputs, layer_output, score_form
 from conlens_jax.models.cache import KVCache, with_room, write_slots
+from conlens_jax.models.families import family_of
 from conlens_jax.models.layer_kinds import NO_POSITION, mask_and_rope_of
+from conlens_jax.models.matrix_sizes import layer_matrix_sizes
 from conlens_jax.models.param_table import Params
-from conlens_jax.models.products import Products
+from conlens_jax.models.products import Products, TransposedMatrix
+from conlens_jax.models.quantized import Int8Matrix
 from conlens_jax.models.sampling import choose_token, draw_token
 from conlens_jax.models.transformer import (
     Head,
@@ -59,7 +63,7 @@ class Drawing(NamedTuple):
 
 class TextWriter:
     """A model, prepared for many calls of :meth:`write`. Where layers are unrolled it keeps each
-    layer's weights a second time, as arrays of their own."""
+    layer's weights a second time, as arrays of their own, on a CPU transposed."""
 
     def __init__(self, params: Params, config: TransformerConfig):
         self._params, self._config = params, config
@@ -102,7 +106,23 @@ class TextWriter:
 
 @functools.partial(jax.jit, static_argnames="config")
 def _each_layer(layers: Params, *, config: TransformerConfig) -> tuple[Params, ...]:
-    one = lambda number: jax.tree.map(lambda stacked: stacked[number], layers)
+    """Each layer's weights, on a CPU with its matrices as :class:`TransposedMatrix`."""
+    n_inputs = {}
+    if jax.default_backend() == "cpu":
+        matrices = layer_matrix_sizes(config)
+        n_inputs = {
+            row.path[-1]: len(row.matrix_dims[0])
+            for row in family_of(config).param_table(config)
+            if row.path[-1] in matrices and not row.has_experts
+        }
+
+    def one(number: int) -> Params:
+        weights = jax.tree.map(lambda stacked: stacked[number], layers)
+        for name, inputs in n_inputs.items():
+            if not isinstance(weights[name], Int8Matrix):
+                weights[name] = TransposedMatrix.of(weights[name], inputs)
+        return weights
+
     return tuple(map(one, range(config.n_layers)))
 
 

@@ -10,14 +10,40 @@ from __future__ import annotations
 import functools
 import math
 
+import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from conlens_jax.models import quantized
 from conlens_jax.models.adapters import LORA_IN, LORA_OUT, low_rank
 from conlens_jax.models.experts import Choice, expert_product
 from conlens_jax.models.param_table import Params
+
+
+@flax.struct.dataclass
+class TransposedMatrix:
+    """A matrix [*inputs, *outputs], kept as [outputs, inputs] for products with few rows.
+
+    On a CPU these are faster if the weights are the left operand: (Wᵀ xᵀ)ᵀ took 0.73 to 0.84 of
+    the CPU time of x W for 4 to 64 rows in fp32, 0.93 to 1.05 for 1 row, 128 or more, and in bf16.
+    The results are equal.
+    """
+
+    values_OI: Float[Array, "O I"]
+    outputs: tuple[int, ...] = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, matrix: Float[Array, "..."], n_inputs: int) -> TransposedMatrix:
+        outputs = matrix.shape[n_inputs:]
+        return cls(matrix.reshape(-1, math.prod(outputs)).T, outputs)
+
+    def after(self, x: Float[Array, "*B I"]) -> Float[Array, "..."]:
+        """x times the matrix, [*B, *outputs]."""
+        # Without the barriers XLA would move the transposes into the product.
+        x_IR = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
+        out_OR = jax.lax.optimization_barrier(self.values_OI @ x_IR)
+        return out_OR.T.reshape(*x.shape[:-1], *self.outputs)
 
 
 class Products:
@@ -61,7 +87,7 @@ def _product(equation: str, name: str, x: Array, weights: Params, choice: Choice
     return out if bias is None else out + bias_of(out)
 
 
-def _as_matrices(equation: str, x: Array, weight: quantized.Matrix) -> Array:
+def _as_matrices(equation: str, x: Array, weight: quantized.Matrix | TransposedMatrix) -> Array:
     """``einsum(equation, x, weight)``, the weight as one matrix [inputs, outputs] if it is one.
 
     Its transpose, in the backward pass, is then a matrix product too. XLA would instead copy a
@@ -76,7 +102,10 @@ def _as_matrices(equation: str, x: Array, weight: quantized.Matrix) -> Array:
     )
     if not is_matrix or isinstance(weight, quantized.Int8Matrix):
         return quantized.einsum(equation, x, weight)
-    batch, outputs = x.shape[: x.ndim - inputs], weight.shape[inputs:]
+    batch = x.shape[: x.ndim - inputs]
+    if isinstance(weight, TransposedMatrix):
+        return weight.after(x.reshape(*batch, -1))
+    outputs = weight.shape[inputs:]
     matrix = weight.reshape(-1, math.prod(outputs))
     return (x.reshape(*batch, -1) @ matrix).reshape(*batch, *outputs)
 
