@@ -15,15 +15,21 @@ a 95 % bootstrap interval over documents of its mean over the seeds. What was me
 (warm starts with other seeds, on the same held-out rows). ``--split=test`` measures on rows that no
 choice was made on (dump.n_test_samples); ``--finished`` measures the run's own joint stage and
 control there, and trains nothing.
+
+Where several processes share a GPU, measure first what a step costs, one process at a time:
+``--costs=folder --only_costs``, then train with ``--costs=folder``.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
+import io
+import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +44,7 @@ from conlens_jax.data.device_batches import make_batch
 from conlens_jax.data.targets.opening import mark_ids
 from conlens_jax.evaluation.studies.said_words import SaidWords
 from conlens_jax.evaluation.suite import PerRow, Suite
+from conlens_jax.files.whole import write_atomically, write_whole
 from conlens_jax.lens.spec import init_lens, make_spec
 from conlens_jax.measurement.aggregates import mean_of, reconstruction_statistics
 from conlens_jax.measurement.bootstrap import (
@@ -199,6 +206,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Costs:
+    """Seconds a step of each variant.
+
+    Attributes:
+      folder: where they are kept; None: nowhere.
+    """
+
+    folder: Path | None
+
+    def of(self, name: str, measured: Callable[[], float]) -> float:
+        """Measured while no other process of this folder measures, and only once."""
+        if self.folder is None:
+            return measured()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{_letters(name)}.json"
+        if not file.exists():
+            with (self.folder / "lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                write_whole(file, json.dumps(measured()))
+        return json.loads(file.read_text())
+
+
+@dataclasses.dataclass(frozen=True)
 class Bench:
     """Inputs shared by all variants."""
 
@@ -263,9 +293,14 @@ class Bench:
 
 
 def train(
-    bench: Bench, name: str, changes: Mapping[str, Any], budget: float, seeds: list[int]
-) -> Iterator[tuple[int, int, PerRow]]:
-    """Seed, steps and what was measured after ``budget`` seconds of the variant."""
+    bench: Bench,
+    name: str,
+    changes: Mapping[str, Any],
+    costs: Costs,
+    budget: float,
+    seeds: list[int],
+) -> Iterator[tuple[int, int, Params]]:
+    """Seed, steps and the lens after ``budget`` seconds of the variant."""
     config = with_changes(bench.session.config, changes)
     model, cache = bench.session.model, bench.session.caches[0]
     spec = make_spec(model.config, config.model.layer, config.lens, model.tokenizer)
@@ -284,7 +319,7 @@ def train(
         optimizer = stage_optimizer(stage, bench.start, n_rows)
         # The step donates its state; the initial state is needed again.
         state = init_state(jax.tree.map(jnp.copy, bench.start), optimizer)
-        step = make_step(stage, objective, optimizer, seed=config.train.seed, n_rows=n_rows)
+        step = make_step(stage, objective, optimizer, seed=0, n_rows=n_rows)
         return step.lower(state, bench.frozen, read(0, 0)).compile(), optimizer
 
     def read(seed: int, index: int):
@@ -298,15 +333,18 @@ def train(
             state, _ = step(state, bench.frozen, batch)
         return jax.block_until_ready(state.params)
 
-    step, optimizer = compiled(100)
-    run(step, optimizer, 1, 0)
-    started = clock()
-    run(step, optimizer, TIMED_STEPS, 0)
-    seconds = (clock() - started) / TIMED_STEPS
-    steps = max(round(budget / seconds), 1)
-    step, optimizer = compiled(steps)
+    def seconds_per_step() -> float:
+        step, optimizer = compiled(100)
+        run(step, optimizer, 1, 0)
+        started = clock()
+        run(step, optimizer, TIMED_STEPS, 0)
+        return (clock() - started) / TIMED_STEPS
+
+    steps = max(round(budget / costs.of(name, seconds_per_step)), 1)
+    if seeds:
+        step, optimizer = compiled(steps)
     for seed in seeds:
-        yield seed, steps, bench.measured(run(step, optimizer, steps, seed))
+        yield seed, steps, run(step, optimizer, steps, seed)
 
 
 def scores(per_row: Mapping[str, Any], resultant: float) -> dict[str, Statistic]:
@@ -378,7 +416,9 @@ def _signed(interval: Interval) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", default="runs/quickstart", help="run folder with a warm start")
+    parser.add_argument(
+        "--run", default="runs/quickstart", help="run folders with a warm start, by commas"
+    )
     parser.add_argument(
         "--budget", type=float, default=0, help="seconds; 0: those of the run's joint stage"
     )
@@ -388,55 +428,94 @@ def main() -> None:
     parser.add_argument(
         "--finished", action="store_true", help="the run's own joint stage and control"
     )
-    parser.add_argument("--split", default="validation", choices=("validation", "test"))
+    parser.add_argument("--split", default="validation", help="validation, test, or both")
     parser.add_argument("--set", nargs="*", default=[], metavar="field=number")
-    parser.add_argument("--out", default="", help="folder; empty: <run>/compare_<split>")
+    parser.add_argument("--out", default="", help="folder; empty: that of the run folders")
+    parser.add_argument("--costs", default="", help="folder of the seconds a step")
+    parser.add_argument("--only_costs", action="store_true", help="measure these alone")
     parser.add_argument("--show", default="", help="only print the tables of these folders")
     arguments = parser.parse_args()
     if arguments.show:
         show([Path(folder) for folder in arguments.show.split(",")])
         return
     keep_freed_memory()
-    run = Path(arguments.run)
-    out = Path(arguments.out or run / f"compare_{arguments.split}")
-    out.mkdir(parents=True, exist_ok=True)
-    bench = Bench.open(run, arguments.split)
-    warm, joint = bench.session.config.warm.steps, bench.session.config.joint.steps
+    costs = Costs(Path(arguments.costs) if arguments.costs else None)
     common = {name: float(value) for name, value in (item.split("=") for item in arguments.set)}
+    splits = arguments.split.split(",")
+    outs = defaultdict(list)
+    for run in map(Path, arguments.run.split(",")):
+        benches = {split: Bench.open(run, split) for split in splits}
+        folders = {
+            split: Path(arguments.out or run.parent) / run.name / f"compare_{split}"
+            for split in splits
+        }
+        for split, folder in folders.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            outs[split].append(folder)
+        _compare(arguments, run, benches, folders, costs, common)
+    for split, folders in outs.items():
+        if not arguments.only_costs:
+            print(f"\n{split}\n")
+            show(folders)
 
-    def keep(name: str, seed: int, steps: int, per_row: PerRow) -> None:
-        rows = {f"row:{key}": value for key, value in per_row.items()}
-        record = {"variant": name, "seed": seed, "steps": steps, **bench.facts(), **rows}
-        np.savez_compressed(_file(out, name, seed), **record)
 
-    at_start = bench.measured(bench.start)
-    for seed in range(1 if arguments.finished else arguments.seeds):
-        keep(START, seed, 0, at_start)
+def _compare(
+    arguments: argparse.Namespace,
+    run: Path,
+    benches: Mapping[str, Bench],
+    folders: Mapping[str, Path],
+    costs: Costs,
+    common: Mapping[str, float],
+) -> None:
+    """Trains the variants from one warm start, and keeps what each split measures."""
+    bench = next(iter(benches.values()))
+    config = bench.session.config
+
+    def keep(name: str, seed: int, steps: int, lens: Params) -> None:
+        for split, folder in folders.items():
+            if _file(folder, name, seed).exists():
+                continue
+            per_row = benches[split].measured(lens)
+            rows = {f"row:{key}": value for key, value in per_row.items()}
+            facts = benches[split].facts()
+            record = {"variant": name, "seed": seed, "steps": steps, **facts, **rows}
+            contents = io.BytesIO()
+            np.savez_compressed(contents, **record)
+            write_atomically(_file(folder, name, seed), [contents.getvalue()])
+
+    if not arguments.only_costs:
+        for seed in range(1 if arguments.finished else arguments.seeds):
+            keep(START, seed, 0, bench.start)
+    warm, joint = config.warm.steps, config.joint.steps
     if arguments.finished:
         for name, folder in (("joint stage", run), (CONTROL, run / CONTROL_FOLDER)):
             last = all_steps(folder / "checkpoints")[-1]
-            keep(name, 0, last - warm, bench.measured(load_lens(folder, bench.start, last)))
-        show([out])
+            keep(name, 0, last - warm, load_lens(folder, bench.start, last))
         return
     budget = arguments.budget
     budget = budget or read_metadata(run / "checkpoints", warm + joint)["train_seconds"]
     for name in (item.replace("; ", ", ") for item in arguments.variants.split(",")):
         for times in arguments.times.split(","):
             title = name if times == "1" else f"{name} ×{times}"
-            seeds = [s for s in range(arguments.seeds) if not _file(out, title, s).exists()]
-            if not seeds:
+            missing = lambda seed, title=title: any(
+                not _file(folder, title, seed).exists() for folder in folders.values()
+            )
+            seeds = [] if arguments.only_costs else list(filter(missing, range(arguments.seeds)))
+            if not (seeds or arguments.only_costs):
                 continue
             changes = {**common, **VARIANTS[name]}
-            results = train(bench, name, changes, budget * float(times), seeds)
-            for seed, steps, per_row in results:
-                keep(title, seed, steps, per_row)
+            results = train(bench, name, changes, costs, budget * float(times), seeds)
+            for seed, steps, lens in results:
+                keep(title, seed, steps, lens)
                 print(f"{title}: seed {seed}, {steps} steps", flush=True)
-    show([out])
+
+
+def _letters(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)
 
 
 def _file(folder: Path, name: str, seed: int) -> Path:
-    letters = "".join(c if c.isalnum() else "_" for c in name)
-    return folder / f"{letters}-{seed}.npz"
+    return folder / f"{_letters(name)}-{seed}.npz"
 
 
 if __name__ == "__main__":
