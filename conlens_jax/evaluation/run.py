@@ -140,7 +140,7 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
         more = {}
         if truth is not None:
             is_main = lens == main
-            found, of_claims = _measured_claims(
+            found, of_claims, log_probs_NT = _measured_claims(
                 suite,
                 truth,
                 evaluated,
@@ -150,10 +150,10 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
             )
             calibration = found if is_main else calibration
             more |= of_claims
-        if lens == main and calibration is not None:
-            support_of_examples = _support_of_examples(
-                session, suite, truth.reader, calibration, evaluated, trainable, frozen
-            )
+            if is_main and found is not None:
+                support_of_examples = _support_of_examples(
+                    session, truth.reader, found, evaluated, log_probs_NT
+                )
         if isinstance(truth, SaidWords):
             more |= truth.truth(evaluated)
         if word_parts is not None and (lens == main or studies is not None):
@@ -177,25 +177,17 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
 
 def _support_of_examples(
     session: Session,
-    suite: Suite,
     reader: ClaimReader,
     calibration: Calibration,
     evaluated: Evaluated,
-    trainable: Params,
-    frozen: Params,
+    log_probs_NT: np.ndarray,
 ) -> dict[int, list[float | None]]:
     """The support of each token of the greedy texts that the report shows, by row."""
     evaluate = session.config.evaluate
     shown = chosen_rows(evaluated, evaluate.n_examples, ranked=evaluate.suite != "basic")
-    rows = list(dict.fromkeys(row for row, _ in shown))
-    if not rows:
-        return {}
-    texts_NT = evaluated.explained.texts["greedy"][rows]
-    log_probs_NT = suite.measurer.text_log_probs(trainable, frozen, suite.rows.take(rows), texts_NT)
-    return {
-        row: calibration.of_tokens(reader, before_end(text_T, session.spec.end), log_probs_T)
-        for row, text_T, log_probs_T in zip(rows, texts_NT, log_probs_NT, strict=True)
-    }
+    texts_NT = evaluated.explained.texts["greedy"]
+    tokens = lambda row: before_end(texts_NT[row], session.spec.end)
+    return {row: calibration.of_tokens(reader, tokens(row), log_probs_NT[row]) for row, _ in shown}
 
 
 def _measured_claims(
@@ -207,8 +199,9 @@ def _measured_claims(
     *,
     known: Calibration | None,
     samples: int,
-) -> tuple[Calibration | None, dict[str, Interval]]:
-    """The calibration of a lens's claims, and their metrics.
+) -> tuple[Calibration | None, dict[str, Interval], np.ndarray]:
+    """The calibration of a lens's claims, their metrics, and the log-probabilities of the greedy
+    texts [N, T].
 
     Args:
       known: the calibration of other documents, which is tested then.
@@ -232,7 +225,7 @@ def _measured_claims(
             is_fitted=known is not None,
         )
         metrics |= agreement
-    return found, metrics
+    return found, metrics, log_probs_NT
 
 
 def _write(session: Session, run_folder: Path, results: _Results) -> Path:

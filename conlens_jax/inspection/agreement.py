@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conlens_jax.evaluation.claims import FACT, Claim, ClaimReader, claim_reader
+from conlens_jax.evaluation.claims import FACT, Claim, ClaimReader
 from conlens_jax.evaluation.support import Calibration
 from conlens_jax.files.paths import local_path
 from conlens_jax.files.whole import write_whole
@@ -106,13 +106,12 @@ def claims(
     sampled = lens.explain(text, chosen, samples=samples, decoding="sample", **options)
     rows = {row.position: row for row in lens.explain(text, sorted(around), **options)}
     greedy = {place: row.best for place, row in rows.items()}
-    reader = claim_reader(calibration.claims, tokenizer, lens.spec.gap)
     written = lambda reading: before_end(reading.tokens, lens.spec.end)
     found = []
     for row in sampled:
         own, places = greedy[row.position], (row.position - 1, row.position + 1)
         agreed = agreed_claims(
-            reader,
+            lens.text_claims,
             calibration,
             tokenizer.piece,
             (written(own), own.support),

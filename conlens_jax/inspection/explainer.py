@@ -139,7 +139,8 @@ class LensExplainer(LensReader):
         ]
 
     @functools.cached_property
-    def _claims(self) -> ClaimReader:
+    def text_claims(self) -> ClaimReader:
+        """Finds the claims of its texts; only with a calibration."""
         assert self.calibration is not None
         return claim_reader(self.calibration.claims, self.model.tokenizer, self.spec.gap)
 
@@ -152,7 +153,7 @@ class LensExplainer(LensReader):
         tokens = before_end(tokens, self.spec.end)
         support = None
         if self.calibration is not None:
-            support = tuple(self.calibration.of_tokens(self._claims, tokens, log_probs_T))
+            support = tuple(self.calibration.of_tokens(self.text_claims, tokens, log_probs_T))
         return {
             "pieces": tuple(map(self._piece, tokens)),
             "support": support,

@@ -137,14 +137,21 @@ class LensReader(LensParts):
         indices = [token_index(position, tokens) for position, _ in replacements]
         (group,) = batching.groups_of(documents, [indices], 1)
         states = self._read(group.tokens_GS, group.mask_GS)
-        document_B, explained = jnp.zeros(1, jnp.int32), []
-        for index, explanation, vector_D in zip(indices, explanations, vectors, strict=True):
-            index_B, vector_BD = jnp.array([index], jnp.int32), jnp.asarray(vector_D)[None]
-            effect = self._programs.swap(self.frozen, states, document_B, index_B, vector_BD)
-            effect = jax.tree.map(np.asarray, effect)
-            readings = (self._reading(explanation, effect, 0),)
-            explained.append(self._explained(0, index, tokens[index], effect, 0, readings))
-        return explained
+        size = batching.power_of_two(len(indices))
+        effect = self._programs.swap(
+            self.frozen,
+            states,
+            jnp.zeros(size, jnp.int32),
+            jnp.asarray(batching.filled(np.array(indices, np.int32), size)),
+            jnp.asarray(batching.filled(np.stack(vectors), size)),
+        )
+        effect = jax.tree.map(np.asarray, effect)
+        return [
+            self._explained(
+                0, index, tokens[index], effect, row, (self._reading(explanation, effect, row),)
+            )
+            for row, (index, explanation) in enumerate(zip(indices, explanations, strict=True))
+        ]
 
     def _read(self, tokens_GS: np.ndarray, mask_GS: np.ndarray) -> ContextStates:
         put = functools.partial(batching.on_every_device, mesh=self.mesh)

@@ -1,0 +1,135 @@
+"""Joint stages that ``compare_joint.py`` compares: name → changes of a run's configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _rate(value: float) -> dict[str, float]:
+    name = "joint.optimizer.learning_rate"
+    return {f"{name}.start": value, f"{name}.end": value / 10}
+
+
+# E is trained on D's own text; D continues with the warm start's objective.
+_ON_POLICY = {
+    "lens.estimator": "detached",
+    "loss.entropy.start": 0.0,
+    "loss.lm.start": 0.0,  # it would need passes of D and of the warm decoder over D's text
+    "loss.kl.start": 0.0,
+    "loss.mse.start": 1.0,
+    **_rate(1e-3),
+}
+# These estimators sample at temperature 1 only.
+_REINMAX = {"lens.estimator": "reinmax", "loss.tau.start": 1.0, "loss.sample_tau.start": 1.0}
+_GUMBEL_RAO = {**_REINMAX, "lens.estimator": "gumbel_rao", "lens.estimator_samples": 4}
+_RLOO = {
+    "lens.estimator": "rloo",
+    "lens.estimator_samples": 4,
+    "loss.sample_tau.start": 1.0,
+    "joint.batch_size": 16,
+    "loss.entropy.start": 0.0,
+}
+_FAST = {**_rate(5e-4), "loss.entropy.start": -1.0, "loss.kl.start": 1.5}
+_EVEN = {"loss.entropy.start": 0.0}
+_SHARED = {"joint.rows_per_document": 4}
+_DETACHED = {"lens.history_gradient": "detached"}
+# E reads only D's own text, the anchor trains D alone, and M reads a document once for four rows.
+_LEAN = {
+    **_EVEN,
+    **_rate(1e-3),
+    **_SHARED,
+    **_DETACHED,
+    "loss.lm.start": 0.0,
+    "loss.text_read": False,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "supervised": {},
+    "straight-through": {},
+    "st, even": _EVEN,
+    "st, even, fast": {**_EVEN, **_rate(5e-4)},
+    "st, even, strong": {**_EVEN, **_rate(5e-4), "loss.kl.start": 1.5, "loss.mse.start": 10.0},
+    "st, even, tau 1": {**_EVEN, **_rate(5e-4), "loss.tau.start": 1.0},
+    "st, even, no lm": {**_EVEN, **_rate(5e-4), "loss.lm.start": 0.0},
+    "st, even, no anchor": {**_EVEN, **_rate(5e-4), "loss.text.start": 0.0},
+    "st, shared": {**_EVEN, **_rate(5e-4), **_SHARED},
+    "st, detached": {**_EVEN, **_rate(5e-4), **_DETACHED},
+    "st, shared, detached": {**_EVEN, **_rate(5e-4), **_SHARED, **_DETACHED, "loss.lm.start": 0.0},
+    "st, warm rate, shared": {**_EVEN, **_rate(1e-3), **_SHARED, "loss.lm.start": 0.0},
+    "st, lean": _LEAN,
+    "st, lean, exact": {**_LEAN, "lens.history_gradient": "exact"},
+    "st, lean, light": {**_LEAN, "loss.mse.start": 1.0, "loss.kl.start": 0.1},
+    "st, lean, sharper": {**_LEAN, "loss.entropy.start": -0.3},
+    "st, lean, cooler": {
+        **_LEAN,
+        "loss.mse.start": 1.0,
+        "loss.kl.start": 0.1,
+        "loss.sample_tau.start": 0.5,
+    },
+    "st, tau 1": {"loss.tau.start": 1.0},
+    "st, no anchor": {"loss.text.start": 0.0},
+    "st, KL to warm": {"loss.lm.start": 0.1, "loss.text.start": 0.0},
+    "st, sharper": {
+        **_rate(3e-4),
+        "loss.entropy.start": -1.0,
+        "loss.kl.start": 1.0,
+        "loss.mse.start": 10.0,
+        "loss.text.start": 2.0,
+    },
+    "st, fast": _FAST,
+    "st, fast, cheap": {
+        **_FAST,
+        "joint.rows_per_document": 2,
+        "lens.history_gradient": "detached",
+        "loss.text_read": False,
+    },
+    "reinmax": _REINMAX,
+    "reinmax, even": {**_EVEN, **_rate(5e-4), **_REINMAX},
+    "gumbel-rao 4": _GUMBEL_RAO,
+    "gumbel-rao 4, even": {**_EVEN, **_rate(5e-4), **_GUMBEL_RAO},
+    "rloo 4": _RLOO,
+    "rloo 4, no anchor": {**_RLOO, "loss.text.start": 0.0},
+    "rloo 4, KL to warm": {**_RLOO, "loss.text.start": 0.0, "loss.lm.start": 0.1},
+    "rloo 4, fast": {**_RLOO, **_rate(5e-4)},
+    "grpo 4": {**_RLOO, "lens.estimator": "grpo"},
+    "E on D's text": _ON_POLICY,
+    "E on D's text, cooler": {**_ON_POLICY, "loss.sample_tau.start": 0.5},
+    "E on D's text alone": {**_ON_POLICY, "loss.text_read": False},
+    "E on D's text alone, shared": {
+        **_ON_POLICY,
+        **_SHARED,
+        "loss.text_read": False,
+        "loss.mse.start": 5.0,
+        "loss.kl.start": 0.5,
+    },
+    "E on D's text alone, shared, cooler": {
+        **_ON_POLICY,
+        **_SHARED,
+        "loss.text_read": False,
+        "loss.mse.start": 5.0,
+        "loss.kl.start": 0.5,
+        "loss.sample_tau.start": 0.5,
+    },
+    "E on D's text alone, kl": {
+        **_ON_POLICY,
+        "loss.text_read": False,
+        "loss.kl.start": 0.1,
+        "joint.rows_per_document": 2,
+    },
+    "rloo 2, cheap": {
+        **_ON_POLICY,
+        "lens.estimator": "rloo",
+        "lens.estimator_samples": 2,
+        "loss.sample_tau.start": 1.0,
+        "loss.text_read": False,
+        "loss.mse.start": 2.0,
+        "joint.batch_size": 32,
+    },
+    "E on D's text, kl": {**_ON_POLICY, "loss.kl.start": 0.5},
+    "st, warm rate": {**_rate(1e-3), "loss.entropy.start": 0.0},
+    "st, warm rate, cooler": {
+        **_rate(1e-3),
+        "loss.entropy.start": 0.0,
+        "loss.kl.start": 0.0,
+        "loss.sample_tau.start": 0.5,
+    },
+}
