@@ -144,7 +144,7 @@ def agreed_claims(
     supports: dict[Key, float | None] = {}
     for claim in reader.of(greedy[0]):
         both = (supports.get(_key(claim)), greedy[1][claim.places[0]])
-        # Of a word that is said twice, the better one.
+        # Of a word that is stated twice, the better one.
         supports[_key(claim)] = max((s for s in both if s is not None), default=None)
     written: dict[Key, Counter[str]] = {}
     stated: Counter[Key] = Counter()
