@@ -19,15 +19,9 @@ from conlens_jax.evaluation.report.document_heat import document_heat
 from conlens_jax.evaluation.report.heat_map import HeatMap
 from conlens_jax.evaluation.report.page import PageData, System, build_report, chosen_rows
 from conlens_jax.evaluation.report.writing import write_report
-from conlens_jax.evaluation.studies.agreement import agreement_of_claims
-from conlens_jax.evaluation.studies.claims import (
-    ClaimTruth,
-    checked_claims,
-    claim_truth,
-    truth_of_claims,
-)
+from conlens_jax.evaluation.studies.claims import claim_truth
+from conlens_jax.evaluation.studies.measured_claims import measured_claims
 from conlens_jax.evaluation.studies.said_words import SaidWords
-from conlens_jax.evaluation.studies.support import support_of_claims
 from conlens_jax.evaluation.studies.word_parts import OTHERS, WordParts
 from conlens_jax.evaluation.suite import HEADLINE, Evaluated, Suite, attribute_token_ids
 from conlens_jax.evaluation.support import SUPPORT_FILE, Calibration
@@ -140,7 +134,7 @@ def evaluate_run(session: Session, checkpoint: str | Path) -> Path:
         more = {}
         if truth is not None:
             is_main = lens == main
-            found, of_claims, log_probs_NT = _measured_claims(
+            found, of_claims, log_probs_NT = measured_claims(
                 suite,
                 truth,
                 evaluated,
@@ -188,44 +182,6 @@ def _support_of_examples(
     texts_NT = evaluated.explained.texts["greedy"]
     tokens = lambda row: before_end(texts_NT[row], session.spec.end)
     return {row: calibration.of_tokens(reader, tokens(row), log_probs_NT[row]) for row, _ in shown}
-
-
-def _measured_claims(
-    suite: Suite,
-    truth: ClaimTruth,
-    evaluated: Evaluated,
-    trainable: Params,
-    frozen: Params,
-    *,
-    known: Calibration | None,
-    samples: int,
-) -> tuple[Calibration | None, dict[str, Interval], np.ndarray]:
-    """The calibration of a lens's claims, their metrics, and the log-probabilities of the greedy
-    texts [N, T].
-
-    Args:
-      known: the calibration of other documents, which is tested then.
-      samples: texts per row whose agreement is calibrated as well.
-    """
-    texts, clean = evaluated.explained.texts, evaluated.effects["clean"]
-    claims = checked_claims(suite, truth, clean, texts["greedy"])
-    metrics = truth_of_claims(suite, truth, evaluated, claims)
-    measurer, rows = suite.measurer, suite.rows
-    log_probs_NT = measurer.text_log_probs(trainable, frozen, rows, texts["greedy"])
-    found, support = support_of_claims(suite, truth.reader, claims, log_probs_NT, known)
-    metrics |= support
-    samples = samples if known is None else max(known.agreement, default=0)
-    if found is not None and samples:
-        draws = range(1, samples)  # the texts of draw 0 are there already
-        sampled = [measurer.sample(trainable, frozen, rows, draw)[0] for draw in draws]
-        found, agreement = agreement_of_claims(
-            *(suite, truth, clean, claims, log_probs_NT),
-            [texts["sampled"], *sampled],
-            found,
-            is_fitted=known is not None,
-        )
-        metrics |= agreement
-    return found, metrics, log_probs_NT
 
 
 def _write(session: Session, run_folder: Path, results: _Results) -> Path:
