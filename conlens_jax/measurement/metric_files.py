@@ -48,12 +48,19 @@ def write_metrics(
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["metric", "value", "lo", "hi"])
     for name, interval in flat.items():
-        ends = {"": interval.value, "_lo": interval.lo, "_hi": interval.hi}
-        numbers = [value if math.isfinite(value) else None for value in ends.values()]
-        if name in without_interval:
-            values[name] = numbers[0]
-        else:
-            values |= dict(zip((name + end for end in ends), numbers, strict=True))
-        writer.writerow([name, *("" if number is None else repr(number) for number in numbers)])
+        numbers = _with_ends(name, interval)
+        values |= {name: numbers[name]} if name in without_interval else numbers
+        cells = ("" if number is None else repr(number) for number in numbers.values())
+        writer.writerow([name, *cells])
     write_whole(folder / "metrics.json", json.dumps(values, indent=2) + "\n")
     write_whole(folder / "metrics.csv", table.getvalue())
+
+
+def with_ends(flat: Flat) -> dict[str, float | None]:
+    """The names and numbers of ``metrics.json``: ``name``, ``name_lo``, ``name_hi``."""
+    return {k: v for name, interval in flat.items() for k, v in _with_ends(name, interval).items()}
+
+
+def _with_ends(name: str, interval: Interval) -> dict[str, float | None]:
+    ends = {"": interval.value, "_lo": interval.lo, "_hi": interval.hi}
+    return {name + end: v if math.isfinite(v) else None for end, v in ends.items()}

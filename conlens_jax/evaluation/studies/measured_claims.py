@@ -28,7 +28,8 @@ def measured_claims(
 
     Args:
       known: the calibration of other documents, which is tested then.
-      samples: texts per row whose agreement is calibrated as well.
+      samples: texts per row whose agreement is calibrated as well, or tested with as many as
+        ``known`` has; 0: none.
     """
     texts, clean = evaluated.explained.texts, evaluated.effects["clean"]
     claims = checked_claims(suite, truth, clean, texts["greedy"])
@@ -37,7 +38,8 @@ def measured_claims(
     log_probs_NT = measurer.text_log_probs(trainable, frozen, rows, texts["greedy"])
     found, support = support_of_claims(suite, truth.reader, claims, log_probs_NT, known)
     metrics |= support
-    samples = samples if known is None else max(known.agreement, default=0)
+    if samples and known is not None:
+        samples = max(known.agreement, default=0)
     if found is not None and samples:
         draws = range(1, samples)  # the texts of draw 0 are there already
         sampled = [measurer.sample(trainable, frozen, rows, draw)[0] for draw in draws]
