@@ -1,0 +1,107 @@
+"""Writes a page of explanations of prompts that were fixed beforehand: docs/gallery.md.
+
+Command:  python scripts/gallery.py --checkpoint=smollm2-135m --prompts=scripts/gallery_prompts.json \\
+              --out=docs/gallery.md
+Time:     on 2 CPU cores about two minutes.
+
+Every position from the first that training had is shown with its greedy explanation: nothing is
+chosen. Below each prompt are M's own continuation and, by rule, the words *said ahead*: words that
+an explanation states before the token at which M first predicts them, that the context does not
+have, and that M's continuation or the rest of the prompt does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+import conlens_jax
+from conlens_jax import cli
+from conlens_jax.checkpoint_flags import CHECKPOINT
+from conlens_jax.files.paths import local_path
+from conlens_jax.files.whole import write_whole
+from conlens_jax.inspection.readings import ExplainedToken
+from conlens_jax.inspection.terminal import render
+from conlens_jax.inspection.texts import token_lists
+
+_PROMPTS = flags.DEFINE_string("prompts", "scripts/gallery_prompts.json", "JSON list of prompts.")
+_OUT = flags.DEFINE_string("out", "docs/gallery.md", "Where the page is written.")
+_WIDTH, _NEW_TOKENS = 112, 12
+
+
+def main() -> None:
+    lens = conlens_jax.Lens.load(CHECKPOINT.value)
+    prompts = json.loads(local_path(_PROMPTS.value).read_text(encoding="utf-8"))
+    sections = [section for prompt in prompts for section in _section(lens, prompt)]
+    head = _HEAD.format(checkpoint=CHECKPOINT.value, prompts=_PROMPTS.value, number=len(prompts))
+    write_whole(Path(_OUT.value), "\n".join([head, *sections]).rstrip() + "\n")
+
+
+def _section(lens: conlens_jax.Lens, prompt: dict[str, Any]) -> Iterator[str]:
+    """The Markdown of one prompt."""
+    text = prompt["text"]
+    first = lens.facts.get("first_position", 0)
+    explained = lens.explain(text, slice(first, None), progress=False)
+    (document,) = explained.documents
+    continued = _continuation(lens, text)
+    yield f"\n## {prompt['title']}\n"
+    yield f"{prompt['note']}\n" if prompt.get("note") else ""
+    yield "```text"
+    yield render(explained, colour=False, width=_WIDTH)
+    yield "```\n"
+    shown = continued.replace("`", "'").replace("\n", "⏎")
+    yield f"M goes on: `{shown}`"
+    ahead = [
+        f"{', '.join(words)} (at {row.position}, {row.token.strip()})"
+        for row in explained
+        if (words := _said_ahead(row, document, continued))
+    ]
+    yield f"\nSaid ahead: {'; '.join(ahead) if ahead else 'none'}."
+
+
+def _continuation(lens: conlens_jax.Lens, text: Any) -> str:
+    """M's greedy continuation of the whole prompt, up to its end."""
+    tokens = np.array(token_lists([text], lens.model, lens.add_bos), np.int32)
+    (written,) = np.asarray(lens.model.generate(tokens, _NEW_TOKENS)).tolist()
+    ends = lens.model.config.eos_token_ids
+    return lens.model.tokenizer.decode(list(itertools.takewhile(lambda t: t not in ends, written)))
+
+
+def _said_ahead(row: ExplainedToken, document: Sequence[str], continued: str) -> list[str]:
+    """Words of four letters or more that the explanation states before the text does, though M
+    does not predict them yet."""
+    known = _letters("".join(document[: row.position + 1]))
+    later = _letters("".join(document[row.position + 1 :]) + continued)
+    predicted = [_letters(token) for token, _ in row.before]
+    stated = [_letters(word.text) for word in row.best.words or ()]
+    return [
+        word
+        for word in dict.fromkeys(stated)
+        if len(word) >= 4
+        and word in later
+        and word not in known
+        and not any(token and word.startswith(token) for token in predicted)
+    ]
+
+
+def _letters(text: str) -> str:
+    """Lower case, letters only, words kept apart by single spaces."""
+    return " ".join("".join(c if c.isalpha() else " " for c in text.lower()).split())
+
+
+_HEAD = """# Gallery: what a lens says of prompts that were fixed beforehand
+
+`python scripts/gallery.py --checkpoint={checkpoint} --prompts={prompts}` writes this page: {number} prompts,
+every position from the first that training had, greedy explanations, nothing chosen. Before the bar stands what M is
+about to say, after it words of the context; a dot is something that the lens cannot name. *KL*: how much M's
+prediction changes when the reconstruction takes the activation's place. *Said ahead*: words that an explanation
+states before the text does and before M predicts them, and that come later in the prompt or in M's continuation."""
+
+if __name__ == "__main__":
+    cli.run(main)
