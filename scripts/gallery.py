@@ -1,7 +1,6 @@
 """Writes a page of explanations of prompts that were fixed beforehand: docs/gallery.md.
 
-Command:  python scripts/gallery.py --checkpoint=smollm2-135m --prompts=scripts/gallery_prompts.json \\
-              --out=docs/gallery.md
+Command:  python scripts/gallery.py --checkpoint=smollm2-135m --out=docs/gallery.md
 Time:     on 2 CPU cores about two minutes.
 
 Every position from the first that training had is shown with its greedy explanation: nothing is
@@ -97,11 +96,12 @@ def _letters(text: str) -> str:
 
 _HEAD = """# Gallery: what a lens says of prompts that were fixed beforehand
 
-`python scripts/gallery.py --checkpoint={checkpoint} --prompts={prompts}` writes this page: {number} prompts,
-every position from the first that training had, greedy explanations, nothing chosen. Before the bar stands what M is
-about to say, after it words of the context; a dot is something that the lens cannot name. *KL*: how much M's
-prediction changes when the reconstruction takes the activation's place. *Said ahead*: words that an explanation
-states before the text does and before M predicts them, and that come later in the prompt or in M's continuation."""
+`python scripts/gallery.py --checkpoint={checkpoint} --prompts={prompts}` writes this page: {number}
+prompts, every position from the first that training had, greedy explanations, nothing chosen.
+Before the bar stands what M is about to say, after it words of the context; a dot is something that
+the lens cannot name. *KL*: how much M's prediction changes when the reconstruction takes the
+activation's place. *Said ahead*: words that an explanation states before the text does and before M
+predicts them, and that come later in the prompt or in M's continuation."""
 
 if __name__ == "__main__":
     cli.run(main)
