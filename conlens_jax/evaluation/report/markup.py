@@ -74,6 +74,11 @@ def show_token(token: str) -> str:
     return escape(token.replace("\r", "").replace("\n", "⏎"))
 
 
+def show_name(name: str) -> str:
+    """The name of a metric; a line may break after an underscore. Escaped."""
+    return escape(name).replace("_", "_<wbr>")
+
+
 def _decimals(magnitude: float) -> int:
     """Decimals for three or four significant digits; −1 for scientific notation."""
     if magnitude == 0:
@@ -130,6 +135,7 @@ def template_environment(package: str) -> jinja2.Environment:
     )
     environment.filters |= {
         "number": format_number,
+        "name": as_markup(show_name),
         "token": as_markup(show_token),
         "words": as_markup(show_words),
         "token_marks": lambda text: tuple(map(Markup, token_marks(text))),
