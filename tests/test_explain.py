@@ -453,6 +453,12 @@ def test_a_row_a_word(lens, explained):
     assert table["support"].isna().all() and set(table["kl"]) == {r.best.kl for r in explained}
 
 
+def test_a_lens_draws_a_text(lens):
+    pytest.importorskip("matplotlib")
+    kl, probability = lens.plot("fox dog cat", [1, 2]).axes  # it has no support whose reliability is known
+    assert len(kl.patches) == 2 and probability.get_ylabel() == "probability"
+
+
 def test_html_is_whole_and_escaped(explained):
     evil = '<script>alert("x")</script>'
     row = dataclasses.replace(

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from conlens_jax.files.paths import local_path
 from conlens_jax.files.whole import write_whole
+from conlens_jax.inspection import plots
 from conlens_jax.inspection.page import fragment, whole_page
 from conlens_jax.inspection.readings import ExplainedToken, Prediction, Reading
 from conlens_jax.models.written import Written
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.figure import Figure
 
 SCHEMA = 1
 """Version of the JSON that :meth:`Explanations.to_json` writes."""
@@ -135,6 +137,14 @@ class Explanations(Sequence[ExplainedToken]):
         if path is not None:
             write_whole(local_path(path), page)
         return page
+
+    def plot(self) -> Figure:
+        """KL and support by token, through matplotlib; a notebook shows the figure.
+
+        Raises:
+          ImportError, ValueError: see :func:`conlens_jax.inspection.plots.plot`.
+        """
+        return plots.plot(self.rows)
 
     def _repr_html_(self) -> str:
         """The HTML that a notebook shows."""

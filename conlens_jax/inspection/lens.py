@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh
 
 from conlens_jax.evaluation.support import LEAST_SHARE
 from conlens_jax.files.paths import local_path
-from conlens_jax.inspection import agreement, changes, loading
+from conlens_jax.inspection import agreement, changes, loading, plots
 from conlens_jax.inspection import folder as saved
 from conlens_jax.inspection.agreement import AgreedClaims
 from conlens_jax.inspection.changes import TextPosition
@@ -21,6 +21,9 @@ from conlens_jax.inspection.reader import Vector
 from conlens_jax.inspection.texts import Explanation, Positions
 from conlens_jax.models.written import Written
 from conlens_jax.parallel.mesh import single_device_mesh
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Lens(LensExplainer):
@@ -133,6 +136,18 @@ class Lens(LensExplainer):
           ValueError: the edit changes nothing.
         """
         return changes.steer(self, text, position, edit, strength, new_tokens)
+
+    def plot(self, text: Any, positions: Positions = "all", **settings: Any) -> Figure:
+        """Explains a text and draws KL and support by token, and the reliability of the support.
+
+        Args:
+          text, positions, settings: as of :meth:`explain`.
+
+        Raises:
+          ImportError: matplotlib is not installed.
+          ValueError: as of :meth:`explain`.
+        """
+        return plots.plot(self.explain(text, positions, **settings), self.calibration)
 
     # --- sharing --------------------------------------------------------------------------------
 
