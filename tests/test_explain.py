@@ -455,7 +455,7 @@ def test_a_row_a_word(lens, explained):
 
 def test_a_lens_draws_a_text(lens):
     pytest.importorskip("matplotlib")
-    kl, probability = lens.plot("fox dog cat", [1, 2]).axes  # it has no support whose reliability is known
+    kl, probability = lens.plot(TEXT, [1, 2]).axes  # it has no support whose reliability is known
     assert len(kl.patches) == 2 and probability.get_ylabel() == "probability"
 
 
