@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def _section(lens: conlens_jax.Lens, prompt: dict[str, Any]) -> Iterator[str]:
     (document,) = explained.documents
     continued = _continuation(lens, text)
     yield f"\n## {prompt['title']}\n"
-    yield f"{prompt['note']}\n" if prompt.get("note") else ""
+    if prompt.get("note"):
+        yield f"{textwrap.fill(prompt['note'], _WIDTH)}\n"
     yield "```text"
     yield render(explained, colour=False, width=_WIDTH)
     yield "```\n"
