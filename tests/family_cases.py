@@ -105,6 +105,41 @@ CASES = {
             "final_logit_softcapping": 3.0,
         },
     ),
+    # As the 31B model: several shapes, and nothing beside the residual stream.
+    "gemma4: several shapes, biases, untied": Case(
+        "gemma4_text",
+        {
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 0,
+            "final_logit_softcapping": None,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "use_bidirectional_attention": "vision",
+        },
+    ),
+    # Keys of the later one of two layers; values of their own.
+    "gemma4: one layer shares, other rotations": Case(
+        "gemma4_text",
+        {
+            "layer_types": ["sliding_attention"] + ["full_attention"] * 3,
+            "num_kv_shared_layers": 1,
+            "attention_k_eq_v": False,
+            "global_head_dim": 6,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 300.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+            },
+        },
+    ),
+    "gemma4: one shape, no windows": Case(
+        "gemma4_text",
+        {
+            "layer_types": ["full_attention"] * 4,
+            "use_double_wide_mlp": False,
+            "global_head_dim": 4,
+            "num_global_key_value_heads": None,
+        },
+    ),
     "gpt2: depth scale, tanh gelu, untied": Case(
         "gpt2",
         {

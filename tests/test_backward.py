@@ -49,7 +49,8 @@ def test_backward_by_hand_equals_autodiff(family):
     place = np.arange(LENGTH)
     positions = positions_of(jnp.asarray([place >= 0, (place > 1) & (place < LENGTH - 1)]))
     rng = np.random.default_rng(1)
-    x, out_bar = rng.standard_normal((2, BATCH, LENGTH, config.d_model)).astype(np.float32)
+    shapes = ((BATCH, LENGTH, width) for width in (config.d_embedding, config.d_model))
+    x, out_bar = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
     # Nothing is asked of padding.
     out_bar[1, [0, 1, -1]] = 0
     inputs = (random_params(config)["layers"], x, out_bar, positions)

@@ -22,7 +22,7 @@ from conlens_jax.models.transformer import (
     embed_tokens,
     forward,
     positions_of,
-    run_layers,
+    run_part,
     unembed,
 )
 from conlens_jax.models.transformer_config import RopeConfig, TransformerConfig
@@ -68,11 +68,11 @@ def padded_rows() -> tuple[np.ndarray, np.ndarray]:
 @functools.partial(jax.jit, static_argnames="config")
 def block_by_block(params, embeddings, mask, *, config):
     """The output of every block, each run by itself as a part of the stack."""
-    positions, states = positions_of(mask), []
+    positions, states, beside = positions_of(mask), [], None
     x = add_position_embeddings(params, embeddings, positions, config)
     for number in range(config.n_layers):
         block = slice_layers(params["layers"], number, number + 1)
-        x, _ = run_layers(block, x, positions, config=config)
+        x, _, beside = run_part(block, x, positions, config=config, beside=beside)
         states.append(x)
     return jnp.stack(states, axis=1), unembed(params, x, config=config)
 
@@ -110,7 +110,7 @@ def test_every_state_and_the_logits_equal_transformers(make_pair, case):
 def test_embeddings_go_in_where_transformers_takes_them(make_pair, family):
     case, (_, mask) = CASES[family], padded_rows()
     pair = make_pair(case)
-    shape = (*mask.shape, pair.model.config.d_model)
+    shape = (*mask.shape, pair.model.config.d_embedding)
     embeddings = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
     # transformers' Granite scales the embeddings that it is given; ours are scaled ones.
     given = embeddings / pair.model.config.embedding_scale if family == "granite" else embeddings
@@ -129,7 +129,7 @@ _NOT_SWITCHES = {
     *("bos_token_id", "eos_token_ids", "dtype", "unroll", "remat", "attention", "n_experts"),
     *("gated_mlp", "pre_norms", "learned_positions", "experts_per_token", "shared_norm"),
     "norm_weights",
-    "position_offset",
+    *("position_offset", "d_layer_input", "layer_input_pad"),
     # Seen in 16 bits only.
     "norm_in_fp32",
 }

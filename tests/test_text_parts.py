@@ -46,6 +46,16 @@ def _of(text: str, vision: str, images: Any = None, **changes: Any) -> dict[str,
 # config.json of a tiny model of each type.
 CASES: dict[str, dict[str, Any]] = {
     "gemma3": _of("gemma3_text", "siglip_vision_model", mm_tokens_per_image=4),
+    "gemma4": {
+        "text_config": _TEXT
+        | {"head_dim": 4, "global_head_dim": 8, "num_hidden_layers": 3, "rms_norm_eps": 0.1}
+        | {"layer_types": ["sliding_attention", *["full_attention"] * 2]}
+        | {"num_kv_shared_layers": 1, "use_double_wide_mlp": True}
+        | {"hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": 48},
+        "vision_config": {key: value for key, value in _IMAGES.items() if key != "image_size"}
+        | {"num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 8},
+        "audio_config": None,
+    },
     "idefics3": _of("llama", "idefics3_vision", scale_factor=1),
     "internvl": _of(
         "qwen2", "internvl_vision", images={"image_size": [8, 8], "patch_size": [4, 4]}

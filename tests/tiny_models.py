@@ -81,6 +81,25 @@ _TINY_FAMILIES: dict[str, dict[str, Any]] = {
     | {"rms_norm_eps": 1e-2},
     "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": WINDOW}
     | {"sliding_window_pattern": 2, "tie_word_embeddings": True},
+    # The last two of four layers share keys with the first two; heads are 4 or 8 wide.
+    "gemma4_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        # Scores are not scaled: wider heads would attend to one token each, and amplify rounding.
+        "head_dim": 4,
+        "global_head_dim": 8,
+        "rms_norm_eps": 0.1,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "hidden_size_per_layer_input": 6,
+        "vocab_size_per_layer_input": 48,
+        "sliding_window": WINDOW,
+        "final_logit_softcapping": 2.0,
+        "tie_word_embeddings": True,
+        "pad_token_id": 3,
+    },
     # The last two of three layers are not rotated; the middle one has a window besides.
     "smollm3": {"no_rope_layers": [1, 0, 0], "use_sliding_window": True, "sliding_window": WINDOW}
     | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
@@ -145,7 +164,9 @@ def random_params(config: TransformerConfig, seed: int = 0) -> Params:
 
     def value(row) -> np.ndarray:
         noise = _SPREAD * rng.standard_normal(row.shape(config))
-        return (noise + float(row.init == "ones")).astype(config.dtype)
+        mask = row.used_mask(config)
+        used = 1.0 if mask is None else mask
+        return (used * (noise + float(row.init == "ones"))).astype(config.dtype)
 
     table = family_of(config).param_table(config)
     return jax.tree.map(jax.numpy.asarray, build_tree((row.path, value(row)) for row in table))
@@ -196,7 +217,9 @@ def hf_model(model_type: str = "llama", *, seed: int = 0, **changes: Any):
     # Soft caps and sinks exist in the plain form of attention only.
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        # A factor of a layer is a buffer to torch.
+        buffers = (value for name, value in model.named_buffers() if name.endswith("_scalar"))
+        for parameter in (*model.parameters(), *buffers):
             parameter.add_(_SPREAD * torch.randn_like(parameter))
     return model
 
@@ -210,7 +233,8 @@ def hf_forward(
     """Logits [B, S, V] and the output of every block [B, n, S, D] of a transformers model.
 
     Block outputs come from hooks: transformers' last ``hidden_states`` is after the final norm.
-    With ``embeddings`` [B, S, D] these go in as ``inputs_embeds``, in place of the tokens.
+    With ``embeddings`` [B, S, D] these go in as ``inputs_embeds``, in place of the tokens; what
+    they have beyond the width of the model as ``per_layer_inputs``.
     """
     import torch
 
@@ -223,7 +247,11 @@ def hf_forward(
     if embeddings is None:
         arguments = {"input_ids": torch.tensor(tokens, dtype=torch.long)}
     else:
-        arguments = {"inputs_embeds": torch.tensor(embeddings)}
+        width, n_layers = model.config.hidden_size, model.config.num_hidden_layers
+        arguments = {"inputs_embeds": torch.tensor(embeddings[..., :width])}
+        if (own := embeddings[..., width:]).size:
+            each = own.reshape(*own.shape[:2], n_layers, -1)
+            arguments["per_layer_inputs"] = torch.tensor(each)
     if mask is not None:
         positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
         arguments["attention_mask"] = torch.tensor(mask, dtype=torch.long)

@@ -15,7 +15,7 @@ from conlens_jax.models.mlp import mix_experts, mlp
 from conlens_jax.models.norms import apply_norm
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.products import Products
-from conlens_jax.models.transformer_config import TransformerConfig
+from conlens_jax.models.transformer_config import ACTIVATIONS, TransformerConfig
 
 
 class Residuals(NamedTuple):
@@ -25,13 +25,34 @@ class Residuals(NamedTuple):
     Attributes:
       inputs_BSD: the residual stream at its input, patch included.
       products: the result of every matrix product, by the matrix's name.
-      keys: rotated.
+      keys, values: those that the queries were compared with; keys are rotated.
+      own_inputs_BSI: see :class:`Besides`; only where they are kept for a backward pass.
     """
 
     inputs_BSD: Float[Array, "*n B S D"]
     products: dict[str, Array]
     keys: Float[Array, "*n B K S X"]
     values: Float[Array, "*n B K S X"]
+    own_inputs_BSI: Float[Array, "*n B S I"] | None = None
+
+
+KeysAndValues = tuple[Float[Array, "B K S X"], Float[Array, "B K S X"]]
+
+
+class Besides(NamedTuple):
+    """What a layer reads of its tokens besides the residual stream.
+
+    Attributes:
+      input_BSI: its own input; None in a model without.
+      earlier: keys and values of the layer whose keys it shares, if it shares any (otherwise they
+        are not used); None in a model where none does.
+    """
+
+    input_BSI: Float[Array, "B S I"] | None = None
+    earlier: KeysAndValues | None = None
+
+
+NOTHING_BESIDES = Besides()
 
 
 def run_block(
@@ -43,6 +64,7 @@ def run_block(
     index: LayerIndex,
     mask_and_rope: MaskAndRope,
     patch_at: Int[Array, ""] | None,
+    besides: Besides = NOTHING_BESIDES,
     *,
     config: TransformerConfig,
 ) -> tuple[Float[Array, "B S D"], Residuals]:
@@ -60,13 +82,13 @@ def run_block(
     if patch_BD is not None:
         x_BSD = x_BSD.at[:, patch_at].add(patch_BD.astype(x_BSD.dtype))
     products = Products(weights, known)
-    query, key, value = attention_inputs(x_BSD, products, here, config)
+    query, key, value = attention_inputs(x_BSD, products, here, index, config, besides.earlier)
     form = score_form(index, weights, config)
     if past is None and flash.is_usable(config):
         attended = flash.attend(query, key, value, here.mask, form.scale)
     else:
         attended = attend(query, (key, value), here.mask, form, past, here.past_mask)
-    out_BSD = layer_output(x_BSD, attended, products, config)
+    out_BSD = layer_output(x_BSD, attended, products, config, besides.input_BSI)
     return out_BSD, Residuals(x_BSD, products.made, key, value)
 
 
@@ -80,12 +102,15 @@ def attention_inputs(
     x_BSD: Float[Array, "B S D"],
     products: Products,
     here: MaskAndRope,
+    index: LayerIndex,
     config: TransformerConfig,
+    earlier: KeysAndValues | None = None,
 ) -> tuple[Float[Array, "B K G S X"], Float[Array, "B K S X"], Float[Array, "B K S X"]]:
     """Rotated queries and keys, and values, heads first; no token sees another here.
 
     Args:
       here: of the layer's kind, at these tokens.
+      earlier: see :class:`Besides`.
     """
     weights = products.weights
     if config.pre_norms:
@@ -93,10 +118,14 @@ def attention_inputs(
     query = products("bsd,dhx->bshx", x_BSD, "query")
     key = products("bsd,dkx->bskx", x_BSD, "key")
     value = products("bsd,dkx->bskx", x_BSD, "value")
+    if index.values_are_keys is not None:
+        value = jnp.where(index.values_are_keys, key, value)
     if config.qk_norm:
         n_dims = 2 if config.qk_norm == "width" else 1
-        query = apply_norm(query, weights, "query_norm", config, n_dims)
-        key = apply_norm(key, weights, "key_norm", config, n_dims)
+        query = apply_norm(query, weights, "query_norm", config, n_dims, index.width)
+        key = apply_norm(key, weights, "key_norm", config, n_dims, index.width)
+    if config.value_norm:
+        value = apply_norm(value, weights, "", config, width=index.width)
     if config.qkv_clip:
         bound = config.qkv_clip
         query, key, value = (jnp.clip(x, -bound, bound) for x in (query, key, value))
@@ -108,7 +137,23 @@ def attention_inputs(
     if here.growth is not None:
         query = query * here.growth.astype(query.dtype)
     query = heads_first(query, config.n_kv_heads)
-    return query, key_heads_first(key), key_heads_first(value)
+    return query, *_keys_and_values(key_heads_first(key), key_heads_first(value), index, earlier)
+
+
+def _keys_and_values(
+    key: Float[Array, "B K S X"],
+    value: Float[Array, "B K S X"],
+    index: LayerIndex,
+    earlier: KeysAndValues | None,
+) -> KeysAndValues:
+    """Those for each group of queries, in the layers of several shapes; or those of an earlier
+    layer."""
+    if index.key_heads is not None:
+        key, value = (jnp.take(x, index.key_heads, axis=1) for x in (key, value))
+    if earlier is not None:
+        key = jnp.where(index.shares, earlier[0], key)
+        value = jnp.where(index.shares, earlier[1], value)
+    return key, value
 
 
 def layer_output(
@@ -116,8 +161,10 @@ def layer_output(
     attended_BSHX: Float[Array, "B S H X"],
     products: Products,
     config: TransformerConfig,
+    input_BSI: Float[Array, "B S I"] | None = None,
 ) -> Float[Array, "B S D"]:
-    """The layer after attention; no token sees another here."""
+    """The layer after attention; no token sees another here. ``input_BSI``: see
+    :class:`Besides`."""
     weights = products.weights
     written_BSD = products("bshx,hxd->bsd", attended_BSHX, "attention_out")
     if config.post_norms:
@@ -130,7 +177,22 @@ def layer_output(
     written_BSD = (mix_experts if config.n_experts else mlp)(read_BSD, products, config)
     if config.post_norms:
         written_BSD = apply_norm(written_BSD, weights, "mlp_post_norm", config)
-    return between_BSD + _scaled(written_BSD, config)
+    out_BSD = between_BSD + _scaled(written_BSD, config)
+    if input_BSI is not None:
+        out_BSD = out_BSD + _read_input(out_BSD, input_BSI, products, config)
+    return out_BSD * weights["output_scale"][0] if config.output_scales else out_BSD
+
+
+def _read_input(
+    x_BSD: Float[Array, "B S D"],
+    input_BSI: Float[Array, "B S I"],
+    products: Products,
+    config: TransformerConfig,
+) -> Float[Array, "B S D"]:
+    """norm(W₂ (act(W₁ x) ⊙ p)) for the layer's own input p."""
+    gate_BSI = ACTIVATIONS[config.activation](products("bsd,di->bsi", x_BSD, "input_gate"))
+    written_BSD = products("bsi,id->bsd", gate_BSI * input_BSI, "input_projection")
+    return apply_norm(written_BSD, products.weights, "input_norm", config)
 
 
 def _scaled(written_BSD: Float[Array, "B S D"], config: TransformerConfig) -> Float[Array, "B S D"]:

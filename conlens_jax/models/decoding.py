@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from conlens_jax.models.attention import attend
-from conlens_jax.models.block import attention_inputs, layer_output, score_form
+from conlens_jax.models.beside import apart
+from conlens_jax.models.block import KeysAndValues, attention_inputs, layer_output, score_form
 from conlens_jax.models.cache import KVCache, with_room, write_slots
 from conlens_jax.models.families import family_of
 from conlens_jax.models.layer_kinds import NO_POSITION, mask_and_rope_of
@@ -236,11 +237,17 @@ def _run(
         slice(0, len(layers)), positions_B1, cache.positions_BC, config
     )
     itself_C = jnp.arange(cache.positions_BC.shape[1]) == slot
+    x_B1D, beside = apart({}, x_B1D, config)
+    own_inputs = None if beside is None else beside.inputs_NBSI
+    newest: dict[bool, KeysAndValues] = {}
     keys, values = [], []
     for number, weights in enumerate(layers):
         index = jax.tree.map(lambda array, number=number: array[number], index_N)
         here, products = mask_and_rope.of(index), Products(weights)
-        query, key, value = attention_inputs(x_B1D, products, here, config)
+        has_window = bool(config.windows and config.windows[number])
+        earlier = newest.get(has_window) if config.shares(number) else None
+        query, key, value = attention_inputs(x_B1D, products, here, index, config, earlier)
+        newest[has_window] = key, value
         # Written before they are read: otherwise XLA keeps the old cache too, and copies it.
         keys.append(write_slots(cache.keys[number], jnp.swapaxes(key, -1, -2), slot, axis=3))
         values.append(write_slots(cache.values[number], value, slot, axis=2))
@@ -250,6 +257,7 @@ def _run(
             here.past_mask | itself_C[None, None],
             score_form(index, weights, config),
         )
-        x_B1D = layer_output(x_B1D, attended, products, config)
+        own_input = None if own_inputs is None else own_inputs[number]
+        x_B1D = layer_output(x_B1D, attended, products, config, own_input)
     positions_BC = write_slots(cache.positions_BC, positions_B1, slot, axis=1)
     return x_B1D, LayerCaches(tuple(keys), tuple(values), positions_BC)

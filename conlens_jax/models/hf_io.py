@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
+from conlens_jax.models.embeddings import LAYER_INPUT_ROWS
 from conlens_jax.models.families import config_from_hf, family_of
 from conlens_jax.models.hf_config import parse_token_ids
 from conlens_jax.models.hub import resolve_folder
@@ -30,7 +31,7 @@ from conlens_jax.parallel.mesh import single_device_mesh
 
 __all__ = ["load_params", "read_config", "resolve_folder", "save_model", "weights_fingerprint"]
 
-BELOW_THE_LAYERS = ("embedding", "position_embedding")
+BELOW_THE_LAYERS = ("embedding", "position_embedding", *LAYER_INPUT_ROWS)
 """Rows of a model's table that make the input of the first layer."""
 GENERATION_FILE = "generation_config.json"
 _FINGERPRINT_BYTES = 4096
@@ -112,7 +113,7 @@ def load_params(
     table = family.param_table(config)
     tensors = named_tensors(folder, config)
     shapes = lambda rows: {
-        name: r.hf_shape(config) for r in rows for _, name in r.tensor_names(config)
+        name: r.hf_shape(config, at) for r in rows for at, name in r.tensor_names(config)
     }
     every_shape = shapes(table)
     shardings = param_shardings(table, config, mesh)

@@ -37,8 +37,11 @@ _KEYS = {
         "short_factor",
         "long_factor",
     },
+    "proportional": {"factor"},
 }
 _NEEDED = {"factor", "short_factor", "long_factor"}
+# It says itself which share of a head is turned, so any family's may.
+_PARTIAL = "proportional"
 
 
 def read_rope(
@@ -106,7 +109,7 @@ def parse_rope(
     kind = given.pop("rope_type", None) or given.get("type") or "default"
     given.pop("type", None)
     theta, fraction = given.pop("rope_theta"), float(given.pop("partial_rotary_factor", 1.0))
-    if fraction != 1.0 and not partial:
+    if fraction != 1.0 and not partial and kind != _PARTIAL:
         read.problems.append(f"partial_rotary_factor={fraction} is not supported")
     if kind not in _KEYS:
         read.problems.append(f"rope type {kind!r}: known are {', '.join(_KEYS)}")
@@ -116,6 +119,8 @@ def parse_rope(
     original = given.get("original_max_position_embeddings", max_positions)
     if kind == "longrope":
         given.setdefault("factor", max_positions / original)
+    if kind == "proportional":
+        given.setdefault("factor", 1.0)
     scales = [given.get(key) for key in ("mscale", "mscale_all_dim")]
     if "attention_factor" not in given and all(scales):
         of_head, of_all = (yarn_scale(given.get("factor", 1.0), scale) for scale in scales)

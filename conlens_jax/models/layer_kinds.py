@@ -89,10 +89,21 @@ class LayerIndex(NamedTuple):
     Attributes:
       kind: index of its kind; None if there is one kind only.
       scale: its factor of ⟨q, k⟩; None if all layers have the same.
+      width: the true width of its heads; None if all layers have ``head_dim``.
+      key_heads: for each of the K places in ``n_kv_heads`` that its queries are grouped by, which
+        of its keys is there; None if they are in their order in all layers.
+      values_are_keys: None if no layer's are.
+      shares: whether it has the keys and values of an earlier layer; None if no layer has.
+      has_window: whether it has a window, and so which earlier layer's; None as before.
     """
 
-    kind: Int[Array, "*n"] | None
-    scale: Float[Array, "*n"] | None
+    kind: Int[Array, "*n"] | None = None
+    scale: Float[Array, "*n"] | None = None
+    width: Float[Array, "*n"] | None = None
+    key_heads: Int[Array, "*n K"] | None = None
+    values_are_keys: Bool[Array, "*n"] | None = None
+    shares: Bool[Array, "*n"] | None = None
+    has_window: Int[Array, "*n"] | None = None
 
 
 def span_of(layers: Layers) -> slice:
@@ -117,8 +128,28 @@ def mask_and_rope_of(
     index_N = LayerIndex(
         kind=None if len(distinct) == 1 else jnp.asarray([distinct.index(kind) for kind in kinds]),
         scale=jnp.asarray(scales, jnp.float32) if config.scale_by_depth else None,
+        **_shapes_of(range(config.n_layers)[span], config),
     )
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *each), index_N
+
+
+def _shapes_of(layers: range, config: TransformerConfig) -> dict[str, Array]:
+    """The fields of :class:`LayerIndex` for layers of several shapes, or that share keys."""
+    fields: dict[str, Array] = {}
+    shapes = [config.shape_of(layer) for layer in layers]
+    if any(shape.head_dim != config.head_dim for shape in config.layer_shapes):
+        fields["width"] = jnp.asarray([shape.head_dim for shape in shapes], jnp.float32)
+    most = config.n_kv_heads
+    if any(shape.n_kv_heads != most for shape in config.layer_shapes):
+        places = [[at * shape.n_kv_heads // most for at in range(most)] for shape in shapes]
+        fields["key_heads"] = jnp.asarray(places, jnp.int32)
+    if any(config.values_are_keys):
+        fields["values_are_keys"] = jnp.asarray([config.values_are_keys[n] for n in layers])
+    if config.n_sharing_layers:
+        windows = config.windows or (0,) * config.n_layers
+        fields["shares"] = jnp.asarray([config.shares(layer) for layer in layers])
+        fields["has_window"] = jnp.asarray([int(windows[n] > 0) for n in layers], jnp.int32)
+    return fields
 
 
 def _mask_and_rope(
@@ -155,5 +186,9 @@ def _rotation(kind: LayerKind, positions_BS: Array, config: TransformerConfig):
     rotated by 0, which changes no bit."""
     if config.rope is None:
         return None
-    cos, sin = rope.rotations(positions_BS, kind.rope or config.rope, config.head_dim)
+    cos, sin = rope.rotations(positions_BS, kind.rope or config.rope, kind.head_dim)
+    if kind.head_dim < config.head_dim:
+        # What is not the layer's own is zero, however it is turned.
+        more = [(0, 0)] * 3 + [(0, (config.head_dim - kind.head_dim) // 2)]
+        cos, sin = jnp.pad(cos, more, constant_values=1.0), jnp.pad(sin, more)
     return (cos, sin) if kind.rope else (jnp.ones_like(cos), jnp.zeros_like(sin))

@@ -35,7 +35,7 @@ from conlens_jax.models.transformer import (
     embed_tokens,
     forward,
     positions_of,
-    run_layers,
+    run_part,
     unembed,
 )
 from conlens_jax.models.transformer_config import TransformerConfig
@@ -323,8 +323,8 @@ def _swap(params, tokens, mask, positions, activations, *, at, config):
     x_BSD = add_position_embeddings(params, x_BSD, token_positions, config)
     lower = slice_layers(params["layers"], 0, at)
     upper = slice_layers(params["layers"], at, config.n_layers)
-    x_BSD, _ = run_layers(lower, x_BSD, token_positions, config=config)
+    x_BSD, _, beside = run_part(lower, x_BSD, token_positions, config=config)
     rows = jnp.arange(tokens.shape[0])
     x_BSD = x_BSD.at[rows, positions].set(activations.astype(x_BSD.dtype))
-    x_BSD, _ = run_layers(upper, x_BSD, token_positions, config=config)
+    x_BSD, _, _ = run_part(upper, x_BSD, token_positions, config=config, beside=beside)
     return unembed(params, x_BSD, config=config)

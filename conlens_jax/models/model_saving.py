@@ -87,9 +87,9 @@ def _tensors(config: TransformerConfig, params: Params) -> Iterator[tuple[str, n
         rows = list(group)
         for index, name in rows[0].tensor_names(config):
             layers = [np.asarray(_at(leaf(params, row.path), index)) for row in rows]
-            tensor = np.empty(rows[0].hf_shape(config), layers[0].dtype)
+            tensor = np.empty(rows[0].hf_shape(config, index), layers[0].dtype)
             for row, layer in zip(rows, layers, strict=True):
-                row.write(tensor, layer, config)
+                row.write(tensor, layer, config, index)
             yield name, tensor
 
 

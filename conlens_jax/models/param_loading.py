@@ -120,8 +120,11 @@ class ParamReader:
 
         def fill(position: tuple[int, ...]) -> None:
             of_dim = [start.start + at for start, at in zip(leading, position, strict=True)]
+            if not row.has(of_dim):
+                out[position] = 0
+                return
             name = row.tensor_name(of_dim)
-            source = row.view(self.tensors.array(name, experts), self.config)[within]
+            source = row.view(self.tensors.array(name, experts), self.config, of_dim)[within]
             with np.errstate(over="ignore"):
                 _copy(out[position], source, row)
             if source.dtype == np.float64 and np.any(np.isinf(out[position]) & np.isfinite(source)):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from conlens_jax.models import layer_shapes
 from conlens_jax.models.quantized import Int8Matrix
 from conlens_jax.models.transformer_config import TransformerConfig, array_dtype
 
@@ -80,6 +81,7 @@ class ParamRow:
         are those of a bias.
       init: ``"normal"``, ``"residual"`` (normal, smaller with depth), ``"zeros"`` or ``"ones"``.
       piece: set if the file's tensor joins several parameters.
+      layers: those that have it (:mod:`conlens_jax.models.layer_shapes`); None: all.
     """
 
     path: tuple[str, ...]
@@ -88,6 +90,7 @@ class ParamRow:
     layout: str = "linear"
     init: str = "normal"
     piece: Piece | None = None
+    layers: tuple[int, ...] | None = None
 
     @property
     def stacked(self) -> bool:
@@ -104,6 +107,22 @@ class ParamRow:
         """Shape of one layer's parameter."""
         return _sizes(self.layer_dims, config)
 
+    def layers_of(self, config: TransformerConfig) -> Sequence[int]:
+        """The layers that have it."""
+        return range(config.n_layers) if self.layers is None else self.layers
+
+    def count(self, config: TransformerConfig) -> int:
+        """How many numbers it has, in all its layers."""
+        if not self.stacked:
+            return math.prod(self.shape(config))
+        return layer_shapes.used_count(self.layer_dims, self.layers_of(config), config)
+
+    def used_mask(self, config: TransformerConfig) -> np.ndarray | None:
+        """Which of the numbers in our array are those; None if all are."""
+        if not self.stacked:
+            return None
+        return layer_shapes.used_mask(self.layer_dims, self.layers_of(config), config)
+
     @property
     def tensor_dims(self) -> str:
         """The letters of our array that one tensor of the file contains."""
@@ -118,7 +137,12 @@ class ParamRow:
     def tensor_names(self, config: TransformerConfig) -> Iterator[tuple[tuple[int, ...], str]]:
         """The tensors of the file, each with its index into the leading dimensions of our array."""
         for index in np.ndindex(*_sizes(self.index_dims, config)):
-            yield index, self.tensor_name(index)
+            if self.has(index):
+                yield index, self.tensor_name(index)
+
+    def has(self, index: Sequence[int]) -> bool:
+        """Whether the file has a tensor for this index into the leading dimensions."""
+        return self.layers is None or index[0] in self.layers
 
     def tensor_name(self, index: Sequence[int]) -> str:
         of_dim = dict(zip(self.index_dims, index, strict=True))
@@ -168,29 +192,48 @@ class ParamRow:
         """The dimension of a tensor of the file along which parts are joined."""
         return -2 if self.layout == "linear" else -1
 
-    def hf_shape(self, config: TransformerConfig) -> tuple[int, ...]:
-        """Shape of one tensor of the file."""
-        shape = [math.prod(_sizes(dims, config)) for dims in self._file_axes]
+    def hf_shape(self, config: TransformerConfig, index: Sequence[int] = ()) -> tuple[int, ...]:
+        """Shape of one tensor of the file: of the one at this index, where layers differ."""
+        sizes = self._tensor_sizes(config, index)
+        shape = [math.prod(sizes[dim] for dim in dims) for dims in self._file_axes]
         if self.piece:
             groups, width, _ = self.piece.place(config.dim_sizes)
             shape[self.output_axis] = groups * width
         return tuple(shape)
 
-    def view(self, tensor: np.ndarray, config: TransformerConfig) -> np.ndarray:
-        """This parameter within a tensor of the file, in our order of dimensions.
+    def _tensor_sizes(self, config: TransformerConfig, index: Sequence[int]) -> dict[str, int]:
+        return config.dim_sizes_of(index[0]) if self.stacked and index else config.dim_sizes
 
-        A view, not a copy, except for queries that are joined by key-value head. A tensor with some
-        of the experts gives a view of these.
+    def view(
+        self, tensor: np.ndarray, config: TransformerConfig, index: Sequence[int] = ()
+    ) -> np.ndarray:
+        """This parameter within the tensor of the file at an index, in our order of dimensions.
+
+        A view, not a copy, except for queries that are joined by key-value head, and for a layer
+        that does not have all that the largest has. A tensor with some of the experts gives a view
+        of these.
         """
-        sizes = config.dim_sizes
+        sizes = self._tensor_sizes(config, index)
         if self.experts_in_tensor:
             sizes["E"] = len(tensor)
         in_file = "".join(self._file_axes)
         tensor = self._part(tensor, config).reshape([sizes[dim] for dim in in_file])
-        return tensor.transpose([in_file.index(dim) for dim in self.tensor_dims])
+        value = tensor.transpose([in_file.index(dim) for dim in self.tensor_dims])
+        if config.layer_shapes and self.stacked and index:
+            value = layer_shapes.spread(value, self.tensor_dims, index[0], config)
+        return value
 
-    def write(self, tensor: np.ndarray, value: np.ndarray, config: TransformerConfig) -> None:
-        """Sets this parameter within a tensor of the file to ``value``, in our order."""
+    def write(
+        self,
+        tensor: np.ndarray,
+        value: np.ndarray,
+        config: TransformerConfig,
+        index: Sequence[int] = (),
+    ) -> None:
+        """Sets this parameter within the tensor of the file at an index to ``value``, in our
+        order."""
+        if config.layer_shapes and self.stacked and index:
+            value = layer_shapes.gathered(value, self.tensor_dims, index[0], config)
         part = self._part(tensor, config)
         part[...] = value.transpose(self.file_order).reshape(part.shape)
 
@@ -207,7 +250,7 @@ class ParamRow:
     def scale_dims(self) -> str:
         """The letters of the int8 scale, "1" for a dimension that shares one; empty for a parameter
         that is not quantised (norms, biases, routers, positions)."""
-        if self.dims == "VD":
+        if self.dims in ("VD", "VL"):
             return "V1"
         inputs, outputs = self.matrix_dims
         if self.layout == "same" or "E" in outputs:
@@ -251,9 +294,13 @@ def build_tree(leaves: Iterator[tuple[tuple[str, ...], Any]]) -> Params:
 def init_params(table: list[ParamRow], config: TransformerConfig, key: jax.Array) -> Params:
     """Random parameters in ``config.dtype``."""
     keys = jax.random.split(key, len(table))
+
+    def initial(row: ParamRow, key: jax.Array) -> Any:
+        value, mask = row.initial(key, config, row.shape(config)), row.used_mask(config)
+        return value if mask is None else jnp.where(mask, value, 0)
+
     return build_tree(
-        (row.path, row.initial(row_key, config, row.shape(config)))
-        for row, row_key in zip(table, keys, strict=True)
+        (row.path, initial(row, row_key)) for row, row_key in zip(table, keys, strict=True)
     )
 
 
@@ -274,4 +321,4 @@ def _abstract(row: ParamRow, config: TransformerConfig) -> jax.ShapeDtypeStruct 
 
 
 def count_params(table: list[ParamRow], config: TransformerConfig) -> int:
-    return sum(math.prod(row.shape(config)) for row in table)
+    return sum(row.count(config) for row in table)

@@ -21,6 +21,7 @@ dimension letters, be table and head at once, and take part in a hand-written ba
 from __future__ import annotations
 
 import functools
+import itertools
 import string
 from typing import Any
 
@@ -74,6 +75,23 @@ class Int8Matrix:
 Matrix = Array | Int8Matrix
 
 
+@flax.struct.dataclass
+class JoinedTable:
+    """Tables of the same rows side by side, without a copy: [V, D] and [V, L] as [V, D + L]; or
+    this transposed."""
+
+    parts: tuple[Matrix, ...]
+    transposed: bool = flax.struct.field(pytree_node=False, default=False)
+
+    @property
+    def T(self) -> JoinedTable:
+        return JoinedTable(tuple(part.T for part in self.parts), not self.transposed)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.parts[0].dtype
+
+
 def quantise(matrix: Float[Array, "..."], inputs: tuple[int, ...]) -> Int8Matrix:
     """Rounds to the nearest int8; ``inputs`` are the dimensions that share a scale.
 
@@ -121,16 +139,28 @@ def _aligned(scale: Array, letters: str, target: str) -> Array:
     return scale.reshape([size.get(dim, 1) for dim in target])
 
 
-def matmul(x: Float[Array, "*B D"], matrix: Matrix) -> Float[Array, "*B V"]:
+def matmul(x: Float[Array, "*B D"], matrix: Matrix | JoinedTable) -> Float[Array, "*B V"]:
     """``x @ matrix``, which may be int8; differentiable like :func:`einsum`."""
+    if isinstance(matrix, JoinedTable):
+        return _joined_matmul(x, matrix)
     if not isinstance(matrix, Int8Matrix):
         return jnp.matmul(x, matrix)
     batch = string.ascii_lowercase[: x.ndim - 1]
     return einsum(f"{batch}y,yz->{batch}z", x, matrix)
 
 
-def take_rows(table_VD: Matrix, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+def _joined_matmul(x: Array, table: JoinedTable) -> Array:
+    if not table.transposed:
+        return jnp.concatenate([matmul(x, part) for part in table.parts], axis=-1)
+    ends = list(itertools.accumulate(part.shape[0] for part in table.parts))
+    pieces = jnp.split(x, ends[:-1], axis=-1)
+    return sum(matmul(piece, part) for piece, part in zip(pieces, table.parts, strict=True))
+
+
+def take_rows(table_VD: Matrix | JoinedTable, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
     """Rows of a table that may be int8."""
+    if isinstance(table_VD, JoinedTable):
+        return jnp.concatenate([take_rows(part, tokens) for part in table_VD.parts], axis=-1)
     tokens = tokens_to_look_up(tokens)
     if not isinstance(table_VD, Int8Matrix):
         return looked_up(jnp.take(table_VD, tokens, axis=0))
@@ -140,9 +170,13 @@ def take_rows(table_VD: Matrix, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"
 
 
 def take_rows_bar(
-    table_VD: Matrix, tokens: Int[Array, "*B"], rows_bar: Float[Array, "*B D"]
-) -> Matrix:
+    table_VD: Matrix | JoinedTable, tokens: Int[Array, "*B"], rows_bar: Float[Array, "*B D"]
+) -> Matrix | JoinedTable:
     """The table's cotangent from that of its rows."""
+    if isinstance(table_VD, JoinedTable):
+        ends = list(itertools.accumulate(part.shape[1] for part in table_VD.parts))
+        pieces = zip(table_VD.parts, jnp.split(rows_bar, ends[:-1], axis=-1), strict=True)
+        return JoinedTable(tuple(take_rows_bar(part, tokens, bar) for part, bar in pieces))
     zeros = zeros_bar(table_VD)
     if isinstance(table_VD, Int8Matrix):
         return zeros

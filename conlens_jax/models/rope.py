@@ -23,7 +23,7 @@ def rotations(
 ) -> tuple[Float[Array, "B S 1 R/2"], Float[Array, "B S 1 R/2"]]:
     """cos and sin of every position's angles, fp32; R/2 of them for the R rotated entries of a
     head."""
-    width = int(head_dim * config.fraction)
+    width = head_dim if config.kind == "proportional" else int(head_dim * config.fraction)
     if config.kind == "dynamic":
         frequencies = _dynamic_frequencies(positions_BS, config, width)
     elif config.kind == "longrope":
@@ -63,6 +63,10 @@ def _frequencies(config: RopeConfig, width: int) -> np.ndarray:
         return _llama3_frequencies(base, config)
     if config.kind == "yarn":
         return _yarn_frequencies(base, config, width)
+    if config.kind == "proportional":
+        # Gemma 4: a pair is an entry of each half, and only the first ones are turned.
+        turned = np.arange(len(base)) < int(config.fraction * width // 2)
+        return np.where(turned, base, 0) / config.factor
     return base
 
 

@@ -143,6 +143,7 @@ class TensorFiles(Mapping[str, StoredTensor]):
 
         A family module may have:
           ``IGNORED``: regular expressions for whole names of tensors that no model needs.
+          ``NOT_NEEDED``: the same for names that are dropped where its table does not have them.
           ``RENAMES``: pairs of a regular expression and its replacement, tried on each name.
 
         Args:
@@ -155,6 +156,7 @@ class TensorFiles(Mapping[str, StoredTensor]):
         """
         ignored = (*_IGNORED, *text_parts.IGNORED, *getattr(family, "IGNORED", ()))
         ignored = re.compile("|".join(ignored))
+        not_needed = re.compile("|".join(getattr(family, "NOT_NEEDED", ())) or "(?!)")
         renames = (*text_parts.RENAMES, *getattr(family, "RENAMES", ()))
         expected = set(expected)
         known = expected | {name + part for name in expected for part in (BLOCKS, SCALES)}
@@ -168,7 +170,9 @@ class TensorFiles(Mapping[str, StoredTensor]):
         sources: dict[str, list[str]] = {}
         for name, tensor in self.items():
             if not ignored.fullmatch(name) and 0 not in tensor.shape:
-                sources.setdefault(renamed(name), []).append(name)
+                ours = renamed(name)
+                if ours in known or not not_needed.fullmatch(ours):
+                    sources.setdefault(ours, []).append(name)
         differing = [
             f"{name} as {' and '.join(copies)}"
             for name, copies in sources.items()

@@ -11,6 +11,9 @@ that replaces a token is of this kind. :func:`add_position_embeddings` turns emb
 residual stream at the input of the first layer: it adds learned position embeddings, if the model
 has them.
 :func:`run_layers` takes the residual stream at the input of the layers that it runs.
+
+A part of the layers that does not begin with the first must be told what is beside the residual
+stream there, in models where something is (:mod:`conlens_jax.models.beside`): :func:`run_part`.
 """
 
 from __future__ import annotations
@@ -24,8 +27,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from conlens_jax.models.block import Residuals, run_block
+from conlens_jax.models.beside import Beside, apart, inputs_of, of_window, with_window
+from conlens_jax.models.block import Besides, Residuals, run_block
 from conlens_jax.models.cache import KVCache, append
+from conlens_jax.models.embeddings import add_position_embeddings, embed_tokens
 from conlens_jax.models.experts import PRODUCT_NAME
 from conlens_jax.models.layer_kinds import (
     NO_POSITION,
@@ -38,7 +43,7 @@ from conlens_jax.models.layer_kinds import (
 )
 from conlens_jax.models.norms import apply_norm
 from conlens_jax.models.param_table import Params
-from conlens_jax.models.quantized import Matrix, matmul, take_rows
+from conlens_jax.models.quantized import Matrix, matmul
 from conlens_jax.models.transformer_config import TransformerConfig
 from conlens_jax.parallel.constrain import constrain
 
@@ -91,12 +96,49 @@ def run_layers(
       The residual stream at the output of the last layer, and the cache (None if there is none;
       unchanged if no slot is given).
     """
+    x_BSD, cache, _ = run_part(
+        layers,
+        x_BSD,
+        positions_BS,
+        config=config,
+        cache=cache,
+        slot=slot,
+        keep_cache=keep_cache,
+        patches=patches,
+    )
+    return x_BSD, cache
+
+
+def run_part(
+    layers: Layers,
+    x_BSD: Float[Array, "B S D"],
+    positions_BS: Int[Array, "B S"],
+    *,
+    config: TransformerConfig,
+    beside: Beside | None = None,
+    cache: KVCache | None = None,
+    slot: Int[Array, ""] | Int[Array, " B"] | None = None,
+    keep_cache: bool = False,
+    patches: Patches | None = None,
+) -> tuple[Float[Array, "B S D"], KVCache | None, Beside | None]:
+    """:func:`run_layers` for layers after which others are run.
+
+    Args:
+      beside: of the layers before these; None if these begin with the model's first.
+
+    Returns:
+      Also what is beside the residual stream after them.
+    """
+    if beside is None:
+        x_BSD, beside = apart(layers, x_BSD, config)
     if layer_count(layers) == 0:
-        return x_BSD, cache
-    x_BSD, made = scan_layers(layers, x_BSD, positions_BS, config, cache, patches)
+        return x_BSD, cache, beside
+    x_BSD, made, beside = scan_layers(layers, x_BSD, positions_BS, config, cache, patches, beside)
     if cache is not None and slot is not None:
-        return x_BSD, append(cache, made.keys, made.values, positions_BS, slot)
-    return x_BSD, KVCache(made.keys, made.values, positions_BS) if keep_cache else cache
+        cache = append(cache, made.keys, made.values, positions_BS, slot)
+    elif keep_cache:
+        cache = KVCache(made.keys, made.values, positions_BS)
+    return x_BSD, cache, beside
 
 
 def checkpointed(block: Callable, config: TransformerConfig, transform=jax.checkpoint) -> Callable:
@@ -117,7 +159,8 @@ def scan_layers(
     config: TransformerConfig,
     cache: KVCache | None = None,
     patches: Patches | None = None,
-) -> tuple[Float[Array, "B S D"], Residuals]:
+    beside: Beside | None = None,
+) -> tuple[Float[Array, "B S D"], Residuals, Beside | None]:
     n_layers = layer_count(layers)
     past = None if cache is None else (cache.keys, cache.values)
     past_positions_BC = None if cache is None else cache.positions_BC
@@ -127,14 +170,24 @@ def scan_layers(
     )
     block = checkpointed(functools.partial(run_block, config=config), config)
 
-    def body(x_BSD: Array, layer):
-        weights, past, patch_BD, index = layer
-        return block(weights, x_BSD, past, patch_BD, None, index, mask_and_rope, patch_at)
+    def body(carry, layer):
+        x_BSD, newest = carry
+        weights, past, patch_BD, index, input_BSI = layer
+        besides = Besides(input_BSI, of_window(newest, index))
+        x_BSD, made = block(
+            weights, x_BSD, past, patch_BD, None, index, mask_and_rope, patch_at, besides
+        )
+        return (x_BSD, with_window(newest, index, (made.keys, made.values))), made
 
-    stack = (params_of(layers), past, patch_NBD, index_N)
+    newest = None if beside is None or beside.keys is None else (beside.keys, beside.values)
+    stack = (params_of(layers), past, patch_NBD, index_N, inputs_of(layers, beside))
     unroll = config.unroll or n_layers
-    x_BSD, made = jax.lax.scan(body, constrain(x_BSD, "BSD"), stack, unroll=unroll)
-    return constrain(x_BSD, "BSD"), made
+    (x_BSD, newest), made = jax.lax.scan(
+        body, (constrain(x_BSD, "BSD"), newest), stack, unroll=unroll
+    )
+    if newest is not None:
+        beside = beside._replace(keys=newest[0], values=newest[1])
+    return constrain(x_BSD, "BSD"), made, beside
 
 
 def positions_of(mask_BS: Bool[Array, "B S"]) -> Int[Array, "B S"]:
@@ -145,34 +198,6 @@ def positions_of(mask_BS: Bool[Array, "B S"]) -> Int[Array, "B S"]:
 
 def all_positions(batch: int, length: int) -> Int[Array, "B S"]:
     return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-
-
-def embed_tokens(
-    params: Params, tokens: Int[Array, "*B"], config: TransformerConfig
-) -> Float[Array, "*B D"]:
-    return scale_embeddings(take_rows(params["embedding"], tokens), config)
-
-
-def scale_embeddings(rows: Float[Array, "*B D"], config: TransformerConfig) -> Float[Array, "*B D"]:
-    """Rows of the embedding table (or cotangents of embeddings) times the model's factor."""
-    if config.embedding_scale == 1:
-        return rows
-    return rows * jnp.asarray(config.embedding_scale, rows.dtype)
-
-
-def add_position_embeddings(
-    params: Params,
-    embeddings_BSD: Float[Array, "B S D"],
-    positions_BS: Int[Array, "B S"],
-    config: TransformerConfig,
-) -> Float[Array, "B S D"]:
-    """The residual stream at the input of the first layer: embeddings, and the vectors of their
-    positions if the model has learned ones. Positions beyond its table give NaN."""
-    if "position_embedding" not in params:
-        return embeddings_BSD
-    rows_BS = jnp.where(positions_BS == NO_POSITION, 0, positions_BS) + config.position_offset
-    vectors_BSD = jnp.take(params["position_embedding"], rows_BS, axis=0)
-    return embeddings_BSD + vectors_BSD.astype(embeddings_BSD.dtype)
 
 
 def output_head(params: Params) -> Matrix:
@@ -255,10 +280,10 @@ def capture(
     positions_BS = positions_of(mask_BS)
     x_BSD = embed_tokens(params, tokens_BS, config)
     x_BSD = add_position_embeddings(params, x_BSD, positions_BS, config)
-    captured, start = {}, 0
+    captured, start, beside = {}, 0, None
     for last in sorted(set(wanted)):
         layers = slice_layers(params["layers"], start, last + 1)
-        x_BSD, _ = run_layers(layers, x_BSD, positions_BS, config=config)
+        x_BSD, _, beside = run_part(layers, x_BSD, positions_BS, config=config, beside=beside)
         captured[last], start = x_BSD, last + 1
     if isinstance(layer, int):
         return captured[layer]

@@ -16,7 +16,8 @@ class RopeConfig:
     """Rotary position embedding, with the scaling kinds of Hugging Face's ``rope_parameters``.
 
     Attributes:
-      kind: ``"default"``, ``"linear"``, ``"dynamic"``, ``"llama3"``, ``"yarn"`` or ``"longrope"``.
+      kind: ``"default"``, ``"linear"``, ``"dynamic"``, ``"llama3"``, ``"yarn"``, ``"longrope"`` or
+        ``"proportional"``.
       theta: base of the frequencies.
       factor: how much longer the context is than in pretraining.
       original_max_positions: context length of pretraining.
@@ -25,7 +26,8 @@ class RopeConfig:
       attention_factor: of ``yarn`` and ``longrope``; scales cos and sin, and 0 means Hugging
         Face's default for the factor.
       short_factors, long_factors: of ``longrope``, one per frequency.
-      fraction: the share of a head that is rotated, its first entries.
+      fraction: the share of a head that is rotated, its first entries; of ``proportional``, the
+        share of a whole head's angles that are not 0.
       interleaved: neighbours are rotated together, instead of an entry of the first half and one
         of the second.
     """
@@ -52,10 +54,27 @@ class LayerKind(NamedTuple):
     Attributes:
       window: a query sees the keys less than this many positions before it; 0: all of them.
       rope: None for no rotation.
+      head_dim: the true width of a head (see :class:`LayerShape`).
     """
 
     window: int
     rope: RopeConfig | None
+    head_dim: int
+
+
+class LayerShape(NamedTuple):
+    """What a layer uses of the sizes of its model. The rest of its parameters is zero and stays so:
+    a parameter is one array over all layers, as large as the largest of them needs.
+
+    Attributes:
+      head_dim: entries of a head; half of them at the beginning of each half, where the rotation
+        has the two of a pair.
+      n_kv_heads, d_mlp: the first ones.
+    """
+
+    head_dim: int
+    n_kv_heads: int
+    d_mlp: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +97,16 @@ class TransformerConfig:
       swiglu_limit: 0, or gpt-oss's gate: both halves clamped at this, and (up + 1) in place of up.
       swiglu_alpha: inner factor of that gate's sigmoid.
       n_experts, experts_per_token: of a mixture of experts; 0: one MLP.
+      layer_shapes: of each layer, or empty if all have ``head_dim``, ``n_kv_heads`` and ``d_mlp``.
+      values_are_keys: whether each layer's values are its keys before norm and rotation, or empty
+        if none's are.
+      value_norm: a norm of each head's value, without a weight.
+      n_sharing_layers: so many of the last layers have no keys and values of their own, but those
+        of the last layer before them that has (or has not) a window as they do.
+      d_layer_input: width of what each layer reads of a token besides the residual stream
+        (:func:`conlens_jax.models.transformer.add_position_embeddings`); 0: nothing.
+      layer_input_pad: the token whose inputs a vector has that is no token's embedding.
+      output_scales: a layer's output is multiplied by a number of its own.
       router_normalized: the chosen experts' weights sum to 1.
       embedding_scale: factor of token embeddings, rounded to ``dtype``.
       residual_scale: factor of what attention and MLP add to the residual stream.
@@ -129,6 +158,13 @@ class TransformerConfig:
     n_experts: int = 0
     experts_per_token: int = 0
     router_normalized: bool = True
+    layer_shapes: tuple[LayerShape, ...] = ()
+    values_are_keys: tuple[bool, ...] = ()
+    value_norm: bool = False
+    n_sharing_layers: int = 0
+    d_layer_input: int = 0
+    layer_input_pad: int = 0
+    output_scales: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     tied_embeddings: bool = False
@@ -173,7 +209,32 @@ class TransformerConfig:
             "X": self.head_dim,
             "F": self.d_mlp,
             "E": self.n_experts,
+            "I": self.d_layer_input,
+            "L": self.d_layer_input * self.n_layers,
+            "1": 1,
         }
+
+    @property
+    def d_embedding(self) -> int:
+        """Width of a token's embedding: the inputs of all layers come after the residual stream."""
+        return self.d_model + self.d_layer_input * self.n_layers
+
+    @property
+    def whole_shape(self) -> LayerShape:
+        """The shape of a layer that uses all of every size."""
+        return LayerShape(self.head_dim, self.n_kv_heads, self.d_mlp)
+
+    def shape_of(self, layer: int) -> LayerShape:
+        return self.layer_shapes[layer] if self.layer_shapes else self.whole_shape
+
+    def dim_sizes_of(self, layer: int) -> dict[str, int]:
+        """Those of :attr:`dim_sizes` that a layer uses."""
+        shape = self.shape_of(layer)
+        return self.dim_sizes | {"X": shape.head_dim, "K": shape.n_kv_heads, "F": shape.d_mlp}
+
+    def shares(self, layer: int) -> bool:
+        """Whether a layer has the keys and values of an earlier one."""
+        return layer >= self.n_layers - self.n_sharing_layers
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
@@ -181,9 +242,10 @@ class TransformerConfig:
         windows = self.windows or (0,) * self.n_layers
         rotated = self.rotated_layers or (True,) * self.n_layers
         local = self.local_rope or self.rope
+        widths = [self.shape_of(layer).head_dim for layer in range(self.n_layers)]
         return tuple(
-            LayerKind(window, (local if window else self.rope) if turned else None)
-            for window, turned in zip(windows, rotated, strict=True)
+            LayerKind(window, (local if window else self.rope) if turned else None, width)
+            for window, turned, width in zip(windows, rotated, widths, strict=True)
         )
 
     @property

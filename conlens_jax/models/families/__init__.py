@@ -17,6 +17,7 @@ from conlens_jax.models.families import (
     gemma,
     gemma2,
     gemma3,
+    gemma4,
     glm,
     glm4,
     gpt2,
@@ -57,6 +58,7 @@ _MODULES = (
     qwen3,
     gemma2,
     gemma3,
+    gemma4,
     phi3,
     olmo2,
     mixtral,
@@ -86,13 +88,6 @@ _BY_MODEL_TYPE = {
     for module in _MODULES
     for model_type in getattr(module, "MODEL_TYPES", (module.MODEL_TYPE,))
 }
-# Known, and not supported; models/README.md says what they need.
-_UNSUPPORTED = {
-    model_type: "its layers have heads of two widths, and its last layers read the keys and values "
-    "of earlier ones; Gemma 2 and 3 are supported"
-    for model_type in ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
-}
-
 
 def family_of(config: TransformerConfig) -> ModuleType:
     """The module with ``config_from_hf``, ``config_to_hf`` and ``param_table``."""
@@ -107,10 +102,6 @@ def config_from_hf(values: Mapping[str, Any]) -> TransformerConfig:
       ValueError: unknown ``model_type``, or keys that the family does not support.
     """
     model_type = values.get("model_type")
-    if model_type in _UNSUPPORTED:
-        raise ValueError(
-            f"config.json: model_type={model_type!r} is not supported: {_UNSUPPORTED[model_type]}"
-        )
     values = text_part(values)
     if values.get("model_type") not in _BY_MODEL_TYPE:
         raise ValueError(

@@ -94,11 +94,11 @@ def param_table(config: TransformerConfig) -> list[ParamRow]:
     ]
 
 
-def norm_rows() -> list[ParamRow]:
+def norm_rows(init: str = "zeros") -> list[ParamRow]:
     names = {
         "attention_norm": "input_layernorm",
         "attention_post_norm": "post_attention_layernorm",
         "mlp_norm": "pre_feedforward_layernorm",
         "mlp_post_norm": "post_feedforward_layernorm",
     }
-    return [common.norm_row(ours, theirs, init="zeros") for ours, theirs in names.items()]
+    return [common.norm_row(ours, theirs, init=init) for ours, theirs in names.items()]

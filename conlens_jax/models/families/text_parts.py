@@ -1,4 +1,4 @@
-"""The language model inside a model that also reads images.
+"""The language model inside a model that also reads images (or hears).
 
 For text alone, each type below computes what its language model computes. Its files are read as
 that model: the keys of ``text_config``, and the tensors of the language model under their names
@@ -19,6 +19,7 @@ from conlens_jax.models.hf_config import parse_token_ids
 # The type of the language model where text_config does not say it.
 WHOLES = {
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
     "idefics3": "llama",
     "internvl": "qwen2",
     "llava": "llama",
@@ -31,7 +32,7 @@ WHOLES = {
     "smolvlm": "llama",
     "vipllava": "llama",
 }
-_TIED = {"gemma3", "internvl", "mistral3"}
+_TIED = {"gemma3", "gemma4", "internvl", "mistral3"}
 """Those that tie the output head to the embedding where no key says it."""
 _QWEN2_VL = {
     "vocab_size": 152_064,
@@ -63,6 +64,7 @@ RENAMES = (
 )
 IGNORED = (
     r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|connector)\..*",
+    r"(model\.)?(audio_tower|embed_vision|embed_audio)\..*",
     r"(model\.)?image_newline",
 )
 
