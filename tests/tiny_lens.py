@@ -22,14 +22,21 @@ from conlens_jax.lens.history import text_states
 from conlens_jax.lens.original import capture
 from conlens_jax.lens.spec import LensSpec, init_lens
 from conlens_jax.models import transformer
+from conlens_jax.models.embeddings import (
+    add_position_embeddings,
+    as_embedding,
+    embed_tokens,
+    scale_embeddings,
+    token_table,
+)
 from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
+from conlens_jax.models.quantized import matmul
 from conlens_jax.models.transformer import (
-    add_position_embeddings,
     all_positions,
     positions_of,
     run_layers,
-    scale_embeddings,
+    run_part,
     unembed,
 )
 
@@ -151,6 +158,7 @@ def plain_prompt(trainable: Params, frozen: Params, activation_BD, spec: LensSpe
     statistics, projection = frozen["statistics"], parts["projection"]
     normal_BD = (activation_BD - statistics["mean"][None]) / statistics["scale"]
     slot_BD = normal_BD @ projection["kernel"] + projection["bias"][None]
+    slot_BD = as_embedding(parts.get("base", frozen["original"]), slot_BD, spec.model)
     repeat = lambda vectors: jnp.stack([vectors] * len(activation_BD))
     n_left = len(spec.decoder_left)
     left, right = parts["soft_prompt"][:n_left], parts["soft_prompt"][n_left:]
@@ -175,7 +183,7 @@ def plain_text(
     With ``history=0`` a token is a constant to the tokens behind it.
     """
     table_VD = {**frozen["decoder"], **trainable["decoder"]}.get("base", frozen["original"])
-    table_VD = table_VD["embedding"]
+    table_VD = token_table(table_VD)
     prompt_BpD = plain_prompt(trainable, frozen, activation_BD, spec)
     text_len, last = noise_BTV.shape[1], prompt_BpD.shape[1] - 1
 
@@ -186,7 +194,7 @@ def plain_text(
         hard = jax.nn.one_hot(jnp.argmax(noisy_BV, axis=-1), noisy_BV.shape[-1])
         soft = jax.nn.softmax(noisy_BV / tau)
         slope = soft - jax.lax.stop_gradient(soft)
-        seen_BD = scale_embeddings((hard + history * slope) @ table_VD, spec.model)
+        seen_BD = scale_embeddings(matmul(hard + history * slope, table_VD), spec.model)
         return x_BSD.at[:, last + 1 + step].set(seen_BD), (logits_BV, hard + slope)
 
     x_BSD = jnp.pad(prompt_BpD, ((0, 0), (0, text_len), (0, 0)))
@@ -220,9 +228,9 @@ def plain_swap(original: Params, batch: Batch, vector_BD, spec: LensSpec) -> jax
     positions_BS = positions_of(batch.mask_GS)
     lower = slice_layers(original["layers"], 0, spec.layer + 1)
     upper = slice_layers(original["layers"], spec.layer + 1, spec.model.n_layers)
-    x_BSD = scale_embeddings(original["embedding"][batch.tokens_GS], spec.model)
+    x_BSD = embed_tokens(original, batch.tokens_GS, spec.model)
     x_BSD = add_position_embeddings(original, x_BSD, positions_BS, spec.model)
-    x_BSD, _ = run_layers(lower, x_BSD, positions_BS, config=spec.model)
+    x_BSD, _, beside = run_part(lower, x_BSD, positions_BS, config=spec.model)
     x_BSD = x_BSD.at[jnp.arange(len(vector_BD)), batch.positions_B].set(vector_BD)
-    x_BSD, _ = run_layers(upper, x_BSD, positions_BS, config=spec.model)
+    x_BSD, _, _ = run_part(upper, x_BSD, positions_BS, config=spec.model, beside=beside)
     return unembed(original, x_BSD, config=spec.model)

@@ -19,6 +19,7 @@ from conlens_jax.lens.gumbel import Noise, as_noise, first_argmax
 from conlens_jax.lens.spec import Decoder, LensSpec, around, normalise, project
 from conlens_jax.models import transformer
 from conlens_jax.models.cache import KVCache, with_room
+from conlens_jax.models.embeddings import as_embedding
 from conlens_jax.models.transformer import (
     Head,
     Patches,
@@ -40,6 +41,7 @@ def prompt_embeddings(
 ) -> Float[Array, "B p D"]:
     """``left <embed> right`` with the projected activation at ``<embed>``."""
     slot_BD = project(normalise(activation_BD, decoder.statistics), decoder.projection)
+    slot_BD = as_embedding(decoder.base, slot_BD, spec.model)
     return around(decoder.prompt_pD, slot_BD[:, None], len(spec.decoder_left))
 
 

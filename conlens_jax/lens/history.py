@@ -31,15 +31,16 @@ from conlens_jax.lens.gumbel import Noise, as_noise
 from conlens_jax.lens.spec import Decoder, LensSpec
 from conlens_jax.lens.vocabulary import chunks_of, sampled_embeddings
 from conlens_jax.models.backward import TokenVjp, forward_with_residuals, layers_vjp
-from conlens_jax.models.param_table import Params
-from conlens_jax.models.quantized import matmul, take_rows_bar, zeros_bar
-from conlens_jax.models.transformer import (
-    Patches,
+from conlens_jax.models.embeddings import (
     add_position_embeddings,
-    all_positions,
     embed_tokens,
+    embeddings_vjp,
     scale_embeddings,
+    token_table,
 )
+from conlens_jax.models.param_table import Params
+from conlens_jax.models.quantized import JoinedTable, Matrix, matmul, take_rows_bar, zeros_bar
+from conlens_jax.models.transformer import Patches, all_positions
 from conlens_jax.parallel.constrain import constrain
 
 
@@ -97,11 +98,12 @@ def _forward(decoder, activation_BD, tokens_BT, noise, tau, keys_BT, spec):
 def _backward(spec, residuals, state_bar_BTD):
     inputs, saved, state_BTD = residuals
     decoder, activation_BD, tokens_BT, noise, tau, keys_BT = inputs
-    layers, table_VD = decoder.base["layers"], decoder.base["embedding"]
+    layers, table_VD = decoder.base["layers"], token_table(decoder.base)
     length = saved.inputs_BSD.shape[2]
     prompt_len = length - (spec.text_len - 1)
     positions_BS = all_positions(len(tokens_BT), length)
     estimator, head = estimator_of(spec.lens), decoder_head(decoder, spec)
+    history_BtD = embed_tokens(decoder.base, tokens_BT[:, :-1], spec.model)
 
     def vjp_of_tokens(history_bar: Array):
         """Cotangents of (head, states) through the tokens sampled from them."""
@@ -133,7 +135,10 @@ def _backward(spec, residuals, state_bar_BTD):
     else:
         for _ in range(sweeps):
             _, x_bar, _ = vjp_of_pass(total_BTD)
-            head_bar, through = vjp_of_tokens(x_bar[:, prompt_len:])
+            history_bar = embeddings_vjp(
+                decoder.base, history_BtD, x_bar[:, prompt_len:], spec.model
+            )[1]
+            head_bar, through = vjp_of_tokens(history_bar)
             total_BTD = state_bar_BTD + through
     layers_bar, x_bar, patches_bar = vjp_of_pass(total_BTD)
 
@@ -141,10 +146,12 @@ def _backward(spec, residuals, state_bar_BTD):
     (prompt_BpD, patches), pull = jax.vjp(inputs_of, decoder, activation_BD)
     if patches is not None:
         patches = Patches(patches_bar, np.zeros((), jax.dtypes.float0))
+    embeddings_BSD = jnp.concatenate([prompt_BpD, history_BtD.astype(prompt_BpD.dtype)], axis=1)
+    input_rows_bar, x_bar = embeddings_vjp(decoder.base, embeddings_BSD, x_bar, spec.model)
     decoder_bar, activation_bar = pull((x_bar[:, :prompt_len].astype(prompt_BpD.dtype), patches))
     history_bar = scale_embeddings(x_bar[:, prompt_len:].astype(table_VD.dtype), spec.model)
-    base_bar: Params = dict(decoder_bar.base)
-    base_bar["embedding"] = take_rows_bar(table_VD, tokens_BT[:, :-1], history_bar)
+    table_bar = take_rows_bar(table_VD, tokens_BT[:, :-1], history_bar)
+    base_bar = _with_table(decoder_bar.base, table_bar) | input_rows_bar
     if "position_embedding" in base_bar:
         in_order = jnp.sum(x_bar, axis=0).astype(table_VD.dtype)
         rows = slice(spec.model.position_offset, spec.model.position_offset + length)
@@ -157,11 +164,22 @@ def _backward(spec, residuals, state_bar_BTD):
 _text_states.defvjp(_forward, _backward)
 
 
+def _with_table(base_bar: Params, table_bar: Matrix | JoinedTable) -> Params:
+    """The cotangents with those of the tokens' rows."""
+    if not isinstance(table_bar, JoinedTable):
+        return base_bar | {"embedding": table_bar}
+    # The slot of the activation has used a row of the second table too.
+    add = lambda one, other: one + other if jnp.issubdtype(one.dtype, jnp.inexact) else one
+    first, second = table_bar.parts
+    second = jax.tree.map(add, second, base_bar["layer_embedding"])
+    return base_bar | {"embedding": first, "layer_embedding": second}
+
+
 def _history_cotangents(residuals, state_bar_BTD: Array, positions_BS: Array, spec: LensSpec):
     """Exact cotangents [B, T−1, D] of the embeddings of all tokens but the last."""
     inputs, saved, state_BTD = residuals
     decoder, _, tokens_BT, noise, tau, keys_BT = inputs
-    head, table_VD = decoder_head(decoder, spec), decoder.base["embedding"]
+    head, table_VD = decoder_head(decoder, spec), token_table(decoder.base)
     first = positions_BS.shape[1] - (spec.text_len - 1)
     token_vjp = TokenVjp(decoder.base["layers"], saved, positions_BS, first, spec.model)
     estimator = estimator_of(spec.lens)
@@ -174,8 +192,12 @@ def _history_cotangents(residuals, state_bar_BTD: Array, positions_BS: Array, sp
         through_B1D, later = carry
         # The state after this token is what the next one was sampled from.
         out_bar_B1D = at(state_bar_BTD, token + 1) + through_B1D
-        history_bar_BD, later = token_vjp(token, out_bar_B1D[:, 0], later)
-        row_bar_B1D = scale_embeddings(history_bar_BD[:, None].astype(table_VD.dtype), spec.model)
+        input_bar_BD, later = token_vjp(token, out_bar_B1D[:, 0], later)
+        embedding_B1D = embed_tokens(decoder.base, at(tokens_BT, token), spec.model)
+        _, history_bar_B1D = embeddings_vjp(
+            decoder.base, embedding_B1D, input_bar_BD[:, None], spec.model
+        )
+        row_bar_B1D = scale_embeddings(history_bar_B1D.astype(table_VD.dtype), spec.model)
         w = matmul(row_bar_B1D, table_VD.T)
         state_B1D = at(state_BTD, token)
         logits, pull_head = jax.vjp(head.logits, state_B1D)
@@ -192,7 +214,7 @@ def _history_cotangents(residuals, state_bar_BTD: Array, positions_BS: Array, sp
         logits_bar = jax.lax.optimization_barrier(logits_bar)
         # The products with the head and the table split D over fsdp, the layers split the batch.
         through_B1D = constrain(pull_head(logits_bar)[0], "BTD")
-        return (through_B1D, later), history_bar_BD
+        return (through_B1D, later), history_bar_B1D[:, 0]
 
     start = jnp.zeros_like(state_bar_BTD[:, :1]), token_vjp.start()
     visits = jnp.arange(spec.text_len - 1, dtype=jnp.int32)

@@ -47,8 +47,8 @@ from conlens_jax.lens.text import (
     take_places,
 )
 from conlens_jax.lens.vocabulary import ReferenceLogits, sampled_embeddings, text_terms
+from conlens_jax.models.embeddings import embed_tokens, scale_embeddings, token_table
 from conlens_jax.models.param_table import Params
-from conlens_jax.models.transformer import embed_tokens, scale_embeddings
 
 TERMS = {"lm": 1.0, "kl": 1.0, "mse": 1.0, "entropy": -1.0, "text": 1.0}
 """The terms of the joint loss and their signs."""
@@ -361,7 +361,7 @@ def write_text(
             state_BTD,
             noise,
             text_BT,
-            encoder.base["embedding"],
+            token_table(encoder.base),
             tau,
             estimator=objective.estimator,
             keys_BT=keys_BT,

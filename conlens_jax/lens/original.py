@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from conlens_jax.lens.spec import LensSpec
 from conlens_jax.lens.vocabulary import ReferenceLogits
 from conlens_jax.models import transformer
+from conlens_jax.models.beside import Beside
 from conlens_jax.models.cache import KVCache
 from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
@@ -28,6 +29,7 @@ from conlens_jax.models.transformer import (
     head_of,
     positions_of,
     run_layers,
+    run_part,
     unembed,
 )
 
@@ -40,12 +42,14 @@ class Context(NamedTuple):
       logits_BhV: the true logits there, fp32.
       positions_Bh: their rotary positions.
       cache: keys and values of the layers above L (None if L is the last).
+      beside: what else these layers read there (None if nothing).
     """
 
     residual_BhD: Float[Array, "B h D"]
     logits_BhV: Float[Array, "B h V"]
     positions_Bh: Int[Array, "B h"]
     cache: KVCache | None
+    beside: Beside | None
 
 
 class ContextStates(NamedTuple):
@@ -56,12 +60,14 @@ class ContextStates(NamedTuple):
       state_GSD: residual stream at the output of the last block.
       positions_GS: rotary positions.
       cache: keys and values of the layers above L (None if L is the last).
+      beside: what else these layers read (None if nothing).
     """
 
     residual_GSD: Float[Array, "G S D"]
     state_GSD: Float[Array, "G S D"]
     positions_GS: Int[Array, "G S"]
     cache: KVCache | None
+    beside: Beside | None
 
 
 def capture(
@@ -137,11 +143,18 @@ def read_through(
     spec: LensSpec,
 ) -> ContextStates:
     """One pass of M over whole contexts, for any number of :func:`context_at`."""
+    config, layers = spec.model, original["layers"]
     positions_GS = positions_of(mask_GS)
-    lower_GSD = capture(original, tokens_GS, mask_GS, spec=spec)
-    upper = slice_layers(original["layers"], spec.layer + 1, spec.model.n_layers)
-    x_GSD, cache = run_layers(upper, lower_GSD, positions_GS, config=spec.model, keep_cache=True)
-    return ContextStates(lower_GSD, x_GSD, positions_GS, cache)
+    x_GSD = add_position_embeddings(
+        original, embed_tokens(original, tokens_GS, config), positions_GS, config
+    )
+    lower = slice_layers(layers, 0, spec.layer + 1)
+    lower_GSD, _, beside = run_part(lower, x_GSD, positions_GS, config=config)
+    upper = slice_layers(layers, spec.layer + 1, config.n_layers)
+    x_GSD, cache, _ = run_part(
+        upper, lower_GSD, positions_GS, config=config, beside=beside, keep_cache=True
+    )
+    return ContextStates(lower_GSD, x_GSD, positions_GS, cache, beside)
 
 
 def context_at(
@@ -176,6 +189,7 @@ def _context(original, states, documents_B, indices_B, cache, horizon, spec) -> 
         logits_BhV=unembed(original, state_BhD, config=spec.model),
         positions_Bh=states.positions_GS[documents_B1, window_Bh],
         cache=cache,
+        beside=states.beside and states.beside.at_rows(documents_B, window_Bh),
     )
 
 
@@ -183,9 +197,14 @@ def repeat_context(context: Context, count: int) -> Context:
     """Each row ``count`` times in succession, without another pass over its context."""
     if count == 1:
         return context
-    arrays = (getattr(context, name) for name in Context._fields if name != "cache")
-    repeated = (jnp.repeat(array, count, axis=0) for array in arrays)
-    return Context(*repeated, cache=_repeat_cache(context.cache, count))
+    repeat = lambda array, axis=0: jnp.repeat(array, count, axis=axis)
+    return Context(
+        residual_BhD=repeat(context.residual_BhD),
+        logits_BhV=repeat(context.logits_BhV),
+        positions_Bh=repeat(context.positions_Bh),
+        cache=_repeat_cache(context.cache, count),
+        beside=jax.tree.map(lambda array: repeat(array, 1), context.beside),
+    )
 
 
 def _repeat_cache(cache: KVCache | None, count: int) -> KVCache | None:
@@ -208,11 +227,12 @@ def swapped_logits(
         activation_BD.astype(context.residual_BhD.dtype)
     )
     upper = slice_layers(original["layers"], spec.layer + 1, spec.model.n_layers)
-    x_BhD, _ = run_layers(
+    x_BhD, _, _ = run_part(
         upper,
         residual_BhD,
         context.positions_Bh,
         config=spec.model,
+        beside=context.beside,
         cache=context.cache,
     )
     return unembed(original, x_BhD, config=spec.model)

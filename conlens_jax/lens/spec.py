@@ -26,12 +26,13 @@ from conlens_jax.config import LensConfig
 from conlens_jax.config.rules import LORA_TARGETS
 from conlens_jax.config.seeds import random_key
 from conlens_jax.models.adapters import init_adapters, with_adapters
+from conlens_jax.models.embeddings import embed_tokens, scale_embeddings, token_table
 from conlens_jax.models.families import family_of
 from conlens_jax.models.hf_io import BELOW_THE_LAYERS
 from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.tokenizer import Tokenizer
-from conlens_jax.models.transformer import embed_tokens, output_head, scale_embeddings
+from conlens_jax.models.transformer import output_head
 from conlens_jax.models.transformer_config import TransformerConfig
 from conlens_jax.parallel.constrain import constrain
 
@@ -196,8 +197,8 @@ def _adapted(base: Params, parts: Params, frozen: Params) -> Params:
 
 def _prompt(parts: Params, base: Params) -> Float[Array, "p D"]:
     """The prompt's vectors, those before the slot first."""
-    embedding_VD = base["embedding"]
-    return parts.get("soft_prompt", jnp.zeros((0, embedding_VD.shape[1]), embedding_VD.dtype))
+    table_VD = token_table(base)
+    return parts.get("soft_prompt", jnp.zeros((0, table_VD.shape[1]), table_VD.dtype))
 
 
 def _encoder_base(original: Params, spec: LensSpec) -> Params:

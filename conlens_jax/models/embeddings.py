@@ -18,7 +18,14 @@ from jaxtyping import Array, Float, Int
 from conlens_jax.models.layer_kinds import NO_POSITION
 from conlens_jax.models.norms import apply_norm
 from conlens_jax.models.param_table import Params
-from conlens_jax.models.quantized import JoinedTable, Matrix, matmul, take_rows
+from conlens_jax.models.quantized import (
+    JoinedTable,
+    Matrix,
+    matmul,
+    split_frozen,
+    take_rows,
+    zeros_bar,
+)
 from conlens_jax.models.transformer_config import TransformerConfig
 
 # What makes the layers' own inputs: the second table, and from the embedding to all of them.
@@ -99,3 +106,21 @@ def _layer_inputs(
     normal = apply_norm(made_BSL.reshape(each), params, "layer_input_norm", config)
     inputs_BSL = (normal.reshape(made_BSL.shape) + own_BSL) * 2.0**-0.5
     return jnp.concatenate([e_BSD, inputs_BSL], axis=-1)
+
+
+def embeddings_vjp(
+    params: Params,
+    embeddings_BSE: Float[Array, "B S E"],
+    x_bar_BSE: Float[Array, "B S E"],
+    config: TransformerConfig,
+) -> tuple[Params, Float[Array, "B S E"]]:
+    """From cotangents of :func:`add_position_embeddings`' result to those of the rows that make
+    the layers' own inputs (none in a model without) and of the embeddings."""
+    if not config.d_layer_input:
+        return {}, x_bar_BSE
+    _, *makes_inputs = LAYER_INPUT_ROWS
+    trained, frozen = split_frozen({name: params[name] for name in makes_inputs})
+    run = lambda trained, embeddings: _layer_inputs({**trained, **frozen}, embeddings, config)
+    _, pull = jax.vjp(run, trained, embeddings_BSE)
+    rows_bar, embeddings_bar_BSE = pull(x_bar_BSE.astype(embeddings_BSE.dtype))
+    return {**rows_bar, **zeros_bar(frozen)}, embeddings_bar_BSE

@@ -91,6 +91,12 @@ class JoinedTable:
     def dtype(self) -> jnp.dtype:
         return self.parts[0].dtype
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        width = sum(part.shape[0 if self.transposed else 1] for part in self.parts)
+        rows = self.parts[0].shape[1 if self.transposed else 0]
+        return (width, rows) if self.transposed else (rows, width)
+
 
 def quantise(matrix: Float[Array, "..."], inputs: tuple[int, ...]) -> Int8Matrix:
     """Rounds to the nearest int8; ``inputs`` are the dimensions that share a scale.

@@ -19,17 +19,22 @@ from conlens_jax.lens.decoder import decoder_head, prompt_embeddings, slot_patch
 from conlens_jax.lens.encoder import encode_embeddings
 from conlens_jax.lens.losses import entropy, kl_divergence, reconstruction_error
 from conlens_jax.lens.objective import TERMS, Objective, reference_text, warm_loss
-from conlens_jax.lens.original import capture
 from conlens_jax.lens.spec import Decoder, LensSpec, decoder_of, encoder_of
+from conlens_jax.models.embeddings import (
+    add_position_embeddings,
+    embed_tokens,
+    scale_embeddings,
+    token_table,
+)
 from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
+from conlens_jax.models.quantized import matmul
 from conlens_jax.models.transformer import (
-    add_position_embeddings,
     all_positions,
     forward,
     positions_of,
     run_layers,
-    scale_embeddings,
+    run_part,
     unembed,
 )
 
@@ -43,7 +48,7 @@ def write_text(
     spec: LensSpec,
 ) -> tuple[Float[Array, "B T V"], Float[Array, "B T V"]]:
     """(logits, straight-through one-hot tokens), with one pass over the whole prefix per token."""
-    table_VD = decoder.base["embedding"]
+    table_VD = token_table(decoder.base)
     patches = slot_patches(decoder, activation_BD, spec)
     x_BsD = prompt_embeddings(decoder, activation_BD, spec)
     logits, choices = [], []
@@ -61,7 +66,7 @@ def write_text(
         hard = jax.nn.one_hot(jnp.argmax(noisy_BV, axis=-1), noisy_BV.shape[-1])
         soft = jax.nn.softmax(noisy_BV / tau)
         choice_BV = hard + soft - jax.lax.stop_gradient(soft)
-        next_BD = scale_embeddings(choice_BV.astype(table_VD.dtype) @ table_VD, spec.model)
+        next_BD = scale_embeddings(matmul(choice_BV.astype(table_VD.dtype), table_VD), spec.model)
         x_BsD = jnp.concatenate([x_BsD, next_BD[:, None].astype(x_BsD.dtype)], axis=1)
         logits.append(logits_BV)
         choices.append(choice_BV)
@@ -93,8 +98,8 @@ def round_trip(
     """(reconstruction, D's logits, tokens) of activations."""
     encoder = encoder_of(trainable, frozen, spec)
     logits_BTV, choice_BTV = write(trainable, frozen, activation_BD, noise_BTV, tau, spec)
-    table_VD = encoder.base["embedding"]
-    text_BTD = scale_embeddings(choice_BTV.astype(table_VD.dtype) @ table_VD, spec.model)
+    table_VD = token_table(encoder.base)
+    text_BTD = scale_embeddings(matmul(choice_BTV.astype(table_VD.dtype), table_VD), spec.model)
     reconstruction_BD = encode_embeddings(encoder, text_BTD, spec=spec)
     return reconstruction_BD, logits_BTV, jnp.argmax(choice_BTV, axis=-1).astype(jnp.int32)
 
@@ -116,11 +121,15 @@ def swapped_logits(
 ) -> Float[Array, "B S V"]:
     """M's logits over the whole context, computed again with the vector at P."""
     tokens_BS, mask_BS = contexts_of(batch)
-    x_BSD = capture(original, tokens_BS, mask_BS, spec=spec)
+    config, positions_BS = spec.model, positions_of(mask_BS)
+    x_BSD = embed_tokens(original, tokens_BS, config)
+    x_BSD = add_position_embeddings(original, x_BSD, positions_BS, config)
+    lower = slice_layers(original["layers"], 0, spec.layer + 1)
+    x_BSD, _, beside = run_part(lower, x_BSD, positions_BS, config=config)
     rows = jnp.arange(len(vector_BD))
     x_BSD = x_BSD.at[rows, batch.positions_B].set(vector_BD.astype(x_BSD.dtype))
-    upper = slice_layers(original["layers"], spec.layer + 1, spec.model.n_layers)
-    x_BSD, _ = run_layers(upper, x_BSD, positions_of(mask_BS), config=spec.model)
+    upper = slice_layers(original["layers"], spec.layer + 1, config.n_layers)
+    x_BSD, _, _ = run_part(upper, x_BSD, positions_BS, config=config, beside=beside)
     return unembed(original, x_BSD, config=spec.model)
 
 

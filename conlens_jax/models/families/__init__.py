@@ -89,6 +89,7 @@ _BY_MODEL_TYPE = {
     for model_type in getattr(module, "MODEL_TYPES", (module.MODEL_TYPE,))
 }
 
+
 def family_of(config: TransformerConfig) -> ModuleType:
     """The module with ``config_from_hf``, ``config_to_hf`` and ``param_table``."""
     return FAMILIES[config.family]

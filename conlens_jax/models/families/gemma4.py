@@ -185,10 +185,13 @@ def _ropes(read: HFConfigReader, max_positions: int) -> tuple[RopeConfig, RopeCo
 def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
     shapes = [config.shape_of(layer) for layer in range(config.n_layers)]
     windows = config.windows or (0,) * config.n_layers
-    # The sizes of all layers that per_layer_config does not name.
-    plain = next((shape for shape, window in zip(shapes, windows, strict=True) if window), shapes[0])
-    first = dataclasses.replace(config, layer_shapes=(), **plain._replace(d_mlp=shapes[0].d_mlp)._asdict())
-    values = common.sizes_to_hf(first, MODEL_TYPE, "Gemma4ForCausalLM")
+    # The sizes of the layers that per_layer_config does not name; the first layer shares nothing.
+    plain = shapes[windows.index(max(windows))]._replace(d_mlp=shapes[0].d_mlp)
+    values = common.sizes_to_hf(
+        dataclasses.replace(config, layer_shapes=(), **plain._asdict()),
+        MODEL_TYPE,
+        "Gemma4ForCausalLM",
+    )
     for unread in ("rope_theta", "hidden_act"):
         del values[unread]
     each = {
