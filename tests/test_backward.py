@@ -12,6 +12,7 @@ from family_cases import each_family
 from tiny_models import random_params, tiny_config
 
 from conlens_jax.models.backward import TokenVjp, forward_with_residuals, layers_vjp
+from conlens_jax.models.families import family_of
 from conlens_jax.models.transformer import positions_of, run_layers
 
 BATCH, LENGTH = 2, 12
@@ -61,3 +62,7 @@ def test_backward_by_hand_equals_autodiff(family):
 
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     jax.tree.map(compare, found, expected)
+    for row in family_of(config).param_table(config):
+        if (used := row.used_mask(config)) is not None:
+            zeros = np.asarray(found[0][row.path[-1]])[~used]
+            assert not zeros.any(), "what fills a smaller layer's place must stay zero"

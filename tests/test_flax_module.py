@@ -27,6 +27,12 @@ def test_init_makes_the_parameters_of_the_table(family):
     assert made == {"params": abstract_params(family_of(config).param_table(config), config)}
 
 
+def test_a_family_that_it_does_not_have():
+    module = Transformer(tiny_config("gemma4_text"))
+    with pytest.raises(ValueError, match="gemma4_text: there is no Flax module of layers that"):
+        jax.eval_shape(module.init, jax.random.key(0), random_tokens(2, 5))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_apply_is_forward(family):
     config = dataclasses.replace(tiny_config(family), unroll=1, remat="full")

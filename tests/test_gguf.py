@@ -47,7 +47,7 @@ from conlens_jax.training.preflight import _model_problems
 
 ROOT = Path(__file__).parents[1]
 # Mistral's files are Llama's; llama.cpp converts none of the others' models.
-NO_GGUF = {"mistral", "gpt_neo", "gptj", "opt", "glm"}
+NO_GGUF = {"mistral", "gpt_neo", "gptj", "opt", "glm", "gemma4_text"}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3 |= {"original_max_position_embeddings": 8192, "rope_theta": 500_000.0}
 # What is not in a file because llama.cpp takes it for granted.

@@ -245,9 +245,33 @@ def test_text_part_of_a_multimodal_config():
     assert ends([6, 2]) == (6, 2) and ends([]) == ends(None) == (2,) and ends(9) == (9, 2)
 
 
-def test_gemma4_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match="'gemma4'.*heads of two widths"):
-        config_from_hf({"model_type": "gemma4", "text_config": {"model_type": "gemma4_text"}})
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"enable_moe_block": True, "num_experts": 4}, "a mixture of experts beside their MLP"),
+        ({"num_kv_shared_layers": 4}, "=4: before these there must be a layer of each type"),
+        ({"num_kv_shared_layers": 3}, "=3: before these there must be a layer of each type"),
+        ({"num_global_key_value_heads": 3}, "with 3 and 3 key-value heads for 4 query heads"),
+        ({"global_head_dim": 7}, "heads of 7 entries cannot be rotated"),
+        ({"vocab_size_per_layer_input": 50}, "=50: only vocab_size=48 is supported"),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all' is not"),
+        ({"per_layer_config": {"1": {"hidden_size": 8}}}, "1: {'hidden_size': 8}: not supported"),
+        ({"rope_parameters": {"full_attention": {}}}, "rope_theta for 'sliding_attention'"),
+    ],
+)
+def test_what_gemma4_cannot_have(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config("gemma4_text", **changes)
+
+
+def test_gemma4_never_has_a_window_in_the_last_layer():
+    types = ["sliding_attention"] * 2 + ["full_attention"]
+    given = {"num_hidden_layers": 4, "num_kv_shared_layers": 0}
+    ours, theirs = (
+        tiny_config("gemma4_text", **given, layer_types=[*types, last])
+        for last in ("sliding_attention", "full_attention")
+    )
+    assert ours == theirs and ours.windows[-1] == 0
 
 
 def test_remote_code_is_named_where_the_type_is_unknown():

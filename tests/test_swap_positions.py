@@ -29,7 +29,7 @@ from conlens_jax.models.transformer import (
     add_position_embeddings,
     embed_tokens,
     positions_of,
-    run_layers,
+    run_part,
     unembed,
 )
 
@@ -93,9 +93,10 @@ def replaced(params, tokens, mask, indices, vector, layers, config):
     rows, captured = jnp.arange(len(tokens)), jnp.zeros_like(vector)
     x = embed_tokens(params, tokens, config)
     x = add_position_embeddings(params, x, positions_of(mask), config)
+    beside = None
     for number in range(config.n_layers):
         block = slice_layers(params["layers"], number, number + 1)
-        x, _ = run_layers(block, x, positions_of(mask), config=config)
+        x, _, beside = run_part(block, x, positions_of(mask), config=config, beside=beside)
         here = (layers == number)[:, None]
         state = x[rows, indices]
         captured = jnp.where(here, state, captured)

@@ -56,6 +56,14 @@ CASES: dict[str, dict[str, Any]] = {
         | {"num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 8},
         "audio_config": None,
     },
+    "gemma4_unified": {
+        "text_config": _TEXT
+        | {"head_dim": 4, "global_head_dim": 8, "rms_norm_eps": 0.1, "attention_k_eq_v": True}
+        | {"num_global_key_value_heads": 1}
+        | {"layer_types": ["sliding_attention", "full_attention"]},
+        "vision_config": {"mm_embed_dim": 32, "mm_posemb_size": 8, "output_proj_dims": 32},
+        "audio_config": None,
+    },
     "idefics3": _of("llama", "idefics3_vision", scale_factor=1),
     "internvl": _of(
         "qwen2", "internvl_vision", images={"image_size": [8, 8], "patch_size": [4, 4]}

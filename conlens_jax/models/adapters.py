@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from conlens_jax.models.families import family_of
+from conlens_jax.models.layer_shapes import used_mask
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer_config import TransformerConfig, array_dtype
 
@@ -44,6 +45,10 @@ def init_adapters(
         inputs, outputs = ([sizes[dim] for dim in dims] for dims in rows[target].matrix_dims)
         leading = (n_layers, config.n_experts) if rows[target].has_experts else (n_layers,)
         draw = jax.random.normal(target_key, (*leading, *inputs, rank), jnp.float32)
+        used = used_mask(rows[target].matrix_dims[0], range(config.n_layers), config)
+        if used is not None:
+            # Otherwise what only fills a smaller layer's place would have a gradient.
+            draw = jnp.where(used[:n_layers, ..., None], draw, 0.0)
         adapters[target] = {
             "in": (draw / math.sqrt(math.prod(inputs))).astype(dtype),
             "out": jnp.zeros((*leading, rank, *outputs), dtype),

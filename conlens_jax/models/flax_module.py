@@ -56,6 +56,11 @@ class Transformer(nn.Module):
     ) -> Float[Array, "B S V"]:
         """Next-token logits, fp32. ``mask_BS`` is False on padding (left or right)."""
         config = self.config
+        if config.layer_shapes or config.n_sharing_layers or config.d_layer_input:
+            raise ValueError(
+                f"{config.family}: there is no Flax module of layers that have several shapes, "
+                "share keys or have inputs of their own; use conlens_jax.models.transformer"
+            )
         params = _declare(self, stacked=False)
         positions_BS = all_positions(*tokens_BS.shape) if mask_BS is None else positions_of(mask_BS)
         embeddings_BSD = embed_tokens(params, tokens_BS, config)

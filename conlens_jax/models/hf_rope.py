@@ -40,8 +40,6 @@ _KEYS = {
     "proportional": {"factor"},
 }
 _NEEDED = {"factor", "short_factor", "long_factor"}
-# It says itself which share of a head is turned, so any family's may.
-_PARTIAL = "proportional"
 
 
 def read_rope(
@@ -102,17 +100,29 @@ def read_ropes(
 
 
 def parse_rope(
-    read: HFConfigReader, given: Mapping[str, Any], max_positions: int, *, partial: bool = False
+    read: HFConfigReader,
+    given: Mapping[str, Any],
+    max_positions: int,
+    *,
+    partial: bool = False,
+    proportional: bool = False,
 ) -> RopeConfig:
-    """One dict of ``rope_parameters``; problems go to the reader."""
+    """One dict of ``rope_parameters``; problems go to the reader.
+
+    Args:
+      partial: whether the family has rotations of a part of the head.
+      proportional: whether it has that kind, which always tells a part.
+    """
     given = {key: value for key, value in given.items() if value is not None}
     kind = given.pop("rope_type", None) or given.get("type") or "default"
     given.pop("type", None)
     theta, fraction = given.pop("rope_theta"), float(given.pop("partial_rotary_factor", 1.0))
-    if fraction != 1.0 and not partial and kind != _PARTIAL:
+    known = _KEYS.keys() - (set() if proportional else {"proportional"})
+    if fraction != 1.0 and not partial and not (proportional and kind == "proportional"):
         read.problems.append(f"partial_rotary_factor={fraction} is not supported")
-    if kind not in _KEYS:
-        read.problems.append(f"rope type {kind!r}: known are {', '.join(_KEYS)}")
+    if kind not in known:
+        listed = ", ".join(name for name in _KEYS if name in known)
+        read.problems.append(f"rope type {kind!r}: known are {listed}")
         return RopeConfig()
     if unknown := set(given) - _KEYS[kind]:
         read.problems.append(f"rope type {kind!r} does not know {', '.join(sorted(unknown))}")

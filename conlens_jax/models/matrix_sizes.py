@@ -26,4 +26,5 @@ def layer_matrix_sizes(config: TransformerConfig) -> dict[str, int]:
 def weights_per_token(config: TransformerConfig) -> int:
     """Weights of all layers and of the output head that one new token uses."""
     layer = sum(layer_matrix_sizes(config).values())
-    return config.n_layers * layer + config.d_model * config.vocab_size
+    layer_inputs = config.d_model * (config.d_embedding - config.d_model)
+    return config.n_layers * layer + layer_inputs + config.d_model * config.vocab_size

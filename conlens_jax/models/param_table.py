@@ -250,7 +250,7 @@ class ParamRow:
     def scale_dims(self) -> str:
         """The letters of the int8 scale, "1" for a dimension that shares one; empty for a parameter
         that is not quantised (norms, biases, routers, positions)."""
-        if self.dims in ("VD", "VL"):
+        if self.dims in ("VD", "VM"):
             return "V1"
         inputs, outputs = self.matrix_dims
         if self.layout == "same" or "E" in outputs:
@@ -322,3 +322,8 @@ def _abstract(row: ParamRow, config: TransformerConfig) -> jax.ShapeDtypeStruct 
 
 def count_params(table: list[ParamRow], config: TransformerConfig) -> int:
     return sum(row.count(config) for row in table)
+
+
+def count_zeros(table: list[ParamRow], config: TransformerConfig) -> int:
+    """How many numbers of our arrays only fill the places of smaller layers."""
+    return sum(math.prod(row.shape(config)) for row in table) - count_params(table, config)

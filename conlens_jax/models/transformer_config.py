@@ -210,6 +210,8 @@ class TransformerConfig:
             "F": self.d_mlp,
             "E": self.n_experts,
             "I": self.d_layer_input,
+            # Of all layers' inputs: in their table, and where they are an output.
+            "M": self.d_layer_input * self.n_layers,
             "L": self.d_layer_input * self.n_layers,
             "1": 1,
         }

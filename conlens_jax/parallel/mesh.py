@@ -36,6 +36,7 @@ AXES_OF_DIM: dict[str, Axes] = {
     "H": "tensor",
     "K": "tensor",
     "F": "tensor",
+    "M": "fsdp",  # the width of a second table of embeddings
 }
 """The mesh axes of each dimension that is split; the other dimensions are whole on every device."""
 _PLANNED_SLICES, _PLANNED_SLICE = 2, 8

@@ -190,7 +190,8 @@ def _gathered(plan: Plan) -> float:
         return 0.0
     model = plan.spec.model
     tables = 1 + any("base" in plan.trainable[side] for side in ("decoder", "encoder"))
-    return tables * model.vocab_size * model.d_model * _itemsize(plan) / plan.mesh.shape["tensor"]
+    numbers = tables * model.vocab_size * model.d_embedding
+    return numbers * _itemsize(plan) / plan.mesh.shape["tensor"]
 
 
 def _keys_and_values(plan: Plan) -> float:

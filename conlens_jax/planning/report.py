@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from conlens_jax.config import MeshConfig
+from conlens_jax.models.families import family_of
+from conlens_jax.models.param_table import count_zeros
 from conlens_jax.parallel.footprint import count, device_bytes, in_units, total_bytes
 from conlens_jax.parallel.mesh import MESH_PRESETS, abstract_mesh
 from conlens_jax.planning.compiled import compile_step
@@ -48,6 +50,9 @@ def model_table(plan: Plan) -> tuple[list[str], list[list[str]]]:
         [name, f"{count(part):,}", in_units(total_bytes(part)), in_units(device_bytes(part))]
         for name, part in parts.items()
     ]
+    model = plan.spec.model
+    if zeros := count_zeros(family_of(model).param_table(model), model):
+        rows.append(["of the layers, zeros beside smaller ones", f"{zeros:,}", "", ""])
     return ["part", "parameters", "bytes", "bytes per device"], rows
 
 

@@ -178,7 +178,8 @@ def _ropes(read: HFConfigReader, max_positions: int) -> tuple[RopeConfig, RopeCo
         rope = given.get(kind) if isinstance(given.get(kind), Mapping) else {}
         if "rope_theta" not in rope:
             read.problems.append(f"rope_parameters={given!r} needs rope_theta for {kind!r}")
-        ropes.append(parse_rope(read, {"rope_theta": 10_000.0} | dict(rope), max_positions))
+        rope = {"rope_theta": 10_000.0} | dict(rope)
+        ropes.append(parse_rope(read, rope, max_positions, proportional=True))
     return ropes[0], ropes[1]
 
 
@@ -251,7 +252,7 @@ def _layer_input_rows() -> list[ParamRow]:
         )
     )
     return [
-        ParamRow(("layer_embedding",), "VL", table, "same"),
+        ParamRow(("layer_embedding",), "VM", table, "same"),
         ParamRow(("layer_input_projection",), "DL", projection),
         ParamRow(("layer_input_norm",), "I", norm, "same", "ones"),
         common.layer_row("input_gate", "DI", common.LAYER + "per_layer_input_gate.weight"),

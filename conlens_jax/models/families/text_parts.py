@@ -20,6 +20,7 @@ from conlens_jax.models.hf_config import parse_token_ids
 WHOLES = {
     "gemma3": "gemma3_text",
     "gemma4": "gemma4_text",
+    "gemma4_unified": "gemma4_unified_text",
     "idefics3": "llama",
     "internvl": "qwen2",
     "llava": "llama",
@@ -32,7 +33,7 @@ WHOLES = {
     "smolvlm": "llama",
     "vipllava": "llama",
 }
-_TIED = {"gemma3", "gemma4", "internvl", "mistral3"}
+_TIED = {"gemma3", "gemma4", "gemma4_unified", "internvl", "mistral3"}
 """Those that tie the output head to the embedding where no key says it."""
 _QWEN2_VL = {
     "vocab_size": 152_064,
@@ -47,9 +48,15 @@ _QWEN2_VL = {
     "bos_token_id": 151_643,
     "eos_token_id": 151_645,
 }
-# Types with the rotation by time, height and width of an image. All three of a text's token are its
-# position, so this is the ordinary rotation of the family named here, which has other defaults.
+_GEMMA4_UNIFIED = {
+    "hidden_size_per_layer_input": 0,
+    "max_position_embeddings": 262_144,
+    "sliding_window": 1024,
+}
+# Types that are the family named here with other defaults. Those of Qwen have a rotation by time,
+# height and width of an image: all three of a text's token are its position.
 _SAME_FOR_TEXT = {
+    "gemma4_unified_text": ("gemma4_text", _GEMMA4_UNIFIED),
     "qwen2_vl_text": ("qwen2", _QWEN2_VL),
     "qwen2_5_vl_text": ("qwen2", _QWEN2_VL),
     "qwen3_vl_text": ("qwen3", {"max_position_embeddings": 128_000, "rope_theta": 500_000.0}),
@@ -64,7 +71,7 @@ RENAMES = (
 )
 IGNORED = (
     r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|connector)\..*",
-    r"(model\.)?(audio_tower|embed_vision|embed_audio)\..*",
+    r"(model\.)?(audio_tower|embed_vision|embed_audio|vision_embedder)\..*",
     r"(model\.)?image_newline",
 )
 
