@@ -117,27 +117,20 @@ CASES = {
             "use_bidirectional_attention": "vision",
         },
     ),
-    # Keys of the later one of two layers; values of their own.
-    "gemma4: one layer shares, other rotations": Case(
+    # Keys of the later of two layers; no layer is smaller than another.
+    "gemma4: one layer shares, one shape, other rotations": Case(
         "gemma4_text",
         {
             "layer_types": ["sliding_attention"] + ["full_attention"] * 3,
             "num_kv_shared_layers": 1,
+            "use_double_wide_mlp": False,
+            "global_head_dim": 4,
+            "num_global_key_value_heads": None,
             "attention_k_eq_v": False,
-            "global_head_dim": 6,
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 300.0},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
             },
-        },
-    ),
-    "gemma4: one shape, no windows": Case(
-        "gemma4_text",
-        {
-            "layer_types": ["full_attention"] * 4,
-            "use_double_wide_mlp": False,
-            "global_head_dim": 4,
-            "num_global_key_value_heads": None,
         },
     ),
     "gpt2: depth scale, tanh gelu, untied": Case(

@@ -29,13 +29,12 @@ LOSS = LossConfig(
 TAU = 0.5
 # One family a kind of network, with its head tied as in the published models: learned positions
 # (from row 2 on) and layer norms; a parallel residual after one norm, a bias at the head; soft
-# caps; two rotations and windows; layers of several shapes, which share keys and have inputs of
-# their own; norms at the outputs; experts and sinks.
+# caps; two rotations and windows, layers of several shapes that share keys and have inputs of their
+# own; norms at the outputs; experts and sinks.
 KINDS = {
     "opt": True,
     "phi": False,
     "gemma2": True,
-    "gemma3_text": True,
     "gemma4_text": True,
     "olmo2": False,
     "gpt_oss": False,

@@ -20,6 +20,7 @@ from conlens_jax.parallel.footprint import count, device_bytes, total_bytes
 from conlens_jax.parallel.mesh import MESH_PRESETS, make_mesh, single_device_mesh
 from conlens_jax.planning.lens import make_plan, on_mesh
 from conlens_jax.planning.model_source import SHIPPED, planned_model
+from conlens_jax.planning.report import model_table
 
 FILES = {file.stem: file for file in sorted(SHIPPED.glob("*.json"))}
 
@@ -136,7 +137,9 @@ def test_a_lens_of_it_is_laid_out_on_a_mesh(name, preset):
     original = plan.frozen["original"]
     # Where layers differ in shape, what is beside the smaller ones is stored too.
     table = family_of(model.shape).param_table(model.shape)
-    assert count(original) == SHAPES[name] + count_zeros(table, model.shape)
+    zeros = count_zeros(table, model.shape)
+    assert count(original) == SHAPES[name] + zeros
+    assert (model_table(plan)[1][-1][1] == f"{zeros:,}") == bool(zeros)
     assert total_bytes(original) == 2 * count(original)
     whole, here = total_bytes(original), device_bytes(original)
     parts = mesh.shape["fsdp"] * mesh.shape["tensor"]

@@ -105,9 +105,12 @@ def texts(config, model, mesh, **changes) -> list[str]:
 # --- the program --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "unroll"), [("llama", 1), ("gpt2", 0), ("gpt_oss", 0)])
+@pytest.mark.parametrize(
+    ("family", "unroll"), [("llama", 1), ("gpt2", 0), ("gpt_oss", 0), ("gemma4_text", 0)]
+)
 def test_greedy_texts_are_those_of_generate(family, unroll):
-    """Windows, two kinds of layers, sinks, learned positions; padding on both sides."""
+    """Windows, two kinds of layers, sinks, learned positions, shared keys, inputs of layers;
+    padding on both sides."""
     shape = dataclasses.replace(tiny_shape(family), unroll=unroll)
     params, mask = random_params(shape), np.ones((3, 9), bool)
     mask[0, 2:4] = mask[1, 6:] = False

@@ -49,6 +49,8 @@ def swaps_of(name: str) -> list[tuple[int, int]]:
     above which they do; elsewhere one."""
     if name == "llama":
         return list(itertools.product((0, 1, 2), (1, 3)))
+    if name == "gemma4_text":  # above it one layer has keys, and the others share those or its own
+        return [(0, 3)]
     kinds = tiny_config(VARIANTS[name].family, **VARIANTS[name].changes).layer_kinds
     return [(0, 3), (1, 1)] if len(set(kinds)) > 1 else [(1, 3)]
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 from conlens_jax.models.families import family_of
 from conlens_jax.models.transformer_config import TransformerConfig
 
 
 def layer_matrix_sizes(config: TransformerConfig) -> dict[str, int]:
-    """Weights of a layer's matrices that one token uses, by name. In a mixture of experts only the
-    active ones count."""
+    """Weights of a layer's matrices that one token uses, by name: of all layers the mean, without
+    the zeros beside smaller ones. In a mixture of experts only the active ones count."""
     sizes = {
-        row.path[-1]: math.prod(row.layer_shape(config))
+        row.path[-1]: row.count(config) // config.n_layers
         for row in family_of(config).param_table(config)
         if row.stacked
         and len(row.layer_shape(config)) > 1

@@ -10,8 +10,9 @@ dtype, and rows and dimensions of one device (rows over ``data`` and ``fsdp``; h
     remat=none       b (6 D + 3 H X + 3 K X + 4 F) + 8 H keys         and all between them
 
 where 8 H keys are attention's scores and weights in fp32. In a mixture of experts F is the total
-width of a token's k experts, and there are k − 1 more D: their outputs. The peak is the larger of
-the backward pass and the optimizer, which do not overlap.
+width of a token's k experts, and there are k − 1 more D: their outputs. A layer with an input of
+its own, I wide, keeps I, D + 2 I or 2 D + 4 I more. The peak is the larger of the backward pass and
+the optimizer, which do not overlap.
 
 Against XLA's temporary memory on 8 CPU devices (Llama-3.2-1B, float32, remat=full, 64 rows, T = 8,
 trained in full), in GiB, XLA / here: along data 15.3 / 15.3 (warm start) and 16.5 / 15.3 (joint),
@@ -165,6 +166,9 @@ def _kept(plan: Plan, each: Pass) -> float:
         "products": (2 + experts) * width + query + 2 * key + 2 * mlp,
         "none": (5 + experts) * width + 3 * query + 3 * key + 4 * mlp,
     }[model.remat]
+    if own := model.d_layer_input:
+        more = {"full": own, "products": width + 2 * own, "none": 2 * width + 4 * own}
+        numbers += more[model.remat]
     n_bytes = numbers * _itemsize(plan)
     if model.remat == "none":
         n_bytes += 2 * _FP32 * model.n_heads / tensor * each.keys
