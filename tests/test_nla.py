@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -296,6 +297,13 @@ def test_an_exported_encoder_reads_the_same_in_transformers(lens, exported):
     meta = yaml.safe_load((ar / SIDECAR).read_text())
     assert (meta["role"], meta["extraction_layer_index"], meta["d_model"]) == ("ar", LAYER, WIDTH)
     assert meta["prompt_templates"] == {"ar": "two {explanation} and"}
+
+
+def test_the_first_layers_of_gemma4_are_no_gemma4(tmp_path):
+    lens = types.SimpleNamespace(spec=tiny_spec(family="gemma4_text"))
+    with pytest.raises(ValueError, match="first layers of a gemma4_text model are no checkpoint"):
+        export_pair(lens, tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_adapters_cannot_be_exported(lens, tmp_path):

@@ -41,8 +41,15 @@ def export_pair(lens: Lens, folder: str | Path) -> tuple[Path, Path]:
     """Writes ``<folder>/av`` and ``<folder>/ar``.
 
     Raises:
-      ValueError: a lens with adapters or input patches, which a plain checkpoint cannot contain.
+      ValueError: a lens with adapters or input patches, which a plain checkpoint cannot contain; a
+        model whose first layers are not a model of its family.
     """
+    model = lens.spec.model
+    if model.layer_shapes or model.n_sharing_layers or model.d_layer_input:
+        raise ValueError(
+            f"the first layers of a {model.family} model are no checkpoint of that family: its "
+            "layers differ in shape, share keys or have inputs of their own; use Lens.save instead"
+        )
     unsupported = [
         f"{side}.{name}"
         for side in ("decoder", "encoder")
