@@ -101,11 +101,17 @@ def _layer_inputs(
             "this model contain the inputs of its layers (as_embedding adds them to vectors)"
         )
     e_BSD, own_BSL = jnp.split(embeddings_BSE, [config.d_model], axis=-1)
-    made_BSL = matmul(e_BSD, params["layer_input_projection"]) * config.d_model**-0.5
+    made_BSL = matmul(e_BSD, params["layer_input_projection"])
+    made_BSL = _times(made_BSL, config.d_model**-0.5)
     each = (*made_BSL.shape[:-1], config.n_layers, config.d_layer_input)
     normal = apply_norm(made_BSL.reshape(each), params, "layer_input_norm", config)
-    inputs_BSL = (normal.reshape(made_BSL.shape) + own_BSL) * 2.0**-0.5
+    inputs_BSL = _times(normal.reshape(made_BSL.shape) + own_BSL, 2.0**-0.5)
     return jnp.concatenate([e_BSD, inputs_BSL], axis=-1)
+
+
+def _times(x: Float[Array, "..."], factor: float) -> Float[Array, "..."]:
+    """Rounded once, as in transformers."""
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def embeddings_vjp(
