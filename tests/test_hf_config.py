@@ -12,7 +12,7 @@ from family_cases import CASES, each_case, each_family
 from tiny_models import tiny_config, tiny_values
 
 from conlens_jax.models import hf_config
-from conlens_jax.models.families import config_from_hf, family_of
+from conlens_jax.models.families import FAMILIES, config_from_hf, family_of
 from conlens_jax.models.hf_keys import HARMLESS, NEUTRAL, read_by_transformers
 
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -45,6 +45,13 @@ def test_what_transformers_writes_is_what_was_asked_for(case):
 @each_case
 def test_config_survives_writing_and_reading(case):
     config = tiny_config(case.family, **case.changes)
+    assert config_from_hf(through_json(family_of(config).config_to_hf(config))) == config
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma4_text"])
+def test_the_first_layers_are_a_model(family):
+    config = tiny_config(family).first_layers(2)
+    assert config.n_layers == len(config.layer_kinds) == 2
     assert config_from_hf(through_json(family_of(config).config_to_hf(config))) == config
 
 

@@ -301,7 +301,7 @@ def test_an_exported_encoder_reads_the_same_in_transformers(lens, exported):
 
 def test_the_first_layers_of_gemma4_are_no_gemma4(tmp_path):
     lens = types.SimpleNamespace(spec=tiny_spec(family="gemma4_text"))
-    with pytest.raises(ValueError, match="first layers of a gemma4_text model are no checkpoint"):
+    with pytest.raises(ValueError, match="of a gemma4_text model are no such model; use Lens"):
         export_pair(lens, tmp_path)
     assert not any(tmp_path.iterdir())
 

@@ -238,6 +238,19 @@ class TransformerConfig:
         """Whether a layer has the keys and values of an earlier one."""
         return layer >= self.n_layers - self.n_sharing_layers
 
+    def first_layers(self, count: int) -> TransformerConfig:
+        """The shape of a model of the first layers only.
+
+        Raises:
+          ValueError: they are no model of this family, since its layers differ in shape, share keys
+            or have inputs of their own.
+        """
+        if self.layer_shapes or self.n_sharing_layers or self.d_layer_input:
+            raise ValueError(f"the first layers of a {self.family} model are no such model")
+        windows = self.windows[:count] if any(self.windows[:count]) else ()
+        rotated = self.rotated_layers[:count]
+        return dataclasses.replace(self, n_layers=count, windows=windows, rotated_layers=rotated)
+
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer."""

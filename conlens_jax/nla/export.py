@@ -44,12 +44,10 @@ def export_pair(lens: Lens, folder: str | Path) -> tuple[Path, Path]:
       ValueError: a lens with adapters or input patches, which a plain checkpoint cannot contain; a
         model whose first layers are not a model of its family.
     """
-    model = lens.spec.model
-    if model.layer_shapes or model.n_sharing_layers or model.d_layer_input:
-        raise ValueError(
-            f"the first layers of a {model.family} model are no checkpoint of that family: its "
-            "layers differ in shape, share keys or have inputs of their own; use Lens.save instead"
-        )
+    try:
+        lens.spec.model.first_layers(lens.spec.layer + 1)
+    except ValueError as error:
+        raise ValueError(f"{error}; use Lens.save instead") from None
     unsupported = [
         f"{side}.{name}"
         for side in ("decoder", "encoder")
@@ -92,7 +90,7 @@ def _write_av(lens: Lens, folder: Path) -> None:
 def _write_ar(lens: Lens, folder: Path) -> None:
     """The norm and head that transformers expects after the layers are the original's."""
     spec, encoder = lens.spec, encoder_of(lens.trainable, lens.frozen, lens.spec)
-    config = dataclasses.replace(spec.model, n_layers=spec.layer + 1)
+    config = spec.model.first_layers(spec.layer + 1)
     unchanged = {
         name: leaf for name, leaf in lens.frozen["original"].items() if name not in encoder.base
     }
