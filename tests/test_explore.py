@@ -5,8 +5,11 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import json
+import re
+import tomllib
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 from pipeline import quick_compilation
@@ -59,11 +62,45 @@ def plain(row):
 def test_page_and_facts(lens, address):
     status, page = fetch(address)
     assert status == 200 and "<title>Consistency lens</title>" in page
-    assert "://" not in page, "the page must need nothing from elsewhere"
     facts = json.loads(fetch(f"{address}/api/lens")[1])
     assert (facts["layer"], facts["text_len"]) == (lens.spec.layer, lens.spec.text_len)
     tokens = json.loads(fetch(f"{address}/api/tokens", {"text": TEXT})[1])["tokens"]
     assert tokens == lens.tokens(TEXT)
+
+
+KINDS = {"css": "text/css", "js": "text/javascript", "html": "text/html"}
+
+
+def test_the_files_of_the_page_and_what_they_may_do(address):
+    from conlens_jax.explorer.page_files import page_files
+
+    files = page_files()
+    assert {"index.html", "app.js", "style.css", "base.css", "words.css", "words.js"} <= {*files}
+    assert ".word.doubtful" in files["words.css"] and "export { hideBelow }" in files["words.js"]
+    for name, content in files.items():
+        plain = content.replace("http://www.w3.org/2000/svg", "")  # a name, not an address
+        assert "://" not in plain, f"{name} must need nothing from elsewhere"
+        with urllib.request.urlopen(f"{address}/static/{name}") as answer:
+            assert answer.read().decode() == content
+            assert answer.headers.get_content_type() == KINDS[name.rpartition(".")[2]]
+            policy = answer.headers["Content-Security-Policy"]
+            assert "script-src 'self'" in policy and "unsafe" not in policy
+    used = re.findall(r'(?:href|src)="/static/([^"]+)"', files["index.html"])
+    modules = [n for c in files.values() for n in re.findall(r' from "\./([^"]+)"', c)]
+    assert used and {*used, *modules} <= {*files}
+    assert not re.search(r"<script>|<style|\son\w+=|style=", files["index.html"])
+    assert fetch(f"{address}/static/../server.py")[0] == 404
+    assert json.loads(fetch(f"{address}/static/none.js")[1])["error"]
+
+
+def test_a_wheel_has_the_files_of_the_page():
+    from conlens_jax.explorer import page_files
+
+    root = Path(page_files.__file__).parent
+    project = tomllib.loads((root.parents[1] / "pyproject.toml").read_text("utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["conlens_jax.explorer"]
+    packed = {file for pattern in patterns for file in root.glob(pattern)}
+    assert {file for file in (root / "static").iterdir() if file.is_file()} <= packed
 
 
 @pytest.mark.parametrize("decoding", ["greedy", "sample"])
@@ -97,8 +134,6 @@ def test_the_last_line_has_the_words_with_their_support(lens, address):
         assert "".join(word["space"] + word["text"] for word in found) == reading.text
         supports = [word.support for word in reading.words]
         assert [word["support"] for word in found] == pytest.approx(supports, rel=1e-5)
-        page = fetch(own)[1]
-        assert ".word.doubtful" in page and "function hideBelow" in page and "/* words" not in page
         frame = json.loads(
             fetch(
                 f"{own}/nla/explain",

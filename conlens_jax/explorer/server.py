@@ -4,7 +4,7 @@ FastAPI and uvicorn, because the page needs two things that ready-made demo page
 have: every token of a text is a button, and an explanation appears token by token while other
 requests are served. They also have far fewer dependencies.
 
-    GET  /             the page
+    GET  /             the page; its styles and scripts under /static
     GET  /api/lens     model, layer, limits
     POST /api/tokens   {text} → {tokens}
     POST /api/explain  {text, position, decoding, seed} → a JSON line {"text", "tokens": so far}
@@ -21,25 +21,22 @@ too slow or from other sites see :mod:`conlens_jax.explorer.server_limits`.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import hashlib
-import importlib.resources
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, StrictInt
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from conlens_jax.evaluation.report.markup import WORDS_CSS, WORDS_JS
 from conlens_jax.evaluation.words import NO_SUPPORT, Word, level, note_of
 from conlens_jax.explorer.nla_api import make_nla_app
 from conlens_jax.explorer.nla_requests import most_bytes
+from conlens_jax.explorer.page_files import serve_files
 from conlens_jax.explorer.server_limits import RETRY, LimitedRequests, Limits
 from conlens_jax.explorer.streams import ClosedStream, failure
 from conlens_jax.explorer.strict_json import StrictRoute, plain_problems
@@ -107,9 +104,7 @@ def make_app(
         )
     turns = Turns(most_waiting)
     max_tokens = min(max_tokens, lens.spec.model.max_positions)
-    page = importlib.resources.files(__package__).joinpath("static/explore.html").read_text("utf-8")
-    page = page.replace("/* words.css */", WORDS_CSS).replace("/* words.js */", WORDS_JS)
-    policy = _page_policy(page)
+    serve_files(app)
 
     def tokens_of(text: str) -> list[str]:
         if len(text) > MAX_CHARACTERS:
@@ -143,10 +138,6 @@ def make_app(
             f"{'.'.join(map(str, p['loc'][1:]))}: {p['msg']}" for p in plain_problems(error)
         ]
         return _refusal(422, "; ".join(problems))
-
-    @app.get("/")
-    async def show() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
     @app.get("/api/lens")
     async def describe() -> dict[str, Any]:
@@ -221,17 +212,6 @@ def make_app(
 
 def _refusal(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     return JSONResponse({"error": message}, status_code=status, headers=headers)
-
-
-def _page_policy(page: str) -> str:
-    """Only the page's own script may run, and it may only send requests to this server."""
-    script = page.partition("<script>")[2].partition("</script>")[0].encode()
-    digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
-    return (
-        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
-        "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'"
-    )
 
 
 def _plain(row: ExplainedToken) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from conlens_jax.measurement.bootstrap import Interval
 from conlens_jax.models.written import Written
 
 _TEMPLATES = importlib.resources.files(__package__).joinpath("templates")
+BASE_CSS = _TEMPLATES.joinpath("base.css").read_text("utf-8")
+"""Type and colours, light and dark, of the report and of the explorer."""
+
 WORDS_CSS = _TEMPLATES.joinpath("words.css").read_text("utf-8")
 WORDS_JS = _TEMPLATES.joinpath("words.js").read_text("utf-8")
 """How words with a support are shown and hidden, on every page."""

@@ -1,101 +1,6 @@
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<title>Consistency lens</title>
-<link rel="icon" href="data:,">
-<style>
-:root{color-scheme:light dark;--paper:#fbfbf9;--card:#fff;--ink:#1b1f24;--soft:#59616b;
---rule:#dcddd8;--accent:#0072b2;--warm:213,94,0;--bad:#b3261e}
-@media (prefers-color-scheme:dark){:root{--paper:#13161a;--card:#1a1e23;--ink:#e6e8ea;
---soft:#a3abb4;--rule:#2e343b;--accent:#56b4e9;--warm:242,140,58;--bad:#ff8a80}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--paper);color:var(--ink);
-font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;overflow-wrap:anywhere}
-main{max-width:70rem;margin:0 auto;padding:2rem 1.2rem 4rem}
-h1{font-size:1.6rem;margin:0}
-h2{font-size:.85rem;font-weight:600;color:var(--soft);margin:0 0 .4rem}
-p{margin:.3rem 0}
-.soft{color:var(--soft);font-size:.9rem}
-textarea{width:100%;font:inherit;color:inherit;background:var(--card);border:1px solid var(--rule);
-border-radius:8px;padding:.6rem .8rem;resize:vertical}
-button,select,input[type=number]{font:inherit;color:inherit;background:var(--card);
-border:1px solid var(--rule);border-radius:8px;padding:.35rem .8rem}
-button{cursor:pointer}
-button.main{background:var(--accent);border-color:var(--accent);color:var(--paper);font-weight:600}
-button:disabled{opacity:.5;cursor:default}
-:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
-input[type=number]{width:5.5rem}
-.bar{display:flex;flex-wrap:wrap;gap:.6rem;align-items:center;margin:.6rem 0 1.4rem}
-#tokens{display:flex;flex-wrap:wrap;gap:.25rem;margin:1rem 0}
-#tokens button{padding:.1rem .4rem;border-radius:5px;white-space:pre}
-#tokens button[aria-pressed=true]{outline:2px solid var(--accent)}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1rem}
-.card{background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:1rem 1.1rem}
-#explanation{font-size:1.25rem;min-height:2em;white-space:pre-wrap}
-#explanation.writing::after{content:"▍";opacity:.5}
-.numbers{display:flex;gap:1.5rem;font-variant-numeric:tabular-nums}
-.numbers b{font-weight:600}
-ol,ul{list-style:none;margin:0;padding:0}
-li{display:grid;grid-template-columns:7rem 1fr 3rem;gap:.5rem;align-items:center;font-size:.92rem}
-li i{display:block;height:.55rem;border-radius:3px;background:var(--accent)}
-li span:last-child{text-align:right;font-variant-numeric:tabular-nums;color:var(--soft)}
-#message,.warnings b{color:var(--bad)}
-#message{min-height:1.5em}
-.warnings{margin:.5rem 0;font-size:.92rem}
-.warnings li{display:block}
-/* words.css */
-.hide-below{background:none;position:static;padding:0}
-#tokens button.warned{border-style:dashed;border-color:var(--bad)}
-</style>
-</head>
-<body>
-<main>
-<h1>Consistency lens</h1>
-<p class="soft" id="facts"></p>
-<h2><label for="text">Text</label></h2>
-<textarea id="text" rows="4">once upon a time there was a shy</textarea>
-<div class="bar">
-<button class="main" id="read">Read</button>
-<label>decoding <select id="decoding"><option>greedy</option><option>sample</option></select></label>
-<label>seed <input type="number" id="seed" value="0" min="0"></label>
-<button id="save" disabled>Save state</button>
-<button id="open">Open state</button>
-<input type="file" id="file" accept="application/json,.json" hidden>
-</div>
-<p id="message" role="alert"></p>
-<p class="soft" id="hint" hidden>Choose a token. Its colour shows how much its explanation changes
-the model's prediction.</p>
-<div id="tokens" aria-label="Tokens"></div>
-<div id="result" hidden>
-<div class="cards">
-<section class="card"><h2>Explanation of <span id="chosen"></span></h2>
-<p id="explanation" aria-live="polite"></p>
-<p class="hide-below" id="hide-below" hidden><label>Hide words below <span id="kind"></span>
-<input type="range" id="least" min="0" max="0.95" step="0.05" value="0"></label>
-<output id="least-shown">0.00</output></p>
-<p class="soft" id="no-support" hidden></p>
-<ul class="warnings" id="warnings" aria-live="polite"></ul>
-<p class="soft" id="reads-back" hidden>This text, tokenised again, gives other tokens: some cannot
-be shown as text. The numbers are those of the tokens that were written.</p>
-<p class="numbers"><span>KL <b id="kl"></b> nats</span><span>cos <b id="cos"></b></span></p></section>
-<section class="card"><h2>The model predicts</h2><ol id="before"></ol></section>
-<section class="card"><h2>With the explanation swapped in for the activation</h2><ol id="after"></ol></section>
-</div>
-<section class="card" style="margin-top:1rem">
-<h2><label for="edit">Edit the explanation</label></h2>
-<textarea id="edit" rows="2"></textarea>
-<div class="bar"><button id="swap">Swap in and predict</button>
-<span class="numbers"><span>KL <b id="edited-kl"></b></span><span>cos <b id="edited-cos"></b></span></span></div>
-<p class="soft" id="edited-tokens"></p>
-<ul class="warnings" id="edited-warnings" aria-live="polite"></ul>
-<ol id="edited"></ol>
-</section>
-</div>
-</main>
-<script>
-"use strict";
+// What the explorer does; the server sends it as it is.
+import { hideBelow } from "./words.js";
+
 const $ = (id) => document.getElementById(id);
 // The content of a saved file: the text, its tokens, and one row per explained token.
 let state = {schema: 1, text: "", tokens: [], rows: {}, edited: {}, position: null};
@@ -120,8 +25,6 @@ async function attempt(work) {
     $("explanation").classList.remove("writing");
   }
 }
-
-/* words.js */
 
 const number = (value) => value.toFixed(3);
 
@@ -318,6 +221,3 @@ attempt(async () => {
   $("no-support").textContent = facts.no_support || "";
   $("kind").textContent = facts.no_support ? "the decoder's own probability" : "support";
 });
-</script>
-</body>
-</html>
