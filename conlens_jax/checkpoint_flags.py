@@ -16,8 +16,20 @@ from conlens_jax.config import (
 )
 from conlens_jax.training.run_folder import checkpoint_of
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run folder, or a checkpoint in it.")
+CHECKPOINTS = flags.DEFINE_multi_string("checkpoint", None, "Run folder, or a checkpoint in it.")
 STEP = flags.DEFINE_string("step", "latest", "Checkpoint of a run folder: latest, best, or a step.")
+
+
+def one_checkpoint() -> str | None:
+    """The value of ``--checkpoint``, None if it was not given.
+
+    Raises:
+      ConfigError: it was given more than once.
+    """
+    given = CHECKPOINTS.value or []
+    if len(given) > 1:
+        raise ConfigError(f"--checkpoint is given {len(given)} times; this command takes one")
+    return given[0] if given else None
 
 
 def recorded_config(checkpoint: str) -> ExperimentConfig:

@@ -15,7 +15,7 @@ import dataclasses
 from absl import flags
 
 from conlens_jax import cli
-from conlens_jax.checkpoint_flags import CHECKPOINT, STEP, recorded_config
+from conlens_jax.checkpoint_flags import STEP, one_checkpoint, recorded_config
 from conlens_jax.config import ConfigError
 from conlens_jax.evaluation.run import evaluate_run
 from conlens_jax.files.paths import local_path
@@ -35,8 +35,8 @@ _CACHE_DIR = flags.DEFINE_string("cache_dir", None, "Overrides dump.cache_dir.")
 def main() -> None:
     if _CONFIG.value is not None:
         config = cli.load_config(_CONFIG)
-    elif CHECKPOINT.value:
-        config = recorded_config(CHECKPOINT.value)
+    elif one_checkpoint():
+        config = recorded_config(one_checkpoint())
     else:
         raise ConfigError("give --checkpoint=<run folder> or --config=configs/<file>.py")
     for name, flag in (("suite", SUITE), ("split", SPLIT)):
@@ -46,7 +46,7 @@ def main() -> None:
     if _CACHE_DIR.value:
         dump = dataclasses.replace(config.dump, cache_dir=str(local_path(_CACHE_DIR.value)))
         config = dataclasses.replace(config, dump=dump)
-    checkpoint, console = CHECKPOINT.value or config.run_dir, cli.start(config)
+    checkpoint, console = one_checkpoint() or config.run_dir, cli.start(config)
     check_files(config, evaluates=checkpoint)
     folder, step = chosen_checkpoint(checkpoint, STEP.value)
     session = open_session(config, console, run=folder.parent)

@@ -14,7 +14,7 @@ import sys
 from absl import flags
 
 from conlens_jax import cli
-from conlens_jax.checkpoint_flags import CHECKPOINT, STEP
+from conlens_jax.checkpoint_flags import STEP, one_checkpoint
 from conlens_jax.config import ConfigError
 from conlens_jax.corpora.corpus import CorpusError
 from conlens_jax.corpora.text_lines import lines
@@ -40,7 +40,7 @@ _COLOUR = flags.DEFINE_enum("colour", "auto", ["auto", "always", "never"], "Colo
 
 
 def main(texts: list[str]) -> None:
-    if not CHECKPOINT.value:
+    if not one_checkpoint():
         raise ConfigError("give --checkpoint=<run folder, saved lens or hub id>")
     positions, problems = "all", []
     try:
@@ -60,7 +60,7 @@ def main(texts: list[str]) -> None:
         raise ConfigError(problems)
     if not texts:
         raise ConfigError('give a text, for example "once upon a time", or --file=<file>')
-    lens = Lens.load(CHECKPOINT.value, dtype=_DTYPE.value, step=STEP.value)
+    lens = Lens.load(one_checkpoint(), dtype=_DTYPE.value, step=STEP.value)
     options = {
         "seed": _SEED.value,
         "batch_size": _BATCH_SIZE.value,

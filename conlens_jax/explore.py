@@ -1,27 +1,34 @@
 """A page to explore a lens with: python -m conlens_jax.explore --checkpoint=runs/quickstart
 
-Needs the extra ``explore`` (``pip install 'conlens_jax[explore]'``). The page is served only to
-this machine unless ``--host`` is given; it has no login. Requests must use one of this machine's
-names or ``--host`` (``--allow_hosts`` adds names); pages of other sites are refused
+Needs the extra ``explore`` (``pip install 'conlens_jax[explore]'``). ``--checkpoint`` given several
+times, with lenses of other layers of the same model, shows a token at all of them. The page is
+served only to this machine unless ``--host`` is given; it has no login. Requests must use one of
+this machine's names or ``--host`` (``--allow_hosts`` adds names); pages of other sites are refused
 (``--allow_origins`` allows some, with CORS).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from collections.abc import Sequence
 
 from absl import flags
 
 from conlens_jax import cli
-from conlens_jax.checkpoint_flags import CHECKPOINT, STEP
+from conlens_jax.checkpoint_flags import CHECKPOINTS, STEP
 from conlens_jax.config import ConfigError
 from conlens_jax.explorer.listener import listener_on
 from conlens_jax.inspection.lens import Lens
+from conlens_jax.parallel.host import keep_programs
 
 LOOPBACK = "127.0.0.1"
+LEAST_LENGTH = 128
+"""Texts of up to this many tokens share their compiled programs."""
 _HOST = flags.DEFINE_string("host", LOOPBACK, "Address to serve on; 0.0.0.0: every interface.")
 _PORT = flags.DEFINE_integer("port", 7860, "Port to serve on; 0: any free one.", 0, 65535)
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 2048, "Longer texts are refused.")
+_TEXT = flags.DEFINE_string("text", "", "The text that the page opens on; empty: an example.")
 _HOSTS = flags.DEFINE_list("allow_hosts", [], "More host names that requests may use.")
 _ORIGINS = flags.DEFINE_list(
     "allow_origins", [], "Other sites whose pages may send requests, such as https://name.org"
@@ -32,28 +39,52 @@ def main() -> None:
     try:
         import uvicorn
 
+        from conlens_jax.explorer.examples import example_text
         from conlens_jax.explorer.server import LIMITS, make_app
         from conlens_jax.explorer.server_limits import served_hosts
         from conlens_jax.explorer.slow_clients import uvicorn_options
+        from conlens_jax.explorer.warming import Warming
     except ImportError as error:
         raise ImportError(
             f"the page needs the extra 'explore': pip install 'conlens_jax[explore]' ({error})"
         ) from error
-    if not CHECKPOINT.value:
+    names = CHECKPOINTS.value or []
+    if not names:
         raise ConfigError("give --checkpoint=<run folder, saved lens or hub id>")
     listener = listener_on(_HOST.value, _PORT.value)
-    lens = Lens.load(CHECKPOINT.value, step=STEP.value)
+    keep_programs()
+    lenses = _loaded(names)
+    example = _TEXT.value or example_text(lenses[0])
     app = make_app(
-        lens,
+        lenses[0],
+        lenses[1:],
         max_tokens=_MAX_TOKENS.value,
         hosts=served_hosts(_HOST.value, _HOSTS.value),
         origins=tuple(_ORIGINS.value),
+        example=example,
+        names=names,
     )
+    warming = Warming(app.state.runs, example, names)
     print(f"http://{_HOST.value}:{listener.getsockname()[1]}  (Ctrl-C stops it)", flush=True)
     options = {"log_level": "warning", **uvicorn_options(LIMITS)}
     server = uvicorn.Server(uvicorn.Config(app, **options))
-    with contextlib.suppress(KeyboardInterrupt), listener:
+    with contextlib.suppress(KeyboardInterrupt), listener, warming:
         server.run(sockets=[listener])
+
+
+def _loaded(names: Sequence[str]) -> list[Lens]:
+    lenses = [
+        dataclasses.replace(Lens.load(name, step=STEP.value), least_length=LEAST_LENGTH)
+        for name in names
+    ]
+    first = lenses[0]
+    for name, lens in zip(names[1:], lenses[1:], strict=True):
+        if lens.model.tokenizer.fingerprint != first.model.tokenizer.fingerprint:
+            raise ConfigError(
+                f"--checkpoint={name}: its model, {lens.model.model_id}, has another tokenizer "
+                f"than that of {names[0]}, {first.model.model_id}; give lenses of one model"
+            )
+    return lenses
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 from absl import flags
 
 from conlens_jax import cli
-from conlens_jax.checkpoint_flags import CHECKPOINT, recorded_config
+from conlens_jax.checkpoint_flags import one_checkpoint, recorded_config
 from conlens_jax.config import ConfigError
 from conlens_jax.evaluation.report.markup import format_interval
 from conlens_jax.evaluation.report.report_data import Report
@@ -48,11 +48,11 @@ def main() -> None:
     problems = list(write_problems("--out", _OUT.value))
     if problems:
         raise ConfigError(problems)
-    if CHECKPOINT.value:
-        check_files(recorded_config(CHECKPOINT.value), evaluates=CHECKPOINT.value)
+    if one_checkpoint():
+        check_files(recorded_config(one_checkpoint()), evaluates=one_checkpoint())
     report_toy()
-    if CHECKPOINT.value:
-        report_lens(CHECKPOINT.value)
+    if one_checkpoint():
+        report_lens(one_checkpoint())
 
 
 def report_toy() -> None:

@@ -27,7 +27,7 @@ from absl import flags
 
 import conlens_jax
 from conlens_jax import cli
-from conlens_jax.checkpoint_flags import CHECKPOINT
+from conlens_jax.checkpoint_flags import one_checkpoint
 from conlens_jax.data.extract import dump_activations
 from conlens_jax.evaluation.studies.claims import claim_truth
 from conlens_jax.evaluation.studies.measured_claims import measured_claims
@@ -51,7 +51,7 @@ def main() -> None:
     config = cli.load_config(_CONFIG)
     session = open_session(config, cli.start(config))
     dump_activations(config, session.model, session.spec, session.mesh, session.console)
-    lens = conlens_jax.Lens.load(CHECKPOINT.value)
+    lens = conlens_jax.Lens.load(one_checkpoint())
     if lens.spec.lens.text_len != session.spec.text_len or lens.spec.layer != session.spec.layer:
         raise SystemExit("--config: model.layer and lens.text_len must be those of the lens")
     held_out = session.held_out

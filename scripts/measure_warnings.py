@@ -17,7 +17,7 @@ from absl import flags
 
 import conlens_jax
 from conlens_jax import cli
-from conlens_jax.checkpoint_flags import CHECKPOINT
+from conlens_jax.checkpoint_flags import one_checkpoint
 from conlens_jax.config import ConfigError, CorpusConfig
 from conlens_jax.corpora.opening import open_corpus
 from conlens_jax.evaluation.claims import NEXT, claim_reader
@@ -38,9 +38,9 @@ _REASONS = {
 
 
 def main() -> None:
-    lens = conlens_jax.Lens.load(CHECKPOINT.value)
+    lens = conlens_jax.Lens.load(one_checkpoint())
     if lens.calibration is None:
-        raise ConfigError(f"--checkpoint={CHECKPOINT.value} has no support: evaluate it first")
+        raise ConfigError(f"--checkpoint={one_checkpoint()} has no support: evaluate it first")
     tokenizer = lens.model.tokenizer
     reader = claim_reader(lens.calibration.claims, tokenizer, lens.spec.gap)
     documents = open_corpus(CorpusConfig(kind=_CORPUS.value)).documents("validation")

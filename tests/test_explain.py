@@ -220,6 +220,31 @@ def test_writing_token_by_token_ends_in_the_explanation(lens, decoding):
     assert all(last.startswith(piece) for piece in pieces)
 
 
+def test_alternatives_are_what_the_decoder_could_have_written(lens, explained):
+    best = explained[2].best
+    rows = lens.alternatives(TEXT, explained[2].position, best, count=3)
+    assert [row[0].token for row in rows] == list(best.tokens)  # greedy: each is the likeliest
+    assert [row[0].probability for row in rows] == pytest.approx(best.probabilities, rel=1e-4)
+    assert [row[0].text for row in rows] == list(best.pieces)
+    assert all(sorted(row, key=lambda a: -a.probability) == list(row) for row in rows)
+    changed = [rows[0][1].token, *best.tokens[1:]]
+    assert lens.alternatives(TEXT, explained[2].position, changed, count=3)[0] == rows[0]
+    with pytest.raises(ValueError, match="count must be at least 1"):
+        lens.alternatives(TEXT, 2, best, count=0)
+
+
+def test_batches_come_as_they_are_done_and_padding_changes_nothing(lens, explained):
+    padded = dataclasses.replace(lens, least_length=64)
+    batches = list(padded.explain_in_batches(TEXT, batch_size=4, whole=True))
+    assert [len(batch) for batch in batches] == [4, 4, len(explained) - 8]
+    for row, own in zip([row for batch in batches for row in batch], explained, strict=True):
+        assert row.explanation == own.explanation
+        assert row.best.kl == pytest.approx(own.best.kl, rel=1e-3, abs=1e-5)
+        assert own.norm == pytest.approx(np.linalg.norm(lens.capture(TEXT, own.position)), rel=1e-5)
+    with pytest.raises(ValueError, match="decoding"):
+        lens.explain_in_batches(TEXT, decoding="beam")
+
+
 def test_compare_says_what_it_did(lens):
     a, b = (TEXT, 3), (TEXTS[1], -1)
     found = lens.compare(a, b)
@@ -239,6 +264,15 @@ def test_steering_moves_the_activation_by_the_edit(lens):
     assert found.effect.best.kl == pytest.approx(again.best.kl, rel=1e-3) and again.best.kl > 0
     tokens = lens.model.generate([ids_of(lens, TEXT)], 3, stop=())
     assert found.before == lens.model.decode(tokens)[0]
+    edited, written = found.edited, found.written
+    more = dict(written=written, strength=2.0, new_tokens=0)
+    same = lens.steer(TEXT, 6, str(written) + " fox fox", **more)
+    assert same.edited == edited and same.effect.best.kl == pytest.approx(found.effect.best.kl)
+    assert same.after == "" and same.control == found.control != found.effect
+    assert lens.steer(TEXT, 6, edited, **more, seed=1).control != found.control
+    # As far from the activation, elsewhere: at strength 0 it is the activation itself.
+    still = lens.steer(TEXT, 6, edited, written=written, strength=0.0, new_tokens=0)
+    assert abs(still.control.best.kl) < 1e-6 < found.control.best.kl
     with pytest.raises(ValueError, match="edit changes nothing"):
         lens.steer(TEXT, 6, ("no such word", "x"))
 

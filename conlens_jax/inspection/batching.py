@@ -50,12 +50,16 @@ def power_of_two(count: int) -> int:
 
 
 def groups_of(
-    documents: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], samples: int
+    documents: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    samples: int,
+    least_length: int = 1,
 ) -> Iterator[Group]:
-    """Groups of documents of similar length; each document is in one group."""
+    """Groups of documents of similar length, padded to at least ``least_length``; each document is
+    in one group."""
     by_length: dict[int, list[int]] = {}
     for number, tokens in enumerate(documents):
-        by_length.setdefault(bucket(len(tokens)), []).append(number)
+        by_length.setdefault(bucket(max(len(tokens), least_length)), []).append(number)
     for length, numbers in sorted(by_length.items()):
         most = max(TOKENS_AT_ONCE // length, 1)
         for start in range(0, len(numbers), most):
@@ -74,13 +78,20 @@ def groups_of(
             )
 
 
-def batches_of(group: Group, batch_size: int, mesh: Mesh) -> Iterator[tuple[list[Row], list]]:
-    """Batches of rows, each with (index in the group, position, sample) on the mesh, filled up."""
+def batches_of(
+    group: Group, batch_size: int, mesh: Mesh, whole: bool = False
+) -> Iterator[tuple[list[Row], list]]:
+    """Batches of rows, each with (index in the group, position, sample) on the mesh, filled up.
+
+    Args:
+      whole: the last batch too is filled up to ``batch_size``.
+    """
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     sharding = batch_sharding(mesh)
     for start in range(0, len(group.rows), batch_size):
         rows = group.rows[start : start + batch_size]
-        size = -(-min(batch_size, power_of_two(len(rows))) // parts) * parts
+        size = batch_size if whole else min(batch_size, power_of_two(len(rows)))
+        size = -(-size // parts) * parts
         indices = [(group.index_of[r.document], r.position, r.sample) for r in rows]
         columns = zip(*indices, strict=True)
         arrays = [filled(np.array(column, np.int32), size) for column in columns]

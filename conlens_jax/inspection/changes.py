@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from conlens_jax.config.seeds import checked_seed, numpy_seed
 from conlens_jax.inspection.explainer import LensExplainer
 from conlens_jax.inspection.reader import LensReader, Vector
 from conlens_jax.inspection.readings import ExplainedToken
@@ -57,6 +58,8 @@ class Steered:
       edited: the explanation after it, with the ``tokens`` that were read.
       effect: what M predicts with the moved activation.
       before, after: M's greedy continuation of the text without and with it.
+      control: what M predicts with the activation moved as far in a random direction.
+      after_control: its continuation then.
     """
 
     written: Written
@@ -64,6 +67,8 @@ class Steered:
     effect: ExplainedToken
     before: str
     after: str
+    control: ExplainedToken
+    after_control: str
 
 
 def compare(lens: LensReader, a: TextPosition | Vector, b: TextPosition | Vector) -> Comparison:
@@ -104,13 +109,19 @@ def steer(
     edit: Explanation | tuple[str, str] | Callable[[Written], Explanation],
     strength: float,
     new_tokens: int,
+    written: Explanation | None,
+    seed: int,
 ) -> Steered:
     """See :meth:`~conlens_jax.inspection.lens.Lens.steer`."""
+    seed = checked_seed(seed)
     if not np.isfinite(strength):
         raise ValueError(f"strength must be a finite number, not {strength}")
     (tokens,) = token_lists([text], lens.model, lens.add_bos)
     position = token_index(position, tokens)
-    *_, written = lens.write(text, position)
+    if written is None:
+        *_, written = lens.write(text, position)
+    else:
+        written = lens.as_read(written)
     if isinstance(edit, tuple) and all(isinstance(words, str) for words in edit):
         edit = written.replace(*edit)
     elif callable(edit):
@@ -125,22 +136,30 @@ def steer(
     move_D = lens.encode(edited.tokens) - lens.encode(base.tokens)
     activation_D = lens.capture(text, position)
     moved_D = (activation_D + strength * move_D).astype(np.float32)
-    effect = lens.swap(text, position, moved_D)
-    before = _continued(lens, text, position, activation_D, new_tokens)
-    after = _continued(lens, text, position, moved_D, new_tokens)
-    return Steered(written, edited, effect, before, after)
+    control_D = activation_D + random_direction(move_D, seed) * np.float32(strength)
+    effect, control = lens.swaps(text, [(position, moved_D), (position, control_D)])
+    vectors_3D = np.stack([activation_D, moved_D, control_D])
+    before, after, after_control = _continued(lens, text, position, vectors_3D, new_tokens)
+    return Steered(written, edited, effect, before, after, control, after_control)
 
 
-def _continued(lens: LensReader, text: Any, position: int, vector_D: Vector, count: int) -> str:
-    """M's greedy continuation with a vector at the position; every token by a full pass."""
+def random_direction(move_D: Vector, seed: int) -> Vector:
+    """A vector of the same length in a random direction."""
+    drawn_D = np.random.default_rng(numpy_seed(seed)).standard_normal(move_D.shape)
+    return (drawn_D / np.linalg.norm(drawn_D) * np.linalg.norm(move_D)).astype(np.float32)
+
+
+def _continued(
+    lens: LensReader, text: Any, position: int, vectors_ND: np.ndarray, count: int
+) -> list[str]:
+    """M's greedy continuation with each vector at the position; every token by a full pass."""
     (tokens,) = token_lists([text], lens.model, lens.add_bos)
-    length = len(tokens)
-    row_1S = np.zeros((1, bucket(length + count)), np.int32)
-    row_1S[0, :length] = tokens
-    positions = np.arange(row_1S.shape[1])
+    length, slots = len(tokens), bucket(max(len(tokens) + count, lens.least_length))
+    rows_NS = np.zeros((len(vectors_ND), slots), np.int32)
+    rows_NS[:, :length] = tokens
+    places = np.arange(slots)
     for end in range(length, length + count):
-        logits = lens.model.swap(
-            row_1S, lens.spec.layer, position % length, vector_D[None], (positions < end)[None]
-        )
-        row_1S[0, end] = int(np.argmax(logits[0, end - 1]))
-    return lens.model.tokenizer.decode(row_1S[0, length : length + count])
+        mask_NS = np.broadcast_to(places < end, rows_NS.shape)
+        logits = lens.model.swap(rows_NS, lens.spec.layer, position % length, vectors_ND, mask_NS)
+        rows_NS[:, end] = np.argmax(logits[:, end - 1], axis=-1)
+    return lens.model.decode(rows_NS[:, length : length + count])

@@ -20,8 +20,14 @@ from conlens_jax.inspection import batching
 from conlens_jax.inspection.explanations import Explanations
 from conlens_jax.inspection.programs import Sampling, sampling_of
 from conlens_jax.inspection.reader import LensReader, Vector
-from conlens_jax.inspection.readings import ExplainedToken
-from conlens_jax.inspection.texts import Positions, token_index, token_indices, token_lists
+from conlens_jax.inspection.readings import Alternative, ExplainedToken
+from conlens_jax.inspection.texts import (
+    Explanation,
+    Positions,
+    token_index,
+    token_indices,
+    token_lists,
+)
 from conlens_jax.lens.original import ContextStates
 from conlens_jax.models.arguments import finite_array
 from conlens_jax.models.written import Written, before_end, written_texts
@@ -60,30 +66,23 @@ class LensExplainer(LensReader):
         Raises:
           ValueError: invalid texts or positions, or settings out of range.
         """
-        _check_explain(samples, decoding, batch_size, temperature)
-        seed = checked_seed(seed)
+        settings = {"decoding": decoding, "samples": samples, "seed": seed}
+        batches = self.explain_in_batches(
+            text, positions, **settings, temperature=temperature, batch_size=batch_size
+        )
         documents = token_lists(text, self.model, self.add_bos)
         bos = self.model.tokenizer.bos_id
         indices = [token_indices(positions, tokens, bos) for tokens in documents]
-        once = [list(dict.fromkeys(chosen)) for chosen in indices]
-        # All samples of a token are in one batch, so that the callback gets whole tokens.
-        batch_size = max(batch_size // samples, 1) * samples
         explained: dict[tuple[int, int], ExplainedToken] = {}
-        total = samples * sum(map(len, once))
+        total = samples * sum(len(set(chosen)) for chosen in indices)
         hide = None if progress and total > batch_size else True
         with tqdm(total=total, desc="explaining", unit="text", disable=hide, leave=False) as bar:
-            for group in batching.groups_of(documents, once, samples):
-                states = self._read(group.tokens_GS, group.mask_GS)
-                for rows, arrays in batching.batches_of(group, batch_size, self.mesh):
-                    batch = self._explain_batch(
-                        documents, states, rows, arrays, decoding, seed, temperature
-                    )
-                    explained |= {(token.document, token.position): token for token in batch}
-                    bar.update(len(rows))
-                    if callback is not None:
-                        callback(batch)
+            for batch in batches:
+                explained |= {(token.document, token.position): token for token in batch}
+                bar.update(samples * len(batch))
+                if callback is not None:
+                    callback(batch)
         order = [(d, p) for d, chosen in enumerate(indices) for p in chosen]
-        settings = {"decoding": decoding, "samples": samples, "seed": seed}
         if temperature != 1.0:
             settings["temperature"] = temperature
         return Explanations(
@@ -91,6 +90,45 @@ class LensExplainer(LensReader):
             tuple(tuple(map(self.model.tokenizer.token, tokens)) for tokens in documents),
             {**self.facts, **settings},
         )
+
+    def explain_in_batches(
+        self,
+        text: Any,
+        positions: Positions = "all",
+        *,
+        samples: int = 1,
+        decoding: str = "greedy",
+        temperature: float = 1.0,
+        seed: int = 0,
+        batch_size: int = 32,
+        whole: bool = False,
+    ) -> Iterator[list[ExplainedToken]]:
+        """:meth:`explain`, but yields the explained tokens of every batch when it is done.
+
+        Args:
+          whole: fill the last batch up to ``batch_size``: no program is compiled for a smaller one.
+
+        Raises:
+          ValueError: as :meth:`explain`, and before the first batch.
+        """
+        _check_explain(samples, decoding, batch_size, temperature)
+        seed = checked_seed(seed)
+        documents = token_lists(text, self.model, self.add_bos)
+        bos = self.model.tokenizer.bos_id
+        indices = [token_indices(positions, tokens, bos) for tokens in documents]
+        once = [list(dict.fromkeys(chosen)) for chosen in indices]
+        # All samples of a token are in one batch, which so has whole tokens.
+        batch_size = max(batch_size // samples, 1) * samples
+
+        def batches() -> Iterator[list[ExplainedToken]]:
+            for group in batching.groups_of(documents, once, samples, self.least_length):
+                states = self._read(group.tokens_GS, group.mask_GS)
+                for rows, arrays in batching.batches_of(group, batch_size, self.mesh, whole):
+                    yield self._explain_batch(
+                        documents, states, rows, arrays, decoding, seed, temperature
+                    )
+
+        return batches()
 
     def _explain_batch(
         self,
@@ -178,6 +216,37 @@ class LensExplainer(LensReader):
         rows = zip(texts, log_probs_BT[: len(texts)], strict=True)
         fields = [self._of_words(text.tokens, log_probs_T) for text, log_probs_T in rows]
         return [words_of(f["pieces"], f["support"], f["probabilities"]) for f in fields]
+
+    def alternatives(
+        self, text: Any, position: int, explanation: Explanation, count: int = 8
+    ) -> list[tuple[Alternative, ...]]:
+        """What the decoder would rather, or as soon, have written: of each token of an explanation
+        the ``count`` likeliest ones at its place, given those before it.
+
+        Args:
+          explanation: read as in :meth:`as_read`; its first ``spec.text_len`` tokens count.
+
+        Raises:
+          ValueError: an invalid text, position or explanation, or ``count`` is not positive.
+        """
+        if count < 1:
+            raise ValueError(f"count must be at least 1, not {count}")
+        (ids,) = token_lists([text], self.model, self.add_bos)
+        vector_D = self.capture(text, token_index(position, ids))
+        tokens = before_end(self.as_read(explanation).tokens, self.spec.end)[: self.spec.text_len]
+        text_1T = np.zeros((1, self.spec.text_len), np.int32)
+        text_1T[0, : len(tokens)] = tokens
+        ids_Tk, probabilities_Tk = self._programs.alternatives(
+            self.trainable, self.frozen, jnp.asarray(vector_D[None]), jnp.asarray(text_1T)
+        )
+        ids, probabilities = (
+            np.asarray(array_Tk)[: len(tokens), :count].tolist()
+            for array_Tk in (ids_Tk, probabilities_Tk)
+        )
+        return [
+            tuple(Alternative(i, self._piece(i), p) for i, p in zip(*row, strict=True))
+            for row in zip(ids, probabilities, strict=True)
+        ]
 
     def write(
         self,

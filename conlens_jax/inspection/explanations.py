@@ -176,6 +176,7 @@ def _row(values: Mapping[str, Any]) -> ExplainedToken:
         ),
         None if values.get("kl_mean") is None else float(values["kl_mean"]),
         tuple(map(str, values.get("warnings", ()))),
+        None if values.get("norm") is None else float(values["norm"]),
     )
 
 

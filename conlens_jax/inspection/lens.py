@@ -116,6 +116,8 @@ class Lens(LensExplainer):
         *,
         strength: float = 1.0,
         new_tokens: int = 12,
+        written: Explanation | None = None,
+        seed: int = 0,
     ) -> changes.Steered:
         """Edits the explanation of an activation, moves the activation by the edit, and shows the
         effect on M.
@@ -130,12 +132,14 @@ class Lens(LensExplainer):
         Args:
           edit: the new explanation, as a text or as token ids; (old words, new words); or a
             function of the explanation, which has its ``tokens``.
-          new_tokens: length of M's continuation.
+          new_tokens: length of M's continuation; 0: none.
+          written: the explanation that is edited; None: the greedy one.
+          seed: of the control, a random direction in which the activation is moved as far.
 
         Raises:
           ValueError: the edit changes nothing.
         """
-        return changes.steer(self, text, position, edit, strength, new_tokens)
+        return changes.steer(self, text, position, edit, strength, new_tokens, written, seed)
 
     def plot(self, text: Any, positions: Positions = "all", **settings: Any) -> Figure:
         """Explains a text and draws KL and support by token, and the reliability of the support.

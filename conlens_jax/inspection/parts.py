@@ -30,6 +30,8 @@ class LensParts:
       metrics: of the evaluation, if there was one.
       trained_on: positions, norms and tokens of the training rows, as far as they are recorded.
       calibration: how far the claims of its texts can be believed, if the evaluation measured it.
+      least_length: texts are padded to at least this many tokens, so that shorter ones share their
+        compiled programs.
     """
 
     model: LanguageModel
@@ -42,3 +44,4 @@ class LensParts:
     metrics: dict[str, float | None] = dataclasses.field(default_factory=dict)
     trained_on: TrainingRange = TrainingRange()
     calibration: Calibration | None = None
+    least_length: int = 1

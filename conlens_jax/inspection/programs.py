@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from conlens_jax.config.seeds import random_key
 from conlens_jax.lens import decoder as lens_decoder
-from conlens_jax.lens.decoder import DecodingState
+from conlens_jax.lens.decoder import DecodingState, decoder_head, teacher_forced_states
 from conlens_jax.lens.encoder import encode_tokens
 from conlens_jax.lens.gumbel import Noise, Purpose, drawn_noise
 from conlens_jax.lens.losses import direction_error, kl_divergence
@@ -26,6 +26,8 @@ from conlens_jax.models.param_table import Params
 
 TOP = 5
 """Number of M's most probable tokens that are reported."""
+MOST_ALTERNATIVES = 32
+"""Of the decoder, at each place of a text."""
 
 
 class SwapPrediction(NamedTuple):
@@ -73,6 +75,7 @@ class Programs:
         self.explain = bound(_explain)
         self.log_probs = bound(_log_probs)
         self.text_log_probs = bound(text_log_probs)
+        self.alternatives = bound(_alternatives)
         self.swap = bound(_swap)
         self.encode = bound(_encode)
         self.write = bound(_write)
@@ -118,6 +121,23 @@ def _log_probs(
     """The decoder's log p of each token of its texts, nats."""
     activation_BD = states.residual_GSD[documents_B, indices_B].astype(jnp.float32)
     return text_log_probs(trainable, frozen, activation_BD, text_BT, spec=spec)
+
+
+def _alternatives(
+    trainable: Params,
+    frozen: Params,
+    activation_1D: Float[Array, "1 D"],
+    text_1T: Int[Array, "1 T"],
+    *,
+    spec: LensSpec,
+) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
+    """The decoder's likeliest tokens at each place of a text, and their probabilities."""
+    decoder = decoder_of(trainable, frozen)
+    states_1TD = teacher_forced_states(decoder, activation_1D, text_1T, spec=spec)
+    probabilities_TV = jax.nn.softmax(decoder_head(decoder, spec).logits(states_1TD[0]))
+    most = min(MOST_ALTERNATIVES, probabilities_TV.shape[-1])
+    values_Tk, tokens_Tk = jax.lax.top_k(probabilities_TV, most)
+    return tokens_Tk, values_Tk
 
 
 def _swap(

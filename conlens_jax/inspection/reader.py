@@ -54,7 +54,7 @@ class LensReader(LensParts):
         [N, D] at several (``"all"``: at every token, also a bos token)."""
         (tokens,) = token_lists([text], self.model, self.add_bos)
         indices = token_indices(position, tokens, None, "position")
-        (group,) = batching.groups_of([tokens], [indices], 1)
+        (group,) = batching.groups_of([tokens], [indices], 1, self.least_length)
         states = self._read(group.tokens_GS, group.mask_GS)
         vectors_ND = np.asarray(states.residual_GSD[0, np.array(indices)], np.float32)
         return vectors_ND[0] if is_one(position) else vectors_ND
@@ -135,7 +135,7 @@ class LensReader(LensParts):
             self._check_width(vectors[-1][None])
         (tokens,) = documents = token_lists([text], self.model, self.add_bos)
         indices = [token_index(position, tokens) for position, _ in replacements]
-        (group,) = batching.groups_of(documents, [indices], 1)
+        (group,) = batching.groups_of(documents, [indices], 1, self.least_length)
         states = self._read(group.tokens_GS, group.mask_GS)
         size = batching.power_of_two(len(indices))
         effect = self._programs.swap(
@@ -183,6 +183,7 @@ class LensReader(LensParts):
             readings,
             float(effect.kl_mean[row]),
             row_warnings(self.trained_on, position, norm, token_id, token),
+            norm,
         )
 
     def _predictions(self, most_probable, row: int) -> tuple[Prediction, ...]:

@@ -16,6 +16,15 @@ class Prediction(NamedTuple):
     probability: float
 
 
+class Alternative(NamedTuple):
+    """A token that the decoder could have written at a place: its id, its text with its white
+    space, and its probability given the tokens before."""
+
+    token: int
+    text: str
+    probability: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Reading:
     """One text of an activation, scored by swapping its reconstruction into M.
@@ -81,6 +90,7 @@ class ExplainedToken:
       kl_mean: KL(M ‖ M with the mean training activation swapped in), nats; None in JSON of earlier
         versions and of an NLA pair, whose training activations are not known.
       warnings: why no explanation of this token should be believed: what training never had.
+      norm: of the activation; None in JSON of earlier versions and of an NLA pair.
     """
 
     document: int
@@ -90,6 +100,7 @@ class ExplainedToken:
     readings: tuple[Reading, ...]
     kl_mean: float | None = None
     warnings: tuple[str, ...] = ()
+    norm: float | None = None
 
     @property
     def best(self) -> Reading:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
+import platform
 import sys
 import zlib
 from collections import deque
@@ -13,7 +15,7 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from conlens_jax.files.paths import local_path
+from conlens_jax.files.paths import cache_folder, local_path
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 _GIB = 1 << 30
@@ -96,6 +98,23 @@ def _is_whole(program: bytes) -> bool:
     except zstandard.ZstdError:
         return False
     return True
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs in the cache folder, unless JAX has a folder for them already."""
+    if not jax.config.jax_compilation_cache_dir:
+        use_compilation_cache(str(cache_folder() / "programs" / _machine()), least_seconds=0.2)
+
+
+def _machine() -> str:
+    """A name that machines of different instructions do not share: XLA compiles for the processor
+    at hand."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                digest = hashlib.sha256(line.encode()).hexdigest()[:12]
+                return f"{platform.machine()}-{digest}"
+    return f"{platform.machine()}-{platform.node()}"
 
 
 def use_compilation_cache(folder: str, least_seconds: float = 1.0) -> None:
