@@ -73,10 +73,7 @@ def main() -> None:
 
 
 def _loaded(names: Sequence[str]) -> list[Lens]:
-    lenses = [
-        dataclasses.replace(Lens.load(name, step=STEP.value), least_length=LEAST_LENGTH)
-        for name in names
-    ]
+    lenses = [_padding(Lens.load(name, step=STEP.value)) for name in names]
     first = lenses[0]
     for name, lens in zip(names[1:], lenses[1:], strict=True):
         if lens.model.tokenizer.fingerprint != first.model.tokenizer.fingerprint:
@@ -85,6 +82,11 @@ def _loaded(names: Sequence[str]) -> list[Lens]:
                 f"than that of {names[0]}, {first.model.model_id}; give lenses of one model"
             )
     return lenses
+
+
+def _padding(lens: Lens) -> Lens:
+    least = min(LEAST_LENGTH, lens.spec.model.max_positions)
+    return dataclasses.replace(lens, least_length=least)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from conlens_jax.config import (
     from_config_dict,
     to_json_dict,
 )
-from conlens_jax.parallel.host import drop_cut_programs, use_compilation_cache
+from conlens_jax.parallel.host import drop_cut_programs, keep_programs, use_compilation_cache
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(ROOT.glob("configs/*.py"))
@@ -200,7 +200,7 @@ def test_quickstart_ends_with_the_path_of_the_report(world, tmp_path):
     assert metrics["target_next_words_right"] == 1  # explanations in words
 
 
-def test_compiled_programs_are_kept_where_asked(tmp_path):
+def test_compiled_programs_are_kept_where_asked(tmp_path, monkeypatch):
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     use_compilation_cache("")
@@ -211,6 +211,12 @@ def test_compiled_programs_are_kept_where_asked(tmp_path):
         jax.block_until_ready(jax.jit(lambda x: jnp.sin(x) * 3)(jnp.arange(7.0)))
         assert any((tmp_path / "programs").iterdir())
         assert drop_cut_programs(tmp_path / "programs") == []
+        keep_programs()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "programs"), "as asked"
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setenv("CONLENS_CACHE", str(tmp_path))
+        keep_programs()
+        assert Path(jax.config.jax_compilation_cache_dir).parent == tmp_path / "programs"
     finally:
         for name, value in before.items():
             jax.config.update(name, value)

@@ -199,6 +199,8 @@ def test_explain_looks_before_it_loads(tmp_path):
     ]
     with pytest.raises(ConfigError, match="--html=.* is a folder"):
         entry_points.run("conlens_jax.explain", [arguments[0], f"--html={tmp_path}", "once"])
+    with pytest.raises(ConfigError, match="--checkpoint is given 2 times"):
+        entry_points.run("conlens_jax.explain", [arguments[0], arguments[0], "once"])
     for wrong in ("--samples=0", "--batch_size=0"):
         with pytest.raises(flags.IllegalFlagValueError, match="positive integer"):
             entry_points.run("conlens_jax.explain", [arguments[0], wrong, "once"])

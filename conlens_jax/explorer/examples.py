@@ -41,24 +41,29 @@ _log = logging.getLogger(__name__)
 
 def example_text(lens: Lens) -> str:
     """The one that the lens is most at home with: of its tokens the largest share was in the
-    training texts, and most characters are in the vocabulary."""
+    training texts. Empty if the model reads none of them."""
 
     def known(text: str) -> float:
-        (ids,) = token_lists([text], lens.model, lens.add_bos)
+        try:
+            (ids,) = token_lists([text], lens.model, lens.add_bos)
+        except ValueError:  # longer than the model can read
+            return -1.0
         unknown = lens.model.tokenizer.unk_id
         seen = [t for t in ids if t != unknown and lens.trained_on.has_token(t)]
         return len(seen) / len(ids)
 
     shares = [round(known(text), 2) for text in TEXTS]
     # Of equals the last: a model that knows all texts is one of real text.
-    return max(zip(shares, range(len(TEXTS)), TEXTS, strict=True))[2]
+    share, _, text = max(zip(shares, range(len(TEXTS)), TEXTS, strict=True))
+    return text if share >= 0 else ""
 
 
 def fingerprint(lens: Lens, text: str) -> str:
     """Of a lens and a text: changes with the model, the shape of the lens and its trained arrays
     (the small ones: training moves them all)."""
     digest = hashlib.sha256()
-    about = [_FORMAT, text, lens.facts, lens.spec.text_len, lens.calibration is not None]
+    calibration = None if lens.calibration is None else lens.calibration.to_json()
+    about = [_FORMAT, text, lens.facts, lens.spec.text_len, calibration]
     digest.update(json.dumps(about, sort_keys=True, default=str).encode())
     size = 0
     for leaf in sorted(jax.tree.leaves(lens.trainable), key=lambda leaf: leaf.size):

@@ -24,12 +24,14 @@ class Warming:
     An example that is kept from an earlier start is there at once.
 
     Args:
+      example: the text; empty: there is nothing to do.
       names: of the lenses, in the order of ``runs.lenses``.
     """
 
     def __init__(self, runs: TextRuns, example: str, names: Sequence[str]):
         self.runs, self.names = runs, names
-        self.asked = [Asked(example, lens=number) for number in range(len(runs.lenses))]
+        lenses = range(len(runs.lenses)) if example else ()
+        self.asked = [Asked(example, lens=number) for number in lenses]
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._warm, name="warming", daemon=True)
         for asked in self.asked:
