@@ -41,7 +41,7 @@ from conlens_jax.explorer.page_requests import (
 from conlens_jax.explorer.shown import plain_row, shown_row
 from conlens_jax.explorer.streams import ClosedStream
 from conlens_jax.explorer.strict_json import StrictRoute
-from conlens_jax.explorer.text_runs import TextRuns
+from conlens_jax.explorer.text_runs import BATCH, TextRuns
 from conlens_jax.explorer.turns import Turns
 from conlens_jax.inspection.changes import random_direction
 from conlens_jax.inspection.explanations import Explanations
@@ -90,12 +90,13 @@ def page_routes(
 
     @router.post("/layers")
     def layers(request: LayersBody) -> dict[str, Any]:
-        options = {"decoding": request.decoding, "seed": request.seed, "progress": False}
+        # In the shape of whole texts, which is compiled.
+        options = {"decoding": request.decoding, "seed": request.seed, "batch_size": BATCH}
         rows = []
         for number in range(len(lenses)):
             lens, tokens, position = place_of(request.model_copy(update={"lens": number}))
             with turns.turn():
-                (row,) = lens.explain(tokens, [position], **options)
+                ((row,),) = lens.explain_in_batches(tokens, [position], **options, whole=True)
             shown = shown_row(row, lens.calibration is not None)
             rows.append({"lens": number, "layer": lens.spec.layer, "row": shown})
         return {"rows": rows}

@@ -159,7 +159,8 @@ export function listen(pin) {
   });
   map.addEventListener("keydown", (event) => {
     if (!nodes.length || event.ctrlKey || event.metaKey || event.altKey) return;
-    if (KEYS[event.key]) moveTo(here < 0 ? first() : KEYS[event.key]());
+    const arrow = event.key.startsWith("Arrow");
+    if (KEYS[event.key]) moveTo(here < 0 && arrow ? first() : KEYS[event.key]());
     else if ((event.key === "Enter" || event.key === " ") && here >= 0) togglePin(here);
     else if (event.key === "Escape") hideTip();
     else return;

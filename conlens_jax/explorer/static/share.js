@@ -81,7 +81,7 @@ export function picture() {
     set(node, fields);
     if (text !== undefined) {
       node.textContent = text;
-      node.setAttribute("style", "white-space: pre");
+      node.setAttribute("xml:space", "preserve");
     }
     made.append(node);
   }
