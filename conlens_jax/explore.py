@@ -10,21 +10,17 @@ this machine's names or ``--host`` (``--allow_hosts`` adds names); pages of othe
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Sequence
 
 from absl import flags
 
 from conlens_jax import cli
 from conlens_jax.checkpoint_flags import CHECKPOINTS, STEP
 from conlens_jax.config import ConfigError
+from conlens_jax.explorer.lenses import load_lenses
 from conlens_jax.explorer.listener import listener_on
-from conlens_jax.inspection.lens import Lens
 from conlens_jax.parallel.host import keep_programs
 
 LOOPBACK = "127.0.0.1"
-LEAST_LENGTH = 128
-"""Texts of up to this many tokens share their compiled programs."""
 _HOST = flags.DEFINE_string("host", LOOPBACK, "Address to serve on; 0.0.0.0: every interface.")
 _PORT = flags.DEFINE_integer("port", 7860, "Port to serve on; 0: any free one.", 0, 65535)
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 2048, "Longer texts are refused.")
@@ -53,7 +49,7 @@ def main() -> None:
         raise ConfigError("give --checkpoint=<run folder, saved lens or hub id>")
     listener = listener_on(_HOST.value, _PORT.value)
     keep_programs()
-    lenses = _loaded(names)
+    lenses = load_lenses(names, STEP.value)
     example = _TEXT.value or example_text(lenses[0])
     app = make_app(
         lenses[0],
@@ -70,23 +66,6 @@ def main() -> None:
     server = uvicorn.Server(uvicorn.Config(app, **options))
     with contextlib.suppress(KeyboardInterrupt), listener, warming:
         server.run(sockets=[listener])
-
-
-def _loaded(names: Sequence[str]) -> list[Lens]:
-    lenses = [_padding(Lens.load(name, step=STEP.value)) for name in names]
-    first = lenses[0]
-    for name, lens in zip(names[1:], lenses[1:], strict=True):
-        if lens.model.tokenizer.fingerprint != first.model.tokenizer.fingerprint:
-            raise ConfigError(
-                f"--checkpoint={name}: its model, {lens.model.model_id}, has another tokenizer "
-                f"than that of {names[0]}, {first.model.model_id}; give lenses of one model"
-            )
-    return lenses
-
-
-def _padding(lens: Lens) -> Lens:
-    least = min(LEAST_LENGTH, lens.spec.model.max_positions)
-    return dataclasses.replace(lens, least_length=least)
 
 
 if __name__ == "__main__":

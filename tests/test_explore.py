@@ -21,6 +21,7 @@ from tiny_user import TEXT, TEXTS, tiny_user_lens
 
 from conlens_jax.evaluation.support import Calibration
 from conlens_jax.inspection.explanations import Explanations
+from conlens_jax.inspection.lens import Lens
 
 pytest.importorskip("fastapi", reason="the page needs the extra 'explore'")
 pytest.importorskip("uvicorn", reason="the page needs the extra 'explore'")
@@ -274,6 +275,21 @@ def test_lenses_of_other_layers(lens):
         assert rows[0]["row"]["readings"][0]["text"] == lens.explain(TEXT, 4)[0].explanation
         status, content = fetch(f"{address}/api/text", {"text": TEXT, "lens": 2})
         assert status == 400 and "lenses 0 to 1" in json.loads(content)["error"]
+
+
+def test_lenses_share_their_model(lens, tmp_path):
+    from conlens_jax.explorer.lenses import load_lenses, with_model_of
+
+    other = Lens.load(lens.save(tmp_path / "lens", include_model=True))
+    shared = with_model_of(other, lens)
+    for name, leaf in shared.frozen["original"].items():
+        if name != "layers":
+            assert leaf is lens.model.params[name] and leaf is not other.model.params[name]
+    assert shared.trainable is other.trainable and shared.model.params is lens.model.params
+    strange = dataclasses.replace(lens.model, weights_hash="another")
+    assert with_model_of(other, dataclasses.replace(lens, model=strange)) is other
+    (loaded,) = load_lenses([str(tmp_path / "lens")], "latest")
+    assert loaded.least_length == lens.spec.model.max_positions  # fewer than 128
 
 
 def test_files_of_a_text(lens, address):
