@@ -36,6 +36,7 @@ def main() -> None:
         import uvicorn
 
         from conlens_jax.explorer.examples import example_text
+        from conlens_jax.explorer.opening import Loading, Opening
         from conlens_jax.explorer.server import LIMITS, make_app
         from conlens_jax.explorer.server_limits import served_hosts
         from conlens_jax.explorer.slow_clients import uvicorn_options
@@ -48,24 +49,29 @@ def main() -> None:
     if not names:
         raise ConfigError("give --checkpoint=<run folder, saved lens or hub id>")
     listener = listener_on(_HOST.value, _PORT.value)
-    keep_programs()
-    lenses = load_lenses(names, STEP.value)
-    example = _TEXT.value or example_text(lenses[0])
-    app = make_app(
-        lenses[0],
-        lenses[1:],
-        max_tokens=_MAX_TOKENS.value,
-        hosts=served_hosts(_HOST.value, _HOSTS.value),
-        origins=tuple(_ORIGINS.value),
-        example=example,
-        names=names,
-    )
-    warming = Warming(app.state.runs, example, names)
-    print(f"http://{_HOST.value}:{listener.getsockname()[1]}  (Ctrl-C stops it)", flush=True)
+    senders = {
+        "hosts": served_hosts(_HOST.value, _HOSTS.value),
+        "origins": tuple(_ORIGINS.value),
+    }
+    opening = Opening(names[0], _TEXT.value, LIMITS, **senders)
     options = {"log_level": "warning", **uvicorn_options(LIMITS)}
-    server = uvicorn.Server(uvicorn.Config(app, **options))
-    with contextlib.suppress(KeyboardInterrupt), listener, warming:
+    server = uvicorn.Server(uvicorn.Config(opening, **options))
+
+    def load(stack: contextlib.ExitStack) -> None:
+        keep_programs()
+        lenses = load_lenses(names, STEP.value)
+        example = _TEXT.value or example_text(lenses[0])
+        most = {"max_tokens": _MAX_TOKENS.value}
+        app = make_app(lenses[0], lenses[1:], example=example, names=names, **most, **senders)
+        warming = Warming(app.state.runs, example, names)
+        opening.ready(app)
+        stack.enter_context(warming)
+
+    loading = Loading(load, failed=lambda: setattr(server, "should_exit", True))
+    print(f"http://{_HOST.value}:{listener.getsockname()[1]}  (Ctrl-C stops it)", flush=True)
+    with contextlib.suppress(KeyboardInterrupt), listener, loading:
         server.run(sockets=[listener])
+    loading.check()
 
 
 if __name__ == "__main__":

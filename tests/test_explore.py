@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import entry_points
 import numpy as np
 import pytest
 from pipeline import quick_compilation
@@ -227,6 +228,37 @@ def test_an_example_is_explained_once_and_kept(lens, tmp_path, monkeypatch):
     assert examples.kept_example(other, TEXT, place) is None, "of another lens"
     (tmp_path / "lens" / "example.json").write_text("[]")
     assert examples.kept_example(lens, TEXT, [place[0], tmp_path]) is None
+
+
+def test_the_page_is_there_while_the_lens_loads(lens, tmp_path):
+    from conlens_jax.explorer import examples
+    from conlens_jax.explorer.opening import Opening
+    from conlens_jax.explorer.server import LIMITS, make_app
+
+    (tmp_path / "config.json").write_text("{}")
+    explained = lens.explain(TEXT)
+    examples.keep_example(lens, TEXT, explained, [tmp_path, tmp_path / "cache"])
+    opened = lambda text: Opening(str(tmp_path), text, LIMITS, ("127.0.0.1",), ())
+    opening = opened("")
+    with serving(opening) as address:
+        assert fetch(address)[0] == 200 and fetch(f"{address}/static/app.js")[0] == 200
+        facts = json.loads(fetch(f"{address}/api/lens")[1])
+        assert facts["loading"] and facts["kept"]["text"] == TEXT
+        shown = [row["readings"][0]["text"] for row in facts["kept"]["rows"]]
+        assert shown == [row.explanation for row in explained]
+        for path in ("api/text", "nla/explain"):
+            status, content = fetch(f"{address}/{path}", {"text": TEXT})
+            assert status == 503 and "still being loaded" in json.loads(content)["error"]
+        assert fetch(f"{address}/api/lens", Host="evil.example")[0] == 421
+        opening.ready(make_app(lens, hosts=("127.0.0.1",)))
+        assert json.loads(fetch(f"{address}/api/lens")[1])["layer"] == lens.spec.layer
+    with serving(opened(TEXTS[1])) as address:  # asked for another text
+        assert json.loads(fetch(f"{address}/api/lens")[1])["kept"] is None
+
+
+def test_a_lens_that_cannot_be_loaded_ends_the_server():
+    with pytest.raises(ValueError, match="no-such-lens.* is neither a folder"):
+        entry_points.run("conlens_jax.explore", ["--checkpoint=no-such-lens", "--port=0"])
 
 
 def asked_for(address, path, **body):

@@ -6,6 +6,7 @@ else it is in the cache folder. It is used again only by the lens that it is of.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -78,19 +79,26 @@ def kept_example(lens: Lens, text: str, places: Sequence[Path]) -> Explanations 
     """The example if one of the files has it, of this lens."""
     key = fingerprint(lens, text)
     for file in _files(places, key):
-        try:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             values = json.loads(file.read_text(encoding="utf-8"))
             if values["fingerprint"] == key:
                 return Explanations.from_json(json.dumps(values["explanations"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+    return None
+
+
+def last_example(folders: Sequence[Path]) -> tuple[str, Explanations] | None:
+    """The text and the explanations that lie beside a lens, of whichever lens they are."""
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            values = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            return str(values["text"]), Explanations.from_json(json.dumps(values["explanations"]))
     return None
 
 
 def keep_example(lens: Lens, text: str, explained: Explanations, places: Sequence[Path]) -> None:
     """Writes it into the first of the folders that can be written."""
     key = fingerprint(lens, text)
-    values = {"fingerprint": key, "explanations": json.loads(explained.to_json())}
+    values = {"fingerprint": key, "text": text, "explanations": json.loads(explained.to_json())}
     for file in _files(places, key):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -159,8 +159,29 @@ share.listen(() => facts.lenses[state.lens], attempt, (content, name) => {
   keepAddress();
 });
 
+// While the lens is being loaded: what it said of its example when it was last here.
+async function waitForLens() {
+  let shown = false;
+  for (;;) {
+    facts = await ask("/api/lens");
+    if (!facts.loading) break;
+    $("facts").textContent = "The lens is being loaded …";
+    $("explain").disabled = true;
+    if (!shown && facts.kept && !location.hash.startsWith("#s=")) {
+      state.tokens = facts.kept.tokens;
+      state.rows = new Map(facts.kept.rows.map((row) => [row.position, row]));
+      $("text").value = state.text = facts.kept.text;
+      heat.showColours();
+      heat.showText();
+      shown = true;
+    }
+    await new Promise((resolve) => setTimeout(resolve, 500));
+  }
+  $("explain").disabled = false;
+}
+
 async function start() {
-  facts = await ask("/api/lens");
+  await waitForLens();
   pins.setUp(facts.lenses, () => {
     heat.showPinned();
     keepAddress();
