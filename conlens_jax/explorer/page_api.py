@@ -61,6 +61,7 @@ def page_routes(
       check: refuses a document that is too long for a lens.
     """
     router = APIRouter(prefix="/api", route_class=StrictRoute)
+    in_batches = {"batch_size": BATCH, "whole": True}  # as whole texts, which are compiled
 
     def lens_of(number: int) -> Lens:
         if not 0 <= number < len(lenses):
@@ -90,13 +91,12 @@ def page_routes(
 
     @router.post("/layers")
     def layers(request: LayersBody) -> dict[str, Any]:
-        # In the shape of whole texts, which is compiled.
-        options = {"decoding": request.decoding, "seed": request.seed, "batch_size": BATCH}
+        options = {"decoding": request.decoding, "seed": request.seed, **in_batches}
         rows = []
         for number in range(len(lenses)):
             lens, tokens, position = place_of(request.model_copy(update={"lens": number}))
             with turns.turn():
-                ((row,),) = lens.explain_in_batches(tokens, [position], **options, whole=True)
+                (row,) = lens.explain(tokens, [position], **options, progress=False)
             shown = shown_row(row, lens.calibration is not None)
             rows.append({"lens": number, "layer": lens.spec.layer, "row": shown})
         return {"rows": rows}
@@ -106,7 +106,7 @@ def page_routes(
         lens, tokens, position = place_of(request)
         with turns.turn():
             found = lens.claims(
-                tokens, position, request.samples, seed=request.seed, progress=False
+                tokens, position, request.samples, seed=request.seed, **in_batches, progress=False
             )
         return found.record()
 

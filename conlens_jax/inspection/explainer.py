@@ -46,6 +46,7 @@ class LensExplainer(LensReader):
         temperature: float = 1.0,
         seed: int = 0,
         batch_size: int = 32,
+        whole: bool = False,
         progress: bool = True,
         callback: Callable[[list[ExplainedToken]], None] | None = None,
     ) -> Explanations:
@@ -60,6 +61,7 @@ class LensExplainer(LensReader):
           temperature: of the samples; 1 as in training.
           seed: of the samples, any whole number. A text gets the same ones alone or in a list.
           batch_size: explanations written at once.
+          whole: fill the last batch up to ``batch_size``: no program is compiled for a smaller one.
           progress: show a progress bar, on a terminal and for more than one batch.
           callback: called with the explained tokens of every batch when it is done.
 
@@ -67,8 +69,9 @@ class LensExplainer(LensReader):
           ValueError: invalid texts or positions, or settings out of range.
         """
         settings = {"decoding": decoding, "samples": samples, "seed": seed}
+        sizes = {"batch_size": batch_size, "whole": whole}
         batches = self.explain_in_batches(
-            text, positions, **settings, temperature=temperature, batch_size=batch_size
+            text, positions, **settings, temperature=temperature, **sizes
         )
         documents = token_lists(text, self.model, self.add_bos)
         bos = self.model.tokenizer.bos_id
@@ -104,9 +107,6 @@ class LensExplainer(LensReader):
         whole: bool = False,
     ) -> Iterator[list[ExplainedToken]]:
         """:meth:`explain`, but yields the explained tokens of every batch when it is done.
-
-        Args:
-          whole: fill the last batch up to ``batch_size``: no program is compiled for a smaller one.
 
         Raises:
           ValueError: as :meth:`explain`, and before the first batch.

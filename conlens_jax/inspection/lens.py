@@ -74,6 +74,7 @@ class Lens(LensExplainer):
         least_share: float = LEAST_SHARE,
         seed: int = 0,
         batch_size: int = 32,
+        whole: bool = False,
         progress: bool = True,
     ) -> AgreedClaims | list[AgreedClaims]:
         """What sampled explanations of an activation agree on: each claim with the share of the
@@ -88,12 +89,12 @@ class Lens(LensExplainer):
             another number only claims of the greedy text have a support.
           least_share: leaves out claims that fewer of the samples state, unless the greedy text
             states them.
-          seed, batch_size, progress: see :meth:`explain`.
+          seed, batch_size, whole, progress: see :meth:`explain`.
 
         Raises:
           ValueError: the lens has no calibration of claims; an invalid text, position or setting.
         """
-        options = {"seed": seed, "batch_size": batch_size, "progress": progress}
+        options = {"seed": seed, "batch_size": batch_size, "whole": whole, "progress": progress}
         return agreement.claims(self, text, position, samples, least_share, **options)
 
     def compare(self, a: TextPosition | Vector, b: TextPosition | Vector) -> changes.Comparison:

@@ -61,7 +61,8 @@ export function showColours() {
   const {prefix, steps, unit} = SCALES[state.colour];
   const starts = [0, ...steps];
   $("legend").replaceChildren(...starts.map((start, step) => element("li", {},
-    element("span", {class: `swatch ${prefix}${step}`}), `${start}+`)), element("li", {}, unit));
+    element("span", {class: `swatch ${prefix}${step}`}), `${start}+`)), element("li", {}, unit),
+    element("li", {}, element("span", {class: "warned-key"}, "dotted"), ": a warning"));
   state.rows.forEach((_, position) => showToken(position));
 }
 
