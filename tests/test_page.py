@@ -23,7 +23,7 @@ from conlens_jax.evaluation.support import Calibration
 
 pytest.importorskip("fastapi", reason="the page needs the extra 'explore'")
 pytest.importorskip("uvicorn", reason="the page needs the extra 'explore'")
-from conlens_jax.explorer.text_runs import Asked
+from conlens_jax.explorer.text_runs import BATCH, Asked
 
 playwright = pytest.importorskip("playwright.sync_api", reason="a browser needs playwright")
 
@@ -189,7 +189,7 @@ def test_keys_and_pins(lens, page, rows):
 def test_what_can_be_asked_of_a_pin(lens, page):
     press(page, "Claims of 16 samples")
     page.wait_for_selector("table.claims tbody tr")
-    claims = lens.claims(TEXT, 2)
+    claims = lens.claims(TEXT, 2, batch_size=BATCH, whole=True)  # in the same shapes
     assert page.locator("table.claims tbody tr").count() == len(claims)
     assert f"{round(claims[0].share * 16)}/16" in page.inner_text("table.claims")
     press(page, "Other layers")

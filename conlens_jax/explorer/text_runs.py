@@ -256,11 +256,14 @@ class TextRuns:
         while True:
             error = self._explain(asked, run)
             with self._lock:  # a reader who has come since finds the run begun, or begins it
-                if run.missing and run.wanted and not error and not self._closed.is_set():
+                if run.missing and self._goes_on(run) and not error:
                     continue
                 self._working.discard(id(run))
                 run.say("stopped" if run.missing else "done", error)
                 return
+
+    def _goes_on(self, run: TextRun) -> bool:
+        return run.wanted and not self._closed.is_set()
 
     def _explain(self, asked: Asked, run: TextRun) -> str:
         """Explains what is missing while somebody reads; returns why it failed, if it did."""
@@ -268,7 +271,7 @@ class TextRuns:
         try:
             lens = self.lenses[asked.lens]
             batches = lens.explain_in_batches(asked.content, run.missing, **options, whole=True)
-            while run.wanted and not self._closed.is_set() and self._next(asked, run, batches):
+            while self._goes_on(run) and self._next(asked, run, batches):
                 pass
         except Exception as problem:
             return failure(problem)
@@ -280,6 +283,8 @@ class TextRuns:
         run.say("compiling" if not compiled else "explaining" if run.rows else "waiting")
         try:
             with self.turns.turn():
+                if not self._goes_on(run):  # the last reader has left in the meantime
+                    return False
                 run.say("explaining" if self.is_compiled(asked, run) else "compiling")
                 batch = next(batches, None)
                 self._compiled.add(self._shape(asked, run))

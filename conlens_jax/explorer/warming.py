@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +65,7 @@ class Warming:
             if not run.missing:
                 places = places_of(self.names[asked.lens], writing=True)
                 keep_example(lens, asked.text, explained, places)
-        steps = [lambda: self.runs.compile(asked, run), lambda: self._edit(asked)]
-        for step in steps:
+        for step in (lambda: self.runs.compile(asked, run), *self._edit(asked)):
             if self._closed.is_set():
                 return
             try:
@@ -74,16 +73,22 @@ class Warming:
             except Busy:  # others compile it, then
                 return
 
-    def _edit(self, asked: Asked) -> None:
-        """What an edit needs."""
+    def _edit(self, asked: Asked) -> list[Callable[[], None]]:
+        """What an edit needs, in turns of its own."""
         lens = self.runs.lenses[asked.lens]
-        with self.runs.turns.turn():
-            ids = np.zeros((2, lens.spec.text_len), np.int32)
-            vectors = lens.encode([list(map(int, row)) for row in ids])
-        with self.runs.turns.turn():
-            lens.swaps(asked.content, [(-1, vectors[0]), (-1, vectors[1])])
-        with self.runs.turns.turn():
-            lens.alternatives(asked.content, -1, [0])
+        text_T = [0] * lens.spec.text_len
+
+        def with_turn(work: Callable[[], object]) -> None:
+            with self.runs.turns.turn():
+                work()
+
+        vectors = np.ones((2, lens.spec.model.d_model), np.float32)
+        swaps = [(-1, vector) for vector in vectors]
+        return [
+            lambda: with_turn(lambda: lens.encode([text_T, text_T])),
+            lambda: with_turn(lambda: lens.swaps(asked.content, swaps)),
+            lambda: with_turn(lambda: lens.alternatives(asked.content, -1, text_T)),
+        ]
 
 
 def places_of(name: str, writing: bool = False) -> list[Path]:

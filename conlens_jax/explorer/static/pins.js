@@ -67,7 +67,9 @@ async function claimTable(position) {
   const {claims, samples} = await ask("/api/claims", {...place(position), seed: state.seed});
   const head = ["claim", "kind", "share", "support", "lift"];
   const cells = (claim) => [claim.text, claim.kind, `${Math.round(claim.share * samples)}/${samples}`,
-    number(claim.support, 2), claim.lift === null ? "—" : `${number(claim.lift, 1)}×`];
+    // Rounded down: a support below 1 is never shown as 1.
+    claim.support === null ? "—" : number(Math.floor(100 * claim.support + 1e-6) / 100, 2),
+    claim.lift === null ? "—" : `${number(claim.lift, claim.lift < 10 ? 1 : 0)}×`];
   if (!claims.length) return element("p", {class: "note"}, "The samples state nothing together.");
   return [element("h4", {}, `What ${samples} samples agree on`),
     element("div", {class: "scroll"}, element("table", {class: "claims"},
