@@ -22,6 +22,8 @@ from conlens_jax.config import LensConfig, TargetConfig
 from conlens_jax.data.rows import Rows
 from conlens_jax.data.targets.protocol import NextTokens
 from conlens_jax.data.targets.words import WordTargets
+from conlens_jax.explorer.examples import example_text, kept_example
+from conlens_jax.inspection.folder import SHIPPED
 from conlens_jax.lens.original import capture_and_predict
 from conlens_jax.lens.spec import make_spec
 from conlens_jax.models.chat import render_chat
@@ -227,6 +229,14 @@ def explained(lens):
     """Five texts of ``scripts/store_explanations.py``, every position that is stored."""
     positions = sorted({row["position"] for row in STORED["rows"]})
     return lens.explain(STORED["texts"], positions)
+
+
+def test_the_example_of_the_package_is_of_its_lens(lens):
+    """The explorer opens on it. A new lens needs a new one: start the explorer without the file, and
+    take the one that it then keeps in ``~/.cache/conlens_jax/examples``."""
+    text, place = example_text(lens), SHIPPED / NAME
+    found = kept_example(lens, text, [place, place])
+    assert found is not None and list(found.documents[0]) == lens.tokens(text)
 
 
 def test_the_lens_of_the_package_writes_what_it_wrote(model, lens, explained):
