@@ -232,8 +232,8 @@ def explained(lens):
 
 
 def test_the_example_of_the_package_is_of_its_lens(lens):
-    """The explorer opens on it. A new lens needs a new one: start the explorer without the file, and
-    take the one that it then keeps in ``~/.cache/conlens_jax/examples``."""
+    """The explorer opens on it. A new lens needs a new one: start the explorer without the file,
+    and take the one that it then keeps in ``~/.cache/conlens_jax/examples``."""
     text, place = example_text(lens), SHIPPED / NAME
     found = kept_example(lens, text, [place, place])
     assert found is not None and list(found.documents[0]) == lens.tokens(text)
