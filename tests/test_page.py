@@ -75,7 +75,7 @@ def browser():
 @pytest.fixture(scope="module")
 def context(browser):
     context = browser.new_context(viewport={"width": 1100, "height": 800}, has_touch=True)
-    context.set_default_timeout(30_000)
+    context.set_default_timeout(120_000)  # of a busy machine
     with contextlib.closing(context):
         yield context
 
