@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import threading
@@ -9,18 +10,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from conlens_jax.explorer.examples import last_example
 from conlens_jax.explorer.page_files import serve_files
-from conlens_jax.explorer.server_limits import RETRY, LimitedRequests, Limits
+from conlens_jax.explorer.server_limits import LimitedRequests, Limits
 from conlens_jax.explorer.shown import shown_row
 from conlens_jax.explorer.warming import places_of
 
+_PAGE = ("/static/", "/api/lens")
+_POLL_SECONDS = 0.1
+
 
 class Opening:
-    """The application: before :meth:`ready` only the page, afterwards the real one.
+    """The application: before :meth:`ready` only the page, afterwards the real one. Other requests
+    wait for it.
 
     Args:
       name: of the first lens, as :meth:`Lens.load` takes it.
@@ -40,19 +44,16 @@ class Opening:
         async def describe() -> dict[str, Any]:
             return {"loading": True, "kept": kept}
 
-        @app.api_route("/{path:path}", methods=["GET", "POST"])
-        async def wait(path: str) -> JSONResponse:
-            message = "the lens is still being loaded; try again in a moment"
-            return JSONResponse(
-                {"error": message, "detail": message}, status_code=503, headers=RETRY
-            )
-
         self._app: Any = app
+        self._is_ready = False
 
     def ready(self, app: FastAPI) -> None:
-        self._app = app
+        self._app, self._is_ready = app, True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        page = scope["type"] != "http" or scope["path"] == "/" or scope["path"].startswith(_PAGE)
+        while not page and not self._is_ready:
+            await asyncio.sleep(_POLL_SECONDS)
         await self._app(scope, receive, send)
 
 
@@ -65,7 +66,7 @@ def _kept(name: str, text: str) -> dict[str, Any] | None:
     calibrated = any(row.best.support is not None for row in explained.rows)
     rows = [shown_row(row, calibrated) for row in explained.rows]
     tokens = list(explained.documents[0])
-    return {"text": text, "tokens": tokens, "rows": rows, "facts": dict(explained.facts)}
+    return {"text": text, "tokens": tokens, "rows": rows}
 
 
 class Loading:
