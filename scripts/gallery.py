@@ -23,7 +23,7 @@ from absl import flags
 
 import conlens_jax
 from conlens_jax import cli
-from conlens_jax.checkpoint_flags import CHECKPOINT
+from conlens_jax.checkpoint_flags import one_checkpoint
 from conlens_jax.files.paths import local_path
 from conlens_jax.files.whole import write_whole
 from conlens_jax.inspection.readings import ExplainedToken
@@ -36,10 +36,10 @@ _WIDTH, _NEW_TOKENS = 112, 12
 
 
 def main() -> None:
-    lens = conlens_jax.Lens.load(CHECKPOINT.value)
+    lens = conlens_jax.Lens.load(one_checkpoint())
     prompts = json.loads(local_path(_PROMPTS.value).read_text(encoding="utf-8"))
     sections = [section for prompt in prompts for section in _section(lens, prompt)]
-    head = _HEAD.format(checkpoint=CHECKPOINT.value, prompts=_PROMPTS.value, number=len(prompts))
+    head = _HEAD.format(checkpoint=one_checkpoint(), prompts=_PROMPTS.value, number=len(prompts))
     write_whole(Path(_OUT.value), "\n".join([head, *sections]).rstrip() + "\n")
 
 

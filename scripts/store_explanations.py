@@ -14,7 +14,7 @@ from absl import flags
 
 import conlens_jax
 from conlens_jax import cli
-from conlens_jax.checkpoint_flags import CHECKPOINT
+from conlens_jax.checkpoint_flags import one_checkpoint
 from conlens_jax.files.whole import write_whole
 
 _OUT = flags.DEFINE_string("out", "explanations.json", "Where they are stored.")
@@ -29,7 +29,7 @@ _TEXTS = [
 
 
 def main() -> None:
-    lens = conlens_jax.Lens.load(CHECKPOINT.value)
+    lens = conlens_jax.Lens.load(one_checkpoint())
     rows = [
         {
             "document": row.document,
