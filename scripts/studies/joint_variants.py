@@ -42,11 +42,17 @@ _LEAN = {
     "loss.lm.start": 0.0,
     "loss.text_read": False,
 }
+_AT_1 = {**_EVEN, **_rate(5e-4), "loss.sample_tau.start": 1.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "supervised": {},
     "straight-through": {},
     "st, even": _EVEN,
     "st, even, fast": {**_EVEN, **_rate(5e-4)},
+    "st, at 1": _AT_1,
+    "st, priced 0.1": {**_AT_1, "loss.entropy.start": -0.1},
+    "st, priced 0.2": {**_AT_1, "loss.entropy.start": -0.2},
+    "st, priced 0.3, faster": {**_AT_1, **_rate(1e-3), "loss.entropy.start": -0.3},
+    "st, wide": {**_EVEN, **_rate(1e-3), "joint.batch_size": 256},
     "st, even, strong": {**_EVEN, **_rate(5e-4), "loss.kl.start": 1.5, "loss.mse.start": 10.0},
     "st, even, tau 1": {**_EVEN, **_rate(5e-4), "loss.tau.start": 1.0},
     "st, even, no lm": {**_EVEN, **_rate(5e-4), "loss.lm.start": 0.0},
