@@ -53,9 +53,7 @@ def _section(lens: conlens_jax.Lens, prompt: dict[str, Any]) -> Iterator[str]:
     yield f"\n## {prompt['title']}\n"
     if prompt.get("note"):
         yield f"{textwrap.fill(prompt['note'], _WIDTH)}\n"
-    yield "```text"
-    yield render(explained, colour=False, width=_WIDTH)
-    yield "```\n"
+    yield textwrap.indent(render(explained, colour=False, width=_WIDTH), "    ") + "\n"
     shown = continued.replace("`", "'").replace("\n", "⏎")
     yield f"M goes on: `{shown}`"
     ahead = [

@@ -29,13 +29,8 @@ from conlens_jax.config import LensConfig
 from conlens_jax.lens.decoder import generate
 from conlens_jax.lens.history import backward_sweeps
 from conlens_jax.lens.spec import decoder_of
-from conlens_jax.models.transformer import (
-    add_position_embeddings,
-    all_positions,
-    run_layers,
-    scale_embeddings,
-    unembed,
-)
+from conlens_jax.models.embeddings import add_position_embeddings, scale_embeddings
+from conlens_jax.models.transformer import all_positions, run_layers, unembed
 
 VARIANTS = {"untied": False, "tied": True}
 TEMPERATURES = (0.1, 0.5, 1.0, 2.0)

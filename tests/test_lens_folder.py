@@ -309,6 +309,7 @@ def test_from_the_command_line(lens, folder, capsys, tmp_path):
     from conlens_jax import explain
 
     page = tmp_path / "page.html"
+    flags.FLAGS["checkpoint"].unparse()  # a second parse would add to that of another test
     flags.FLAGS(
         ["explain", f"--checkpoint={folder}", "--json", f"--html={page}", "--positions=2,-1"]
     )

@@ -31,7 +31,7 @@ from conlens_jax.lens.objective import (
 )
 from conlens_jax.lens.original import read_context, swapped_logits
 from conlens_jax.lens.spec import decoder_of, encoder_of
-from conlens_jax.models.transformer import embed_tokens, scale_embeddings
+from conlens_jax.models.embeddings import embed_tokens, scale_embeddings
 from conlens_jax.planning.flops import Workload
 from conlens_jax.training.optimizer import apply_updates, poison_if_not_finite
 from conlens_jax.training.state import (
