@@ -44,7 +44,7 @@ NOT_RUN = {
     "pip install -e '.[gguf]'": INSTALLS,
     "python -m conlens_jax.explain --checkpoint=smollm2-135m 'The capital of France is'": "needs a "
     "package; test_smollm2 runs the lens on this text",
-    "python -m conlens_jax.explain --checkpoint=runs/quickstart --claims --positions=4,8 'one day "
+    "python -m conlens_jax.explain --checkpoint=runs/quickstart --claims --positions=9,14 'one day "
     "a shy fox named anna found a red kite near the lake . she'": "the texts of the tiny run claim "
     "nothing; test_explain has a lens whose texts do",
     "python -m venv .venv": INSTALLS,
