@@ -41,11 +41,11 @@ def get_config():
     config.target.context_words = 2
 
     config.warm.gap_rate = 0.15
-    config.warm.steps = 2_400
+    config.warm.steps = 1_800
 
     # The joint stage that is ahead of its control (scripts/README.md): a step that costs half of
     # the complete one, and a price on entropy, since what E cannot rely on only hurts.
-    config.joint.steps = 250
+    config.joint.steps = 150
     config.joint.optimizer.learning_rate = schedule("cosine", 5e-4, 5e-5, warmup=10)
     config.joint.rows_per_document = 4
     config.lens.history_gradient = "detached"
