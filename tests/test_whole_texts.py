@@ -73,9 +73,11 @@ def test_a_run_without_readers_stops_and_goes_on(lens, monkeypatch):
     assert run.state == "stopped" and run.missing == run.positions
     lines = [json.loads(line) for line in runs.news(asked, run)]
     assert lines[-1]["state"] == "done" and not run.missing and runs.run_of(asked) is run
-    monkeypatch.setattr(text_runs, "MOST_ROWS", 1)
-    runs.run_of(text_runs.Asked(TEXTS[1]))
+    monkeypatch.setattr(text_runs, "MOST_TOKENS", 1)
+    other = text_runs.Asked(TEXTS[1])
+    unread = runs.run_of(other)
     assert runs.run_of(asked) is not run, "the oldest is forgotten"
+    assert runs.run_of(other) is not unread, "and one that nobody waited for"
 
 
 def test_an_example_is_explained_once_and_kept(lens, tmp_path, monkeypatch):

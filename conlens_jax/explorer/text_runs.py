@@ -29,8 +29,8 @@ BATCH = 16
 _BEAT_SECONDS = 0.5
 """How often a waiting reader is told what is going on."""
 _RETRY_SECONDS = 0.2
-MOST_ROWS = 20_000
-"""Explained tokens that are kept in memory; of more, the runs that were read longest ago go."""
+MOST_TOKENS = 20_000
+"""Of all texts in memory, explained or not; of more, the runs that were read longest ago go."""
 
 
 class Asked(NamedTuple):
@@ -297,10 +297,10 @@ class TextRuns:
         return True
 
     def _forget(self) -> None:
-        total = sum(len(run.rows) for run in self._runs.values())
+        total = sum(len(run.tokens) for run in self._runs.values())
         for asked, run in list(self._runs.items())[:-1]:
-            if total <= MOST_ROWS:
+            if total <= MOST_TOKENS:
                 return
             if not run.wanted:
-                total -= len(run.rows)
+                total -= len(run.tokens)
                 del self._runs[asked]

@@ -68,14 +68,12 @@ class LensExplainer(LensReader):
         Raises:
           ValueError: invalid texts or positions, or settings out of range.
         """
-        settings = {"decoding": decoding, "samples": samples, "seed": seed}
-        sizes = {"batch_size": batch_size, "whole": whole}
-        batches = self.explain_in_batches(
-            text, positions, **settings, temperature=temperature, **sizes
+        _check_explain(samples, decoding, batch_size, temperature)
+        documents, indices = self._places(text, positions)
+        settings = {"decoding": decoding, "samples": samples, "seed": checked_seed(seed)}
+        batches = self._batches(
+            documents, indices, **settings, temperature=temperature, size=batch_size, whole=whole
         )
-        documents = token_lists(text, self.model, self.add_bos)
-        bos = self.model.tokenizer.bos_id
-        indices = [token_indices(positions, tokens, bos) for tokens in documents]
         explained: dict[tuple[int, int], ExplainedToken] = {}
         total = samples * sum(len(set(chosen)) for chosen in indices)
         hide = None if progress and total > batch_size else True
@@ -112,23 +110,43 @@ class LensExplainer(LensReader):
           ValueError: as :meth:`explain`, and before the first batch.
         """
         _check_explain(samples, decoding, batch_size, temperature)
-        seed = checked_seed(seed)
+        return self._batches(
+            *self._places(text, positions),
+            decoding=decoding,
+            samples=samples,
+            seed=checked_seed(seed),
+            temperature=temperature,
+            size=batch_size,
+            whole=whole,
+        )
+
+    def _places(self, text: Any, positions: Positions) -> tuple[list[list[int]], list[list[int]]]:
+        """The tokens of each document, and the indices of those to explain, as they were given."""
         documents = token_lists(text, self.model, self.add_bos)
         bos = self.model.tokenizer.bos_id
-        indices = [token_indices(positions, tokens, bos) for tokens in documents]
+        return documents, [token_indices(positions, tokens, bos) for tokens in documents]
+
+    def _batches(
+        self,
+        documents: Sequence[Sequence[int]],
+        indices: Sequence[Sequence[int]],
+        *,
+        decoding: str,
+        samples: int,
+        seed: int,
+        temperature: float,
+        size: int,
+        whole: bool,
+    ) -> Iterator[list[ExplainedToken]]:
         once = [list(dict.fromkeys(chosen)) for chosen in indices]
-        # All samples of a token are in one batch, which so has whole tokens.
-        batch_size = max(batch_size // samples, 1) * samples
-
-        def batches() -> Iterator[list[ExplainedToken]]:
-            for group in batching.groups_of(documents, once, samples, self.least_length):
-                states = self._read(group.tokens_GS, group.mask_GS)
-                for rows, arrays in batching.batches_of(group, batch_size, self.mesh, whole):
-                    yield self._explain_batch(
-                        documents, states, rows, arrays, decoding, seed, temperature
-                    )
-
-        return batches()
+        # All samples of a token are in one batch, so that every batch has whole tokens.
+        size = max(size // samples, 1) * samples
+        for group in batching.groups_of(documents, once, samples, self.least_length):
+            states = self._read(group.tokens_GS, group.mask_GS)
+            for rows, arrays in batching.batches_of(group, size, self.mesh, whole):
+                yield self._explain_batch(
+                    documents, states, rows, arrays, decoding, seed, temperature
+                )
 
     def _explain_batch(
         self,

@@ -93,8 +93,8 @@ def add_position_embeddings(
 def _layer_inputs(
     params: Params, embeddings_BSE: Float[Array, "B S E"], config: TransformerConfig
 ) -> Float[Array, "B S E"]:
-    """Of each layer: (norm(Pe / √D) + own) / √2 for the D numbers e of the embedding and the
-    layer's own I numbers after them; behind e itself."""
+    """e, the first D numbers of the embedding; then for each layer (norm(Pe / √D) + own) / √2, own
+    being the layer's I numbers in the embedding."""
     if embeddings_BSE.shape[-1] != config.d_embedding:
         raise ValueError(
             f"embeddings are {embeddings_BSE.shape[-1]} wide, not {config.d_embedding}: those of "

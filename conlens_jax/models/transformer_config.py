@@ -101,8 +101,8 @@ class TransformerConfig:
       values_are_keys: whether each layer's values are its keys before norm and rotation, or empty
         if none's are.
       value_norm: a norm of each head's value, without a weight.
-      n_sharing_layers: so many of the last layers have no keys and values of their own, but those
-        of the last layer before them that has (or has not) a window as they do.
+      n_sharing_layers: how many layers at the end have no keys and values of their own. Each uses
+        those of the last earlier layer of its type, with or without a window.
       d_layer_input: width of what each layer reads of a token besides the residual stream
         (:func:`conlens_jax.models.transformer.add_position_embeddings`); 0: nothing.
       layer_input_pad: the token whose inputs a vector has that is no token's embedding.

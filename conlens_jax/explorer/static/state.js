@@ -39,7 +39,7 @@ export function adopt(values) {
   if (["greedy", "sample"].includes(values.decoding)) state.decoding = values.decoding;
   if (Number.isSafeInteger(values.seed)) state.seed = values.seed;
   if (["kl", "support"].includes(values.colour)) state.colour = values.colour;
-  if (values.least >= 0 && values.least <= 1) state.least = values.least;
+  if (Number.isFinite(values.least) && values.least >= 0 && values.least <= 1) state.least = values.least;
   state.pins = Array.isArray(values.pins) ? [...new Set(values.pins.filter(whole))].slice(0, 50) : [];
 }
 
