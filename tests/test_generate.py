@@ -80,6 +80,23 @@ def test_each_token_is_the_best_of_the_full_pass(model):
     np.testing.assert_array_equal(logits[:, LENGTH - 1 : -1].argmax(-1), written)
 
 
+@pytest.mark.parametrize("layer", ["hidden_states[0]", 0, 2])
+def test_what_follows_a_swap_is_the_best_of_the_full_pass(model, layer):
+    """Also at the input of the first block, and at the output of the last one."""
+    assert model.config.n_layers == 3
+    tokens, mask = random_tokens(BATCH, LENGTH), LEFT
+    vectors = 3 * np.random.default_rng(0).standard_normal((BATCH, model.config.d_model))
+    swap = (layer, -1, vectors.astype(np.float32))
+    written = np.asarray(model.generate(tokens, NEW, mask=mask, swap=swap))
+    assert (written != np.asarray(model.generate(tokens, NEW, mask=mask))).any(axis=1).all()
+    whole = np.concatenate([tokens, written], axis=1)
+    real = np.concatenate([mask, np.ones_like(written, bool)], axis=1)
+    logits = np.asarray(model.swap(whole, layer, -1 - NEW, swap[2], real))
+    np.testing.assert_array_equal(logits[:, LENGTH - 1 : -1].argmax(-1), written)
+    with pytest.raises(ValueError, match="activations contain|out of range|NaN"):
+        model.generate(tokens, 2, mask=mask, swap=(layer, -1, np.full_like(vectors, np.nan)))
+
+
 def test_sharded_model_writes_the_same(folder, greedy):
     for shape in (MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=8)):
         sharded = conlens_jax.load_model(folder, mesh=make_mesh(shape), unroll=1)

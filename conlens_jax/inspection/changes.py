@@ -18,7 +18,6 @@ from conlens_jax.inspection.readings import ExplainedToken
 from conlens_jax.inspection.texts import Explanation, text_or_ids, token_index, token_lists
 from conlens_jax.measurement.metrics import cosine
 from conlens_jax.models.arguments import finite_array
-from conlens_jax.models.generate import bucket
 from conlens_jax.models.written import Written
 
 TextPosition = tuple[Any, int]
@@ -152,14 +151,10 @@ def random_direction(move_D: Vector, seed: int) -> Vector:
 def _continued(
     lens: LensReader, text: Any, position: int, vectors_ND: np.ndarray, count: int
 ) -> list[str]:
-    """M's greedy continuation with each vector at the position; every token by a full pass."""
+    """M's greedy continuation with each vector at the position."""
+    if not count:
+        return [""] * len(vectors_ND)
     (tokens,) = token_lists([text], lens.model, lens.add_bos)
-    length, slots = len(tokens), bucket(max(len(tokens) + count, lens.least_length))
-    rows_NS = np.zeros((len(vectors_ND), slots), np.int32)
-    rows_NS[:, :length] = tokens
-    places = np.arange(slots)
-    for end in range(length, length + count):
-        mask_NS = np.broadcast_to(places < end, rows_NS.shape)
-        logits = lens.model.swap(rows_NS, lens.spec.layer, position % length, vectors_ND, mask_NS)
-        rows_NS[:, end] = np.argmax(logits[:, end - 1], axis=-1)
-    return lens.model.decode(rows_NS[:, length : length + count])
+    rows_NS = np.tile(np.asarray(tokens, np.int32), (len(vectors_ND), 1))
+    swap = lens.spec.layer, position % len(tokens), vectors_ND
+    return lens.model.decode(lens.model.generate(rows_NS, count, stop=(), swap=swap))

@@ -17,6 +17,7 @@ from conlens_jax.models.cache import with_room
 from conlens_jax.models.layer_kinds import NO_POSITION
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.sampling import choose_token
+from conlens_jax.models.swapping import Swap, run_with_swap
 from conlens_jax.models.transformer import (
     add_position_embeddings,
     embed_tokens,
@@ -44,6 +45,7 @@ def generate(
     temperature: Array,
     top_p: Array | None,
     stop_e: Int[Array, " e"],
+    swap: Swap | None = None,
     *,
     slots: int,
     config: TransformerConfig,
@@ -56,6 +58,7 @@ def generate(
       key: for sampling; None takes the most probable tokens.
       temperature, top_p: see :func:`~conlens_jax.models.sampling.choose_token`.
       stop_e: tokens that end a row; may be empty.
+      swap: in the pass over the prompts.
       slots: room for new tokens.
 
     Returns:
@@ -66,7 +69,7 @@ def generate(
     positions_BS = positions_of(mask_BS)
     x_BSD = embed_tokens(params, tokens_BS, config)
     x_BSD = add_position_embeddings(params, x_BSD, positions_BS, config)
-    x_BSD, cache = run_layers(layers, x_BSD, positions_BS, config=config, keep_cache=True)
+    x_BSD, cache = run_with_swap(layers, x_BSD, positions_BS, swap, config=config, keep_cache=True)
     cache = with_room(cache, slots)
     n_valid_B = jnp.sum(mask_BS, axis=1, dtype=jnp.int32)
     last_B = jnp.argmax(jnp.where(positions_BS == NO_POSITION, -1, positions_BS), axis=1)

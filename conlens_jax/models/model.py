@@ -26,8 +26,8 @@ from conlens_jax.models import hf_io
 from conlens_jax.models.arguments import finite_array, row_positions
 from conlens_jax.models.hooks import HookPoint, boundaries, is_hook_point
 from conlens_jax.models.hub import commit_of
-from conlens_jax.models.layer_kinds import slice_layers
 from conlens_jax.models.param_table import Params
+from conlens_jax.models.swapping import Swap, run_with_swap
 from conlens_jax.models.tokenizer import Tokenizer
 from conlens_jax.models.transformer import (
     add_position_embeddings,
@@ -35,7 +35,6 @@ from conlens_jax.models.transformer import (
     embed_tokens,
     forward,
     positions_of,
-    run_part,
     unembed,
 )
 from conlens_jax.models.transformer_config import TransformerConfig
@@ -129,14 +128,10 @@ class LanguageModel:
         Raises:
           ValueError: as :meth:`capture`, or activations with NaN or infinity.
         """
-        (at,) = boundaries((layer,), self.config.n_layers, self.model_id)
         real = mask
         tokens, mask = _inputs(tokens, mask, self.config)
-        activations = _row_vectors(activations, tokens.shape[0], self.config.d_model)
-        positions = row_positions(positions, _real(real, tokens.shape))
-        if not isinstance(activations, jax.core.Tracer):
-            finite_array(activations, "activations", positions)
-        return _swap(self.params, tokens, mask, positions, activations, at=at, config=self.config)
+        swap = self._swap(layer, positions, activations, _real(real, tokens.shape))
+        return _swapped(self.params, tokens, mask, swap, config=self.config)
 
     def generate(
         self,
@@ -149,6 +144,8 @@ class LanguageModel:
         mask: Bool[Array, "B S"] | None = None,
         stop: Sequence[int] | None = None,
         add_bos: bool | str = "auto",
+        swap: tuple[HookPoint, int | Sequence[int] | Int[Array, "B"], Float[Array, "B D"]]
+        | None = None,
     ) -> Int[Array, "B T"]:
         """Token ids that follow each prompt; :meth:`decode` makes text of them.
 
@@ -165,10 +162,12 @@ class LanguageModel:
             (``config.eos_token_ids``); ``()``: no row ends early.
           add_bos: whether texts begin with the bos token. ``"auto"``: if the tokenizer's own
             template adds one, as in transformers. It is never added twice.
+          swap: layer, positions and activations as for :meth:`swap`: what follows is written after
+            the prompt with that swap.
 
         Raises:
           ValueError: a setting out of range, a prompt without a token, or more tokens than the
-            model has positions.
+            model has positions; as :meth:`swap`.
         """
         tokens, mask = self._prompt(prompt, mask, add_bos)
         longest = int(np.max(np.sum(mask, axis=1), initial=0))
@@ -192,6 +191,7 @@ class LanguageModel:
             jnp.float32(temperature),
             jnp.float32(top_p) if top_p < 1 else None,
             jnp.asarray(stop, jnp.int32),
+            None if swap is None else self._swap(*swap, np.asarray(mask)),
             slots=generation.bucket(max_new_tokens),
             config=self.config,
         )
@@ -200,6 +200,15 @@ class LanguageModel:
     def decode(self, tokens: Int[Array, "B T"]) -> list[str]:
         """The text of each row, special tokens left out."""
         return [self.tokenizer.decode(row) for row in np.asarray(tokens)]
+
+    def _swap(self, layer: HookPoint, positions, activations, real_BS: np.ndarray) -> Swap:
+        """A swap whose arguments have been checked; see :meth:`swap`."""
+        (boundary,) = boundaries((layer,), self.config.n_layers, self.model_id)
+        activations = _row_vectors(activations, len(real_BS), self.config.d_model)
+        positions = row_positions(positions, real_BS)
+        if not isinstance(activations, jax.core.Tracer):
+            finite_array(activations, "activations", positions)
+        return Swap(positions, activations, boundary)
 
     def _prompt(self, prompt, mask, add_bos: bool | str) -> tuple[Array, Array]:
         """Tokens and mask; texts are padded on the left."""
@@ -316,15 +325,10 @@ def _logits(params, tokens, mask, *, config):
 _capture = jax.jit(capture, static_argnames=("config", "layer"))
 
 
-@functools.partial(jax.jit, static_argnames=("at", "config"))
-def _swap(params, tokens, mask, positions, activations, *, at, config):
-    token_positions = positions_of(mask)
+@functools.partial(jax.jit, static_argnames="config")
+def _swapped(params, tokens, mask, swap, *, config):
+    positions_BS = positions_of(mask)
     x_BSD = embed_tokens(params, tokens, config)
-    x_BSD = add_position_embeddings(params, x_BSD, token_positions, config)
-    lower = slice_layers(params["layers"], 0, at)
-    upper = slice_layers(params["layers"], at, config.n_layers)
-    x_BSD, _, beside = run_part(lower, x_BSD, token_positions, config=config)
-    rows = jnp.arange(tokens.shape[0])
-    x_BSD = x_BSD.at[rows, positions].set(activations.astype(x_BSD.dtype))
-    x_BSD, _, _ = run_part(upper, x_BSD, token_positions, config=config, beside=beside)
+    x_BSD = add_position_embeddings(params, x_BSD, positions_BS, config)
+    x_BSD, _ = run_with_swap(params["layers"], x_BSD, positions_BS, swap, config=config)
     return unembed(params, x_BSD, config=config)

@@ -52,6 +52,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "st, priced 0.1": {**_AT_1, "loss.entropy.start": -0.1},
     "st, priced 0.2": {**_AT_1, "loss.entropy.start": -0.2},
     "st, priced 0.3, faster": {**_AT_1, **_rate(1e-3), "loss.entropy.start": -0.3},
+    # Changes of a configuration that is priced already, the quickstart's.
+    "st, cooler": {"loss.sample_tau.start": 0.7},
+    "st, cooling": {
+        "loss.sample_tau.kind": "linear",
+        "loss.sample_tau.start": 1.0,
+        "loss.sample_tau.end": 0.4,
+    },
+    "st, less price": {"loss.entropy.start": -0.1},
+    "st, more mse": {"loss.mse.start": 4.0},
+    "st, reads targets": {"loss.text_read": True},
     "st, wide": {**_EVEN, **_rate(1e-3), "joint.batch_size": 256},
     "st, even, strong": {**_EVEN, **_rate(5e-4), "loss.kl.start": 1.5, "loss.mse.start": 10.0},
     "st, even, tau 1": {**_EVEN, **_rate(5e-4), "loss.tau.start": 1.0},
