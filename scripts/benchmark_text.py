@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     sampling = dict(temperature=options.temperature, top_p=options.top_p)
     ways = {
         "TextWriter": lambda: writer.write(
-            none, tokens_BS, tokens_BS >= 0, drawing, none, length=length, slots=length + 1
+            none, [(tokens_BS, tokens_BS >= 0)], drawing, none, length=length, slots=length + 1
         )
     }
     tokens = {}

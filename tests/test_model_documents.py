@@ -121,9 +121,10 @@ def test_greedy_texts_are_those_of_generate(family, unroll):
     )
     writer, greedy = TextWriter(params, shape), Drawing(None, None, None)
     for prefix in (0, 2):
-        rest = tokens[:, prefix:], mask[:, prefix:]
-        found = writer.write(tokens[0, :prefix], *rest, greedy, none, length=16, slots=32)
-        np.testing.assert_array_equal(found, expected)
+        rest = lambda rows, end=9, prefix=prefix: (tokens[rows, prefix:end], mask[rows, prefix:end])
+        for rests in ([rest(slice(3))], [rest(slice(1)), rest([1], end=6), rest([2])]):
+            found = writer.write(tokens[0, :prefix], rests, greedy, none, length=16, slots=32)
+            np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +201,25 @@ def test_texts_depend_on_the_seed_and_the_document_alone(config, model, mesh):
     other = texts(config, model, mesh, seed=1)
     assert sum(one == two for one, two in zip(found, other, strict=True)) < 8
     assert len(set(found[:: len(PROMPTS)])) > 4, "one prompt, other draws"
+
+
+def test_prompts_read_in_groups_go_on_as_each_alone(model, mesh, monkeypatch):
+    """Texts come back in the order of their prompts, whichever were read together."""
+    words = [f"word{number}" for number in range(5, 40)]
+    numbers = np.random.default_rng(0).integers(1, 20, 8)
+    prompts = [model.tokenizer.encode(" ".join(words[i : i + n])) for i, n in enumerate(numbers)]
+    keys_B = jax.random.split(random_key(3), len(prompts))
+    writer = prompt_writer.PromptWriter(model, mesh)
+    settings = dict(max_tokens=LENGTH, temperature=1.0, most_shared=0)
+    together = writer.write(prompts, keys_B, **settings)
+    monkeypatch.setattr(prompt_writer, "_GROUP", 3)
+    groups = writer._groups([len(prompt) for prompt in prompts])
+    assert [len(rows) for rows in groups] == [3, 3, 2]
+    found = writer.write(prompts, keys_B, **settings)
+    for number, (one, other) in enumerate(zip(found, together, strict=True)):
+        np.testing.assert_array_equal(one, other)
+        (alone,) = writer.write([prompts[number]], keys_B[number : number + 1], **settings)
+        np.testing.assert_array_equal(one, alone)
 
 
 def test_an_interrupted_corpus_is_the_same(config, model, mesh, tmp_path, monkeypatch):

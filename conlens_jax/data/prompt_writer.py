@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from conlens_jax.models.decoding import Drawing, TextWriter
+from conlens_jax.models.decoding import Drawing, Rest, TextWriter
 from conlens_jax.models.matrix_sizes import weights_per_token
 from conlens_jax.models.model import LanguageModel
 from conlens_jax.models.transformer_config import array_dtype
@@ -26,6 +26,7 @@ from conlens_jax.parallel.mesh import batch_sharding, replicated
 from conlens_jax.parallel.processes import local_rows, on_devices, to_host
 
 _PROMPT_STEP, _SLOT_STEP = 8, 32
+_GROUP = 16  # prompts that are read together: products of 16 prompts are at their full rate
 _PRODUCT_WIDTH = {"cpu": 2048}
 
 
@@ -50,45 +51,65 @@ class PromptWriter:
         """The tokens after each of B prompts, at most ``max_tokens``, without the one that ended
         the text.
 
+        Prompts of similar length are read together, at the length of the longest of them in steps
+        of 8, each of which is a program.
+
         Args:
           prompts: of at least one token each; what all begin with is read once.
           keys_B: of each prompt's draws, which depend on nothing else in the batch.
           temperature, top_p: see :class:`~conlens_jax.models.decoding.Drawing`; a temperature of 0
             takes the most probable tokens.
-          most_shared, longest: how many tokens may be read once, and that prompts are padded to.
-            Each number of the former, and each length of the rest in steps of 8, is another
-            program: where batches differ, these make them the same.
+          most_shared, longest: how many tokens may be read once, and the length of prompts that
+            there is room for. Each number of either is a set of programs: where batches differ,
+            these make them the same.
         """
-        size, ends = len(prompts), self._config.eos_token_ids
         shortest, longest = min(map(len, prompts)), max(longest, *map(len, prompts))
         shared = min(len(os.path.commonprefix(prompts)), shortest - 1)
         if most_shared is not None:
             shared = min(shared, most_shared)
-        width = 1 if longest == shared + 1 else _rounded(longest - shared, _PROMPT_STEP)
-        tokens_BS = np.full((size, width), self._pad_id, np.int32)
-        lengths_B = np.array([len(tokens) - shared for tokens in prompts])
-        for row, tokens in zip(tokens_BS, prompts, strict=True):
-            row[width - len(tokens) + shared :] = tokens[shared:]
-        mask_BS = np.arange(width)[None] >= width - lengths_B[:, None]
-        drawing = Drawing(
-            keys_B=keys_B,
-            temperature=jnp.float32(temperature) if temperature else None,
-            top_p=jnp.float32(top_p) if top_p < 1 else None,
-        )
-        here = local_rows(self._sharding, size)
-        written_BT = to_host(
+        groups = self._groups([len(tokens) - shared for tokens in prompts])
+        order = np.concatenate(groups)
+        rests = [self._rest([prompts[row][shared:] for row in rows]) for rows in groups]
+        written_BT = np.empty((len(prompts), max_tokens), np.int32)
+        written_BT[order] = to_host(
             self._writer.write(
                 np.asarray(prompts[0][:shared], np.int32),
-                *(on_devices(array[here], self._sharding, size) for array in (tokens_BS, mask_BS)),
-                drawing,
-                jnp.asarray(ends, jnp.int32),
+                rests,
+                Drawing(
+                    keys_B=keys_B[order],
+                    temperature=jnp.float32(temperature) if temperature else None,
+                    top_p=jnp.float32(top_p) if top_p < 1 else None,
+                ),
+                jnp.asarray(self._config.eos_token_ids, jnp.int32),
                 length=max_tokens,
-                slots=_rounded(shared + width + max_tokens, _SLOT_STEP),
+                slots=_rounded(shared + _width(longest - shared) + max_tokens, _SLOT_STEP),
             )
         )
-        ends_BT = np.isin(written_BT, ends)
+        ends_BT = np.isin(written_BT, self._config.eos_token_ids)
         lengths_B = np.where(ends_BT.any(axis=1), ends_BT.argmax(axis=1), max_tokens)
         return [row[:length] for row, length in zip(written_BT, lengths_B, strict=True)]
+
+    def _groups(self, lengths: Sequence[int]) -> list[np.ndarray]:
+        """Rows that are read together. On several devices all of them: each has its own rows."""
+        if self._sharding.num_devices > 1:
+            return [np.arange(len(lengths))]
+        order = np.argsort(lengths, kind="stable")
+        groups = np.split(order, np.arange(_GROUP, len(lengths), _GROUP))
+        widths = {_width(max(lengths[row] for row in rows)) for rows in groups}
+        return [order] if len(widths) == 1 else groups
+
+    def _rest(self, rests: Sequence[Sequence[int]]) -> Rest:
+        """The tokens of a group and their mask, padded on the left."""
+        width = _width(max(map(len, rests)))
+        tokens_bS = np.full((len(rests), width), self._pad_id, np.int32)
+        for row, tokens in zip(tokens_bS, rests, strict=True):
+            row[width - len(tokens) :] = tokens
+        mask_bS = np.arange(width)[None] >= width - np.array([[len(tokens)] for tokens in rests])
+        here = local_rows(self._sharding, len(rests))
+        tokens, mask = (
+            on_devices(array[here], self._sharding, len(rests)) for array in (tokens_bS, mask_bS)
+        )
+        return tokens, mask
 
 
 def tokens_written(texts: Sequence[np.ndarray], max_tokens: int) -> int:
@@ -150,6 +171,11 @@ def matrix_product_rate(mesh: Mesh, model: LanguageModel) -> float:
     started = time.perf_counter()
     jax.block_until_ready([product() for _ in range(4)])
     return 4 * flops / (time.perf_counter() - started)
+
+
+def _width(length: int) -> int:
+    """Of a group whose longest rest has so many tokens."""
+    return 1 if length == 1 else _rounded(length, _PROMPT_STEP)
 
 
 def _rounded(length: int, step: int) -> int:

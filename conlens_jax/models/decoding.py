@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -62,6 +63,12 @@ class Drawing(NamedTuple):
     top_p: Float[Array, ""] | None
 
 
+Rest = tuple[Int[Array, "b S"], Bool[Array, "b S"]]
+"""Tokens of prompts and their mask, padded on either side; at least one token in each row."""
+Start = tuple[Int[Array, "B T"], KVCache | LayerCaches]
+"""The first token of each text, and the cache."""
+
+
 class TextWriter:
     """A model, prepared for many calls of :meth:`write`. Where layers are unrolled it keeps each
     layer's weights a second time, as arrays of their own, on a CPU transposed."""
@@ -75,8 +82,7 @@ class TextWriter:
     def write(
         self,
         prefix_P: Int[Array, " P"],
-        tokens_BS: Int[Array, "B S"],
-        mask_BS: Bool[Array, "B S"],
+        rests: Sequence[Rest],
         drawing: Drawing,
         stop_e: Int[Array, " e"],
         *,
@@ -88,21 +94,35 @@ class TextWriter:
 
         Args:
           prefix_P: what all prompts begin with, such as a chat's system message: read once.
-          tokens_BS, mask_BS: the rest of each prompt, padded on either side; at least one token.
-          slots: of the cache, at least P + S + ``length``. The program that writes is compiled for
-            each number of slots, the one that reads the prompts also for each P and S.
+          rests: what follows in each prompt, the B rows in one or several groups, each of which is
+            read at its own length S.
+          slots: of the cache, at least P + S + ``length`` for the largest S. The program that
+            writes is compiled for each number of slots, the one that reads a group also for each
+            P, S and number of rows.
         """
-        config = self._config
-        start = _read_prompts(
-            *(self._params, prefix_P, tokens_BS, mask_BS, drawing),
-            **dict(length=length, slots=slots, config=config),
-        )
-        n_valid_B = len(prefix_P) + jnp.sum(mask_BS, axis=1, dtype=jnp.int32)
-        first_slot = jnp.int32(len(prefix_P) + tokens_BS.shape[1])
+        start = self._read(prefix_P, rests, drawing, length, slots)
+        n_rest_B = jnp.concatenate([jnp.sum(mask, axis=1, dtype=jnp.int32) for _, mask in rests])
+        first_slot = len(prefix_P) + max(tokens.shape[1] for tokens, _ in rests)
         written_BT, _ = _write_rest(
-            self._by_layer, start, n_valid_B, first_slot, drawing, stop_e, config=config
+            *(self._by_layer, start, len(prefix_P) + n_rest_B, jnp.int32(first_slot), drawing),
+            stop_e,
+            config=self._config,
         )
         return written_BT
+
+    def _read(self, prefix_P, rests, drawing, length: int, slots: int) -> Start:
+        starts, row = [], 0
+        for tokens_bS, mask_bS in rests:
+            keys_B = drawing.keys_B
+            keys_b = None if keys_B is None else keys_B[row : row + len(tokens_bS)]
+            starts.append(
+                _read_prompts(
+                    *(self._params, prefix_P, tokens_bS, mask_bS, drawing._replace(keys_B=keys_b)),
+                    **dict(length=length, slots=slots, config=self._config),
+                )
+            )
+            row += len(tokens_bS)
+        return starts[0] if len(starts) == 1 else _joined(starts)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -148,8 +168,7 @@ def _read_prompts(
     length: int,
     slots: int,
     config: TransformerConfig,
-) -> tuple[Int[Array, "B T"], KVCache | LayerCaches]:
-    """The first token of each text, and the cache."""
+) -> Start:
     batch, shared = len(tokens_BS), len(prefix_P)
     positions_BS = positions_of(mask_BS)
     positions_BS = jnp.where(mask_BS, shared + positions_BS, NO_POSITION)
@@ -182,17 +201,29 @@ def _read_prompts(
     return jnp.broadcast_to(token_B[:, None], (batch, length)), cache
 
 
+@jax.jit
+def _joined(starts: list[Start]) -> Start:
+    """What has been read of several groups of rows, as of one."""
+    has_layers = isinstance(starts[0][1], KVCache)  # before the rows
+    join = lambda *arrays, axis=0: jnp.concatenate(arrays, axis)
+    written_BT = join(*(written for written, _ in starts))
+    if not has_layers:
+        return written_BT, jax.tree.map(join, *(cache for _, cache in starts))
+    keys, values, positions = zip(*(cache for _, cache in starts), strict=True)
+    return written_BT, KVCache(join(*keys, axis=1), join(*values, axis=1), join(*positions))
+
+
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=1)
 def _write_rest(
     params: Params,
-    start: tuple[Int[Array, "B T"], KVCache | LayerCaches],
+    start: Start,
     n_valid_B: Int[Array, "B"],
     first_slot: Int[Array, ""],
     drawing: Drawing,
     stop_e: Int[Array, " e"],
     *,
     config: TransformerConfig,
-) -> tuple[Int[Array, "B T"], KVCache | LayerCaches]:
+) -> Start:
     head = head_of(params, config)
 
     def has_ended(token_B: Array) -> Bool[Array, "B"]:
