@@ -193,3 +193,21 @@ def dump_flops(work: Workload) -> dict[str, float]:
     every = stack_cost(config, config.n_layers, length, pairs, length, pairs)
     head = 2.0 * config.d_model * config.vocab_size * length
     return {"dump": rows * lower.total, "full": rows * (every.total + head)}
+
+
+def explain_flops(spec: LensSpec, positions: np.ndarray) -> float:
+    """FLOPs of explaining these positions of one document: M reads it once, D writes a text for
+    each, E reads that, and M predicts with the reconstruction and with the mean in its place."""
+    config, text_len = spec.model, spec.text_len
+    rows, length = len(positions), int(np.max(positions)) + 1
+    head, square = 2.0 * config.d_model * config.vocab_size, 2.0 * config.d_model**2
+    prompt = len(spec.decoder_left) + 1 + len(spec.decoder_right)
+    around = len(spec.encoder_left) + len(spec.encoder_right)
+    pairs = causal(0, length)
+    read = stack_cost(config, config.n_layers, length, pairs, length, pairs)
+    text = text_cost(config, config.n_layers, prompt, text_len - 1, text_len)
+    text += text_cost(config, spec.layer + 1, around, text_len, 1)
+    seen = float(np.sum(positions + 1))
+    swap = stack_cost(config, config.n_layers - spec.layer - 1, rows, seen, rows, seen)
+    heads = (text_len + 3) * head  # of the text; of M as it is and with the two swaps
+    return read.total + rows * (text.total + heads + 2 * square) + 2 * swap.total

@@ -43,6 +43,11 @@ _LEAN = {
     "loss.text_read": False,
 }
 _AT_1 = {**_EVEN, **_rate(5e-4), "loss.sample_tau.start": 1.0}
+_COOLING = {
+    "loss.sample_tau.kind": "linear",
+    "loss.sample_tau.start": 1.0,
+    "loss.sample_tau.end": 0.4,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "supervised": {},
     "straight-through": {},
@@ -54,13 +59,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "st, priced 0.3, faster": {**_AT_1, **_rate(1e-3), "loss.entropy.start": -0.3},
     # Changes of a configuration that is priced already, the quickstart's.
     "st, cooler": {"loss.sample_tau.start": 0.7},
-    "st, cooling": {
-        "loss.sample_tau.kind": "linear",
-        "loss.sample_tau.start": 1.0,
-        "loss.sample_tau.end": 0.4,
-    },
+    "st, cooling": _COOLING,
     "st, less price": {"loss.entropy.start": -0.1},
     "st, more mse": {"loss.mse.start": 4.0},
+    "st, more mse, cooling": {**_COOLING, "loss.mse.start": 4.0},
+    "st, more of both, cooling": {**_COOLING, "loss.mse.start": 4.0, "loss.kl.start": 0.4},
     "st, reads targets": {"loss.text_read": True},
     "st, wide": {**_EVEN, **_rate(1e-3), "joint.batch_size": 256},
     "st, even, strong": {**_EVEN, **_rate(5e-4), "loss.kl.start": 1.5, "loss.mse.start": 10.0},
