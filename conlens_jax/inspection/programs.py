@@ -67,13 +67,17 @@ def sampling_of(
 
 
 class Programs:
-    """Jitted functions for one lens shape; they recompile for every shape of their arguments."""
+    """Jitted functions for one lens shape; they recompile for every shape of their arguments.
+
+    Writing and reading texts, which take the longest to compile, see nothing of a document but
+    activations: its length is only that of :attr:`read`, :attr:`activations` and :attr:`swap`.
+    """
 
     def __init__(self, spec: LensSpec):
         bound = lambda function: jax.jit(functools.partial(function, spec=spec))
         self.read = bound(read_through)
-        self.explain = bound(_explain)
-        self.log_probs = bound(_log_probs)
+        self.activations = jax.jit(_activations)
+        self.reconstruct = bound(_reconstruct)
         self.text_log_probs = bound(text_log_probs)
         self.alternatives = bound(_alternatives)
         self.swap = bound(_swap)
@@ -90,37 +94,12 @@ def _noise(sampling: Sampling | None, spec: LensSpec) -> Noise | None:
     return drawn_noise(sampling.keys_B, spec.text_len, sampling.temperature)
 
 
-def _explain(
-    trainable: Params,
-    frozen: Params,
+def _activations(
     states: ContextStates,
     documents_B: Int[Array, "B"],
     indices_B: Int[Array, "B"],
-    sampling: Sampling | None,
-    *,
-    spec: LensSpec,
-) -> tuple[Int[Array, "B T"], SwapPrediction]:
-    """A text for each row, and the effect of swapping in its reconstruction. Greedy without
-    ``sampling``."""
-    activation_BD = states.residual_GSD[documents_B, indices_B].astype(jnp.float32)
-    text_BT = _write(trainable, frozen, activation_BD, sampling, spec=spec)
-    vector_BD = encode_tokens(encoder_of(trainable, frozen, spec), text_BT, spec=spec)
-    return text_BT, _swap(frozen, states, documents_B, indices_B, vector_BD, spec=spec)
-
-
-def _log_probs(
-    trainable: Params,
-    frozen: Params,
-    states: ContextStates,
-    documents_B: Int[Array, "B"],
-    indices_B: Int[Array, "B"],
-    text_BT: Int[Array, "B T"],
-    *,
-    spec: LensSpec,
-) -> Float[Array, "B T"]:
-    """The decoder's log p of each token of its texts, nats."""
-    activation_BD = states.residual_GSD[documents_B, indices_B].astype(jnp.float32)
-    return text_log_probs(trainable, frozen, activation_BD, text_BT, spec=spec)
+) -> Float[Array, "B D"]:
+    return states.residual_GSD[documents_B, indices_B].astype(jnp.float32)
 
 
 def _alternatives(
@@ -171,6 +150,11 @@ def _swap(
 def _most_probable(logits_BV: Float[Array, "B V"]) -> tuple[Array, Array]:
     probabilities, tokens = jax.lax.top_k(jax.nn.softmax(logits_BV), TOP)
     return tokens, probabilities
+
+
+def _reconstruct(trainable, frozen, text_BT, *, spec: LensSpec) -> Float[Array, "B D"]:
+    """The encoder's reading of texts that the decoder wrote."""
+    return encode_tokens(encoder_of(trainable, frozen, spec), text_BT, spec=spec)
 
 
 def _encode(

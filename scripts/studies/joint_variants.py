@@ -63,6 +63,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "st, less price": {"loss.entropy.start": -0.1},
     "st, more mse": {"loss.mse.start": 4.0},
     "st, more mse, cooling": {**_COOLING, "loss.mse.start": 4.0},
+    "st, more mse, cooling to 0.6": {
+        **_COOLING,
+        "loss.sample_tau.end": 0.6,
+        "loss.mse.start": 4.0,
+    },
     "st, more of both, cooling": {**_COOLING, "loss.mse.start": 4.0, "loss.kl.start": 0.4},
     "st, reads targets": {"loss.text_read": True},
     "st, wide": {**_EVEN, **_rate(1e-3), "joint.batch_size": 256},
