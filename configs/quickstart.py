@@ -44,7 +44,8 @@ def get_config():
     config.warm.steps = 1_800
 
     # The joint stage that is ahead of its control (scripts/README.md): a step that costs half of
-    # the complete one, and a price on entropy, since what E cannot rely on only hurts.
+    # the complete one; a price on entropy, since what E cannot rely on only hurts; and text that is
+    # sampled at falling temperatures, so that E learns to read greedy text too.
     config.joint.steps = 150
     config.joint.optimizer.learning_rate = schedule("cosine", 5e-4, 5e-5, warmup=10)
     config.joint.rows_per_document = 4
@@ -52,7 +53,9 @@ def get_config():
     config.loss.text = schedule("constant", 1.0)
     config.loss.text_read = False
     config.loss.lm = schedule("constant", 0.0)
+    config.loss.mse = schedule("constant", 4.0)
     config.loss.entropy = schedule("constant", -0.2)
+    config.loss.sample_tau = schedule("linear", 1.0, 0.6)
     config.loss.tau = schedule("constant", 2.0)
 
     config.control.enabled = True

@@ -66,6 +66,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
+def pytest_collection_finish(session):
+    """What has been imported by now lives to the end: no collection need look through it again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch):
     """Tests never reach for a login."""

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -336,12 +337,20 @@ def _files_of(step: Path, name: str) -> list[Path]:
     return sorted(step.glob("state/**/d/*")) if name == "values" else [step / name]
 
 
-@pytest.mark.parametrize(("name", "kind", "said"), DAMAGES)
-def test_a_damaged_checkpoint_says_which_one_is_whole(tmp_path, capfd, name, kind, said):
-    folder = tmp_path / "my run" / "checkpoints"
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("three") / "checkpoints"
     with Checkpoints(folder, keep_latest=3, keep_best=0) as checkpoints:
         for step in (3, 6, 9):
             checkpoints.save(step, STATE, {"step": step}, {"validation_loss": 1.0})
+    return folder
+
+
+@pytest.mark.parametrize(("name", "kind", "said"), DAMAGES)
+def test_a_damaged_checkpoint_says_which_one_is_whole(
+    three_steps, tmp_path, capfd, name, kind, said
+):
+    folder = Path(shutil.copytree(three_steps, tmp_path / "my run" / "checkpoints"))
     for step in (6, 9):
         for file in _files_of(folder / str(step), name):
             content = b"" if kind == "empty" else file.read_bytes()[: file.stat().st_size // 2]

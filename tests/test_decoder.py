@@ -213,7 +213,8 @@ def test_exact_gradient_is_that_of_autodiff(name, tau):
     _, _, (decoder, activation) = theirs(name, tau)
     _, (our_decoder, our_activation) = ours(name, tau)
     assert set(our_decoder) == {"projection", "soft_prompt", "base"}
-    assert relative_error((our_decoder, our_activation), (decoder, activation)) < 1e-5
+    limit = 1e-5 * max(1, 0.2 / tau)  # see above
+    assert relative_error((our_decoder, our_activation), (decoder, activation)) < limit
 
 
 def test_detached_gradient_takes_the_history_as_a_constant():
