@@ -105,7 +105,8 @@ class Bench:
     frozen: Params
 
     @staticmethod
-    def open(run: Path, split: str) -> Bench:
+    def open(run: Path, split: str, skip: int = 0) -> Bench:
+        """``skip``: so many rows at the beginning of the split are left out."""
         config = with_changes(recorded_config(str(run)), {"evaluate.split": split})
         session = open_session(config, Console(), run=run)
         config, reference, held_out = session.config, session.reference, session.held_out
@@ -116,7 +117,7 @@ class Bench:
         frozen = {**frozen, "warm_decoder": start["decoder"]}
         suite = Suite.make(
             session.measurer(),
-            held_out.rows(np.arange(len(held_out))),
+            held_out.rows(np.arange(skip, len(held_out))),
             reference,
             config.warm,
             frozenset(),
@@ -295,6 +296,9 @@ def main() -> None:
         "--finished", action="store_true", help="the run's own joint stage and control"
     )
     parser.add_argument("--split", default="validation", help="validation, test, or both")
+    parser.add_argument(
+        "--skip", type=int, default=0, help="rows of each split that an earlier choice has seen"
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="field=number")
     parser.add_argument("--out", default="", help="folder; empty: that of the run folders")
     parser.add_argument("--costs", default="", help="folder of the seconds a step")
@@ -310,7 +314,7 @@ def main() -> None:
     splits = arguments.split.split(",")
     outs = defaultdict(list)
     for run in map(Path, arguments.run.split(",")):
-        benches = {split: Bench.open(run, split) for split in splits}
+        benches = {split: Bench.open(run, split, arguments.skip) for split in splits}
         folders = {
             split: Path(arguments.out or run.parent) / run.name / f"compare_{split}"
             for split in splits

@@ -48,6 +48,7 @@ _COOLING = {
     "loss.sample_tau.start": 1.0,
     "loss.sample_tau.end": 0.4,
 }
+_LESS_COOLING = {**_COOLING, "loss.sample_tau.end": 0.6}
 VARIANTS: dict[str, dict[str, Any]] = {
     "supervised": {},
     "straight-through": {},
@@ -63,10 +64,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "st, less price": {"loss.entropy.start": -0.1},
     "st, more mse": {"loss.mse.start": 4.0},
     "st, more mse, cooling": {**_COOLING, "loss.mse.start": 4.0},
-    "st, more mse, cooling to 0.6": {
-        **_COOLING,
-        "loss.sample_tau.end": 0.6,
+    "st, more mse, cooling to 0.6": {**_LESS_COOLING, "loss.mse.start": 4.0},
+    "st, mse 2, cooling to 0.6": {**_LESS_COOLING, "loss.mse.start": 2.0},
+    "st, more of both, cooling to 0.6": {
+        **_LESS_COOLING,
         "loss.mse.start": 4.0,
+        "loss.kl.start": 0.4,
     },
     "st, more of both, cooling": {**_COOLING, "loss.mse.start": 4.0, "loss.kl.start": 0.4},
     "st, reads targets": {"loss.text_read": True},
