@@ -54,6 +54,7 @@ def get_config():
     config.loss.text_read = False
     config.loss.lm = schedule("constant", 0.0)
     config.loss.mse = schedule("constant", 4.0)
+    config.loss.kl = schedule("constant", 0.4)
     config.loss.entropy = schedule("constant", -0.2)
     config.loss.sample_tau = schedule("linear", 1.0, 0.6)
     config.loss.tau = schedule("constant", 2.0)
