@@ -1,13 +1,14 @@
 """Speed of explaining: the first explanations of a document, then all of them, beside the limit.
 
 Command:  python scripts/benchmark_explain.py --checkpoint=smollm2-135m --tokens=2000
-Time:     on 2 CPU cores about a minute for the quickstart's lens, ten for SmolLM2-135M.
+Time:     on 2 CPU cores 15 seconds for the quickstart's lens, a minute for SmolLM2-135M's with 256
+          tokens.
 
 A document of ``--tokens`` tokens (the lens's example text, repeated) at every position, greedy,
-with support and the KL of the swap. *First*: until the first batch is there, in a new process (with
-compilation, unless the persistent cache has it) and again. *Limit*: the least matrix-product FLOPs
-of it all (``conlens_jax/planning/flops.py``) at the rate of large products, measured before and
-after in the same run. Measured: see "What explaining costs" in ``scripts/README.md``.
+with support and the KL of the swap. *First*: until the first batch is there, in a new process, with
+compilation, and again. *Limit*: the least matrix-product FLOPs of it all
+(``conlens_jax/planning/flops.py``) at the rate of large products, measured before and after in the
+same run. Measured: see "What explaining costs" in ``scripts/README.md``.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     lens = Lens.load(options.checkpoint)
     seconds = {"load": time.perf_counter() - started}
     example = lens.model.tokenizer.encode(example_text(lens), add_bos=lens.add_bos)
-    tokens = list(itertools.islice(itertools.cycle(example), options.tokens))
-    positions = np.arange(options.tokens)
+    length = min(options.tokens, lens.model.config.max_positions)
+    tokens = list(itertools.islice(itertools.cycle(example), length))
+    positions = np.arange(length)
     batches = lambda: lens.explain_in_batches(
         [tokens], positions.tolist(), batch_size=options.batch, whole=True
     )
@@ -75,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="run, saved lens, or a shipped one")
-    parser.add_argument("--tokens", type=int, default=2000, help="of the document")
+    parser.add_argument(
+        "--tokens", type=int, default=2000, help="of the document; at most the model's positions"
+    )
     parser.add_argument("--batch", type=int, default=32, help="explanations at a time")
     parser.add_argument("--repeat", type=int, default=5, help="of the products; the best counts")
     parser.add_argument("--json", default="", help="file for all numbers")

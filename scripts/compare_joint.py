@@ -106,7 +106,7 @@ class Bench:
 
     @staticmethod
     def open(run: Path, split: str, skip: int = 0) -> Bench:
-        """``skip``: so many rows at the beginning of the split are left out."""
+        """``skip``: the number of rows at the beginning of the split to leave out."""
         config = with_changes(recorded_config(str(run)), {"evaluate.split": split})
         session = open_session(config, Console(), run=run)
         config, reference, held_out = session.config, session.reference, session.held_out

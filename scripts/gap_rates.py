@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> Found:
     found = read(options.runs, options.split)
     print("| gap rate | | " + " | ".join(COLUMNS.values()) + " |")
     print("|---|---|" + "---|" * len(COLUMNS))
-    for (rate, stage), values in sorted(found.items(), key=lambda item: item[0][0]):
+    for (rate, stage), values in found.items():
         cells = [f"{values[name]:.3f}" for name in COLUMNS]
         print("| " + " | ".join([f"{rate:g}", STAGES[stage], *cells]) + " |")
     if options.svg:

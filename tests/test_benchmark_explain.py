@@ -5,17 +5,19 @@ from __future__ import annotations
 import io
 import json
 import math
+import runpy
 
 import numpy as np
 import pytest
-from test_benchmark_step import script, work
+from test_benchmark_step import SCRIPTS, script, work
 from tiny_user import TEXT, tiny_user_lens
 
 from benchmark import measure
 from conlens_jax import Lens
-from conlens_jax.config import ExperimentConfig, to_json_dict, with_changes
+from conlens_jax.config import ExperimentConfig, from_config_dict, to_json_dict, with_changes
 from conlens_jax.measurement.aggregates import mean_of
 from conlens_jax.planning.flops import explain_flops, stack_cost, step_flops
+from studies.joint_variants import VARIANTS
 
 
 def test_flops_of_explaining_are_those_of_its_parts():
@@ -46,7 +48,17 @@ def test_explain_script_measures_everything(tmp_path, monkeypatch, capsys):
     assert result["explanations"] == 12
     assert all(0 < seconds < math.inf for seconds in result["seconds"].values())
     assert 0 < result["share"] < 1
+    longest = lens.model.config.max_positions
+    arguments = f"--checkpoint=x --tokens={longest + 5} --batch={longest} --repeat=1"
+    assert module.main(arguments.split())["explanations"] == longest
     assert "12 explanations of 4 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_is_a_change_of_the_quickstart(name):
+    """Whatever the quickstart's own joint stage is."""
+    page = runpy.run_path(str(SCRIPTS.parent / "configs" / "quickstart.py"))
+    with_changes(from_config_dict(page["get_config"]().to_dict()), VARIANTS[name])
 
 
 def test_gap_rates_are_averaged_over_runs(tmp_path, monkeypatch, capsys):

@@ -174,7 +174,7 @@ def matrix_product_rate(mesh: Mesh, model: LanguageModel) -> float:
 
 
 def _width(length: int) -> int:
-    """Of a group whose longest rest has so many tokens."""
+    """The padded length of a group whose longest rest has this many tokens."""
     return 1 if length == 1 else _rounded(length, _PROMPT_STEP)
 
 

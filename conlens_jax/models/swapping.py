@@ -19,7 +19,7 @@ class Swap:
     Attributes:
       indices_B: which token of each row.
       activations_BD: the vectors that take the place of its residual stream.
-      boundary: after so many blocks; see :mod:`~conlens_jax.models.hooks`.
+      boundary: the number of blocks before it; see :mod:`~conlens_jax.models.hooks`.
     """
 
     indices_B: Int[Array, "B"]

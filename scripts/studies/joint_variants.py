@@ -10,6 +10,11 @@ def _rate(value: float) -> dict[str, float]:
     return {f"{name}.start": value, f"{name}.end": value / 10}
 
 
+def _sampled_at(temperature: float) -> dict[str, Any]:
+    """Whatever the run's own schedule is."""
+    return {"loss.sample_tau.kind": "constant", "loss.sample_tau.start": temperature}
+
+
 # E is trained on D's own text; D continues with the warm start's objective.
 _ON_POLICY = {
     "lens.estimator": "detached",
@@ -20,12 +25,12 @@ _ON_POLICY = {
     **_rate(1e-3),
 }
 # These estimators sample at temperature 1 only.
-_REINMAX = {"lens.estimator": "reinmax", "loss.tau.start": 1.0, "loss.sample_tau.start": 1.0}
+_REINMAX = {"lens.estimator": "reinmax", "loss.tau.start": 1.0, **_sampled_at(1.0)}
 _GUMBEL_RAO = {**_REINMAX, "lens.estimator": "gumbel_rao", "lens.estimator_samples": 4}
 _RLOO = {
     "lens.estimator": "rloo",
     "lens.estimator_samples": 4,
-    "loss.sample_tau.start": 1.0,
+    **_sampled_at(1.0),
     "joint.batch_size": 16,
     "loss.entropy.start": 0.0,
 }
@@ -42,10 +47,16 @@ _LEAN = {
     "loss.lm.start": 0.0,
     "loss.text_read": False,
 }
-_AT_1 = {**_EVEN, **_rate(5e-4), "loss.sample_tau.start": 1.0}
+_AT_1 = {**_EVEN, **_rate(5e-4), **_sampled_at(1.0)}
+# The quickstart's before it sampled at falling temperatures; priced already.
+_PRICED = {
+    "loss.mse.start": 1.0,
+    "loss.kl.start": 0.1,
+    **_sampled_at(1.0),
+}
 _COOLING = {
+    **_PRICED,
     "loss.sample_tau.kind": "linear",
-    "loss.sample_tau.start": 1.0,
     "loss.sample_tau.end": 0.4,
 }
 _LESS_COOLING = {**_COOLING, "loss.sample_tau.end": 0.6}
@@ -58,11 +69,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "st, priced 0.1": {**_AT_1, "loss.entropy.start": -0.1},
     "st, priced 0.2": {**_AT_1, "loss.entropy.start": -0.2},
     "st, priced 0.3, faster": {**_AT_1, **_rate(1e-3), "loss.entropy.start": -0.3},
-    # Changes of a configuration that is priced already, the quickstart's.
-    "st, cooler": {"loss.sample_tau.start": 0.7},
+    "st, as before": _PRICED,
+    "st, cooler": {**_PRICED, **_sampled_at(0.7)},
     "st, cooling": _COOLING,
-    "st, less price": {"loss.entropy.start": -0.1},
-    "st, more mse": {"loss.mse.start": 4.0},
+    "st, less price": {**_PRICED, "loss.entropy.start": -0.1},
+    "st, more mse": {**_PRICED, "loss.mse.start": 4.0},
     "st, more mse, cooling": {**_COOLING, "loss.mse.start": 4.0},
     "st, more mse, cooling to 0.6": {**_LESS_COOLING, "loss.mse.start": 4.0},
     "st, mse 2, cooling to 0.6": {**_LESS_COOLING, "loss.mse.start": 2.0},
@@ -72,7 +83,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "loss.kl.start": 0.4,
     },
     "st, more of both, cooling": {**_COOLING, "loss.mse.start": 4.0, "loss.kl.start": 0.4},
-    "st, reads targets": {"loss.text_read": True},
+    "st, reads targets": {**_PRICED, "loss.text_read": True},
     "st, wide": {**_EVEN, **_rate(1e-3), "joint.batch_size": 256},
     "st, even, strong": {**_EVEN, **_rate(5e-4), "loss.kl.start": 1.5, "loss.mse.start": 10.0},
     "st, even, tau 1": {**_EVEN, **_rate(5e-4), "loss.tau.start": 1.0},
@@ -90,7 +101,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         **_LEAN,
         "loss.mse.start": 1.0,
         "loss.kl.start": 0.1,
-        "loss.sample_tau.start": 0.5,
+        **_sampled_at(0.5),
     },
     "st, tau 1": {"loss.tau.start": 1.0},
     "st, no anchor": {"loss.text.start": 0.0},
@@ -119,7 +130,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rloo 4, fast": {**_RLOO, **_rate(5e-4)},
     "grpo 4": {**_RLOO, "lens.estimator": "grpo"},
     "E on D's text": _ON_POLICY,
-    "E on D's text, cooler": {**_ON_POLICY, "loss.sample_tau.start": 0.5},
+    "E on D's text, cooler": {**_ON_POLICY, **_sampled_at(0.5)},
     "E on D's text alone": {**_ON_POLICY, "loss.text_read": False},
     "E on D's text alone, shared": {
         **_ON_POLICY,
@@ -134,7 +145,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "loss.text_read": False,
         "loss.mse.start": 5.0,
         "loss.kl.start": 0.5,
-        "loss.sample_tau.start": 0.5,
+        **_sampled_at(0.5),
     },
     "E on D's text alone, kl": {
         **_ON_POLICY,
@@ -146,7 +157,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         **_ON_POLICY,
         "lens.estimator": "rloo",
         "lens.estimator_samples": 2,
-        "loss.sample_tau.start": 1.0,
+        **_sampled_at(1.0),
         "loss.text_read": False,
         "loss.mse.start": 2.0,
         "joint.batch_size": 32,
@@ -157,6 +168,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         **_rate(1e-3),
         "loss.entropy.start": 0.0,
         "loss.kl.start": 0.0,
-        "loss.sample_tau.start": 0.5,
+        **_sampled_at(0.5),
     },
 }
