@@ -297,6 +297,7 @@ def test_text_length_is_at_least_one():
             {"lens.estimator": "rloo", "lens.estimator_samples": 1},
             "lens.estimator_samples must be at least 2 for lens.estimator='rloo', not 1",
         ),
+        ({"loss.length.start": 0.02}, "loss.length=0.02 needs lens.end_token"),
         ({"loss.prefix_share": 1.0}, "loss.prefix_share must be at least 0 and below 1"),
         (
             {"loss.prefix_share": 0.5, "lens.encoder_prompt": "<text> so"},

@@ -187,10 +187,10 @@ def test_joint_loss_and_gradient_equal_the_direct_formulation(stop):
     (expected, expected_terms), oracle = plain_joint(
         trainable, frozen, noise, weights_of(), jnp.float32(not stop)
     )
-    for name in TERMS:
+    for name in WEIGHTS:
         assert terms[name] == approx(expected_terms[name]), name
     assert total == approx(expected)
-    by_hand = sum(SIGNS[name] * WEIGHTS[name] * float(terms[name]) for name in TERMS)
+    by_hand = sum(SIGNS[name] * WEIGHTS[name] * float(terms[name]) for name in WEIGHTS)
     assert total == approx(by_hand, 1e-6)
     assert relative_error(gradient, oracle) < 3e-5
     # The switch matters: with the other setting the comparison would fail.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,10 @@ from tiny_lens import (
 from conlens_jax.config import LossConfig, WarmConfig, constant
 from conlens_jax.lens.decoder import generate
 from conlens_jax.lens.encoder import encode_tokens
+from conlens_jax.lens.losses import log_not_token
 from conlens_jax.lens.objective import Objective, joint_loss, prepare, target_text, warm_loss
 from conlens_jax.lens.spec import decoder_of, encoder_of
-from conlens_jax.lens.text import last_real, real_tokens, take_places
+from conlens_jax.lens.text import last_real, real_tokens, take_places, text_lengths
 from conlens_jax.models.transformer import forward
 from conlens_jax.models.written import before_end
 
@@ -41,8 +43,8 @@ LENGTHS = (1, TEXT_LEN, 2, TEXT_LEN)  # of texts and targets: one ends at once, 
 NO_END = (1,)  # rows whose text is cut at T
 BATCH = len(LENGTHS)
 TAU = 0.7
-WEIGHTS = {"lm": 0.3, "kl": 1.7, "mse": 0.6, "entropy": 0.2, "text": 0.4}
-SIGNS = {"lm": 1, "kl": 1, "mse": 1, "entropy": -1, "text": 1}
+WEIGHTS = {"lm": 0.3, "kl": 1.7, "mse": 0.6, "entropy": 0.2, "text": 0.4, "length": 0.05}
+SIGNS = {"lm": 1, "kl": 1, "mse": 1, "entropy": -1, "text": 1, "length": 1}
 PROMPTS = {"after the text": (9, 10), "none after it": ()}
 
 
@@ -140,7 +142,17 @@ def plain_row(trainable, frozen, row, noise_1TV, length, target, spec, share):
         "lm": jnp.mean(kl_of(jax.nn.log_softmax(alone[0]), log_p)),
         "entropy": -jnp.mean(jnp.sum(jnp.exp(log_p) * log_p, axis=-1)),
         "text": error_2[1] + plain_nll(trainable, frozen, row, target, spec),
+        "length": plain_length(log_p[: length - 1]),
     }
+
+
+def plain_length(log_p_mV):
+    """The tokens of a text, m of which D could have ended before the last: n, and with a gradient
+    for each of these the tokens after it."""
+    goes_on_m = jnp.log(1 - jnp.exp(log_p_mV[:, END]))
+    tokens_after_m = jnp.arange(len(log_p_mV), 0, -1, dtype=jnp.float32)
+    price = jnp.sum(tokens_after_m * goes_on_m)
+    return len(log_p_mV) + 1 + price - jax.lax.stop_gradient(price)
 
 
 def plain_total(trainable, frozen, batch, noise_BTV, targets, spec, share):
@@ -316,3 +328,47 @@ def test_real_tokens_by_hand():
     np.testing.assert_array_equal(take_places(values, last_real(mask)), taken)
     np.testing.assert_array_equal(take_places(values[..., 0], last_real(mask)), taken[:, 0])
     assert real_tokens(jnp.asarray(texts), None) is None
+
+
+def test_the_gradient_of_the_length_is_unbiased():
+    """Over all texts of a small vocabulary, each with its probability, the gradient is that of the
+    expected length by D's choice to end after each prefix."""
+    end, words, most = 0, (1, 2), 3
+    prefixes = [p for n in range(most) for p in itertools.product(words, repeat=n)]
+    rng = np.random.default_rng(0)
+    ends = jnp.asarray(rng.normal(size=len(prefixes)), jnp.float32)  # a logit of each prefix
+    first_word = rng.uniform(0.2, 0.8, len(prefixes))  # its probability, if D goes on
+    texts = [(*p, end) for p in prefixes] + list(itertools.product(words, repeat=most))
+
+    def probability(ends, text):
+        p = 1.0
+        for place, token in enumerate(text):
+            index = prefixes.index(text[:place])
+            p_end = jax.nn.sigmoid(ends[index])
+            p *= p_end if token == end else 1 - p_end
+            if token != end:
+                p *= first_word[index] if token == words[0] else 1 - first_word[index]
+        return p
+
+    def expected(ends):
+        return sum(probability(ends, text) * len(text) for text in texts)
+
+    def estimated(ends, text):
+        padded = jnp.asarray([[*text, *[end] * (most - len(text))]])
+        places = [prefixes.index(text[:n]) for n in range(len(text))]
+        logits = jnp.zeros((1, most)).at[0, : len(text)].set(ends[jnp.asarray(places)])
+        goes_on = jax.nn.log_sigmoid(-logits)
+        return text_lengths(goes_on, real_tokens(padded, end))[0]
+
+    assert sum(float(probability(ends, text)) for text in texts) == pytest.approx(1, abs=1e-6)
+    found = sum(probability(ends, text) * jax.grad(estimated)(ends, text) for text in texts)
+    np.testing.assert_allclose(found, jax.grad(expected)(ends), rtol=0, atol=1e-6)
+    assert [float(estimated(ends, text)) for text in texts] == [len(text) for text in texts]
+
+
+def test_going_on_is_exact_where_the_end_is_almost_sure():
+    logits = jnp.asarray([30.0, 0.0, 0.0])
+    assert log_not_token(logits, 0) == pytest.approx(np.log(2) - 30, rel=1e-6)
+    assert log_not_token(logits, 1) == pytest.approx(0.0, abs=1e-6)
+    gradient = jax.grad(lambda logits: log_not_token(logits, 0))(logits)
+    np.testing.assert_allclose(gradient, [-1, 0.5, 0.5], atol=1e-6)

@@ -86,13 +86,16 @@ class LensConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The joint loss, w_lm L_LM + w_kl L_KL + w_mse L_MSE + w_text L_text − w_ent H."""
+    """The joint loss, w_lm L_LM + w_kl L_KL + w_mse L_MSE + w_text L_text + w_len L_length
+    − w_ent H."""
 
     lm: ScheduleConfig = constant(0.003)  # w_lm: KL of a fluent reference to D's predictions
     kl: ScheduleConfig = constant(0.1)  # w_kl: KL between M's predictions with a and with â
     mse: ScheduleConfig = constant(1.0)  # w_mse: error of the reconstruction
     entropy: ScheduleConfig = constant(0.0)  # w_ent: entropy of D's predictions
     text: ScheduleConfig = constant(0.0)  # w_text: the warm start's loss on real text, as an anchor
+    # w_len: the number of tokens of the text, so this is the price of one; needs lens.end_token.
+    length: ScheduleConfig = constant(0.0)
     tau: ScheduleConfig = constant(1.0)  # temperature of the backward pass, at least 0.1
     # Temperature at which the text is sampled in training; other than 1 only where lens.estimator
     # is "straight_through" or "detached".

@@ -110,6 +110,7 @@ def config_problems(config: ExperimentConfig) -> Iterator[str]:
     yield from _lora_problems(config.lens)
     yield from _prefix_problems(config)
     yield from _estimator_problems(config)
+    yield from _length_problems(config)
     yield from _mesh_problems(config.mesh)
     yield from _process_problems(config.distributed)
     yield from _profile_problems(config.profile)
@@ -349,6 +350,15 @@ def _prefix_problems(config: ExperimentConfig) -> Iterator[str]:
         )
     if share and config.lens.text_len < 2:
         yield f"loss.prefix_share={share} needs lens.text_len of at least 2"
+
+
+def _length_problems(config: ExperimentConfig) -> Iterator[str]:
+    price = config.loss.length
+    if (price.start or price.end) and not config.lens.end_token:
+        yield (
+            f"loss.length={max(price.start, price.end)} needs lens.end_token: a text without end "
+            "has always lens.text_len tokens"
+        )
 
 
 def _target_problems(config: ExperimentConfig) -> Iterator[str]:

@@ -28,6 +28,13 @@ def cross_entropy(logits: Float[Array, "*B V"], tokens: Int[Array, "*B"]) -> Flo
     return -jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
 
 
+def log_not_token(logits: Float[Array, "*B V"], token: int) -> Float[Array, "*B"]:
+    """log(1 − p) of one token, in nats; exact where p is almost 1."""
+    wide = logits.astype(jnp.float32)
+    others = jnp.where(jnp.arange(wide.shape[-1]) == token, -jnp.inf, wide)
+    return jax.nn.logsumexp(others, axis=-1) - jax.nn.logsumexp(wide, axis=-1)
+
+
 def direction_error(
     reconstruction: Float[Array, "*B D"], activation: Float[Array, "*B D"]
 ) -> Float[Array, "*B"]:

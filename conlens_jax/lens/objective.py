@@ -2,8 +2,8 @@
 
 Warm start: the encoder reconstructs a from a given text, its target (a window of the source around
 P, or what ``target.kind`` makes of it), and the decoder writes that text from a.
-Joint: total = w_lm L_LM + w_kl L_KL + w_mse L_MSE + w_text L_text − w_ent H, through the decoder's
-own text.
+Joint: total = w_lm L_LM + w_kl L_KL + w_mse L_MSE + w_text L_text + w_len L_length − w_ent H,
+through the decoder's own text.
 
 What needs no gradient (the sampled text, the context of the original model, the reference of L_LM)
 is computed first, by :func:`prepare`, outside the differentiated function.
@@ -45,12 +45,13 @@ from conlens_jax.lens.text import (
     real_tokens,
     sum_of_text,
     take_places,
+    text_lengths,
 )
 from conlens_jax.lens.vocabulary import ReferenceLogits, sampled_embeddings, text_terms
 from conlens_jax.models.embeddings import embed_tokens, scale_embeddings, token_table
 from conlens_jax.models.param_table import Params
 
-TERMS = {"lm": 1.0, "kl": 1.0, "mse": 1.0, "entropy": -1.0, "text": 1.0}
+TERMS = {"lm": 1.0, "kl": 1.0, "mse": 1.0, "entropy": -1.0, "text": 1.0, "length": 1.0}
 """The terms of the joint loss and their signs."""
 Metrics = dict[str, Array]
 
@@ -256,7 +257,8 @@ def joint_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss of a batch, differentiable in every trainable part.
 
-        total = w_lm L_LM + w_kl L_KL + w_mse L_MSE + w_text L_text − w_ent H  (+ policy gradient)
+        total = w_lm L_LM + w_kl L_KL + w_mse L_MSE + w_text L_text + w_len L_length − w_ent H
+                (+ policy gradient)
 
     The decoder writes the text again with a gradient, the encoder reads it, and M predicts with the
     reconstruction in the activation's place.
@@ -275,7 +277,7 @@ def joint_loss(
     state_BTD, text_BTD = write_text(decoder, encoder, activation_BD, prepared, tau, objective)
     with jax.named_scope("text_terms"):
         head = decoder_head(decoder, spec)
-        of_tokens = text_terms(head, state_BTD, prepared.text_BT, prepared.reference)
+        of_tokens = text_terms(head, state_BTD, prepared.text_BT, prepared.reference, spec.end)
     real_BT = real_tokens(prepared.text_BT, spec.end)
     with jax.named_scope("encode"):
         reconstruction_BD, error_B = read_text(encoder, text_BTD, real_BT, activation_BD, objective)
@@ -289,6 +291,8 @@ def joint_loss(
     # Nothing else needs the states of a detached text.
     if objective.estimator.kind != "detached" or objective.uses("entropy"):
         terms["entropy"] = mean_of_texts(of_tokens["entropy"], real_BT)
+    if objective.uses("length"):
+        terms["length"] = jnp.mean(text_lengths(of_tokens["goes_on"], real_BT))
     if prepared.reference is not None:
         terms["lm"] = mean_of_texts(of_tokens["lm"], real_BT)
     if objective.uses("text"):

@@ -7,6 +7,7 @@ counts only up to the first of them: that token is real (D chose it, and E reads
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -22,6 +23,27 @@ def real_tokens(text_BT: Int[Array, "B T"], end: int | None) -> Bool[Array, "B T
 def last_real(mask_BT: Bool[Array, "B T"]) -> Int[Array, "B"]:
     """The place of each text's last real token."""
     return jnp.sum(mask_BT, axis=1, dtype=jnp.int32) - 1
+
+
+def text_lengths(
+    log_goes_on_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]
+) -> Float[Array, "B"]:
+    """The number of real tokens of each text, with a gradient to D's choice, at each of them, to
+    end there.
+
+    The gradient is that of the score function (REINFORCE) for this choice alone, and unbiased in
+    it: at a token after which m more were written, not to end costs m.
+
+    Args:
+      log_goes_on_BT: log(1 − p(end)) in D's predictions of each token.
+      mask_BT: :func:`real_tokens` of the texts.
+    """
+    length_B = jnp.sum(mask_BT, axis=1, dtype=jnp.float32)
+    place_T = jnp.arange(1, mask_BT.shape[1] + 1, dtype=jnp.float32)
+    after_BT = length_B[:, None] - place_T[None]
+    # At the end itself, and behind it, nothing is saved; a probability there may be anything.
+    value_BT = jnp.where(after_BT > 0, log_goes_on_BT, 0.0)
+    return length_B + jnp.sum(after_BT * (value_BT - jax.lax.stop_gradient(value_BT)), axis=1)
 
 
 def take_places(

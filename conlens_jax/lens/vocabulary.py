@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from conlens_jax.config.estimator import Estimator
 from conlens_jax.lens.gumbel import Noise, drawn_noise, straight_through_embed
-from conlens_jax.lens.losses import cross_entropy, entropy, kl_divergence
+from conlens_jax.lens.losses import cross_entropy, entropy, kl_divergence, log_not_token
 from conlens_jax.models.transformer import Head
 
 LOGITS_AT_ONCE = 1 << 24  # 64 MiB in fp32
@@ -101,9 +101,11 @@ def text_terms(
     state_BTD: Float[Array, "B T D"],
     tokens_BT: Int[Array, "B T"],
     reference: ReferenceLogits | None = None,
+    end: int | None = None,
 ) -> dict[str, Float[Array, "B T"]]:
-    """Per token, in nats: ``entropy`` of the logits, ``nll`` of the token and, with a reference,
-    ``lm``, the KL from it. Unused terms cost nothing under ``jit``."""
+    """Per token, in nats: ``entropy`` of the logits, ``nll`` of the token, with a reference ``lm``,
+    the KL from it, and with an end token ``goes_on``, log(1 − p(end)). Unused terms cost nothing
+    under ``jit``."""
 
     def terms(arrays):
         state, tokens, reference_state = arrays
@@ -111,6 +113,8 @@ def text_terms(
         values = {"entropy": entropy(logits), "nll": cross_entropy(logits, tokens)}
         if reference is not None:
             values["lm"] = kl_divergence(reference.head.logits(reference_state), logits)
+        if end is not None:
+            values["goes_on"] = log_not_token(logits, end)
         return values
 
     arrays = (state_BTD, tokens_BT, None if reference is None else reference.state_BTD)

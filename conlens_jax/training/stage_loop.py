@@ -230,6 +230,7 @@ def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
         "lm",
         "text",
         "entropy",
+        "length",
         "grad_norm",
     )
     return {name: metrics[name] for name in names if name in metrics}

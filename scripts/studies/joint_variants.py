@@ -60,6 +60,8 @@ _COOLING = {
     "loss.sample_tau.end": 0.4,
 }
 _LESS_COOLING = {**_COOLING, "loss.sample_tau.end": 0.6}
+LENGTH_PRICES = (0.003, 0.01, 0.03, 0.1, 0.3)
+FLUENCY_WEIGHTS = (0.01, 0.03, 0.1, 0.3)  # L_LM against M, which reads the text alone
 VARIANTS: dict[str, dict[str, Any]] = {
     "supervised": {},
     "straight-through": {},
@@ -163,6 +165,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "joint.batch_size": 32,
     },
     "E on D's text, kl": {**_ON_POLICY, "loss.kl.start": 0.5},
+    **{f"st, length {price}": {"loss.length.start": price} for price in LENGTH_PRICES},
+    **{
+        f"st, fluent {weight}": {"loss.lm.start": weight, "loss.lm_reference": "text"}
+        for weight in FLUENCY_WEIGHTS
+    },
     "st, warm rate": {**_rate(1e-3), "loss.entropy.start": 0.0},
     "st, warm rate, cooler": {
         **_rate(1e-3),
