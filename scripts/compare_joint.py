@@ -145,6 +145,8 @@ class Bench:
         effects = measurer.effects(original, rows, candidates)
         per_row = suite.quantities(candidates, effects)
         per_row["text.nll"] = measurer.text_nll(original, explained.texts["greedy"])
+        for name, texts_NT in explained.texts.items():
+            per_row |= suite.lengths(texts_NT, name)
         if self.words is not None:
             per_row |= self.words.counts(explained.texts["greedy"], effects["clean"])
             others_NT = explained.texts["greedy"][suite.partner_N]
@@ -224,6 +226,9 @@ def scores(per_row: Mapping[str, Any], resultant: float) -> dict[str, Statistic]
     ):
         statistics |= reconstruction_statistics(candidate, prefix, resultant, _COMPARED)
     statistics["nll_text"] = mean_of("text.nll")
+    if "greedy.tokens" in per_row:
+        statistics["tokens"] = mean_of("greedy.tokens")
+        statistics["sampled_tokens"] = mean_of("sampled.tokens")
     if "context_said" in per_row:
         of_text = SaidWords.statistics()
         statistics |= {name: of_text[name] for name in _TRUTH}

@@ -358,6 +358,7 @@ def _print_table(session: Session, systems: list[System]) -> None:
     names += ("claims", "claims_right", "null_shuffle_claims_right", "null_novec_claims_right")
     names += ("support_ece", "support_right_at_90", "support_share_at_90")
     names += ("attribute_stated", "null_shuffle_attribute_stated", "nll_text", "nll_window")
+    names += ("text_tokens", "text_cut")
     names += ("next_only_fve_nrm", "context_adds_fve_nrm", "context_adds_kl_frac_mean")
     names += ("next_tokens_fve_nrm", "text_adds_fve_nrm", "text_adds_kl_frac_mean")
     names += ("frozen_fve_nrm", "gap_frozen", "gap_frozen_window", "recall", "precision")

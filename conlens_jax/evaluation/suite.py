@@ -174,6 +174,14 @@ class Suite:
         """The tokens of each text before its end."""
         return [before_end(text, self.measurer.spec.end) for text in texts_NT]
 
+    def lengths(self, texts_NT: np.ndarray, name: str) -> PerRow:
+        """``tokens`` and ``cut`` of :func:`metrics.lengths_before_end`; none if no text ends."""
+        end = self.measurer.spec.end
+        if end is None:
+            return {}
+        length_N, cut_N = metrics.lengths_before_end(texts_NT, end)
+        return {f"{name}.tokens": length_N, f"{name}.cut": cut_N}
+
     def quantities(
         self, candidates: Mapping[str, np.ndarray], effects: Mapping[str, SwapEffect]
     ) -> PerRow:
@@ -204,6 +212,7 @@ class Suite:
         for name, texts in explained.texts.items():
             per_row[f"{name}.nll"] = self.measurer.text_nll(original, texts)
             per_row[f"{name}.repeat_4gram"] = metrics.repeat_4gram(self.before_end(texts))
+            per_row |= self.lengths(texts, name)
             per_row[f"{name}.stated"] = states(texts)
             per_row[f"{name}.stated_shuffled"] = states(texts[self.partner_N])
         return per_row
@@ -241,6 +250,9 @@ class Suite:
         for name, prefix in (("greedy", ""), ("sampled", "sampled_")):
             statistics[f"{prefix}nll_text"] = mean_of(f"{name}.nll")
             statistics[f"{prefix}repeat_4gram"] = mean_of(f"{name}.repeat_4gram")
+            if self.measurer.spec.end is not None:
+                statistics[f"{prefix}text_tokens"] = mean_of(f"{name}.tokens")
+                statistics[f"{prefix}text_cut"] = mean_of(f"{name}.cut")
             if self.attribute_ids:
                 statistics |= attribute_statistics(name, prefix)
         statistics["nll_window"] = mean_of("window.nll")
