@@ -29,12 +29,14 @@ from tiny_lens import (
 )
 
 from conlens_jax.config import LossConfig, WarmConfig, constant
-from conlens_jax.lens.decoder import generate
+from conlens_jax.lens.decoder import generate, write_texts
 from conlens_jax.lens.encoder import encode_tokens
+from conlens_jax.lens.gumbel import as_noise
 from conlens_jax.lens.losses import log_not_token
 from conlens_jax.lens.objective import Objective, joint_loss, prepare, target_text, warm_loss
 from conlens_jax.lens.spec import decoder_of, encoder_of
 from conlens_jax.lens.text import last_real, real_tokens, take_places, text_lengths
+from conlens_jax.measurement.programs import text_log_probs
 from conlens_jax.models.transformer import forward
 from conlens_jax.models.written import before_end
 
@@ -372,3 +374,27 @@ def test_going_on_is_exact_where_the_end_is_almost_sure():
     assert log_not_token(logits, 1) == pytest.approx(0.0, abs=1e-6)
     gradient = jax.grad(lambda logits: log_not_token(logits, 0))(logits)
     np.testing.assert_allclose(gradient, [-1, 0.5, 0.5], atol=1e-6)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("noise", ["none", "ends", "ends early"])
+def test_texts_to_read_are_the_generated_ones_with_their_probabilities(ends, noise):
+    """They stop when all have ended; the probabilities are those of one parallel pass."""
+    trainable, frozen, batch = case()
+    spec = spec_with_end() if ends else tiny_spec(dual_path=False)
+    decoder = decoder_of(trainable, frozen)
+    noise_BTV = {
+        "none": None,
+        "ends": noise_that_ends(),
+        "ends early": noise_that_ends().at[:, 1, END].set(1e4),
+    }[noise]
+    given = None if noise_BTV is None else as_noise(noise_BTV)
+    text, log_p = jax.jit(functools.partial(write_texts, spec=spec))(
+        decoder, batch.activation_BD, given
+    )
+    expected = generate(decoder, batch.activation_BD, noise_BTV, spec=spec)
+    np.testing.assert_array_equal(text, expected)
+    forced = text_log_probs(trainable, frozen, batch.activation_BD, text, spec=spec)
+    real = real_tokens(text, spec.end)
+    forced = forced if real is None else jnp.where(real, forced, 0.0)
+    np.testing.assert_allclose(log_p, forced, rtol=1e-5, atol=1e-5)

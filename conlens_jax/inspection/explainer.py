@@ -164,7 +164,7 @@ class LensExplainer(LensReader):
             sampling = sampling_of(seed, positions_B, samples_B, temperature)
         programs, parts = self._programs, (self.trainable, self.frozen)
         activation_BD = programs.activations(states, documents_B, positions_B)
-        text_BT = programs.write(*parts, activation_BD, sampling)
+        text_BT, log_probs_BT = programs.write(*parts, activation_BD, sampling)
         vector_BD = programs.reconstruct(*parts, text_BT)
         effect = programs.swap(self.frozen, states, documents_B, positions_B, vector_BD)
         texts = written_texts(np.asarray(text_BT), self.model.tokenizer, self.spec.end)
@@ -173,7 +173,6 @@ class LensExplainer(LensReader):
             self._reading(text, effect, number) for number, text in enumerate(texts[: len(rows)])
         ]
         if decoding == "greedy":
-            log_probs_BT = programs.text_log_probs(*parts, activation_BD, text_BT)
             pairs = zip(readings, np.asarray(log_probs_BT)[: len(rows)], strict=True)
             readings = [
                 dataclasses.replace(reading, **self._of_words(reading.tokens, log_probs_T))

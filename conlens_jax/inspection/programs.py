@@ -169,9 +169,12 @@ def _encode(
     return encode_tokens(encoder, tokens_BT, spec=spec, mask_BT=mask_BT)
 
 
-def _write(trainable, frozen, activation_BD, sampling, *, spec: LensSpec) -> Int[Array, "B T"]:
+def _write(
+    trainable, frozen, activation_BD, sampling, *, spec: LensSpec
+) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
+    """Texts, and the decoder's log p of their tokens."""
     decoder = decoder_of(trainable, frozen)
-    return lens_decoder.generate(decoder, activation_BD, _noise(sampling, spec), spec=spec)
+    return lens_decoder.write_texts(decoder, activation_BD, _noise(sampling, spec), spec=spec)
 
 
 def _first_token(trainable, frozen, activation_BD, sampling, *, spec: LensSpec) -> DecodingState:

@@ -66,7 +66,7 @@ class LensReader(LensParts):
         self._check_width(vectors)
         size = batching.power_of_two(len(vectors))
         rows = jnp.asarray(batching.filled(vectors, size))
-        written = self._programs.write(self.trainable, self.frozen, rows, None)
+        written, _ = self._programs.write(self.trainable, self.frozen, rows, None)
         texts = written_texts(
             np.asarray(written)[: len(vectors)], self.model.tokenizer, self.spec.end
         )

@@ -9,6 +9,7 @@ text.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -16,9 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from conlens_jax.lens.gumbel import Noise, as_noise, first_argmax
+from conlens_jax.lens.losses import cross_entropy
 from conlens_jax.lens.spec import Decoder, LensSpec, around, normalise, project
 from conlens_jax.models import transformer
-from conlens_jax.models.cache import KVCache, with_room
+from conlens_jax.models.cache import KVCache, with_room, write_slots
 from conlens_jax.models.embeddings import as_embedding
 from conlens_jax.models.transformer import (
     Head,
@@ -96,6 +98,37 @@ def generate(
     return jnp.concatenate([first.token_B[:, None], rest_TB.T], axis=1)
 
 
+def write_texts(
+    decoder: Decoder, activation_BD: Float[Array, "B D"], noise: Noise | None, *, spec: LensSpec
+) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
+    """The texts of :func:`generate`, to be read rather than learned from: it stops when all have
+    ended, and also returns the decoder's log p of each token (nats; 0 behind the end)."""
+    last, end = spec.text_len - 1, spec.end
+    state, logits_BV = _first(decoder, activation_BD, noise, spec)
+    fill = functools.partial(jnp.full, (len(activation_BD), spec.text_len))
+    put = functools.partial(write_slots, axis=1)
+    log_p = lambda token_B, logits_BV: -cross_entropy(logits_BV, token_B)[:, None]
+
+    def goes_on(carry):
+        step, state, _, _ = carry
+        return (step <= last) & (True if end is None else jnp.any(state.token_B != end))
+
+    def write_next(carry):
+        step, before, text_BT, log_p_BT = carry
+        state, logits_BV = _next(decoder, before, step, noise, spec)
+        log_p_B1 = log_p(state.token_B, logits_BV)
+        if end is not None:
+            log_p_B1 = jnp.where(before.token_B[:, None] == end, 0.0, log_p_B1)
+        text_BT = put(text_BT, state.token_B[:, None], step)
+        return step + 1, state, text_BT, put(log_p_BT, log_p_B1, step)
+
+    start = jnp.int32(0)
+    text_BT = put(fill(end or 0, jnp.int32), state.token_B[:, None], start)
+    log_p_BT = put(fill(0.0, jnp.float32), log_p(state.token_B, logits_BV), start)
+    carry = (jnp.int32(1), state, text_BT, log_p_BT)
+    return jax.lax.while_loop(goes_on, write_next, carry)[2:]
+
+
 def first_token(
     decoder: Decoder,
     activation_BD: Float[Array, "B D"],
@@ -104,6 +137,13 @@ def first_token(
     spec: LensSpec,
 ) -> DecodingState:
     """Reads the prompt with the activation and writes token 0; the cache has room for all T."""
+    return _first(decoder, activation_BD, noise, spec)[0]
+
+
+def _first(
+    decoder: Decoder, activation_BD: Array, noise: Noise | None, spec: LensSpec
+) -> tuple[DecodingState, Float[Array, "B V"]]:
+    """The state, and the logits that the token was chosen from."""
     prompt_BpD = prompt_embeddings(decoder, activation_BD, spec)
     positions_Bp = all_positions(*prompt_BpD.shape[:2])
     x_BpD, cache = run_layers(
@@ -114,8 +154,8 @@ def first_token(
         keep_cache=True,
         patches=slot_patches(decoder, activation_BD, spec),
     )
-    token_B = _choose(decoder, x_BpD[:, -1], jnp.int32(0), noise, spec)
-    return DecodingState(token_B, with_room(cache, spec.text_len - 1))
+    token_B, logits_BV = _choose(decoder, x_BpD[:, -1], jnp.int32(0), noise, spec)
+    return DecodingState(token_B, with_room(cache, spec.text_len - 1)), logits_BV
 
 
 def next_token(
@@ -127,6 +167,12 @@ def next_token(
     spec: LensSpec,
 ) -> DecodingState:
     """Writes token ``step``, 1 to T − 1."""
+    return _next(decoder, state, step, noise, spec)[0]
+
+
+def _next(
+    decoder: Decoder, state: DecodingState, step: Array, noise: Noise | None, spec: LensSpec
+) -> tuple[DecodingState, Float[Array, "B V"]]:
     prompt_len = len(spec.decoder_left) + 1 + len(spec.decoder_right)
     slot = prompt_len + step - 1
     position_B1 = jnp.broadcast_to(slot, (len(state.token_B), 1))
@@ -139,18 +185,20 @@ def next_token(
         cache=state.cache,
         slot=slot,
     )
-    token_B = _choose(decoder, x_B1D[:, 0], step, noise, spec)
+    token_B, logits_BV = _choose(decoder, x_B1D[:, 0], step, noise, spec)
     if spec.end is not None:
         token_B = jnp.where(state.token_B == spec.end, spec.end, token_B)
-    return DecodingState(token_B, cache)
+    return DecodingState(token_B, cache), logits_BV
 
 
-def _choose(decoder, x_BD, step, noise: Noise | None, spec: LensSpec) -> Int[Array, "B"]:
+def _choose(
+    decoder: Decoder, x_BD: Array, step: Array, noise: Noise | None, spec: LensSpec
+) -> tuple[Int[Array, "B"], Float[Array, "B V"]]:
     head = decoder_head(decoder, spec)
     logits_BV = head.logits(x_BD)
-    if noise is not None:
-        logits_BV += noise.at(step).values(head.vocab_size)[:, 0]
-    return first_argmax(logits_BV)
+    if noise is None:
+        return first_argmax(logits_BV), logits_BV
+    return first_argmax(logits_BV + noise.at(step).values(head.vocab_size)[:, 0]), logits_BV
 
 
 def forced_states(
