@@ -60,7 +60,9 @@ def read(runs: Sequence[Path], split: str) -> Found:
             with np.load(file) as record:
                 if (stage := str(record["variant"])) in STAGES:
                     key = config.warm.gap_rate, stage
-                    each[key].append(_scores(record, config.target.context_words))
+                    values = scores_of(record)
+                    said = values["context_words_said"] / config.target.context_words
+                    each[key].append({**values, "left_out": 1 - said})
     if not each:
         raise SystemExit(f"no run has a folder compare_{split} of compare_joint.py")
     ordered = sorted(each, key=lambda key: (key[0], list(STAGES).index(key[1])))
@@ -70,15 +72,15 @@ def read(runs: Sequence[Path], split: str) -> Found:
     }
 
 
-def _scores(record: Mapping[str, np.ndarray], asked: int) -> dict[str, float]:
+def scores_of(record: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Every score of compare_joint.py, over all documents."""
     rows = {name[4:]: record[name] for name in record if name.startswith("row:")}
     # The first set is of all documents, once; at least one more is drawn.
     means = DocumentBootstrap.draw(record["documents_N"], 1, 0).means(rows)
-    values = {
+    return {
         name: float(np.asarray(statistic(means))[0])
         for name, statistic in scores(rows, float(record["resultant"])).items()
     }
-    return {**values, "left_out": 1 - values["context_words_said"] / asked}
 
 
 def draw(found: Found, file: Path) -> None:

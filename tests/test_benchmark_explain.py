@@ -91,3 +91,29 @@ def test_gap_rates_are_averaged_over_runs(tmp_path, monkeypatch, capsys):
     assert "| 0.1 | control | 0.300 |" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no run has a folder compare_validation"):
         module.main([str(runs[0])])
+
+
+def test_prices_are_shown_in_their_order(tmp_path, monkeypatch, capsys):
+    """With the mean over the runs, and drawn; other variants are left out."""
+    gaps, module = script("gap_rates"), script("prices")
+    columns = {name: mean_of(name) for name in module.COLUMNS}
+    monkeypatch.setattr(gaps, "scores", lambda rows, resultant: columns)
+    monkeypatch.setattr(module, "scores_of", gaps.scores_of)
+    stages = ("st, length 0.1", "st, length 0.01", "straight-through", "supervised", "reinmax")
+    for number in range(2):
+        folder = tmp_path / str(number) / "compare_test"
+        folder.mkdir(parents=True)
+        for place, stage in enumerate(stages):
+            rows = {f"row:{name}": np.full(4, number + place) for name in columns}
+            facts = {"variant": stage, "resultant": 0.0, "documents_N": np.arange(4)}
+            np.savez(folder / f"{place}.npz", **facts, **rows)
+    runs, picture = [str(tmp_path / "0"), str(tmp_path / "1")], tmp_path / "prices.svg"
+    found = module.main([*runs, "--split=test", f"--svg={picture}"])
+    assert {name: values["tokens"] for name, values in found.items()} == {
+        **{"control": 3.5, "0": 2.5, "0.01": 1.5, "0.1": 0.5}
+    }
+    assert list(found) == ["control", "0", "0.01", "0.1"]
+    assert "| 0.01 | 1.500 |" in capsys.readouterr().out
+    assert ">0.01</text>" in picture.read_text(encoding="utf-8")
+    with pytest.raises(SystemExit, match="no run has the joint stage"):
+        module.main([*runs, "--split=validation"])
