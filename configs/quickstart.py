@@ -40,7 +40,7 @@ def get_config():
     # The activation shows the last words only: more of them would be guessed (scripts/README.md).
     config.target.context_words = 2
 
-    config.warm.gap_rate = 0.15
+    config.warm.gap_rate = 0.25
     config.warm.steps = 1_800
 
     # The joint stage that is ahead of its control (scripts/README.md): a step that costs half of
@@ -54,7 +54,7 @@ def get_config():
     config.loss.text_read = False
     config.loss.lm = schedule("constant", 0.0)
     config.loss.mse = schedule("constant", 4.0)
-    config.loss.kl = schedule("constant", 0.4)
+    config.loss.kl = schedule("constant", 1.0)
     config.loss.entropy = schedule("constant", -0.2)
     config.loss.sample_tau = schedule("linear", 1.0, 0.6)
     config.loss.tau = schedule("constant", 2.0)

@@ -72,6 +72,14 @@ def pytest_collection_finish(session):
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _old_objects_stay():
+    """A full collection, as after a failed read of a checkpoint, takes a second once a worker has
+    compiled for some minutes; what earlier files made stays until the end in any case."""
+    gc.collect(1)
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch):
     """Tests never reach for a login."""

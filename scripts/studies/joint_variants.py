@@ -60,7 +60,7 @@ _COOLING = {
     "loss.sample_tau.end": 0.4,
 }
 _LESS_COOLING = {**_COOLING, "loss.sample_tau.end": 0.6}
-LENGTH_PRICES = (0.003, 0.01, 0.03, 0.1, 0.3)
+LENGTH_PRICES = (0.1, 0.3, 0.5, 0.7, 1.0)
 FLUENCY_WEIGHTS = (0.01, 0.03, 0.1, 0.3)  # L_LM against M, which reads the text alone
 VARIANTS: dict[str, dict[str, Any]] = {
     "supervised": {},
@@ -85,6 +85,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "loss.kl.start": 0.4,
     },
     "st, more of both, cooling": {**_COOLING, "loss.mse.start": 4.0, "loss.kl.start": 0.4},
+    "st, cooling to 0.8": {"loss.sample_tau.end": 0.8},
+    "st, more kl": {"loss.kl.start": 1.0},
+    "st, most kl": {"loss.kl.start": 2.0},
+    "st, more kl, price 0.3": {"loss.kl.start": 1.0, "loss.entropy.start": -0.3},
+    "st, most of both": {"loss.kl.start": 2.0, "loss.mse.start": 8.0},
+    "st, more kl, cooling to 0.8": {"loss.kl.start": 1.0, "loss.sample_tau.end": 0.8},
+    "st, more kl, more price": {"loss.kl.start": 1.0, "loss.entropy.start": -0.4},
     "st, reads targets": {**_PRICED, "loss.text_read": True},
     "st, wide": {**_EVEN, **_rate(1e-3), "joint.batch_size": 256},
     "st, even, strong": {**_EVEN, **_rate(5e-4), "loss.kl.start": 1.5, "loss.mse.start": 10.0},
