@@ -100,15 +100,30 @@ def draw(found: Found, file: Path) -> None:
             x, y = ([v[prefix + n] for v in priced.values()] for n in ("tokens", score))
             axis.plot(x, y, line, color="#d55e00", marker="o", markersize=4, label=label)
             if not prefix:
-                for name, *point in zip(priced, x, y, strict=True):
+                for label, point in _labels(list(priced), x, y):
                     axis.annotate(
-                        name, point, textcoords="offset points", xytext=(4, -11), fontsize=8
+                        label, point, textcoords="offset points", xytext=(-6, 3), ha="right"
                     )
         axis.set(xlabel="tokens of a text, mean", title=title)
+        axis.margins(x=0.1)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(fontsize=8, frameon=False, loc="lower right")
     figure.savefig(file, metadata={"Date": None})
+
+
+def _labels(
+    names: Sequence[str], x: Sequence[float], y: Sequence[float]
+) -> list[tuple[str, tuple[float, float]]]:
+    """One label, with its point, for prices in succession whose texts are as long."""
+    groups, near = [[0]], 0.05 * (max(x) - min(x))
+    for number in range(1, len(x)):
+        if abs(x[number] - x[groups[-1][0]]) <= near:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    text = lambda group: " to ".join({names[group[0]]: 0, names[group[-1]]: 0})
+    return [(text(group), (x[group[0]], y[group[0]])) for group in groups]
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ _COOLING = {
     "loss.sample_tau.end": 0.4,
 }
 _LESS_COOLING = {**_COOLING, "loss.sample_tau.end": 0.6}
-LENGTH_PRICES = (0.1, 0.3, 0.5, 0.7, 1.0)
+LENGTH_PRICES = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
 FLUENCY_WEIGHTS = (0.01, 0.03, 0.1, 0.3)  # L_LM against M, which reads the text alone
 VARIANTS: dict[str, dict[str, Any]] = {
     "supervised": {},
