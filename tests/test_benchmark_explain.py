@@ -99,7 +99,7 @@ def test_prices_are_shown_in_their_order(tmp_path, monkeypatch, capsys):
     columns = {name: mean_of(name) for name in module.COLUMNS}
     monkeypatch.setattr(gaps, "scores", lambda rows, resultant: columns)
     monkeypatch.setattr(module, "scores_of", gaps.scores_of)
-    stages = ("st, length 0.1", "st, length 0.01", "straight-through", "supervised", "reinmax")
+    stages = ("st, length 1.0", "st, length 0.5", "straight-through", "supervised", "reinmax")
     for number in range(2):
         folder = tmp_path / str(number) / "compare_test"
         folder.mkdir(parents=True)
@@ -110,10 +110,10 @@ def test_prices_are_shown_in_their_order(tmp_path, monkeypatch, capsys):
     runs, picture = [str(tmp_path / "0"), str(tmp_path / "1")], tmp_path / "prices.svg"
     found = module.main([*runs, "--split=test", f"--svg={picture}"])
     assert {name: values["tokens"] for name, values in found.items()} == {
-        **{"control": 3.5, "0": 2.5, "0.01": 1.5, "0.1": 0.5}
+        **{"control": 3.5, "0": 2.5, "0.5": 1.5, "1": 0.5}
     }
-    assert list(found) == ["control", "0", "0.01", "0.1"]
-    assert "| 0.01 | 1.500 |" in capsys.readouterr().out
-    assert ">0.01</text>" in picture.read_text(encoding="utf-8")
+    assert list(found) == ["control", "0", "0.5", "1"]
+    assert "| 0.5 | 1.500 |" in capsys.readouterr().out
+    assert ">0.5</text>" in picture.read_text(encoding="utf-8")
     with pytest.raises(SystemExit, match="no run has the joint stage"):
         module.main([*runs, "--split=validation"])

@@ -134,6 +134,7 @@ def joint_gradient(trainable, frozen, batch, noise_BTV, weights, *, objective):
 def test_gradient_reaches_every_trained_part():
     """Each term by itself: the KL through M, E and D; what is about D's text alone only D."""
     spec = tiny_spec(tied=True, train_encoder="frozen", train_output_head=True)
+    spec = dataclasses.replace(spec, end=17)  # for a length
     trainable, frozen = tiny_lens(spec)
     batch = tiny_batch(spec, frozen["original"])
     objective = Objective(EVERYTHING, WarmConfig(before=3, after=1), spec)
@@ -146,7 +147,7 @@ def test_gradient_reaches_every_trained_part():
         largest = jax.tree.map(lambda leaf: float(jnp.max(jnp.abs(leaf))), gradient)
         assert min(jax.tree.leaves(largest["decoder"])) > 1e-7, (term, largest)
         reached = jax.tree.leaves(largest["encoder"])
-        if term in ("lm", "entropy"):
+        if term in ("lm", "entropy", "length"):
             assert max(reached) == 0, term
         else:
             assert min(reached) > 1e-7, (term, largest)
