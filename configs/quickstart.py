@@ -40,7 +40,7 @@ def get_config():
     # The activation shows the last words only: more of them would be guessed (scripts/README.md).
     config.target.context_words = 2
 
-    config.warm.gap_rate = 0.25  # a word that is said is right; with less the reconstruction gains
+    config.warm.gap_rate = 0.25  # more words right, a lower fve_nrm (docs/evaluation.md)
     config.warm.steps = 1_800
 
     # The joint stage that is ahead of its control (scripts/README.md): a step that costs half of

@@ -5,7 +5,7 @@ Command:  python scripts/prices.py runs/quickstart runs/seed1 --svg=docs/length_
 Time:     seconds.
 
 Each run is a warm start with an end token, measured before by ``python scripts/compare_joint.py
---run=<run> --variants="supervised,straight-through,st; length 0.01,st; length 0.03"``: joint stages
+--run=<run> --variants="supervised,straight-through,st; length 0.5,st; length 0.9"``: joint stages
 with ``loss.length`` (or, ``st; fluent …``, with ``loss.lm`` and M's own predictions of the text as
 its reference). Runs are averaged (seeds of training). The picture needs matplotlib.
 """

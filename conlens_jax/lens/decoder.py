@@ -102,7 +102,7 @@ def write_texts(
     decoder: Decoder, activation_BD: Float[Array, "B D"], noise: Noise | None, *, spec: LensSpec
 ) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
     """The texts of :func:`generate`, to be read rather than learned from: it stops when all have
-    ended, and also returns the decoder's log p of each token (nats; 0 behind the end)."""
+    ended, and also returns the decoder's log p of each token (nats; 0 after the end)."""
     last, end = spec.text_len - 1, spec.end
     state, logits_BV = _first(decoder, activation_BD, noise, spec)
     fill = functools.partial(jnp.full, (len(activation_BD), spec.text_len))

@@ -41,7 +41,7 @@ def text_lengths(
     length_B = jnp.sum(mask_BT, axis=1, dtype=jnp.float32)
     place_T = jnp.arange(1, mask_BT.shape[1] + 1, dtype=jnp.float32)
     after_BT = length_B[:, None] - place_T[None]
-    # At the end itself, and behind it, nothing is saved; a probability there may be anything.
+    # From the end on there is nothing to save, and the values may be infinite.
     value_BT = jnp.where(after_BT > 0, log_goes_on_BT, 0.0)
     return length_B + jnp.sum(after_BT * (value_BT - jax.lax.stop_gradient(value_BT)), axis=1)
 
