@@ -102,9 +102,6 @@ def test_text_statistics_by_hand():
     repeats = metrics.repeat_4gram([[7] * 6, [1, 2, 1, 2, 1, 2], [1, 2, 3, 4, 5], [1, 1, 1]])
     np.testing.assert_allclose(repeats, [2 / 3, 1 / 3, 0, 0])
     assert metrics.distinct_2(np.array([[1, 2, 3]])) == 1
-    lengths, cut = metrics.lengths_before_end(np.array([[9, 1, 9], [1, 9, 2], [1, 2, 3]]), end=9)
-    np.testing.assert_array_equal(lengths, [0, 1, 3])
-    np.testing.assert_array_equal(cut, [False, False, True])
 
 
 def mean_interval(bootstrap: DocumentBootstrap, values, level: float = 0.95):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from tiny_lens import (
 )
 
 from conlens_jax.config import LossConfig, WarmConfig, constant
+from conlens_jax.evaluation.suite import Suite
 from conlens_jax.lens.decoder import generate, write_texts
 from conlens_jax.lens.encoder import encode_tokens
 from conlens_jax.lens.gumbel import as_noise
@@ -330,6 +332,16 @@ def test_real_tokens_by_hand():
     np.testing.assert_array_equal(take_places(values, last_real(mask)), taken)
     np.testing.assert_array_equal(take_places(values[..., 0], last_real(mask)), taken[:, 0])
     assert real_tokens(jnp.asarray(texts), None) is None
+
+
+def test_lengths_of_texts_and_those_that_are_cut():
+    texts = np.array([[END, 1, END], [1, END, 2], [1, 2, 3], [1, 2, END]])
+    suite = object.__new__(Suite)
+    for end, expected in ((END, {"a.tokens": [0, 1, 3, 2], "a.cut": [0, 0, 1, 0]}), (None, {})):
+        measurer = types.SimpleNamespace(spec=dataclasses.replace(tiny_spec(), end=end))
+        object.__setattr__(suite, "measurer", measurer)
+        found = {name: value.tolist() for name, value in suite.lengths(texts, "a").items()}
+        assert found == expected
 
 
 def test_the_gradient_of_the_length_is_unbiased():

@@ -354,9 +354,10 @@ def _prefix_problems(config: ExperimentConfig) -> Iterator[str]:
 
 def _length_problems(config: ExperimentConfig) -> Iterator[str]:
     price = config.loss.length
-    if (price.start or price.end) and not config.lens.end_token:
+    most = price.start if price.kind == "constant" else max(price.start, price.end)
+    if most and not config.lens.end_token:
         yield (
-            f"loss.length={max(price.start, price.end)} needs lens.end_token: a text without end "
+            f"loss.length={most} needs lens.end_token: a text without end "
             "has always lens.text_len tokens"
         )
 

@@ -175,12 +175,12 @@ class Suite:
         return [before_end(text, self.measurer.spec.end) for text in texts_NT]
 
     def lengths(self, texts_NT: np.ndarray, name: str) -> PerRow:
-        """``tokens`` and ``cut`` of :func:`metrics.lengths_before_end`; none if no text ends."""
-        end = self.measurer.spec.end
-        if end is None:
+        """``tokens`` of each text before its end, and ``cut``: it has no end; nothing of a lens
+        whose texts do not end."""
+        if self.measurer.spec.end is None:
             return {}
-        length_N, cut_N = metrics.lengths_before_end(texts_NT, end)
-        return {f"{name}.tokens": length_N, f"{name}.cut": cut_N}
+        length_N = np.array([len(tokens) for tokens in self.before_end(texts_NT)])
+        return {f"{name}.tokens": length_N, f"{name}.cut": length_N == texts_NT.shape[1]}
 
     def quantities(
         self, candidates: Mapping[str, np.ndarray], effects: Mapping[str, SwapEffect]

@@ -171,13 +171,6 @@ def distinct_2(texts: Sequence[Sequence[int]]) -> float:
     return len(set(bigrams)) / len(bigrams) if bigrams else float("nan")
 
 
-def lengths_before_end(texts_NT: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """The number of tokens of each text before its end, and whether it is cut: it has none."""
-    ends_NT = texts_NT == end
-    cut_N = ~np.any(ends_NT, axis=1)
-    return np.where(cut_N, texts_NT.shape[1], np.argmax(ends_NT, axis=1)), cut_N
-
-
 def repeat_4gram(texts: Sequence[Sequence[int]]) -> Float64Array:
     """Share of the 4-grams of each text that it has already used, ``[N]``.
 

@@ -80,9 +80,10 @@ def validate(run: Run, trainable: Params, frozen: Params) -> Validation:
         by_warm = metrics.fve_nrm(metrics.cosine(read, actual), run.reference.resultant)
         scores["gap_frozen"] = scores["fve_nrm_greedy"] - by_warm
     texts = [before_end(text, run.session.spec.end) for text in explained.texts["sampled"]]
-    if (end := run.session.spec.end) is not None:
-        length_N, cut_N = metrics.lengths_before_end(explained.texts["sampled"], end)
-        scores |= {"text_tokens": float(length_N.mean()), "text_cut": float(cut_N.mean())}
+    if run.session.spec.end is not None:
+        length_N = np.array([len(text) for text in texts])
+        scores["text_tokens"] = float(length_N.mean())
+        scores["text_cut"] = float(np.mean(length_N == run.session.spec.text_len))
     scores["distinct_2"] = metrics.distinct_2(texts)
     scores["repeat_4gram"] = float(metrics.repeat_4gram(texts).mean())
     own, shuffled = distributions["cos_sampled"], distributions["cos_shuffle"]
