@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import jax
@@ -11,7 +12,10 @@ import pytest
 from tiny_lens import plain_text, tiny_batch, tiny_lens, tiny_spec
 
 from conlens_jax.config import ExperimentConfig, LossConfig, ScheduleConfig, WarmConfig
+from conlens_jax.lens.encoder import encode_tokens
 from conlens_jax.lens.objective import TERMS, Objective, joint_loss, prepare
+from conlens_jax.lens.original import read_context, swapped_logits
+from conlens_jax.lens.spec import encoder_of
 from conlens_jax.training.state import Stage, init_state, make_step, stage_optimizer
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -89,6 +93,31 @@ def test_gradients_of_frozen_matrices_are_not_made(trained):
     shape = rf"f32\[(?:{width},{mlp}|{mlp},{width})\]"
     of_matrices = re.findall(shape + r"\S* dot\(.*lhs_contracting_dims=\{0\}", program)
     assert bool(of_matrices) == (trained == "full")
+
+
+@pytest.mark.parametrize("remat", ["none", "products", "full"])
+def test_layers_of_the_original_are_not_copied(remat):
+    """M's context, the swap above L and a frozen encoder's layers below it, with the gradient."""
+    spec = tiny_spec(layer=7, remat=remat, train_decoder="frozen", train_encoder="lora")
+    deep = dataclasses.replace(spec.model, n_layers=16, d_mlp=1024)
+    spec = dataclasses.replace(spec, model=deep)
+    trainable, frozen = tiny_lens(spec)
+    batch = tiny_batch(spec, frozen["original"])
+    text_BT = jnp.zeros((len(batch.lengths_G), spec.text_len), jnp.int32)
+
+    def loss(trainable, frozen, batch):
+        original, mask_GS = frozen["original"], jnp.ones(batch.tokens_GS.shape, bool)
+        context = read_context(
+            original, batch.tokens_GS, mask_GS, batch.positions_B, horizon=2, spec=spec
+        )
+        read_BD = encode_tokens(encoder_of(trainable, frozen, spec), text_BT, spec=spec)
+        return jnp.mean(swapped_logits(original, context, read_BD, spec=spec))
+
+    program = jax.jit(jax.grad(loss)).lower(trainable, frozen, batch).compile().as_text()
+    width, mlp = spec.model.d_model, spec.model.d_mlp
+    stacked = lambda layers: rf"f32\[{layers},(?:{width},{mlp}|{mlp},{width})\]"
+    assert re.search(stacked(16), program)
+    assert not re.search(stacked(8), program)  # below or above L
 
 
 def test_a_step_compiles_once():

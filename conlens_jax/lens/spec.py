@@ -29,7 +29,7 @@ from conlens_jax.models.adapters import init_adapters, with_adapters
 from conlens_jax.models.embeddings import embed_tokens, scale_embeddings, token_table
 from conlens_jax.models.families import family_of
 from conlens_jax.models.hf_io import BELOW_THE_LAYERS
-from conlens_jax.models.layer_kinds import slice_layers
+from conlens_jax.models.layer_kinds import params_of, slice_layers
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.tokenizer import Tokenizer
 from conlens_jax.models.transformer import output_head
@@ -265,7 +265,8 @@ def init_lens(
     if lens.train_decoder == "full":
         trainable["decoder"]["base"] = copy(original)
     if lens.train_encoder == "full":
-        trainable["encoder"]["base"] = copy(_encoder_base(original, spec))
+        base = _encoder_base(original, spec)
+        trainable["encoder"]["base"] = copy({**base, "layers": params_of(base["layers"])})
     if lens.train_output_head and not (lens.train_decoder == "full" and "output_head" in original):
         # A separate trained head: of a frozen decoder, or untied from a trained embedding. It is
         # in floats even if the original's is int8.

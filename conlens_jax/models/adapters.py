@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from conlens_jax.models.families import family_of
+from conlens_jax.models.layer_kinds import Layers, with_own
 from conlens_jax.models.layer_shapes import used_mask
 from conlens_jax.models.param_table import Params
 from conlens_jax.models.transformer_config import TransformerConfig, array_dtype
@@ -56,7 +57,7 @@ def init_adapters(
     return adapters
 
 
-def with_adapters(layers: Params, adapters: Params, scale: Float[Array, ""]) -> Params:
+def with_adapters(layers: Layers, adapters: Params, scale: Float[Array, ""]) -> Layers:
     """The layers' own arrays and the adapters, under the names that the block looks up."""
     added = {}
     for target, adapter in adapters.items():
@@ -64,7 +65,7 @@ def with_adapters(layers: Params, adapters: Params, scale: Float[Array, ""]) -> 
         added[target + LORA_IN] = adapter["in"]
         # s·B is small; scaling x·A·B instead would take memory for a whole activation.
         added[target + LORA_OUT] = (out.astype(jnp.float32) * scale).astype(out.dtype)
-    return {**layers, **added}
+    return with_own(layers, added)
 
 
 def low_rank(

@@ -5,12 +5,14 @@ rotation). A scan over layers also scans over the number of each layer's kind, a
 picks the masks and angles of that kind. Where all layers of a stack are alike there is no number.
 
 The kind of a layer follows from its index in the model, so a part of a stack must know the index
-of its first layer: take parts with :func:`slice_layers` only, whose result does.
+of its first layer: take parts with :func:`slice_layers` only, whose result does. A part is not
+copied: M's layers below and above L would otherwise be in memory twice while a step runs.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -26,25 +28,59 @@ NO_POSITION = jnp.iinfo(jnp.int32).max
 
 @flax.struct.dataclass
 class LayerSlice:
-    """Stacked parameters of some layers that do not begin with the model's first one."""
+    """Some layers of a stack. A scan reads each of them from the whole stack when it is its turn.
 
-    params: Params
+    Attributes:
+      stack: stacked parameters of all layers of the model.
+      own: parameters that only these layers have, such as adapters; the first dimension is
+        ``count``.
+      first, count: which layers of the stack these are.
+    """
+
+    stack: Params
+    own: Params
     first: int = flax.struct.field(pytree_node=False)
+    count: int = flax.struct.field(pytree_node=False)
 
 
 Layers = Params | LayerSlice
 
 
 def slice_layers(layers: Layers, start: int, stop: int) -> Layers:
-    """Layers ``start`` to ``stop`` − 1 of a stack. From the model's first layer on they are a plain
-    dict (the parameters of a clone that ends early), otherwise a :class:`LayerSlice`."""
-    first = first_of(layers) + start
-    params = jax.tree.map(lambda leaf: leaf[start:stop], params_of(layers))
-    return LayerSlice(params, first) if first else params
+    """Layers ``start`` to ``stop`` − 1 of a stack, without a copy of them."""
+    if isinstance(layers, LayerSlice):
+        own = jax.tree.map(lambda leaf: leaf[start:stop], layers.own)
+        return LayerSlice(layers.stack, own, layers.first + start, stop - start)
+    return LayerSlice(layers, {}, start, stop - start)
+
+
+def with_own(layers: Layers, own: Params) -> Layers:
+    """The layers with parameters of their own in addition, stacked as they are."""
+    if isinstance(layers, LayerSlice):
+        return layers.replace(own={**layers.own, **own})
+    return {**layers, **own}
 
 
 def params_of(layers: Layers) -> Params:
-    return layers.params if isinstance(layers, LayerSlice) else layers
+    """Stacked parameters of exactly these layers; of a slice, a copy."""
+    if not isinstance(layers, LayerSlice):
+        return layers
+    span = span_of(layers)
+    return {**jax.tree.map(lambda leaf: leaf[span], layers.stack), **layers.own}
+
+
+def scanned(layers: Layers) -> tuple[Any, Callable[[Any], Params]]:
+    """What a scan over the layers goes through, and the parameters of a layer from its element."""
+    if not isinstance(layers, LayerSlice):
+        return layers, lambda weights: weights
+    span = span_of(layers)
+
+    def weights_of(element: tuple[Int[Array, ""], Params]) -> Params:
+        number, own = element
+        pick = lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)
+        return {**jax.tree.map(pick, layers.stack), **own}
+
+    return (jnp.arange(span.start, span.stop, dtype=jnp.int32), layers.own), weights_of
 
 
 def first_of(layers: Layers) -> int:
@@ -53,6 +89,8 @@ def first_of(layers: Layers) -> int:
 
 
 def layer_count(layers: Layers) -> int:
+    if isinstance(layers, LayerSlice):
+        return layers.count
     return jax.tree.leaves(layers)[0].shape[0]
 
 

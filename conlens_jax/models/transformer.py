@@ -18,7 +18,6 @@ stream there, in models where something is (:mod:`conlens_jax.models.beside`): :
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -35,9 +34,10 @@ from conlens_jax.models.experts import PRODUCT_NAME
 from conlens_jax.models.layer_kinds import (
     NO_POSITION,
     Layers,
+    LayerSlice,
     layer_count,
     mask_and_rope_of,
-    params_of,
+    scanned,
     slice_layers,
     span_of,
 )
@@ -82,7 +82,7 @@ def run_layers(
     """Runs the residual stream through a stack of layers.
 
     Args:
-      layers: stacked parameters of the n layers to run: the model's, or a part of them from
+      layers: the n layers to run: the model's stacked parameters, or a part of them from
         :func:`slice_layers`.
       x_BSD: residual stream at the input of the first of them.
       positions_BS: position of each token; :data:`NO_POSITION` for padding.
@@ -141,15 +141,28 @@ def run_part(
     return x_BSD, cache, beside
 
 
-def checkpointed(block: Callable, config: TransformerConfig, transform=jax.checkpoint) -> Callable:
+def checkpointed(
+    block: Callable,
+    config: TransformerConfig,
+    transform=jax.checkpoint,
+    *,
+    slices_weights: bool = False,
+) -> Callable:
     """A block that recomputes in the backward pass what ``config.remat`` says.
 
     Args:
       transform: ``jax.checkpoint``, or its form for Flax modules.
+      slices_weights: the block takes its weights from a stack (:class:`LayerSlice`), and takes
+        them again in the backward pass: saved, they would be a copy of the stack.
     """
-    if config.remat not in REMAT_POLICIES:
+    policies = REMAT_POLICIES | ({"none": _all_but_slices} if slices_weights else {})
+    if config.remat not in policies:
         return block
-    return transform(block, prevent_cse=False, policy=REMAT_POLICIES[config.remat])
+    return transform(block, prevent_cse=False, policy=policies[config.remat])
+
+
+def _all_but_slices(primitive, *_, **__) -> bool:
+    return primitive is not jax.lax.dynamic_slice_p
 
 
 def scan_layers(
@@ -168,19 +181,24 @@ def scan_layers(
     mask_and_rope, index_N = mask_and_rope_of(
         span_of(layers), positions_BS, past_positions_BC, config
     )
-    block = checkpointed(functools.partial(run_block, config=config), config)
+    elements, weights_of = scanned(layers)
+
+    def run(element, *inputs):
+        return run_block(weights_of(element), *inputs, config=config)
+
+    block = checkpointed(run, config, slices_weights=isinstance(layers, LayerSlice))
 
     def body(carry, layer):
         x_BSD, newest = carry
-        weights, past, patch_BD, index, input_BSI = layer
+        element, past, patch_BD, index, input_BSI = layer
         besides = Besides(input_BSI, of_window(newest, index))
         x_BSD, made = block(
-            weights, x_BSD, past, patch_BD, None, index, mask_and_rope, patch_at, besides
+            element, x_BSD, past, patch_BD, None, index, mask_and_rope, patch_at, besides
         )
         return (x_BSD, with_window(newest, index, (made.keys, made.values))), made
 
     newest = None if beside is None or beside.keys is None else (beside.keys, beside.values)
-    stack = (params_of(layers), past, patch_NBD, index_N, inputs_of(layers, beside))
+    stack = (elements, past, patch_NBD, index_N, inputs_of(layers, beside))
     unroll = config.unroll or n_layers
     (x_BSD, newest), made = jax.lax.scan(
         body, (constrain(x_BSD, "BSD"), newest), stack, unroll=unroll
