@@ -6,7 +6,7 @@ Command:   python -m conlens_jax.dump --config=configs/gemma3_27b_8xh100.py
            python -m conlens_jax.evaluate --config=configs/gemma3_27b_8xh100.py
 Needs:     internet (or copies) for the model, which asks for its licence, and for the corpus.
 Hardware:  one node of 8 H100 with 80 GB.
-Memory:    16.2 GiB (warm start), 22.8 GiB (joint) per device, by XLA's
+Memory:    13.1 GiB (warm start), 17.1 GiB (joint) per device, by XLA's
            compiler for H100s: python -m conlens_jax.plan --target=h100 with this config.
 Time, expected numbers: not measured; it has not been run.
 """

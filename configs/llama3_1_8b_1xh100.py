@@ -6,7 +6,7 @@ Command:   python -m conlens_jax.dump --config=configs/llama3_1_8b_1xh100.py
            python -m conlens_jax.evaluate --config=configs/llama3_1_8b_1xh100.py
 Needs:     internet (or copies) for the model, which asks for its licence, and for the corpus.
 Hardware:  one H100 with 80 GB.
-Memory:    14.4 GiB (warm start), 19.4 GiB (joint) per device, by XLA's
+Memory:    11.7 GiB (warm start), 13.3 GiB (joint) per device, by XLA's
            compiler for H100s: python -m conlens_jax.plan --target=h100 with this config.
 Time, expected numbers: not measured; it has not been run.
 """

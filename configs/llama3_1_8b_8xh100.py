@@ -6,7 +6,7 @@ Command:   python -m conlens_jax.dump --config=configs/llama3_1_8b_8xh100.py
            python -m conlens_jax.evaluate --config=configs/llama3_1_8b_8xh100.py
 Needs:     internet (or copies) for the model, which asks for its licence, and for the corpus.
 Hardware:  one node of 8 H100 with 80 GB.
-Memory:    18.5 GiB (warm start), 27.1 GiB (joint) per device, by XLA's
+Memory:    18.5 GiB (warm start), 26.3 GiB (joint) per device, by XLA's
            compiler for H100s: python -m conlens_jax.plan --target=h100 with this config.
 Time, expected numbers: not measured; it has not been run.
 """

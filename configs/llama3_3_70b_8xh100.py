@@ -6,7 +6,7 @@ Command:   python -m conlens_jax.dump --config=configs/llama3_3_70b_8xh100.py
            python -m conlens_jax.evaluate --config=configs/llama3_3_70b_8xh100.py
 Needs:     internet (or copies) for the model, which asks for its licence, and for the corpus.
 Hardware:  one node of 8 H100 with 80 GB.
-Memory:    37.1 GiB (warm start), 53.6 GiB (joint) per device, by XLA's
+Memory:    28.9 GiB (warm start), 37.7 GiB (joint) per device, by XLA's
            compiler for H100s: python -m conlens_jax.plan --target=h100 with this config.
 Time, expected numbers: not measured; it has not been run.
 """

@@ -67,6 +67,9 @@ REMAT_POLICIES = {
     ),
 }
 
+# What turns a stack into a layer's matrix: cheap, so that it is done again in the backward pass.
+SLICING = ("dynamic_slice", "squeeze", "reshape", "transpose", "convert_element_type")
+
 
 def run_layers(
     layers: Layers,
@@ -162,7 +165,8 @@ def checkpointed(
 
 
 def _all_but_slices(primitive, *_, **__) -> bool:
-    return primitive is not jax.lax.dynamic_slice_p
+    """A policy: everything is saved except slices, and the forms that a matrix is brought into."""
+    return primitive.name not in SLICING
 
 
 def scan_layers(
