@@ -6,7 +6,9 @@ picks the masks and angles of that kind. Where all layers of a stack are alike t
 
 The kind of a layer follows from its index in the model, so a part of a stack must know the index
 of its first layer: take parts with :func:`slice_layers` only, whose result does. A part is not
-copied: M's layers below and above L would otherwise be in memory twice while a step runs.
+copied: M's layers below and above L would otherwise be in memory twice while a step runs. (With
+``model.remat="none"`` a backward pass through a part saves each layer's weights as it saves all
+else.)
 """
 
 from __future__ import annotations

@@ -34,7 +34,6 @@ from conlens_jax.models.experts import PRODUCT_NAME
 from conlens_jax.models.layer_kinds import (
     NO_POSITION,
     Layers,
-    LayerSlice,
     layer_count,
     mask_and_rope_of,
     scanned,
@@ -66,9 +65,6 @@ REMAT_POLICIES = {
         jax.checkpoint_policies.save_only_these_names(PRODUCT_NAME),
     ),
 }
-
-# What turns a stack into a layer's matrix: cheap, so that it is done again in the backward pass.
-SLICING = ("dynamic_slice", "squeeze", "reshape", "transpose", "convert_element_type")
 
 
 def run_layers(
@@ -144,29 +140,15 @@ def run_part(
     return x_BSD, cache, beside
 
 
-def checkpointed(
-    block: Callable,
-    config: TransformerConfig,
-    transform=jax.checkpoint,
-    *,
-    slices_weights: bool = False,
-) -> Callable:
+def checkpointed(block: Callable, config: TransformerConfig, transform=jax.checkpoint) -> Callable:
     """A block that recomputes in the backward pass what ``config.remat`` says.
 
     Args:
       transform: ``jax.checkpoint``, or its form for Flax modules.
-      slices_weights: the block takes its weights from a stack (:class:`LayerSlice`), and takes
-        them again in the backward pass: saved, they would be a copy of the stack.
     """
-    policies = REMAT_POLICIES | ({"none": _all_but_slices} if slices_weights else {})
-    if config.remat not in policies:
+    if config.remat not in REMAT_POLICIES:
         return block
-    return transform(block, prevent_cse=False, policy=policies[config.remat])
-
-
-def _all_but_slices(primitive, *_, **__) -> bool:
-    """A policy: everything is saved except slices, and the forms that a matrix is brought into."""
-    return primitive.name not in SLICING
+    return transform(block, prevent_cse=False, policy=REMAT_POLICIES[config.remat])
 
 
 def scan_layers(
@@ -187,10 +169,12 @@ def scan_layers(
     )
     elements, weights_of = scanned(layers)
 
+    # The weights are taken inside of it: where layers are recomputed, they are taken again, since
+    # saved they would be a copy of the stack.
     def run(element, *inputs):
         return run_block(weights_of(element), *inputs, config=config)
 
-    block = checkpointed(run, config, slices_weights=isinstance(layers, LayerSlice))
+    block = checkpointed(run, config)
 
     def body(carry, layer):
         x_BSD, newest = carry
