@@ -34,6 +34,7 @@ from conlens_jax.lens.spec import (
     make_spec,
     normalise,
 )
+from conlens_jax.models.layer_kinds import params_of
 from conlens_jax.models.tokenizer import Tokenizer
 
 SWITCHES = ("train_projections", "train_soft_prompt", "train_output_head")
@@ -98,7 +99,7 @@ def test_encoder_is_cut_behind_the_layer():
         base = encoder_of(trainable, frozen, spec).base
         assert set(base) == {"embedding", "layers"}
         for name, stacked in frozen["original"]["layers"].items():
-            np.testing.assert_array_equal(base["layers"][name], stacked[: layer + 1])
+            np.testing.assert_array_equal(params_of(base["layers"])[name], stacked[: layer + 1])
 
 
 def test_untrained_parts_are_those_of_the_original():
