@@ -206,8 +206,9 @@ def test_gradient_of_every_part_at_every_temperature(tau):
     _, gradient = joint(trainable, frozen, batch, *inputs, tau, objective=objective_of())
     _, oracle = plain_joint(trainable, frozen, *inputs, jnp.float32(0), tau)
     assert set(gradient["decoder"]) == set(gradient["encoder"])
-    # 1/tau multiplies the gradient through a token, and with it the rounding of both sides.
-    assert relative_error(gradient, oracle) < 1e-5 * max(1, 0.2 / tau)
+    # 1/tau multiplies the gradient through a token, and with it the rounding of both sides: at 0.1
+    # the oracle itself changes by up to 2.6e-5 when every parameter moves by its last bit.
+    assert relative_error(gradient, oracle) < 1e-5 * max(1, 0.5 / tau)
 
 
 @pytest.mark.parametrize("dual, stop", [(False, True), (True, True), (True, False)])
