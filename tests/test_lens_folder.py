@@ -18,8 +18,9 @@ from pipeline import LAST_STEP, WARM_STEPS, assert_same_arrays, open_world
 
 import conlens_jax
 from conlens_jax.data.stream import TokenStream
-from conlens_jax.inspection import folder as saved
+from conlens_jax.inspection.folder import read_record
 from conlens_jax.inspection.terminal import render
+from conlens_jax.lens import saved
 from conlens_jax.measurement.training_range import TrainingRange, tokens_seen
 from conlens_jax.training.checkpoint import read_metadata
 from conlens_jax.training.run_folder import checkpoint_of
@@ -232,7 +233,7 @@ def test_a_lens_that_an_older_version_saved_is_read(folder, tmp_path):
         del config["lens"][name]
     config["lens"] |= {"estimator": "rloo=2", "history_gradient": "sweeps=3"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    lens = saved.read_record(tmp_path).lens
+    lens = read_record(tmp_path).lens
     assert (lens.estimator, lens.estimator_samples) == ("rloo", 2)
     assert (lens.history_gradient, lens.history_sweeps) == ("sweeps", 3)
 

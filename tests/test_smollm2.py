@@ -23,8 +23,8 @@ from conlens_jax.data.rows import Rows
 from conlens_jax.data.targets.protocol import NextTokens
 from conlens_jax.data.targets.words import WordTargets
 from conlens_jax.explorer.examples import example_text, kept_example
-from conlens_jax.inspection.folder import SHIPPED
 from conlens_jax.lens.original import capture_and_predict
+from conlens_jax.lens.saved import SHIPPED
 from conlens_jax.lens.spec import make_spec
 from conlens_jax.models.chat import render_chat
 from conlens_jax.models.from_gguf.source import PACKAGED, gguf_source

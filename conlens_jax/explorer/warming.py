@@ -13,7 +13,7 @@ from conlens_jax.explorer.examples import keep_example, kept_example
 from conlens_jax.explorer.text_runs import Asked, TextRuns
 from conlens_jax.explorer.turns import Busy
 from conlens_jax.files.paths import cache_folder, local_path
-from conlens_jax.inspection.folder import SHIPPED
+from conlens_jax.lens.saved import SHIPPED
 
 _log = logging.getLogger(__name__)
 

@@ -20,29 +20,31 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors.flax
 import safetensors.numpy
 
 from conlens_jax.config import LensConfig, ModelConfig
 from conlens_jax.config.older import updated_lens
 from conlens_jax.evaluation.support import Calibration
-from conlens_jax.files.paths import local_path
 from conlens_jax.files.whole import naming_full_disk, write_atomically, write_whole
 from conlens_jax.inspection.card import model_card
 from conlens_jax.inspection.parts import LensParts
+from conlens_jax.lens.saved import (
+    FINISHED,
+    KIND,
+    MODEL_FOLDER,
+    SIDES,
+    is_hub_id,
+    is_saved_lens,
+    put_in_place,
+    read_json,
+)
 from conlens_jax.measurement.training_range import TrainingRange
 from conlens_jax.models.from_gguf.source import PACKAGED
-from conlens_jax.models.param_table import Params, leaf_name, named_leaves
+from conlens_jax.models.param_table import named_leaves
 
-MODEL_FOLDER = "model"
-SHIPPED = Path(__file__).parent.parent / "lenses"
-"""Lenses that are part of the package, by name."""
-_UNFINISHED, _FINISHED = ".unfinished-lens", ".finished-lens"
+_UNFINISHED = ".unfinished-lens"
 _NOT_COPIED = (".bin", ".pt", ".py")
 FORMAT = 1
-_KIND = "consistency_lens"
-_SIDES = ("decoder", "encoder")
-_FETCHED = ("config.json", "metrics.json", "README.md", "*.safetensors", f"{MODEL_FOLDER}/*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,16 +75,6 @@ class Record:
     calibration: Calibration | None
 
 
-def is_saved_lens(folder: Path) -> bool:
-    _put_in_place(folder)
-    file = folder / "config.json"
-    return file.is_file() and _json(file).get("model_type") == _KIND
-
-
-def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 def save(lens: LensParts, folder: Path, include_model: bool | None = None) -> Path:
     """Writes the folder; it must be new, empty, or a saved lens, which is then replaced.
 
@@ -109,13 +101,13 @@ def save(lens: LensParts, folder: Path, include_model: bool | None = None) -> Pa
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    unfinished.rename(folder / _FINISHED)
-    _put_in_place(folder)
+    unfinished.rename(folder / FINISHED)
+    put_in_place(folder)
     return folder
 
 
 def _write_parts(lens: LensParts, folder: Path, include_model: bool) -> None:
-    for side in _SIDES:
+    for side in SIDES:
         leaves = named_leaves(jax.device_get(lens.trainable[side]))
         tensors = {name: np.asarray(leaf) for name, leaf in leaves.items()}
         write_atomically(folder / f"{side}.safetensors", [safetensors.numpy.save(tensors)])
@@ -132,30 +124,10 @@ def _write_parts(lens: LensParts, folder: Path, include_model: bool) -> None:
     write_whole(folder / "README.md", model_card(lens, include_model))
 
 
-def _put_in_place(folder: Path) -> None:
-    """Moves a complete new lens (its folder's name marks it) over the older one around it. Several
-    files cannot be replaced at once: after a kill in between, the next reader finishes the move."""
-    finished = folder / _FINISHED
-    if not finished.is_dir():
-        return
-    for file in finished.iterdir():
-        if file.is_dir():
-            shutil.rmtree(folder / file.name, ignore_errors=True)
-        file.replace(folder / file.name)
-    model = folder / MODEL_FOLDER
-    if model.is_dir() and not any(model.iterdir()):
-        model.rmdir()
-    finished.rmdir()
-
-
 def _has_name(model_id: str) -> bool:
     """Whether a model is found by its name on any machine: a hub id, or one of the package
     registry's."""
-    return model_id in PACKAGED or _is_hub_id(model_id)
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not Path(name).exists()
+    return model_id in PACKAGED or is_hub_id(model_id)
 
 
 def _config(lens: LensParts) -> dict[str, Any]:
@@ -171,7 +143,7 @@ def _config(lens: LensParts) -> dict[str, Any]:
         quantise=shape.quantise,
     )
     return {
-        "model_type": _KIND,
+        "model_type": KIND,
         "format": FORMAT,
         "model": dataclasses.asdict(settings),
         "model_id": lens.model.model_id,
@@ -194,7 +166,7 @@ def _write(file: Path, values: Mapping[str, Any]) -> None:
 
 def read_record(folder: Path) -> Record:
     """Reads ``config.json``. Raises ValueError if it is not one that :func:`save` writes."""
-    values = _json(folder / "config.json")
+    values = read_json(folder / "config.json")
     if values.get("format") != FORMAT:
         raise ValueError(
             f"{folder}/config.json has format {values.get('format')!r}; this version of "
@@ -210,7 +182,7 @@ def read_record(folder: Path) -> Record:
             statistics=values["statistics"],
             add_bos=values["add_bos"],
             facts=values["facts"],
-            metrics=_json(metrics) if metrics.is_file() else {},
+            metrics=read_json(metrics) if metrics.is_file() else {},
             trained_on=TrainingRange.from_json(values.get("trained_on", values["facts"])),
             calibration=Calibration.from_json(values["support"], folder / "config.json")
             if "support" in values
@@ -218,68 +190,6 @@ def read_record(folder: Path) -> Record:
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder}/config.json describes no lens: {error!r}") from error
-
-
-def read_parts(folder: Path, template: Params) -> Params:
-    """The trained parts, with the dtypes and on the shardings of ``template``.
-
-    Raises:
-      ValueError: parts that are missing, unexpected or of another shape; all are listed.
-    """
-    stored = {
-        f"{side}.{name}": array
-        for side in _SIDES
-        for name, array in safetensors.flax.load_file(folder / f"{side}.safetensors").items()
-    }
-    expected = named_leaves(template)
-    problems = [f"{name} is missing" for name in expected.keys() - stored.keys()]
-    problems += [f"{name} is unexpected" for name in stored.keys() - expected.keys()]
-    problems += [
-        f"{name} has shape {stored[name].shape}, not {expected[name].shape}"
-        for name in expected.keys() & stored.keys()
-        if stored[name].shape != expected[name].shape
-    ]
-    if problems:
-        listing = "\n".join(f"  - {problem}" for problem in sorted(problems))
-        raise ValueError(f"{folder}: the trained parts do not fit config.json:\n{listing}")
-
-    def put(path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        array = stored[leaf_name(path)]
-        return jax.device_put(array.astype(leaf.dtype), leaf.sharding)
-
-    return jax.tree_util.tree_map_with_path(put, template)
-
-
-def resolve(path: str) -> Path:
-    """The folder of a saved lens: ``path`` itself, a lens of this package by its name, or the
-    download of a hub id.
-
-    Raises:
-      ValueError: none of these.
-    """
-    folder = local_path(path)
-    if folder.is_dir():
-        return folder
-    shipped = sorted(folder.name for folder in SHIPPED.iterdir())
-    if path in shipped:
-        return SHIPPED / path
-    if not _is_hub_id(path):
-        raise ValueError(
-            f"{path!r} is neither a folder, a lens of this package ({', '.join(shipped)}) nor a "
-            "hub id"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(path, allow_patterns=list(_FETCHED)))
-    except Exception as error:  # the hub client raises many types; all mean the same to the user
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        raise ValueError(
-            f"{path!r} is not a folder, and could not be downloaded from the hub: {reason}"
-        ) from error
-    if not is_saved_lens(folder):
-        raise ValueError(f"{path!r} on the hub is no lens (by its config.json)")
-    return folder
 
 
 def push(lens: LensParts, repo_id: str, private: bool, **save_options: Any) -> str:

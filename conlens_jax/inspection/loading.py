@@ -22,8 +22,9 @@ from conlens_jax.config import (
 from conlens_jax.config.dtypes import run_dtype
 from conlens_jax.evaluation.support import Calibration
 from conlens_jax.files.paths import local_path
-from conlens_jax.inspection import folder as saved
+from conlens_jax.inspection.folder import read_record
 from conlens_jax.inspection.parts import LensParts
+from conlens_jax.lens import saved
 from conlens_jax.lens.sharding import lens_shardings
 from conlens_jax.lens.spec import init_lens, make_spec
 from conlens_jax.measurement.metric_files import MEASURED_STEP
@@ -142,7 +143,7 @@ class _LensMaker:
 
 
 def _from_saved(folder: Path, mesh: Mesh, dtype: str | None) -> LensParts:
-    record = saved.read_record(folder)
+    record = read_record(folder)
     settings = dataclasses.replace(record.model, dtype=dtype or record.model.dtype)
     if (folder / saved.MODEL_FOLDER).is_dir():
         settings = dataclasses.replace(settings, path=str(folder / saved.MODEL_FOLDER), revision="")
