@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from pipeline import (
@@ -15,19 +16,25 @@ from pipeline import (
     losses,
     open_world,
 )
-from training_runs import plain, saved, unvalidated
+from training_runs import lens_template, plain, saved, unvalidated
 
-from conlens_jax.lens.spec import init_lens
+import conlens_jax
+from conlens_jax.lens.decoder import teacher_forced_states
+from conlens_jax.lens.encoder import encode_embeddings
+from conlens_jax.lens.spec import decoder_of, encoder_of, init_lens
+from conlens_jax.measurement.runner import ActivationStatistics
+from conlens_jax.models.transformer import embed_tokens
 from conlens_jax.tracking.records import read_metrics
 from conlens_jax.training import loop, stage_loop
-from conlens_jax.training.checkpoint import all_steps
+from conlens_jax.training.checkpoint import all_steps, read_metadata
 from conlens_jax.training.checkpoint_storage import CheckpointError
 from conlens_jax.training.loop import train_lens
-from conlens_jax.training.run_folder import load_lens
+from conlens_jax.training.run_folder import checkpoint_of, load_lens
 from conlens_jax.training.session import (
     open_caches,
     training_reference,
 )
+from conlens_jax.training.starting_lens import starting_lens
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +140,58 @@ def test_only_the_chosen_parts_train(world, tmp_path, unwatched, changes, traine
 def has_changed(before, after) -> bool:
     pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
     return any((np.asarray(x) != np.asarray(y)).any() for x, y in pairs)
+
+
+# --- other activations, and saved lenses ---------------------------------------------------------
+
+
+def test_a_lens_stays_the_same_function_of_the_activation(world, tmp_path):
+    """Though the run that goes on normalises activations with statistics of its own."""
+    template, frozen = lens_template(world)
+    start = world.run / "checkpoints" / str(LAST_STEP)
+    before = load_lens(start, template)
+    statistics = read_metadata(*checkpoint_of(start))["statistics"]
+    rng = np.random.default_rng(0)
+    mean_D = np.asarray(statistics["mean"], np.float32)
+    other = ActivationStatistics(
+        mean_D + rng.normal(0, statistics["scale"], mean_D.shape).astype(np.float32),
+        1.7 * statistics["scale"],
+        0.5,
+        9,
+    )
+    after = starting_lens(str(start), template, other)
+    spec = world.session.spec
+    activation_BD = jnp.asarray(mean_D + rng.normal(0, 3, (5, len(mean_D))), jnp.float32)
+    text_BT = jnp.asarray(rng.integers(5, 50, (5, spec.text_len)), jnp.int32)
+
+    def outputs(trainable, mean, scale):
+        around = {**frozen, "statistics": {"mean": jnp.asarray(mean), "scale": jnp.float32(scale)}}
+        decoder, encoder = decoder_of(trainable, around), encoder_of(trainable, around, spec)
+        states = teacher_forced_states(decoder, activation_BD, text_BT, spec=spec)
+        text_BTD = embed_tokens(encoder.base, text_BT, spec.model)
+        return states, encode_embeddings(encoder, text_BTD, spec=spec)
+
+    expected = outputs(before, mean_D, statistics["scale"])
+    found = outputs(after, other.mean_D, other.scale)
+    unchanged = outputs(before, other.mean_D, other.scale)
+    for one, same, different in zip(found, expected, unchanged, strict=True):
+        np.testing.assert_allclose(one, same, rtol=1e-4, atol=1e-4)
+        assert np.abs(different - same).max() > 0.1
+
+
+def test_init_from_a_saved_lens(world, tmp_path, monkeypatch):
+    folder = conlens_jax.Lens.load(world.run).save(tmp_path / "lens")
+    seen = []
+
+    def remember(run, stage, trainable, frozen):
+        seen.append(trainable)
+        return trainable
+
+    monkeypatch.setattr(loop, "run_stage", remember)
+    train_lens(plain(world, tmp_path / "run", train__init_from=str(folder)))
+    assert_same_arrays(seen[0], saved(world, world.run, LAST_STEP))
+    session = plain(
+        world, tmp_path / "b", train__init_from=str(folder), lens__encoder_prompt="the <text>"
+    )
+    with pytest.raises(CheckpointError, match=r"init_from=.*do not fit this run's model.*\n.*soft"):
+        train_lens(session)

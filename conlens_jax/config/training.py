@@ -87,7 +87,9 @@ class TrainConfig:
     """The training loop."""
 
     seed: int = 0  # of the initial lens, the order of the rows and the sampled texts
-    init_from: str = ""  # a run folder or checkpoint whose lens (not optimizer) is the start
+    # Whose lens (not optimizer) is the start: a run folder, a checkpoint, a saved lens, or the name
+    # of one that comes with this package.
+    init_from: str = ""
     resume: bool = True  # continue from the newest checkpoint of run_dir, if there is one
     # Folder of compiled programs, so that the same run starts faster the next time; empty: none.
     compile_cache: str = ""

@@ -300,6 +300,43 @@ def denormalise(normal: Float[Array, "*B D"], statistics: Params) -> Float[Array
     return scaled + jax.lax.broadcast_to_rank(statistics["mean"], scaled.ndim)
 
 
+def renormalised(
+    trainable: Params,
+    before: tuple[np.ndarray, float],
+    after: tuple[np.ndarray, float],
+) -> Params:
+    """The trained parts of a lens for activations that are normalised in another way, so that it
+    stays the same function of the raw activations.
+
+    Args:
+      trainable: with the projections of both sides.
+      before, after: (mean [D], scale) of :func:`normalise`.
+    """
+    (mean_before, scale_before), (mean_after, scale_after) = before, after
+    ratio = jnp.float32(scale_after / scale_before)
+    shift_D = jnp.asarray((mean_after - np.asarray(mean_before)) / scale_before, jnp.float32)
+
+    def reads(parts: Params) -> Params:
+        # x_before = ratio · x_after + shift
+        kernel = parts["kernel"].astype(jnp.float32)
+        bias = parts["bias"].astype(jnp.float32) + jnp.einsum("d,...de->...e", shift_D, kernel)
+        return {"kernel": kernel * ratio, "bias": bias}
+
+    def writes(parts: Params) -> Params:
+        # x_after = (x_before − shift) / ratio
+        return {"kernel": parts["kernel"] / ratio, "bias": (parts["bias"] - shift_D) / ratio}
+
+    decoder, encoder = trainable["decoder"], trainable["encoder"]
+    patches = {name: reads(decoder[name]) for name in ("input_patches",) if name in decoder}
+    changed = {
+        "decoder": {**decoder, "projection": reads(decoder["projection"]), **patches},
+        # It reads a state of the same layer, which is normalised like the activation.
+        "encoder": {**encoder, "projection": writes(reads(encoder["projection"]))},
+    }
+    as_before = lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding)
+    return jax.tree.map(as_before, changed, trainable)
+
+
 def project(x: Float[Array, "*B D"], projection: Params) -> Float[Array, "*B D"]:
     # Stored split over fsdp, gathered for the product: else the compiler would reshard the batch.
     kernel = constrain(projection["kernel"], "DD")

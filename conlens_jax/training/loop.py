@@ -24,10 +24,11 @@ from conlens_jax.training.checkpoint import CHECKPOINT_METRIC, Checkpoints, read
 from conlens_jax.training.checkpoint_storage import CheckpointError
 from conlens_jax.training.places import places_of
 from conlens_jax.training.run import Run, placed, placed_frozen
-from conlens_jax.training.run_folder import BASELINE, CONTROL, claim_folder, load_lens
+from conlens_jax.training.run_folder import BASELINE, CONTROL, claim_folder
 from conlens_jax.training.session import Session
 from conlens_jax.training.stage_log import StageLog
 from conlens_jax.training.stage_loop import StageLoop
+from conlens_jax.training.starting_lens import starting_lens
 from conlens_jax.training.state import (
     Stage,
     TrainState,
@@ -80,7 +81,7 @@ def train_lens(session: Session) -> Path:
     initial_encoder = trainable["encoder"] if config.baseline.steps else {}
     # A run resumed after its warm start does not need its initial weights.
     if config.train.init_from and not (metadata and config.warm.steps):
-        trainable = load_lens(config.train.init_from, trainable)
+        trainable = starting_lens(config.train.init_from, trainable, reference)
     console.table("lens", *parameter_table(trainable, frozen, session.spec))
     warm, joint = stages_of(config)
     try:

@@ -173,8 +173,8 @@ def _run_problems(config: ExperimentConfig) -> Iterator[str]:
         except ConfigError as error:
             yield from error.problems
     start = config.train.init_from
-    if start and not all_steps(checkpoint_of(start)[0]):
-        yield f"train.init_from={start!r}: there is no checkpoint there"
+    if start and (problem := starting_lens_problem(start)):
+        yield problem
 
 
 def _is_local(path: str) -> bool:
