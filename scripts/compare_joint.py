@@ -41,7 +41,6 @@ from conlens_jax.checkpoint_flags import recorded_config
 from conlens_jax.config import with_changes
 from conlens_jax.data.batches import grouped_batch, prefetch, read_groups
 from conlens_jax.data.device_batches import make_batch
-from conlens_jax.data.targets.opening import mark_ids
 from conlens_jax.evaluation.studies.said_words import SaidWords
 from conlens_jax.evaluation.suite import PerRow, Suite
 from conlens_jax.files.whole import write_atomically, write_whole
@@ -127,7 +126,7 @@ class Bench:
         tokenizer = session.model.tokenizer
         words = None
         if config.target.kind == "words":
-            words = SaidWords(suite, tokenizer, **mark_ids(config.target, tokenizer))
+            words = SaidWords.of_target(suite, tokenizer, config.target)
         return Bench(session, suite, words, start, frozen)
 
     def measured(self, trainable: Params) -> PerRow:

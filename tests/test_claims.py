@@ -49,6 +49,25 @@ def test_claims_of_words_and_their_places(tokenizer, text, expected):
     assert claim_reader(reader.to_json(), tokenizer, gap) == reader
 
 
+def test_claims_of_recent_tokens_count_from_the_end(tokenizer):
+    comma, separator, gap = tokenizer.encode(", | ·")
+    settings = {"comma": comma, "separator": separator, "recent_tokens": True}
+    reader = claim_reader(settings, tokenizer, gap)
+    tokens = tokenizer.encode("and | fox · | the · bear")
+    assert [(c.kind, c.says, c.places) for c in reader.of(tokens)] == [
+        ("next", tokens[0], (0,)),
+        ("context", "fox", (2,)),
+        ("recent", (2, tokens[5]), (5,)),
+        ("recent", (0, tokens[7]), (7,)),
+    ]
+    # The separator can be one of the source's tokens, and the second part may be empty.
+    assert [c.says for c in reader.of(tokenizer.encode("| | and |"))] == [
+        (1, tokens[0]),
+        (0, separator),
+    ]
+    assert claim_reader(reader.to_json(), tokenizer, gap) == reader
+
+
 def test_a_word_of_several_pieces_is_one_claim():
     """Without a comma every token before the separator is a next word of its own."""
     pieces = [" an", " the", "|", " phas", "ed", "-", "in", "·", " fox"]

@@ -34,7 +34,7 @@ def tokenizer():
     return train_word_tokenizer([*CONTEXTS, "and ."], 60, (",", "|", "·"))
 
 
-def measured(tokenizer, contexts, positions, texts, target, without="·"):
+def measured(tokenizer, contexts, positions, texts, target, without="·", recent=False):
     """The metrics of texts (greedy and sampled ones) of four rows."""
     end = tokenizer.eos_id
     ids = lambda text: tokenizer.encode(text)
@@ -70,7 +70,7 @@ def measured(tokenizer, contexts, positions, texts, target, without="·"):
     without_vector = Explained({"greedy": filled([without] * 4)}, {})
     evaluated = Evaluated(Explained(texts, {}), without_vector, {"clean": clean}, {}, {})
     comma, separator = ids(",")[0], ids("|")[0]
-    return SaidWords(suite, tokenizer, comma, separator).truth(evaluated)
+    return SaidWords(suite, tokenizer, comma, separator, recent).truth(evaluated)
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +121,19 @@ def test_words_of_the_context_by_distance(tokenizer):
     np.testing.assert_equal(share("context_words_found"), [3 / 8, np.nan, np.nan, 1 / 4])
     # All rows have the same context.
     assert share("null_shuffle_context_words_right") == share("context_words_right")
+
+
+def test_recent_tokens_are_right_at_their_place_only(tokenizer):
+    texts = (
+        "and | anna | a fox",  # both
+        "red | | a has",  # neither: they are in the other order
+        ". | cat | · ran",  # one of one
+        "kim | | met",  # not the last one
+    )
+    found = measured(tokenizer, CONTEXTS, POSITIONS, texts, ["and | | ·"] * 4, recent=True)
+    assert found["recent_tokens_said"].value == pytest.approx(6 / 4)
+    assert found["recent_tokens_right"].value == pytest.approx(3 / 6)
+    assert found["context_words_said"].value == pytest.approx(2 / 4)
+    # Row 0 has the text of row 2, and so on: no context ends like that.
+    assert found["null_shuffle_recent_tokens_right"].value == 0
+    assert "recent_tokens_right" not in measured(tokenizer, CONTEXTS, POSITIONS, texts, texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -177,6 +178,32 @@ def targets_of(tokenizer, text_len, contexts, **changes) -> WordTargets:
 def next_of(*pairs) -> NextTokens:
     ids, probabilities = zip(*pairs, strict=True)
     return NextTokens(np.array([ids], np.int32), np.array([probabilities], np.float32))
+
+
+def test_recent_tokens_end_the_target(bpe):
+    context = bpe.encode("anna saw a brontosaurus and a very old cat")
+    position, said = len(context) - 1, next_of((40, 0.9), (41, 0.6), (42, 0.3), (43, 0.1))
+    (bar,) = bpe.encode("|")
+    pieces = len(bpe.encode(" cat"))
+    for text_len, recent in itertools.product(range(8, 40), range(1, pieces + 1)):
+        targets = targets_of(bpe, text_len, [context], context_words=8, recent_tokens=recent)
+        (text,) = targets.texts(row_of(context, position), said)
+        assert len(text) < text_len
+        assert text[-recent - 1 :] == [bar, *context[-recent:]]
+        assert text.count(bar) == 2  # the first part is never empty, the second may be
+        assert text[0] == 40
+        named = bpe.decode(text[text.index(bar) + 1 : -recent - 1])
+        if recent == pieces:  # what the last part shows is not said twice
+            assert "cat" not in named
+    assert "brontosaurus" in named
+
+
+def test_recent_tokens_at_the_beginning_of_a_text_are_as_many_as_there_are(bpe):
+    context = bpe.encode("anna saw a cat")
+    targets = targets_of(bpe, 9, [context], recent_tokens=3)
+    (text,) = targets.texts(row_of(context, 0), next_of((40, 0.9), (41, 0.01)))
+    (bar,) = bpe.encode("|")
+    assert text == [40, bar, bar, context[0]]
 
 
 def test_a_word_that_does_not_fit_leaves_its_place_to_the_next(bpe):

@@ -74,7 +74,7 @@ _AT_LEAST_ZERO = (
     ),
     "embedded.copy_init",
     *("lens.input_patches", "lens.history_sweeps", "corpus.temperature", "target.context_words"),
-    *("target.temperature", "target.seed"),
+    *("target.recent_tokens", "target.temperature", "target.seed"),
 )
 
 
@@ -385,6 +385,8 @@ def _target_problems(config: ExperimentConfig) -> Iterator[str]:
         )
     if not 0 <= target.next_probability < 1:
         yield f"target.next_probability must be in [0, 1), not {target.next_probability}"
+    if target.kind == "words" and target.recent_tokens:
+        yield from _recent_tokens_problems(config)
     if target.nearness < 0:
         yield f"target.nearness must not be negative, not {target.nearness}"
     if not 0 < target.most_common <= 1:
@@ -395,6 +397,22 @@ def _target_problems(config: ExperimentConfig) -> Iterator[str]:
         yield f"warm.gap_rate={gap_rate} needs lens.gap_token"
     if lens.gap_token and lens.gap_token == lens.end_token:
         yield f"lens.gap_token and lens.end_token must differ, both are {lens.gap_token!r}"
+
+
+def _recent_tokens_problems(config: ExperimentConfig) -> Iterator[str]:
+    target = config.target
+    if not target.separator:
+        yield (
+            f"target.recent_tokens={target.recent_tokens} needs target.separator, which they come "
+            "after"
+        )
+    # The likeliest next token, two separators, the end.
+    least = target.recent_tokens + 4
+    if config.lens.text_len < least:
+        yield (
+            f"target.recent_tokens={target.recent_tokens} needs lens.text_len ≥ {least}, not "
+            f"{config.lens.text_len}"
+        )
 
 
 def _dumped_target_problems(config: ExperimentConfig) -> Iterator[str]:

@@ -15,9 +15,10 @@ class TargetConfig:
     """
 
     # "window": the source tokens around P, warm.before and warm.after of them. "words": the words
-    # that M is about to say, a separator, then content words of the context. "facts": what a
-    # generated document has stated so far, the nearest first. "file": explanations of your own.
-    # "model": what M itself, or another model, writes about the context up to P.
+    # that M is about to say, a separator, then content words of the context and, with
+    # recent_tokens, another separator and its last tokens. "facts": what a generated document has
+    # stated so far, the nearest first. "file": explanations of your own. "model": what M itself, or
+    # another model, writes about the context up to P.
     kind: str = "window"
     # "words": M's likeliest next tokens, at most so many, the likeliest first.
     next_words: int = 4
@@ -29,6 +30,9 @@ class TargetConfig:
     nearness: float = 0.3  # "words": see context_words
     # "words": a word that a larger share of the documents has is no word of the context to name.
     most_common: float = 0.2
+    # "words": then so many of the last tokens up to P. Whoever has the text knows them, but an
+    # activation is about them more than about anything else, and E cannot make it without.
+    recent_tokens: int = 0
     # "words", "facts": token between two next words or facts; it must be one token of the
     # vocabulary, or is left out if empty. So must the separator.
     comma: str = " ,"  # not ",", which M itself is often about to say

@@ -18,7 +18,7 @@ from conlens_jax.corpora.statements import NOTHING, TokenVariable, alike, token_
 from conlens_jax.data.targets.whole_words import WholeWords
 from conlens_jax.models.tokenizer import Tokenizer
 
-NEXT, CONTEXT, FACT = "next", "context", "fact"
+NEXT, CONTEXT, RECENT, FACT = "next", "context", "recent", "fact"
 
 
 class Claim(NamedTuple):
@@ -26,10 +26,11 @@ class Claim(NamedTuple):
 
     Attributes:
       kind: :data:`NEXT`, a word that M is said to be about to say; :data:`CONTEXT`, a content word
-        that the context is said to have; :data:`FACT`, the value of a variable of a generated
-        corpus.
+        that the context is said to have; :data:`RECENT`, one of its last tokens; :data:`FACT`, the
+        value of a variable of a generated corpus.
       says: what is claimed, the same in two texts that agree: the first token of a next word, the
-        key of a context word (:class:`WholeWords`), variable and token id of a fact.
+        key of a context word (:class:`WholeWords`), of a last token the number of tokens from it to
+        P and its id, variable and token id of a fact.
       places: indices of its tokens in the text.
     """
 
@@ -56,19 +57,22 @@ class WordClaims:
 
     Attributes:
       comma, separator, gap: their token ids; None: there is none.
+      recent_tokens: whether what follows a second separator are the last tokens of the context.
     """
 
     tokenizer: Tokenizer
     comma: int | None
     separator: int | None
     gap: int | None
+    recent_tokens: bool = False
 
     @functools.cached_property
     def words(self) -> WholeWords:
         return WholeWords(self.tokenizer)
 
     def of(self, tokens: Sequence[int]) -> list[Claim]:
-        cut = tokens.index(self.separator) if self.separator in tokens else len(tokens)
+        cut = self._part_end(tokens, 0)
+        second_cut = self._part_end(tokens, cut + 1) if self.recent_tokens else len(tokens)
         groups: list[list[int]] = [[]]
         for place in range(cut):
             if self.comma in (None, tokens[place]):
@@ -80,14 +84,25 @@ class WordClaims:
             for places in groups
             if places and tokens[places[0]] != self.gap
         ]
-        rest = [place for place in range(cut + 1, len(tokens)) if tokens[place] != self.gap]
+        rest = [place for place in range(cut + 1, second_cut) if tokens[place] != self.gap]
         for word in self.words.of([tokens[place] for place in rest]):
             end = word.last + 1
             claims.append(Claim(CONTEXT, word.key, tuple(rest[end - len(word.tokens) : end])))
+        claims += [
+            Claim(RECENT, (len(tokens) - 1 - place, tokens[place]), (place,))
+            for place in range(second_cut + 1, len(tokens))
+            if tokens[place] != self.gap
+        ]
         return claims
 
+    def _part_end(self, tokens: Sequence[int], start: int) -> int:
+        """Index of the first separator from ``start`` on; without one, the length of the text."""
+        found = (place for place in range(start, len(tokens)) if tokens[place] == self.separator)
+        return next(found, len(tokens))
+
     def to_json(self) -> dict[str, Any]:
-        return {"comma": self.comma, "separator": self.separator}
+        marks = {"comma": self.comma, "separator": self.separator}
+        return {**marks, "recent_tokens": True} if self.recent_tokens else marks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,4 +136,4 @@ def claim_reader(settings: Mapping[str, Any], tokenizer: Tokenizer, gap: int | N
     if "corpus" in settings:
         kind = settings["corpus"]
         return FactClaims(kind, token_variables(GENERATORS[kind].variables, tokenizer))
-    return WordClaims(tokenizer, settings["comma"], settings["separator"], gap)
+    return WordClaims(tokenizer, **{"recent_tokens": False, **settings}, gap=gap)

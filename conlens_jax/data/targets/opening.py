@@ -41,6 +41,8 @@ def target_settings(target: TargetConfig, lens: LensConfig) -> dict[str, Any]:
     if target.kind == "window":
         return {}
     fields = {name: getattr(target, name) for name in _FIELDS[target.kind]}
+    if target.kind == "words" and target.recent_tokens:  # caches of earlier versions have none
+        fields["recent_tokens"] = target.recent_tokens
     ends = {"text_len": lens.text_len, "end_token": lens.end_token}
     return {"kind": target.kind, **ends, **fields}
 

@@ -1,10 +1,10 @@
 """Targets of words: what M is about to say, then content words of the context.
 
-    Paris, the | capital France
+    Paris, the | capital France | is
 
 First M's likeliest next tokens at P, the likeliest first, then whole words of the context up to P,
-in the order of the text. Both can be checked on any text: the first against M, the second against
-the context.
+in the order of the text, then the last tokens up to P, if there are to be any. All can be checked
+on any text: the first against M, the others against the context.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class WordTargets(Targets):
     """Makes the target of each row.
 
     Args:
-      comma, separator: token ids; None: nothing is written there.
+      comma, separator: token ids; None: nothing is written there. A separator is left out where
+        no word of the context follows, unless there are last tokens: then there are always two.
       end: the end token.
       text_len: the most tokens of a target, its end included.
       contexts: the tokens of the training documents' contexts, from the first one; the first 20,000
@@ -78,15 +79,27 @@ class WordTargets(Targets):
             idf_W = np.array([self._idf[word.key] for word in words])
             last_W = np.array([word.last for word in words])
             for row in numbers:
-                said = self._said(next_tokens.ids_Nk[row], next_tokens.probabilities_Nk[row])
-                room = self._text_len - len(said) - len(self._separator) - 1
-                named = self._named(words, idf_W, last_W, int(rows.positions_N[row]), room)
-                texts.append([*said, *(self._separator if named else ()), *named])
+                position = int(rows.positions_N[row])
+                last = self._recent(rows.tokens_NS[row], position)
+                said = self._said(
+                    next_tokens.ids_Nk[row], next_tokens.probabilities_Nk[row], len(last)
+                )
+                room = self._text_len - len(said) - len(self._separator) - len(last) - 1
+                named = self._named(words, idf_W, last_W, position, room)
+                separator = self._separator if named or last else ()
+                texts.append([*said, *separator, *named, *last])
         return texts
 
-    def _said(self, ids_k: np.ndarray, probabilities_k: np.ndarray) -> list[int]:
+    def _recent(self, tokens_S: np.ndarray, position: int) -> list[int]:
+        """The last tokens up to P, after a separator of their own."""
+        if not self._config.recent_tokens:
+            return []
+        first = max(0, position + 1 - self._config.recent_tokens)
+        return [*self._separator, *tokens_S[first : position + 1].tolist()]
+
+    def _said(self, ids_k: np.ndarray, probabilities_k: np.ndarray, n_last: int) -> list[int]:
         """The next tokens with commas between them; the less likely ones are left out if they do
-        not fit."""
+        not fit before the ``n_last`` tokens of the last part."""
         likely = [
             (int(token), float(probability))
             for token, probability in zip(ids_k, probabilities_k, strict=True)
@@ -95,7 +108,9 @@ class WordTargets(Targets):
         least = self._config.next_probability
         said = [token for i, (token, p) in enumerate(likely) if i == 0 or p >= least]
         step = 1 + len(self._comma)
-        most = max(1, (self._text_len - 1 + len(self._comma)) // step)
+        # Without a last part, a text that next words fill needs no separator.
+        taken = n_last + len(self._separator) if n_last else 0
+        most = max(1, (self._text_len - 1 - taken + len(self._comma)) // step)
         said = said[: min(self._config.next_words, most)]
         return [token for word in said for token in (*self._comma, word)][len(self._comma) :]
 
@@ -108,9 +123,12 @@ class WordTargets(Targets):
         room: int,
     ) -> list[int]:
         """The tokens of the chosen words of the context up to P, at most ``room``: one that does
-        not fit leaves its place to the next. A word that goes on after P is none of them."""
+        not fit leaves its place to the next. A word that goes on after P is none of them, nor is
+        one that the last tokens show."""
         score_W = idf_W - self._config.nearness * (position - last_W)
-        possible_W = (last_W <= position) & (idf_W >= self._least_idf)
+        length_W = np.array([len(word.tokens) for word in words])
+        shown_W = last_W - length_W >= position - self._config.recent_tokens
+        possible_W = (last_W <= position) & (idf_W >= self._least_idf) & ~shown_W
         # Of equal scores the later word.
         order = sorted(np.flatnonzero(possible_W), key=lambda i: (-score_W[i], -i))
         chosen: dict[int, tuple[int, ...]] = {}

@@ -11,7 +11,6 @@ import numpy as np
 from conlens_jax.config import ExperimentConfig
 from conlens_jax.corpora.generators import GENERATORS
 from conlens_jax.corpora.statements import alike, token_variables
-from conlens_jax.data.targets.opening import mark_ids
 from conlens_jax.evaluation.claims import Claim, ClaimReader, FactClaims
 from conlens_jax.evaluation.studies.known_facts import KnownFacts
 from conlens_jax.evaluation.studies.said_words import SaidWords
@@ -55,7 +54,7 @@ def claim_truth(config: ExperimentConfig, suite: Suite, tokenizer: Tokenizer) ->
     """For targets of words, words; for other texts about a generated corpus, its facts. None if
     nothing can be checked."""
     if config.target.kind == "words":
-        return SaidWords(suite, tokenizer, **mark_ids(config.target, tokenizer))
+        return SaidWords.of_target(suite, tokenizer, config.target)
     generator = GENERATORS.get(config.corpus.kind)
     if generator is None or not token_variables(generator.variables, tokenizer):
         return None

@@ -1,8 +1,9 @@
 """Whether the words of an explanation are true (``target.kind="words"``), on any text.
 
-An explanation says what M is about to say, then words of the context. The first part is compared
-with M's own predictions at P, the second with the words of the context up to P; each also for the
-text of another row, and for the target itself.
+An explanation says what M is about to say, then words of the context, then perhaps its last
+tokens. The first part is compared with M's own predictions at P, the second with the words of the
+context up to P, the third with its tokens there; each also for the text of another row, and for the
+target itself.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from conlens_jax.evaluation.claims import CONTEXT, NEXT, Claim, WordClaims
+from conlens_jax.config import TargetConfig
+from conlens_jax.data.targets.opening import mark_ids
+from conlens_jax.evaluation.claims import CONTEXT, NEXT, RECENT, Claim, WordClaims
 from conlens_jax.evaluation.studies.truth import range_names
 from conlens_jax.evaluation.suite import Evaluated, PerRow, Suite
 from conlens_jax.measurement.aggregates import mean_of, ratio_of
@@ -35,10 +38,12 @@ class Said(NamedTuple):
       next_tokens: the first token of each word that it says M is about to say.
       context: the keys of the words that it says the context has
         (:class:`~conlens_jax.data.targets.whole_words.WholeWords`).
+      recent: the tokens that it says the context ends with: (number of tokens from it to P, id).
     """
 
     next_tokens: frozenset[int]
     context: frozenset[str]
+    recent: frozenset[tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +52,25 @@ class SaidWords:
 
     Attributes:
       comma, separator: the tokens that divide an explanation; None: there is none.
+      recent_tokens: whether texts have a third part, the last tokens of the context.
     """
 
     suite: Suite
     tokenizer: Tokenizer
     comma: int | None
     separator: int | None
+    recent_tokens: bool = False
+
+    @classmethod
+    def of_target(cls, suite: Suite, tokenizer: Tokenizer, target: TargetConfig) -> SaidWords:
+        """For texts like the targets."""
+        marks = mark_ids(target, tokenizer)
+        return cls(suite, tokenizer, **marks, recent_tokens=target.recent_tokens > 0)
 
     @functools.cached_property
     def reader(self) -> WordClaims:
         gap = self.suite.measurer.spec.gap
-        return WordClaims(self.tokenizer, self.comma, self.separator, gap)
+        return WordClaims(self.tokenizer, self.comma, self.separator, gap, self.recent_tokens)
 
     @functools.cached_property
     def _seen(self) -> list[dict[str, int]]:
@@ -71,14 +84,28 @@ class SaidWords:
             for tokens, position in zip(rows.tokens_NS, rows.positions_N.tolist(), strict=True)
         ]
 
+    @functools.cached_property
+    def _ends(self) -> list[frozenset[tuple[int, int]]]:
+        """The last tokens of each row's context, as many as a text could state."""
+        rows, longest = self.suite.rows, self.suite.targets_NT.shape[1]
+        return [
+            frozenset(
+                (distance, int(tokens[position - distance]))
+                for distance in range(min(longest, position + 1))
+            )
+            for tokens, position in zip(rows.tokens_NS, rows.positions_N.tolist(), strict=True)
+        ]
+
     def of(self, tokens: Sequence[int]) -> Said:
         """The content of one explanation, given without its end. A gap is no word."""
         claims = self.reader.of(tokens)
         said = lambda kind: frozenset(claim.says for claim in claims if claim.kind == kind)
-        return Said(said(NEXT), said(CONTEXT))
+        return Said(said(NEXT), said(CONTEXT), said(RECENT))
 
     def is_right(self, claim: Claim, row: int, clean: SwapEffect) -> bool:
         """See :meth:`~.claims.ClaimTruth.is_right`."""
+        if claim.kind == RECENT:
+            return claim.says in self._ends[row]
         likely = clean.top_tokens if claim.kind == NEXT else self._seen
         return claim.says in likely[row]
 
@@ -90,7 +117,9 @@ class SaidWords:
         the share of them that begin with one of M's five likeliest tokens; ``next_words_mass``: the
         probability that M gives these. ``context_words_said``, ``context_words_right``: the same of
         the words of the context, right if the context up to P has them; ``context_words_found``:
-        the share of the target's words of the context that it says.
+        the share of the target's words of the context that it says. ``recent_tokens_said``,
+        ``recent_tokens_right``: tokens that it says the context ends with, right if they stand
+        there.
 
         Of greedy texts and of other rows' the last two also by distance
         (``context_words_right_distance_0_8``): of all words that it says the context has, the share
@@ -110,25 +139,26 @@ class SaidWords:
             "target_": self.suite.targets_NT,
         }.items():
             per_row |= self.counts(texts_NT, clean, prefix)
-            statistics |= self.statistics(prefix)
+            statistics |= self.statistics(prefix, self.recent_tokens)
             if prefix in BY_DISTANCE:
                 per_row |= self._counts_by_distance(texts_NT, prefix)
                 statistics |= self._statistics_by_distance(prefix)
         return self.suite.intervals(statistics, per_row)
 
     @staticmethod
-    def statistics(prefix: str = "") -> dict[str, Statistic]:
+    def statistics(prefix: str = "", recent_tokens: bool = False) -> dict[str, Statistic]:
         """The metrics of :meth:`truth` for one kind of text, as functions of :meth:`counts`."""
         of = lambda name: prefix + name
         statistics = {
             of("next_words_mass"): mean_of(of("next_mass")),
             of("context_words_found"): ratio_of(of("context_found"), of("context_wanted")),
         }
-        for part in ("next", "context"):
-            statistics[of(f"{part}_words_said")] = mean_of(of(f"{part}_said"))
-            statistics[of(f"{part}_words_right")] = ratio_of(
-                of(f"{part}_right"), of(f"{part}_said")
-            )
+        parts = {"next_words": "next", "context_words": "context"}
+        if recent_tokens:
+            parts["recent_tokens"] = "recent"
+        for name, part in parts.items():
+            statistics[of(f"{name}_said")] = mean_of(of(f"{part}_said"))
+            statistics[of(f"{name}_right")] = ratio_of(of(f"{part}_right"), of(f"{part}_said"))
         return statistics
 
     @staticmethod
@@ -182,6 +212,10 @@ class SaidWords:
                 len(s.context & t.context) for s, t in zip(said, targets, strict=True)
             ],
             "context_wanted": [len(t.context) for t in targets],
+            "recent_said": [len(s.recent) for s in said],
+            "recent_right": [
+                len(s.recent & ends) for s, ends in zip(said, self._ends, strict=True)
+            ],
         }
         return {prefix + name: np.asarray(values, np.float64) for name, values in counts.items()}
 
