@@ -57,6 +57,7 @@ def get_config():
     config.target.kind = "words"
     config.target.context_words = 5
     config.target.nearness = 0.25
+    config.target.recent_tokens = 2
 
     config.warm.gap_rate = 0.2
     config.warm.batch_size = 512

@@ -43,11 +43,16 @@ STORED = json.loads(
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """Converted once for this file."""
+def lens(tmp_path_factory) -> Lens:
+    """The one of the package. The model is converted and loaded once for this file."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONLENS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return load_model(NAME, unroll=1)
+        return Lens.load(NAME)
+
+
+@pytest.fixture(scope="module")
+def model(lens):
+    return lens.model
 
 
 @pytest.fixture(scope="module")
@@ -214,14 +219,6 @@ def test_a_message_is_rendered_by_the_files_own_template(model):
     assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert model.tokenizer.encode(text)[0] == 1
-
-
-@pytest.fixture(scope="module")
-def lens(model) -> Lens:
-    """The one of the package."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CONLENS_CACHE", str(model.folder.parents[1]))
-        return Lens.load("smollm2-135m")
 
 
 @pytest.fixture(scope="module")
