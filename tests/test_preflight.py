@@ -80,7 +80,9 @@ def test_all_of_it_in_one_message(tmp_path):
     assert len(found) == len(expected)
     for problem, beginning in zip(found, expected, strict=True):
         assert problem.startswith(beginning)
-    assert check_files([config(tmp_path)], dumps=True, trains=True) is None
+    # A lens of the package is a start by its name.
+    fine = config(tmp_path, train__init_from="smollm2-135m")
+    assert check_files([fine], dumps=True, trains=True) is None
     assert sorted(child.name for child in tmp_path.iterdir()) == ["file"]
 
 

@@ -31,6 +31,7 @@ from conlens_jax.tracking.console import Console
 from conlens_jax.training.checkpoint import all_steps
 from conlens_jax.training.places import metadata_of_run, recorded_model, with_cache_found
 from conlens_jax.training.run_folder import checkpoint_of, claim_folder
+from conlens_jax.training.starting_lens import starting_lens_problem
 
 _PACKAGES = {"parquet": "pyarrow", "huggingface": "datasets"}
 
