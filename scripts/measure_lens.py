@@ -30,6 +30,7 @@ from conlens_jax import cli
 from conlens_jax.checkpoint_flags import one_checkpoint
 from conlens_jax.data.extract import dump_activations
 from conlens_jax.evaluation.studies.claims import claim_truth
+from conlens_jax.evaluation.studies.interventions import intervene_on_next_words
 from conlens_jax.evaluation.studies.measured_claims import measured_claims
 from conlens_jax.evaluation.studies.said_words import SaidWords
 from conlens_jax.evaluation.suite import Evaluated, Suite, attribute_token_ids
@@ -96,6 +97,9 @@ def _with_claims(
     )
     if isinstance(truth, SaidWords):
         found = {**found, **truth.truth(evaluated)}
+        found |= intervene_on_next_words(
+            suite, evaluated, lens.trainable, lens.frozen, truth.reader, config.evaluate.seed
+        )
     if _FIT_SUPPORT.value and calibration is not None:
         measured_on = {MEASURED_STEP: lens.facts.get("step"), "rows": rows}
         lens = dataclasses.replace(lens, calibration=calibration.with_facts(measured_on))

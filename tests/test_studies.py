@@ -7,6 +7,7 @@ text, and M's odds are differences of counts. So what each change must do can be
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -14,8 +15,13 @@ import pytest
 from conlens_jax.config import WarmConfig
 from conlens_jax.corpora.statements import TokenVariable
 from conlens_jax.data.rows import Rows
+from conlens_jax.evaluation.claims import NEXT, Claim
 from conlens_jax.evaluation.studies.audit import audit_lens
-from conlens_jax.evaluation.studies.interventions import intervene
+from conlens_jax.evaluation.studies.interventions import (
+    draw_next_word_edits,
+    intervene,
+    intervene_on_next_words,
+)
 from conlens_jax.evaluation.studies.text_changes import DROPPED, Lexicon
 from conlens_jax.evaluation.suite import Evaluated, Suite
 from conlens_jax.measurement.programs import SwapEffect
@@ -43,6 +49,8 @@ def bag(tokens_NT, lengths_N):
 class BagOfWords:
     """Stands for a Measurer. ``parts["encoder"]`` is the share of each word that a reader gets, so
     that 1 reads all; reconstructions have the counts behind the vectors, for the odds."""
+
+    spec = types.SimpleNamespace(end=None)
 
     def read(self, parts, frozen, tokens_NT, lengths_N=None):
         if lengths_N is None:
@@ -176,3 +184,41 @@ def test_interventions_of_a_bag_of_words(suite, evaluated, texts):
     assert value("intervention_shift_minus_third_value") == pytest.approx(times, rel=1e-6)
     assert value("intervention_next_success_minus_third_value") == 1
     assert "intervention_colour_shift" not in found
+
+
+def test_edits_of_next_words_of_a_bag_of_words(suite, evaluated, texts):
+    """The first token of each text and the second are what M is said to be about to say."""
+    reader = types.SimpleNamespace(
+        of=lambda tokens: [Claim(NEXT, tokens[0], (0,)), Claim(NEXT, tokens[1], (1,))]
+    )
+    edits = draw_next_word_edits(texts, reader, None, seed=0)
+    assert (edits.variable_N == 0).all()
+    first, second = edits.pairs_N2.T
+    np.testing.assert_array_equal(first, texts[:, 0])
+    assert np.isin(second, texts[:, 0]).all()
+    for name, changed in edits.texts.items():
+        others = (changed != texts)[:, 1:].sum(axis=1)
+        assert (others <= 1).all() if name == "random_word" else (others == 0).all()
+    third = edits.texts["third_value"][:, 0]
+    assert not (third == first).any() and not (third == second).any()
+    assert not (second[:, None] == texts[:, :2]).any()
+    found = intervene_on_next_words(
+        suite, evaluated, {"encoder": 1.0}, {"original": None}, reader, seed=0
+    )
+    value = lambda name: found[name].value
+    assert value("next_word_intervention_rows") == 1
+    # An edit takes v away and adds w, a third value only takes v away.
+    assert value("next_word_intervention_shift") == pytest.approx(2, rel=1e-6)
+    assert value("third_value_next_word_intervention_shift") == pytest.approx(1, rel=1e-6)
+    assert value("next_word_intervention_shift_minus_third_value") == pytest.approx(1, rel=1e-6)
+
+
+def test_a_text_without_a_next_word_is_not_edited(texts):
+    reader = types.SimpleNamespace(
+        of=lambda tokens: [Claim(NEXT, tokens[0], (0,))] if tokens[0] % 2 else []
+    )
+    edits = draw_next_word_edits(texts, reader, None, seed=0)
+    np.testing.assert_array_equal(edits.variable_N >= 0, texts[:, 0] % 2 == 1)
+    np.testing.assert_array_equal(
+        edits.texts["edit"][edits.variable_N < 0], texts[edits.variable_N < 0]
+    )

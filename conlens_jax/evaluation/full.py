@@ -11,11 +11,13 @@ from conlens_jax.config import GENERATED_CORPORA, ConfigError, EvaluateConfig
 from conlens_jax.corpora.generators import GENERATORS
 from conlens_jax.corpora.statements import token_variables
 from conlens_jax.data.rows import Rows
+from conlens_jax.evaluation.claims import ClaimReader
 from conlens_jax.evaluation.studies.audit import audit_lens
 from conlens_jax.evaluation.studies.baselines import baselines, text_only
 from conlens_jax.evaluation.studies.best_of import best_of
-from conlens_jax.evaluation.studies.interventions import intervene
+from conlens_jax.evaluation.studies.interventions import intervene, intervene_on_next_words
 from conlens_jax.evaluation.studies.known_facts import KnownFacts
+from conlens_jax.evaluation.studies.said_words import SaidWords
 from conlens_jax.evaluation.studies.slices import sliced
 from conlens_jax.evaluation.studies.text_changes import Lexicon
 from conlens_jax.evaluation.studies.truth import Readable, truth_of_texts
@@ -41,6 +43,7 @@ class Studies:
       facts: what is known of the rows' documents; None where the corpus is not generated.
       readable: which facts can be read from activations; None without a truth study.
       lexicon: what the changes to a text need to know of its tokens.
+      claims: finds what explanations in words claim; None for other targets.
       auditor: the audit encoder; None without an audit.
       word_parts, next_words_reader: the parts of explanations in words, and the encoder of M's own
         likeliest next tokens; None without an audit or for other targets.
@@ -54,6 +57,7 @@ class Studies:
     facts: KnownFacts | None
     readable: Readable | None
     lexicon: Lexicon
+    claims: ClaimReader | None
     auditor: Params | None
     word_parts: WordParts | None
     next_words_reader: Params | None
@@ -71,11 +75,14 @@ class Studies:
         generator = GENERATORS.get(config.corpus.kind)
         if generator is not None and not token_variables(generator.variables, tokenizer):
             generator = None  # no value is a single token of this model's vocabulary
-        if config.evaluate.suite == "interventions" and generator is None:
+        claims = None
+        if config.target.kind == "words":
+            claims = SaidWords.of_target(suite, tokenizer, config.target).reader
+        if config.evaluate.suite == "interventions" and generator is None and claims is None:
             raise ConfigError(
                 "evaluate.suite='interventions' needs words whose meaning is known, which only "
-                f"corpus.kind={' or '.join(map(repr, GENERATED_CORPORA))} has, not "
-                f"{config.corpus.kind!r}; use suite='full'"
+                f"corpus.kind={' or '.join(map(repr, GENERATED_CORPORA))} or target.kind='words' "
+                f"have, not {config.corpus.kind!r} with {config.target.kind!r}; use suite='full'"
             )
         train = training_rows(session.caches[0], _TRAIN_ROWS)
         facts, readable, is_full = None, None, config.evaluate.suite == "full"
@@ -96,6 +103,7 @@ class Studies:
             readable=readable,
             lexicon=Lexicon.of(tokenizer, {} if generator is None else generator.synonyms),
             auditor=train_auditor(session, run_folder) if is_full else None,
+            claims=claims,
             word_parts=parts,
             next_words_reader=parts
             and train_next_words_reader(session, run_folder, parts.separator),
@@ -152,6 +160,10 @@ class Studies:
                 self.frozen,
                 self.facts.variables,
                 self.config.seed,
+            )
+        if self.claims is not None:
+            measured |= intervene_on_next_words(
+                self.suite, evaluated, trainable, self.frozen, self.claims, self.config.seed
             )
         if self.auditor is None:
             return measured

@@ -70,15 +70,22 @@ def interventions(metrics: Intervals, variables: Sequence[str]) -> MetricGroup:
     """The edit and its two controls, all rows together and by variable."""
     columns = ("edit to w", "control: to a third value", "control: random word")
     prefixes = ("", "third_value_", "random_word_")
-    groups = [("", "every value"), ("next_", "where it is M's next token")]
-    groups += [(f"{name}_", name) for name in variables]
+    groups = [
+        ("intervention_", "every value"),
+        ("intervention_next_", "where it is M's next token"),
+    ]
+    groups += [(f"intervention_{name}_", name) for name in variables]
+    groups += [
+        ("next_word_intervention_", "the first next word"),
+        ("next_word_intervention_next_", "the first next word, where it is M's next token"),
+    ]
     rows = []
     for key, name in groups:
         for what, explanation in (
             ("success", "M preferred v before and prefers w after"),
             ("shift", "change of log p(w) − log p(v), nats"),
         ):
-            values = [metrics.get(f"{prefix}intervention_{key}{what}") for prefix in prefixes]
+            values = [metrics.get(f"{prefix}{key}{what}") for prefix in prefixes]
             if any(values):
                 rows.append(MetricRow(f"{what}: {name}", explanation, HIGHER, values))
     return MetricGroup(

@@ -3,22 +3,27 @@
 Where an explanation states a value v of a variable, v is replaced by another value w of the same
 variable. The edited text is read and swapped into M, and the change of log p(w) − log p(v) is
 compared with that of two edits of the same size: v replaced by a third value (which also
-removes v, but does not state w), and another word of the text replaced by a random one.
+removes v, but does not state w), and another word of the text replaced by a random one. In
+explanations in words v is the first word that M is said to be about to say, so that any text will
+do.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from conlens_jax.config.seeds import numpy_seed
 from conlens_jax.corpora.statements import NOTHING, TokenVariable
+from conlens_jax.evaluation.claims import NEXT, ClaimReader
 from conlens_jax.evaluation.suite import Evaluated, PerRow, Suite
 from conlens_jax.measurement.aggregates import difference_of, mean_of, ratio_of
 from conlens_jax.measurement.bootstrap import Interval, Statistic
 from conlens_jax.models.param_table import Params
+from conlens_jax.models.written import before_end
 
 EDITS = {"edit": "", "third_value": "third_value_", "random_word": "random_word_"}
 """Edits, and the prefix of their metrics."""
@@ -82,6 +87,40 @@ def draw_edits(texts_NT: np.ndarray, variables: Mapping[str, TokenVariable], see
     return Edits(variable_N, pairs_N2, edited)
 
 
+def draw_next_word_edits(
+    texts_NT: np.ndarray, reader: ClaimReader, end: int | None, seed: int
+) -> Edits:
+    """Edits of the first word that each text says M is about to say; w and the third value are such
+    words of other texts, neither of which the text says.
+
+    Args:
+      reader: finds the words; end: the end token.
+    """
+    texts = [before_end(text, end) for text in texts_NT]
+    said = [[claim for claim in reader.of(text) if claim.kind == NEXT] for text in texts]
+    first_words = [claims[0].says for claims in said if claims]
+    variable_N, pairs_N2 = np.full(len(texts), -1), np.zeros((len(texts), 2), np.int32)
+    edited = {name: texts_NT.copy() for name in EDITS}
+    pool = [token for text in texts for token in text]
+    for row, claims in enumerate(said):
+        rng = np.random.default_rng((numpy_seed(seed), row))
+        own = {claim.says for claim in claims}
+        others = [word for word in first_words if word not in own]
+        if not claims or len(set(others)) < 2:
+            continue
+        place = claims[0].places[0]
+        second = rng.choice(others)
+        third = rng.choice([word for word in others if word != second])
+        variable_N[row] = 0
+        pairs_N2[row] = claims[0].says, second
+        edited["edit"][row, place] = second
+        edited["third_value"][row, place] = third
+        elsewhere = np.setdiff1d(np.arange(len(texts[row])), [place])
+        if len(elsewhere):
+            edited["random_word"][row, rng.choice(elsewhere)] = rng.choice(pool)
+    return Edits(variable_N, pairs_N2, edited)
+
+
 def intervene(
     suite: Suite,
     evaluated: Evaluated,
@@ -97,30 +136,83 @@ def intervene(
     after it. ``next_`` is of the rows where v is M's most likely next token.
     """
     edits = draw_edits(evaluated.explained.texts["greedy"], variables, seed)
+    stated_N = edits.variable_N >= 0
+    # Where v is M's next token, its next prediction is the one that has to change.
+    groups = {
+        "": Group(stated_N),
+        "next_": Group(stated_N & _is_next(edits, evaluated), first=True),
+    }
+    groups |= {
+        f"{name}_": Group(edits.variable_N == index)
+        for index, name in enumerate(variables)
+        if np.any(edits.variable_N == index)
+    }
+    return _effects(suite, evaluated, trainable, frozen, edits, groups, "intervention")
+
+
+def intervene_on_next_words(
+    suite: Suite,
+    evaluated: Evaluated,
+    trainable: Params,
+    frozen: Params,
+    reader: ClaimReader,
+    seed: int,
+) -> dict[str, Interval]:
+    """The same for the first next word of explanations in words (:func:`draw_next_word_edits`), by
+    M's prediction at P, with ``next_word_intervention`` in the names."""
+    texts_NT, end = evaluated.explained.texts["greedy"], suite.measurer.spec.end
+    edits = draw_next_word_edits(texts_NT, reader, end, seed)
+    stated_N = edits.variable_N >= 0
+    groups = {
+        "": Group(stated_N, first=True),
+        "next_": Group(stated_N & _is_next(edits, evaluated), first=True),
+    }
+    study = "next_word_intervention"
+    return _effects(suite, evaluated, trainable, frozen, edits, groups, study)
+
+
+def _is_next(edits: Edits, evaluated: Evaluated) -> np.ndarray:
+    """Whether v is M's most likely next token; [N]."""
+    return evaluated.effects["clean"].top_tokens[:, 0] == edits.pairs_N2[:, 0]
+
+
+class Group(NamedTuple):
+    """Edited rows that are measured together.
+
+    Attributes:
+      rows_N: which.
+      first: whether M's prediction at P counts, instead of the mean over all predictions.
+    """
+
+    rows_N: np.ndarray
+    first: bool = False
+
+
+def _effects(
+    suite: Suite,
+    evaluated: Evaluated,
+    trainable: Params,
+    frozen: Params,
+    edits: Edits,
+    groups: Mapping[str, Group],
+    study: str,
+) -> dict[str, Interval]:
+    """Shift and success of edits in each group of rows; ``study`` is in all names."""
     vectors = {
         name: suite.measurer.read(trainable, frozen, texts) for name, texts in edits.texts.items()
     }
     vectors["before"] = evaluated.explained.reconstructions["greedy"]
     odds = suite.measurer.odds(frozen["original"], suite.rows, vectors, edits.pairs_N2)
-    stated_N = edits.variable_N >= 0
-    is_next_N = stated_N & (evaluated.effects["clean"].top_tokens[:, 0] == edits.pairs_N2[:, 0])
     before_Nh = odds.pop("before")
-    groups = {"": stated_N, "next_": is_next_N}
-    groups |= {
-        f"{name}_": edits.variable_N == index
-        for index, name in enumerate(variables)
-        if np.any(edits.variable_N == index)
-    }
     per_row: PerRow = {}
     statistics: dict[str, Statistic] = {}
-    for group, mask_N in groups.items():
+    for group, (mask_N, first) in groups.items():
         could_N = mask_N & (before_Nh[:, 0] < 0)
         for name, prefix in EDITS.items():
-            # Where v is M's next token, its next prediction is the one that has to change.
-            seen = slice(0, 1) if group == "next_" else slice(None)
+            seen = slice(0, 1) if first else slice(None)
             shift_N = (odds[name] - before_Nh)[:, seen].mean(axis=1)
             success_N = could_N & (odds[name][:, 0] > 0)
-            key = f"{prefix}intervention_{group}"
+            key = f"{prefix}{study}_{group}"
             per_row |= {f"{key}.shift": np.where(mask_N, shift_N, 0.0), f"{key}.rows": mask_N}
             per_row |= {f"{key}.success": success_N, f"{key}.could": could_N}
             statistics[f"{key}shift"] = ratio_of(f"{key}.shift", f"{key}.rows")
@@ -128,9 +220,9 @@ def intervene(
     for name, prefix in list(EDITS.items())[1:]:
         for group in ("", "next_"):
             for what in ("shift", "success"):
-                statistics[f"intervention_{group}{what}_minus_{name}"] = difference_of(
-                    statistics[f"intervention_{group}{what}"],
-                    statistics[f"{prefix}intervention_{group}{what}"],
+                statistics[f"{study}_{group}{what}_minus_{name}"] = difference_of(
+                    statistics[f"{study}_{group}{what}"],
+                    statistics[f"{prefix}{study}_{group}{what}"],
                 )
-    statistics["intervention_rows"] = mean_of("intervention_.rows")
+    statistics[f"{study}_rows"] = mean_of(f"{study}_.rows")
     return suite.intervals(statistics, per_row)
