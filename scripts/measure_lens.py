@@ -29,6 +29,7 @@ import conlens_jax
 from conlens_jax import cli
 from conlens_jax.checkpoint_flags import one_checkpoint
 from conlens_jax.data.extract import dump_activations
+from conlens_jax.evaluation.studies.baselines import linear_lenses
 from conlens_jax.evaluation.studies.claims import claim_truth
 from conlens_jax.evaluation.studies.interventions import intervene_on_next_words
 from conlens_jax.evaluation.studies.measured_claims import measured_claims
@@ -38,12 +39,15 @@ from conlens_jax.files.whole import write_whole
 from conlens_jax.measurement.bootstrap import Interval
 from conlens_jax.measurement.metric_files import MEASURED_STEP, with_ends
 from conlens_jax.models.written import before_end
-from conlens_jax.training.session import Session, open_session
+from conlens_jax.training.session import Session, open_session, training_rows
 
 _CONFIG = cli.define_config()
 _OUT = flags.DEFINE_string("out", "", "JSON file for the metrics, with the names of metrics.json.")
 _FIT_SUPPORT = flags.DEFINE_string(
     "fit_support", "", "New folder for the lens with the support that is fitted here."
+)
+_LINEAR_LENSES = flags.DEFINE_integer(
+    "linear_lenses", 0, "Training rows to fit a tuned lens on, for comparison; 0: none."
 )
 _EXAMPLES = flags.DEFINE_integer("examples", 0, "Rows to print, at equal distances.")
 
@@ -70,6 +74,9 @@ def main() -> None:
     rows = f"{count} held-out rows of {len(np.unique(suite.rows.documents_N))} documents"
     lens, of_claims = _with_claims(lens, session, suite, evaluated, rows)
     found = {**evaluated.metrics, **of_claims}
+    if _LINEAR_LENSES.value:
+        train = training_rows(session.caches[0], _LINEAR_LENSES.value)
+        found |= linear_lenses(suite, evaluated, lens.frozen["original"], train)
     session.console.table(
         rows,
         ["metric", "value, 95 % interval"],

@@ -13,10 +13,11 @@ import numpy as np
 from conlens_jax.data.rows import Rows
 from conlens_jax.evaluation.studies.linear_code import LinearCode, bits_of_text
 from conlens_jax.evaluation.studies.probe import linear_map
-from conlens_jax.evaluation.suite import Evaluated, Suite
+from conlens_jax.evaluation.suite import Evaluated, PerRow, Suite
 from conlens_jax.measurement.aggregates import mean_of, reconstruction_statistics
 from conlens_jax.measurement.bootstrap import Interval, Statistic
 from conlens_jax.measurement.metrics import fraction_removed, top1_agreement
+from conlens_jax.measurement.programs import SwapEffect
 from conlens_jax.models.param_table import Params
 
 SHORT = ("fve_nrm", "kl_frac_mean", "top1_agree")
@@ -65,9 +66,7 @@ def baselines(
     text_len, vocab_size = measurer.spec.text_len, measurer.spec.model.vocab_size
     n_bits = bits_of_text(text_len, vocab_size)
     code = LinearCode.fit(train.activations_ND, n_bits)
-    tuned = linear_map(train.activations_ND, measurer.last_states(original, train))
-    states = {"logit_lens": rows.activations_ND, "tuned_lens": tuned(rows.activations_ND)}
-    predicted = {name: measurer.unembedded(original, rows, states[name]) for name in LENSES}
+    predicted = _predicted(suite, original, train)
     rng = np.random.default_rng(seed)
     in_context = np.arange(train.tokens_NS.shape[1]) < train.lengths_N[:, None]
     corpus_tokens = train.tokens_NS[in_context]
@@ -75,7 +74,7 @@ def baselines(
         "text_only": text_only(suite, original),
         "hard_prompt": measurer.explain(untrained, frozen, rows).texts["greedy"],
         "random_words": rng.choice(corpus_tokens, (len(rows), text_len)).astype(np.int32),
-        **{f"{name}_words": words for name, (_, words) in predicted.items()},
+        **{f"{name}_words": words_NT for name, (_, words_NT) in predicted.items()},
     }
     audited = {**trainable, **auditor}
     vectors = {name: measurer.read(audited, frozen, text) for name, text in texts.items()}
@@ -87,8 +86,42 @@ def baselines(
     resultant = suite.reference.resultant
     for name in vectors:
         statistics |= reconstruction_statistics(name, f"{name}_", resultant, SHORT)
+    of_lenses, statistics_of_lenses = _compared_with_m(evaluated, predicted, in_words)
+    return {
+        **suite.intervals(statistics | statistics_of_lenses, per_row | of_lenses),
+        "linear_code_bits": Interval(code.bits),
+        "text_bits": Interval(float(n_bits)),
+    }
+
+
+def linear_lenses(
+    suite: Suite, evaluated: Evaluated, original: Params, train: Rows
+) -> dict[str, Interval]:
+    """What the logit lens and the tuned lens predict from the activation, of :func:`baselines`
+    alone, for explanations in words."""
+    predicted = _predicted(suite, original, train)
+    per_row, statistics = _compared_with_m(evaluated, predicted, in_words=True)
+    return suite.intervals(statistics, {**evaluated.per_row, **per_row})
+
+
+Predicted = dict[str, tuple[SwapEffect, np.ndarray]]
+"""By lens: its prediction at P against M's, and its T likeliest tokens [N, T]."""
+
+
+def _predicted(suite: Suite, original: Params, train: Rows) -> Predicted:
+    measurer, rows = suite.measurer, suite.rows
+    tuned = linear_map(train.activations_ND, measurer.last_states(original, train))
+    states = {"logit_lens": rows.activations_ND, "tuned_lens": tuned(rows.activations_ND)}
+    return {name: measurer.unembedded(original, rows, states[name]) for name in LENSES}
+
+
+def _compared_with_m(
+    evaluated: Evaluated, predicted: Predicted, in_words: bool
+) -> tuple[PerRow, dict[str, Statistic]]:
     likely_Nk = evaluated.effects["clean"].top_tokens
     clean = likely_Nk[:, 0]
+    per_row: PerRow = {}
+    statistics: dict[str, Statistic] = {}
     for name, (effect, words_NT) in predicted.items():
         if in_words:
             is_right = words_NT[:, : likely_Nk.shape[1], None] == likely_Nk[:, None]
@@ -101,8 +134,4 @@ def baselines(
         statistics[f"{name}_kl_frac_mean"] = lambda means, name=name: fraction_removed(
             means[f"{name}.kl_at"], means["mean.kl_at"]
         )
-    return {
-        **suite.intervals(statistics, per_row),
-        "linear_code_bits": Interval(code.bits),
-        "text_bits": Interval(float(n_bits)),
-    }
+    return per_row, statistics
