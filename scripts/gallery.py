@@ -6,11 +6,13 @@ Time:     on 2 CPU cores about two minutes.
 Every position from the first that training had is shown with its greedy explanation: nothing is
 chosen. Below each prompt are M's own continuation and, by rule, the words *said ahead*: words that
 an explanation states before the token at which M first predicts them, that the context does not
-have, and that M's continuation or the rest of the prompt does.
+have, and that M's continuation or the rest of the prompt does. At the end explanations are edited,
+to see whether M follows.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import textwrap
@@ -29,10 +31,27 @@ from conlens_jax.files.whole import write_whole
 from conlens_jax.inspection.readings import ExplainedToken
 from conlens_jax.inspection.terminal import render
 from conlens_jax.inspection.texts import token_lists
+from conlens_jax.models.written import Written
 
 _PROMPTS = flags.DEFINE_string("prompts", "scripts/gallery_prompts.json", "JSON list of prompts.")
 _OUT = flags.DEFINE_string("out", "docs/gallery.md", "Where the page is written.")
 _WIDTH, _NEW_TOKENS = 112, 12
+_EDITS = (
+    ("The capital of France is", " Rome"),
+    ("My favourite animal is the", " horse"),
+    ("She opened the door and saw a", " cat"),
+    ("The weather today is", " cold"),
+    ("He plays the", " violin"),
+    ("The film was boring, and I left the cinema feeling", " happy"),
+    ("The opposite of hot is", " dry"),
+    ("For breakfast I had a cup of", " milk"),
+    ("The days of the week are Monday, Tuesday, Wednesday,", " Sunday"),
+    ("After the war he became a", " teacher"),
+    ("In summer the leaves are", " red"),
+    ("The book lies on the", " floor"),
+)
+"""Prompts, and the word that the explanation at the last token is made to say: fixed beforehand."""
+_STRENGTHS = (1.0, 2.0)
 
 
 def main() -> None:
@@ -40,7 +59,44 @@ def main() -> None:
     prompts = json.loads(local_path(_PROMPTS.value).read_text(encoding="utf-8"))
     sections = [section for prompt in prompts for section in _section(lens, prompt)]
     head = _HEAD.format(checkpoint=one_checkpoint(), prompts=_PROMPTS.value, number=len(prompts))
+    sections += _steering(lens)
     write_whole(Path(_OUT.value), "\n".join([head, *sections]).rstrip() + "\n")
+
+
+def _steering(lens: conlens_jax.Lens) -> Iterator[str]:
+    """What M goes on with when the first word of an explanation is another one."""
+    counts = {(strength, way): 0 for strength in _STRENGTHS for way in ("edit", "control")}
+    rows = []
+    for text, word in _EDITS:
+        edit = functools.partial(_with_first_word, lens=lens, word=word)
+        for strength in _STRENGTHS:
+            steered = lens.steer(text, -1, edit, strength=strength, new_tokens=6)
+            after = {"edit": steered.after, "control": steered.after_control}
+            for way, continued in after.items():
+                counts[strength, way] += continued.startswith(word)
+            cells = [text, word, f"{strength:g}", steered.before, *after.values()]
+            rows.append("| " + " | ".join(_in_a_cell(cell) for cell in cells) + " |")
+    found = "; ".join(
+        f"at strength {strength:g} after {counts[strength, 'edit']} of {len(_EDITS)} edits, after "
+        f"{counts[strength, 'control']} moves in a random direction"
+        for strength in _STRENGTHS
+    )
+    yield "\n## Steering\n"
+    yield textwrap.fill(_STEERING.format(found=found), _WIDTH) + "\n"
+    yield "| text | first word becomes | strength | M goes on | edited | control |"
+    yield "|---|---|---|---|---|---|"
+    yield from rows
+
+
+def _with_first_word(written: Written, lens: conlens_jax.Lens, word: str) -> list[int]:
+    """The tokens of an explanation whose first word is another one."""
+    (token,) = lens.model.tokenizer.encode(word)
+    place = lens.text_claims.of(list(written.tokens))[0].places[0]
+    return [token if i == place else old for i, old in enumerate(written.tokens)]
+
+
+def _in_a_cell(text: str) -> str:
+    return "`" + text.replace("|", "¦").replace("`", "'").replace("\n", "⏎") + "`"
 
 
 def _section(lens: conlens_jax.Lens, prompt: dict[str, Any]) -> Iterator[str]:
@@ -94,6 +150,10 @@ def _letters(text: str) -> str:
     return " ".join("".join(c if c.isalpha() else " " for c in text.lower()).split())
 
 
+_STEERING = """The first word that the explanation of the last token says M is about to say is
+replaced (the prompts and the words were fixed beforehand), both texts are read, and the activation
+is moved by `strength` times the difference of the two reconstructions; as a control it is moved as
+far in a random direction. M goes on with the word {found}."""
 _HEAD = """# Gallery: what a lens says of prompts that were fixed beforehand
 
 `python scripts/gallery.py --checkpoint={checkpoint} --prompts={prompts}` writes this page: {number}
