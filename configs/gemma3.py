@@ -24,11 +24,11 @@ def get_config():
 
     config.corpus.kind = "model"
     config.corpus.writes = "continuations"
-    config.corpus.n_documents = 1_536
+    config.corpus.n_documents = 1_024
     config.corpus.max_tokens = 64
 
     config.dump.cache_dir = "cache/gemma3"
-    config.dump.n_samples = 9_600
+    config.dump.n_samples = 6_400
     config.dump.n_validation_samples = 256
     config.dump.positions_per_sequence = 8
     config.dump.min_position = 4
@@ -50,7 +50,7 @@ def get_config():
 
     config.warm.gap_rate = 0.2
     config.warm.batch_size = 16
-    config.warm.steps = 480
+    config.warm.steps = 300
     config.warm.optimizer.learning_rate = schedule("cosine", 4e-4, 4e-5, warmup=10)
     config.joint.batch_size = 16
     config.joint.rows_per_document = 4

@@ -46,6 +46,7 @@ _OUT = flags.DEFINE_string("out", "", "JSON file for the metrics, with the names
 _FIT_SUPPORT = flags.DEFINE_string(
     "fit_support", "", "New folder for the lens with the support that is fitted here."
 )
+_DTYPE = flags.DEFINE_string("dtype", "float32", "Of the trained parts of the lens in that folder.")
 _LINEAR_LENSES = flags.DEFINE_integer(
     "linear_lenses", 0, "Training rows to fit a tuned lens on, for comparison; 0: none."
 )
@@ -85,7 +86,8 @@ def main() -> None:
     if _OUT.value:
         write_whole(Path(_OUT.value), json.dumps(with_ends(found), indent=1) + "\n")
     if _FIT_SUPPORT.value:
-        dataclasses.replace(lens, metrics=with_ends(found)).save(_FIT_SUPPORT.value)
+        fitted = dataclasses.replace(lens, metrics=with_ends(found))
+        fitted.save(_FIT_SUPPORT.value, dtype=_DTYPE.value)
     _print_examples(session, suite, evaluated, _EXAMPLES.value)
 
 

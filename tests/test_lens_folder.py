@@ -137,6 +137,13 @@ def test_a_saved_lens_comes_back_bit_for_bit(lens, folder, tmp_path):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(half.trainable)} == {"bfloat16"}
     whole = conlens_jax.Lens.load(half.save(tmp_path / "half"))
     assert_same_arrays(whole.trainable, half.trainable)
+    # Small files of a lens that goes on in float32.
+    small = lens.save(tmp_path / "small", dtype="bf16")
+    assert_same_arrays(conlens_jax.Lens.load(small, dtype="bf16").trainable, half.trainable)
+    loaded = conlens_jax.Lens.load(small)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded.trainable)} == {"float32"}
+    sizes = [(place / "decoder.safetensors").stat().st_size for place in (small, folder)]
+    assert sizes[0] < 0.6 * sizes[1]
 
 
 def test_the_card_shows_the_measured_numbers(folder):

@@ -23,6 +23,7 @@ import numpy as np
 import safetensors.numpy
 
 from conlens_jax.config import LensConfig, ModelConfig
+from conlens_jax.config.dtypes import run_dtype
 from conlens_jax.config.older import updated_lens
 from conlens_jax.evaluation.support import Calibration
 from conlens_jax.files.whole import naming_full_disk, write_atomically, write_whole
@@ -75,21 +76,25 @@ class Record:
     calibration: Calibration | None
 
 
-def save(lens: LensParts, folder: Path, include_model: bool | None = None) -> Path:
+def save(
+    lens: LensParts, folder: Path, include_model: bool | None = None, dtype: str | None = None
+) -> Path:
     """Writes the folder; it must be new, empty, or a saved lens, which is then replaced.
 
     A kill or a full disk leaves the old lens or the new one, never a mixture.
 
     Args:
       include_model: copy the language model too. None: if others cannot get it by its name.
+      dtype: of the trained parts in the files; None: as they are.
 
     Raises:
-      ValueError: the folder contains something else.
+      ValueError: the folder contains something else, or there is no such dtype.
       OSError: it cannot be written; a full disk is named with the folder.
     """
     others = [] if not folder.exists() else [f for f in folder.iterdir() if f.name != _UNFINISHED]
     if others and not is_saved_lens(folder):
         raise ValueError(f"{folder} contains something that is no lens; choose another folder")
+    stored_dtype = None if dtype is None else np.dtype(run_dtype(dtype))
     if include_model is None:
         include_model = not _has_name(lens.model.model_id)
     unfinished = folder / _UNFINISHED
@@ -97,7 +102,7 @@ def save(lens: LensParts, folder: Path, include_model: bool | None = None) -> Pa
     try:
         with naming_full_disk(folder / "the lens"):
             unfinished.mkdir(parents=True)
-            _write_parts(lens, unfinished, include_model)
+            _write_parts(lens, unfinished, include_model, stored_dtype)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -106,10 +111,12 @@ def save(lens: LensParts, folder: Path, include_model: bool | None = None) -> Pa
     return folder
 
 
-def _write_parts(lens: LensParts, folder: Path, include_model: bool) -> None:
+def _write_parts(
+    lens: LensParts, folder: Path, include_model: bool, dtype: np.dtype | None
+) -> None:
     for side in SIDES:
         leaves = named_leaves(jax.device_get(lens.trainable[side]))
-        tensors = {name: np.asarray(leaf) for name, leaf in leaves.items()}
+        tensors = {name: np.asarray(leaf, dtype) for name, leaf in leaves.items()}
         write_atomically(folder / f"{side}.safetensors", [safetensors.numpy.save(tensors)])
     model = folder / MODEL_FOLDER
     model.mkdir()  # if it stays empty, it only replaces an older one

@@ -156,10 +156,18 @@ class Lens(LensExplainer):
 
     # --- sharing --------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path, *, include_model: bool | None = None) -> Path:
+    def save(
+        self, folder: str | Path, *, include_model: bool | None = None, dtype: str | None = None
+    ) -> Path:
         """Writes the lens as a folder for :meth:`load` and the hub; see
-        :mod:`conlens_jax.inspection.folder`."""
-        return saved.save(self, local_path(folder), include_model)
+        :mod:`conlens_jax.inspection.folder`.
+
+        Args:
+          include_model: copy the language model too. None: if others cannot get it by its name.
+          dtype: of the trained parts in the files, which are loaded in the model's; None: as they
+            are.
+        """
+        return saved.save(self, local_path(folder), include_model, dtype)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, **save_options: Any) -> str:
         """Saves the lens and uploads it to the Hugging Face hub with your login.
