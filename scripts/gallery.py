@@ -59,7 +59,8 @@ def main() -> None:
     prompts = json.loads(local_path(_PROMPTS.value).read_text(encoding="utf-8"))
     sections = [section for prompt in prompts for section in _section(lens, prompt)]
     head = _HEAD.format(checkpoint=one_checkpoint(), prompts=_PROMPTS.value, number=len(prompts))
-    sections += _steering(lens)
+    if lens.calibration is not None:  # which says how claims of its texts are found
+        sections += _steering(lens)
     write_whole(Path(_OUT.value), "\n".join([head, *sections]).rstrip() + "\n")
 
 

@@ -46,7 +46,9 @@ _OUT = flags.DEFINE_string("out", "", "JSON file for the metrics, with the names
 _FIT_SUPPORT = flags.DEFINE_string(
     "fit_support", "", "New folder for the lens with the support that is fitted here."
 )
-_DTYPE = flags.DEFINE_string("dtype", "float32", "Of the trained parts of the lens in that folder.")
+_DTYPE = flags.DEFINE_string(
+    "dtype", None, "Of the trained parts in that folder; by default that of the model."
+)
 _LINEAR_LENSES = flags.DEFINE_integer(
     "linear_lenses", 0, "Training rows to fit a tuned lens on, for comparison; 0: none."
 )

@@ -61,7 +61,7 @@ def main() -> None:
     arguments = parser.parse_args()
     texts = paragraphs(arguments.paragraphs) if arguments.paragraphs else generated(arguments)
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
-    if not lines:
+    if arguments.paragraphs and not lines:
         parser.error(
             f"--paragraphs={arguments.paragraphs!r}: no file there has a paragraph of at "
             f"least {LEAST_LETTERS} letters"

@@ -9,6 +9,7 @@ import pytest
 
 from conlens_jax.config import WarmConfig
 from conlens_jax.data.rows import Rows
+from conlens_jax.evaluation.claims import WordClaims
 from conlens_jax.evaluation.studies.said_words import SaidWords
 from conlens_jax.evaluation.suite import Evaluated, Suite
 from conlens_jax.measurement.runner import ActivationStatistics, Explained
@@ -70,7 +71,8 @@ def measured(tokenizer, contexts, positions, texts, target, without="·", recent
     without_vector = Explained({"greedy": filled([without] * 4)}, {})
     evaluated = Evaluated(Explained(texts, {}), without_vector, {"clean": clean}, {}, {})
     comma, separator = ids(",")[0], ids("|")[0]
-    return SaidWords(suite, tokenizer, comma, separator, recent).truth(evaluated)
+    reader = WordClaims(tokenizer, comma, separator, spec.gap, recent)
+    return SaidWords(suite, reader).truth(evaluated)
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,8 @@ class TargetConfig:
     nearness: float = 0.3  # "words": see context_words
     # "words": a word that a larger share of the documents has is no word of the context to name.
     most_common: float = 0.2
-    # "words": then so many of the last tokens up to P. Whoever has the text knows them, but an
-    # activation is about them more than about anything else, and E cannot make it without.
+    # "words": then so many of the last tokens up to P. Readers of the source know them, but E has
+    # the text alone (docs/formats.md has what they are worth).
     recent_tokens: int = 0
     # "words", "facts": token between two next words or facts; it must be one token of the
     # vocabulary, or is left out if empty. So must the separator.

@@ -206,5 +206,5 @@ def _knots(values: Mapping[str, Any]) -> Knots:
 
 
 def _hashable(says: Any) -> Hashable:
-    """The claim of a fact, (variable, value), is a list in JSON."""
+    """A claim that is a tuple, (variable, value) of a fact, is a list in JSON."""
     return tuple(says) if isinstance(says, list) else says

@@ -30,8 +30,10 @@ from conlens_jax.files.whole import naming_full_disk, write_atomically, write_wh
 from conlens_jax.inspection.card import model_card
 from conlens_jax.inspection.parts import LensParts
 from conlens_jax.lens.saved import (
+    CONFIG,
     FINISHED,
     KIND,
+    METRICS,
     MODEL_FOLDER,
     SIDES,
     is_hub_id,
@@ -126,8 +128,8 @@ def _write_parts(
                 copy = model / file.relative_to(lens.model.folder)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(file, copy)
-    _write(folder / "metrics.json", lens.metrics)
-    _write(folder / "config.json", _config(lens))
+    _write(folder / METRICS, lens.metrics)
+    _write(folder / CONFIG, _config(lens))
     write_whole(folder / "README.md", model_card(lens, include_model))
 
 
@@ -173,13 +175,13 @@ def _write(file: Path, values: Mapping[str, Any]) -> None:
 
 def read_record(folder: Path) -> Record:
     """Reads ``config.json``. Raises ValueError if it is not one that :func:`save` writes."""
-    values = read_json(folder / "config.json")
+    values = read_json(folder / CONFIG)
     if values.get("format") != FORMAT:
         raise ValueError(
             f"{folder}/config.json has format {values.get('format')!r}; this version of "
             f"conlens_jax reads {FORMAT}"
         )
-    metrics = folder / "metrics.json"
+    metrics = folder / METRICS
     try:
         return Record(
             model=ModelConfig(**values["model"]),
@@ -191,7 +193,7 @@ def read_record(folder: Path) -> Record:
             facts=values["facts"],
             metrics=read_json(metrics) if metrics.is_file() else {},
             trained_on=TrainingRange.from_json(values.get("trained_on", values["facts"])),
-            calibration=Calibration.from_json(values["support"], folder / "config.json")
+            calibration=Calibration.from_json(values["support"], folder / CONFIG)
             if "support" in values
             else None,
         )

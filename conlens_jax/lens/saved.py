@@ -29,12 +29,14 @@ _FETCHED = (CONFIG, METRICS, "README.md", "*.safetensors", f"{MODEL_FOLDER}/*")
 
 
 def is_saved_lens(folder: Path) -> bool:
+    """Whether a folder has a lens, by its ``config.json``."""
     put_in_place(folder)
     file = folder / CONFIG
     return file.is_file() and read_json(file).get("model_type") == KIND
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -55,6 +57,7 @@ def put_in_place(folder: Path) -> None:
 
 
 def is_hub_id(name: str) -> bool:
+    """Whether a name can be that of a repository on the hub, and is no path on this machine."""
     return name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not Path(name).exists()
 
 
@@ -91,22 +94,29 @@ def read_parts(folder: Path, template: Params, expected_by: str = CONFIG) -> Par
     return jax.tree_util.tree_map_with_path(put, template)
 
 
+def local_folder(path: str) -> Path | None:
+    """The folder that ``path`` is, or that of a lens of this package by its name; None: neither."""
+    folder = local_path(path)
+    if folder.is_dir():
+        return folder
+    return SHIPPED / path if path in _shipped() else None
+
+
+def _shipped() -> list[str]:
+    return sorted(folder.name for folder in SHIPPED.iterdir())
+
+
 def resolve(path: str) -> Path:
-    """The folder of a saved lens: ``path`` itself, a lens of this package by its name, or the
-    download of a hub id.
+    """The folder of a saved lens: a local one (:func:`local_folder`) or the download of a hub id.
 
     Raises:
       ValueError: none of these.
     """
-    folder = local_path(path)
-    if folder.is_dir():
-        return folder
-    shipped = sorted(folder.name for folder in SHIPPED.iterdir())
-    if path in shipped:
-        return SHIPPED / path
+    if (local := local_folder(path)) is not None:
+        return local
     if not is_hub_id(path):
         raise ValueError(
-            f"{path!r} is neither a folder, a lens of this package ({', '.join(shipped)}) nor a "
+            f"{path!r} is neither a folder, a lens of this package ({', '.join(_shipped())}) nor a "
             "hub id"
         )
     from huggingface_hub import snapshot_download

@@ -313,8 +313,9 @@ def renormalised(
       before, after: (mean [D], scale) of :func:`normalise`.
     """
     (mean_before, scale_before), (mean_after, scale_after) = before, after
-    ratio = jnp.float32(scale_after / scale_before)
-    shift_D = jnp.asarray((mean_after - np.asarray(mean_before)) / scale_before, jnp.float32)
+    # NumPy values: the same in every process, whatever mesh the parts are on.
+    ratio = np.float32(scale_after / scale_before)
+    shift_D = np.asarray((mean_after - np.asarray(mean_before)) / scale_before, np.float32)
 
     def reads(parts: Params) -> Params:
         # x_before = ratio · x_after + shift

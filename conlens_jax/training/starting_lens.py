@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from conlens_jax.files.paths import local_path
 from conlens_jax.lens import saved
 from conlens_jax.lens.spec import renormalised
 from conlens_jax.measurement.runner import ActivationStatistics
@@ -28,7 +28,8 @@ def starting_lens(path: str, template: Params, reference: ActivationStatistics) 
     """
     trainable, statistics = _read(path, template)
     if any("projection" not in parts for parts in trainable.values()):
-        return trainable  # what is not trained is not stored either
+        # Projections that are not trained cannot make up for other statistics.
+        return trainable
     return renormalised(
         trainable,
         (statistics["mean"], statistics["scale"]),
@@ -38,23 +39,24 @@ def starting_lens(path: str, template: Params, reference: ActivationStatistics) 
 
 def starting_lens_problem(path: str) -> str | None:
     """Why a run cannot begin with the lens in ``path``, as far as can be seen without a model."""
-    if _is_saved(path) or all_steps(checkpoint_of(path)[0]):
+    if _saved_folder(path) or all_steps(checkpoint_of(path)[0]):
         return None
     return f"train.init_from={path!r}: there is no checkpoint there, and it is no saved lens"
 
 
-def _is_saved(path: str) -> bool:
-    folder = local_path(path)
-    return saved.is_saved_lens(folder) if folder.is_dir() else (saved.SHIPPED / path).is_dir()
+def _saved_folder(path: str) -> Path | None:
+    """The folder of a saved lens; None: it is no saved lens."""
+    folder = saved.local_folder(path)
+    return folder if folder is not None and saved.is_saved_lens(folder) else None
 
 
 def _read(path: str, template: Params) -> tuple[Params, Mapping[str, Any]]:
-    if not _is_saved(path):
-        folder, step = checkpoint_of(path)
-        step = step_of(folder, step)
-        metadata = read_metadata(folder, step)
-        return restore_params(folder, step, template), metadata["statistics"]
-    folder = saved.resolve(path)
+    folder = _saved_folder(path)
+    if folder is None:
+        checkpoints, step = checkpoint_of(path)
+        step = step_of(checkpoints, step)
+        statistics = read_metadata(checkpoints, step)["statistics"]
+        return restore_params(checkpoints, step, template), statistics
     statistics = saved.read_json(folder / saved.CONFIG)["statistics"]
     try:
         return saved.read_parts(folder, template, "this run's model, layer and lens"), statistics

@@ -78,16 +78,20 @@ class WordTargets(Targets):
             words = list(self._words.of(rows.tokens_NS[first, : rows.lengths_N[first]].tolist()))
             idf_W = np.array([self._idf[word.key] for word in words])
             last_W = np.array([word.last for word in words])
+            first_W = last_W + 1 - np.array([len(word.tokens) for word in words])
             for row in numbers:
                 position = int(rows.positions_N[row])
-                last = self._recent(rows.tokens_NS[row], position)
+                recent = self._recent(rows.tokens_NS[row], position)
                 said = self._said(
-                    next_tokens.ids_Nk[row], next_tokens.probabilities_Nk[row], len(last)
+                    next_tokens.ids_Nk[row], next_tokens.probabilities_Nk[row], len(recent)
                 )
-                room = self._text_len - len(said) - len(self._separator) - len(last) - 1
-                named = self._named(words, idf_W, last_W, position, room)
-                separator = self._separator if named or last else ()
-                texts.append([*said, *separator, *named, *last])
+                room = self._text_len - len(said) - len(self._separator) - len(recent) - 1
+                # What the last part shows is not named twice.
+                shown_W = first_W > position - self._config.recent_tokens
+                idf_of_others_W = np.where(shown_W, -np.inf, idf_W)
+                named = self._named(words, idf_of_others_W, last_W, position, room)
+                separator = self._separator if named or recent else ()
+                texts.append([*said, *separator, *named, *recent])
         return texts
 
     def _recent(self, tokens_S: np.ndarray, position: int) -> list[int]:
@@ -97,9 +101,9 @@ class WordTargets(Targets):
         first = max(0, position + 1 - self._config.recent_tokens)
         return [*self._separator, *tokens_S[first : position + 1].tolist()]
 
-    def _said(self, ids_k: np.ndarray, probabilities_k: np.ndarray, n_last: int) -> list[int]:
+    def _said(self, ids_k: np.ndarray, probabilities_k: np.ndarray, n_recent: int) -> list[int]:
         """The next tokens with commas between them; the less likely ones are left out if they do
-        not fit before the ``n_last`` tokens of the last part."""
+        not fit before the last part of ``n_recent`` tokens, its separator included."""
         likely = [
             (int(token), float(probability))
             for token, probability in zip(ids_k, probabilities_k, strict=True)
@@ -109,7 +113,7 @@ class WordTargets(Targets):
         said = [token for i, (token, p) in enumerate(likely) if i == 0 or p >= least]
         step = 1 + len(self._comma)
         # Without a last part, a text that next words fill needs no separator.
-        taken = n_last + len(self._separator) if n_last else 0
+        taken = n_recent + len(self._separator) if n_recent else 0
         most = max(1, (self._text_len - 1 - taken + len(self._comma)) // step)
         said = said[: min(self._config.next_words, most)]
         return [token for word in said for token in (*self._comma, word)][len(self._comma) :]
@@ -123,12 +127,9 @@ class WordTargets(Targets):
         room: int,
     ) -> list[int]:
         """The tokens of the chosen words of the context up to P, at most ``room``: one that does
-        not fit leaves its place to the next. A word that goes on after P is none of them, nor is
-        one that the last tokens show."""
+        not fit leaves its place to the next. A word that goes on after P is none of them."""
         score_W = idf_W - self._config.nearness * (position - last_W)
-        length_W = np.array([len(word.tokens) for word in words])
-        shown_W = last_W - length_W >= position - self._config.recent_tokens
-        possible_W = (last_W <= position) & (idf_W >= self._least_idf) & ~shown_W
+        possible_W = (last_W <= position) & (idf_W >= self._least_idf)
         # Of equal scores the later word.
         order = sorted(np.flatnonzero(possible_W), key=lambda i: (-score_W[i], -i))
         chosen: dict[int, tuple[int, ...]] = {}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from conlens_jax.evaluation.claims import CONTEXT, FACT, NEXT
+from conlens_jax.evaluation.claims import CONTEXT, FACT, NEXT, RECENT
 from conlens_jax.evaluation.report.report_data import NEITHER, Intervals, MetricGroup, MetricRow
 from conlens_jax.evaluation.report.svg import ReliabilityChart
 from conlens_jax.evaluation.report.truth_tables import in_words
@@ -17,6 +17,7 @@ KINDS = {
     "all": "all claims",
     NEXT: "next words",
     CONTEXT: "words of the context",
+    RECENT: "last tokens",
     FACT: "facts",
     f"{WITH}_samples": "all claims, with the agreement of samples",
     f"{ONLY}_samples": "claims of samples only",

@@ -22,6 +22,8 @@ from conlens_jax.models.param_table import Params
 
 SHORT = ("fve_nrm", "kl_frac_mean", "top1_agree")
 LENSES = ("logit_lens", "tuned_lens")
+Predicted = dict[str, tuple[SwapEffect, np.ndarray]]
+"""By lens: its prediction at P against M's, and its T likeliest tokens [N, T]."""
 
 
 def text_only(suite: Suite, original: Params) -> np.ndarray:
@@ -98,14 +100,15 @@ def linear_lenses(
     suite: Suite, evaluated: Evaluated, original: Params, train: Rows
 ) -> dict[str, Interval]:
     """What the logit lens and the tuned lens predict from the activation, of :func:`baselines`
-    alone, for explanations in words."""
+    alone, for explanations in words.
+
+    Args:
+      evaluated: a measured lens, whose rows' references are used.
+      train: rows to fit the tuned lens on.
+    """
     predicted = _predicted(suite, original, train)
     per_row, statistics = _compared_with_m(evaluated, predicted, in_words=True)
     return suite.intervals(statistics, {**evaluated.per_row, **per_row})
-
-
-Predicted = dict[str, tuple[SwapEffect, np.ndarray]]
-"""By lens: its prediction at P against M's, and its T likeliest tokens [N, T]."""
 
 
 def _predicted(suite: Suite, original: Params, train: Rows) -> Predicted:

@@ -98,19 +98,18 @@ def draw_next_word_edits(
     """
     texts = [before_end(text, end) for text in texts_NT]
     said = [[claim for claim in reader.of(text) if claim.kind == NEXT] for text in texts]
-    first_words = [claims[0].says for claims in said if claims]
+    first_words = np.array([claims[0].says for claims in said if claims], np.int32)
     variable_N, pairs_N2 = np.full(len(texts), -1), np.zeros((len(texts), 2), np.int32)
     edited = {name: texts_NT.copy() for name in EDITS}
-    pool = [token for text in texts for token in text]
+    pool = np.array([token for text in texts for token in text], np.int32)
     for row, claims in enumerate(said):
         rng = np.random.default_rng((numpy_seed(seed), row))
-        own = {claim.says for claim in claims}
-        others = [word for word in first_words if word not in own]
-        if not claims or len(set(others)) < 2:
+        others = first_words[~np.isin(first_words, [claim.says for claim in claims])]
+        if not claims or len(np.unique(others)) < 2:
             continue
         place = claims[0].places[0]
         second = rng.choice(others)
-        third = rng.choice([word for word in others if word != second])
+        third = rng.choice(others[others != second])
         variable_N[row] = 0
         pairs_N2[row] = claims[0].says, second
         edited["edit"][row, place] = second

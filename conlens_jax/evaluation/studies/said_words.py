@@ -51,26 +51,18 @@ class SaidWords:
     """Compares texts with M and with the contexts of a suite's rows.
 
     Attributes:
-      comma, separator: the tokens that divide an explanation; None: there is none.
-      recent_tokens: whether texts have a third part, the last tokens of the context.
+      reader: finds what the texts say.
     """
 
     suite: Suite
-    tokenizer: Tokenizer
-    comma: int | None
-    separator: int | None
-    recent_tokens: bool = False
+    reader: WordClaims
 
     @classmethod
     def of_target(cls, suite: Suite, tokenizer: Tokenizer, target: TargetConfig) -> SaidWords:
         """For texts like the targets."""
-        marks = mark_ids(target, tokenizer)
-        return cls(suite, tokenizer, **marks, recent_tokens=target.recent_tokens > 0)
-
-    @functools.cached_property
-    def reader(self) -> WordClaims:
-        gap = self.suite.measurer.spec.gap
-        return WordClaims(self.tokenizer, self.comma, self.separator, gap, self.recent_tokens)
+        marks, gap = mark_ids(target, tokenizer), suite.measurer.spec.gap
+        reader = WordClaims(tokenizer, **marks, gap=gap, recent_tokens=target.recent_tokens > 0)
+        return cls(suite, reader)
 
     @functools.cached_property
     def _seen(self) -> list[dict[str, int]]:
@@ -139,7 +131,7 @@ class SaidWords:
             "target_": self.suite.targets_NT,
         }.items():
             per_row |= self.counts(texts_NT, clean, prefix)
-            statistics |= self.statistics(prefix, self.recent_tokens)
+            statistics |= self.statistics(prefix, self.reader.recent_tokens)
             if prefix in BY_DISTANCE:
                 per_row |= self._counts_by_distance(texts_NT, prefix)
                 statistics |= self._statistics_by_distance(prefix)
