@@ -159,10 +159,11 @@ _HEAD = """# Gallery: what a lens says of prompts that were fixed beforehand
 
 `python scripts/gallery.py --checkpoint={checkpoint} --prompts={prompts}` writes this page: {number}
 prompts, every position from the first that training had, greedy explanations, nothing chosen.
-Before the bar stands what M is about to say, after it words of the context; a dot is something that
-the lens cannot name. *KL*: how much M's prediction changes when the reconstruction takes the
-activation's place. *Said ahead*: words that an explanation states before the text does and before M
-predicts them, and that come later in the prompt or in M's continuation."""
+Before the first bar stands what M is about to say, then words of the context, and after the second
+bar its last tokens; a dot is something that the lens cannot name. *KL*: how much M's prediction
+changes when the reconstruction takes the activation's place. *Said ahead*: words that an
+explanation states before the text does and before M predicts them, and that come later in the
+prompt or in M's continuation."""
 
 if __name__ == "__main__":
     cli.run(main)
